@@ -139,7 +139,7 @@ type Service struct {
 	// IPv4 and IPv6 say which families the manifest chose (ipFamilies,
 	// ipFamilyPolicy); neither where it left the choice to the cluster.
 	IPv4, IPv6 bool
-	Ports         []ServicePort
+	Ports      []ServicePort
 	// Selector picks the pods behind the Service; nil means that endpoints come
 	// from EndpointSlices alone.
 	Selector                 map[string]string

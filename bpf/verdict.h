@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* What can happen to a packet or a call, and why: defined here once. The names
+ * in metrics, `millrace status` and the documentation are read from this enum's
+ * BTF, in lower case and without the prefix. */
+#pragma once
+
+enum verdict {
+	VERDICT_NOT_A_SERVICE, /* the destination is nobody's Service: untouched */
+	VERDICT_FORWARD,       /* sent to a backend */
+	VERDICT_REFUSE,        /* refused at once */
+	VERDICT_DROP,          /* dropped */
+};
+
+enum reason {
+	REASON_FORWARDED,      /* a backend was chosen */
+	REASON_NO_BACKEND,     /* the Service has no endpoint that serves */
+	REASON_UNSETTLED,      /* the Service changed three times during one look-up */
+	REASON_FLOW_FORGOTTEN, /* a UDP socket talks to more Services than it has flow places: the oldest gave way */
+	REASON_NO_STORAGE,     /* the kernel gave no memory for the socket's flow */
+	REASON_COUNT,
+};

@@ -1,0 +1,150 @@
+// Package layer says what every switchable part of millrace has in common: the
+// verbs the agent calls, and Changes, the one value that a dry run prints, a
+// log line says, a metric counts and Apply carries out.
+//
+// It writes nothing in the kernel and costs nothing; the layers do.
+package layer
+
+import (
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/millrace/millrace/model"
+)
+
+// Layer is something that can be switched on and off on a node. The agent calls
+// its verbs from one goroutine.
+type Layer interface {
+	// Name is the layer's folder, its word in pins, metrics and commands.
+	Name() string
+	// Plan says what the kernel should hold for a Snapshot. It is pure: no
+	// clock, no files, no root, and the order of the input does not matter.
+	Plan(*model.Snapshot) Picture
+	// Open loads what the layer needs into the kernel, or takes over what an
+	// earlier process left there without a gap in traffic.
+	Open() error
+	// Read says what the kernel holds now.
+	Read() (Picture, error)
+	// Diff says what leads from one picture to another. With prune false
+	// nothing is removed: the input is not known to be whole. It is pure.
+	Diff(have, want Picture, prune bool) Changes
+	// Apply carries changes out and returns the picture that is now in force.
+	// A change that fails does not stop the others; the error joins them all.
+	Apply(have Picture, changes Changes) (Picture, error)
+	// Describe says what the layer uses and what it has done.
+	Describe() (Description, error)
+	// Close lets go of the kernel's objects but leaves them in force.
+	Close() error
+	// Remove takes everything of the layer out of the kernel, whether or not
+	// this process has opened it. Absent is success.
+	Remove() (Changes, error)
+}
+
+// Picture is the state of a layer: wanted, or read from the kernel. Only the
+// layer that made it looks inside.
+type Picture interface {
+	// Len is the number of objects in it.
+	Len() int
+}
+
+// Op is what a Change does.
+type Op byte
+
+// The three things a Change can do, by the sign that is printed.
+const (
+	Add    Op = '+'
+	Alter  Op = '~'
+	Remove Op = '-'
+)
+
+// MarshalText gives the sign.
+func (o Op) MarshalText() ([]byte, error) { return []byte{byte(o)}, nil }
+
+// Subject is the object of a Change.
+type Subject interface {
+	// Object names it: "service 10.96.0.10:53/udp".
+	Object() string
+	// Detail says what it becomes: "-> 10.244.1.4:53, 10.244.2.9:53".
+	Detail() string
+}
+
+// Change is one step from what is to what is wanted. Its text is made when it
+// is printed, not before: a hundred thousand of them cost no text.
+type Change struct {
+	Op      Op
+	Subject Subject
+}
+
+// String is the change in the operator's words,
+// "+ service 10.96.0.10:53/udp -> 10.244.1.4:53".
+func (c Change) String() string {
+	return strings.TrimRight(fmt.Sprintf("%c %s %s", c.Op, c.Subject.Object(), c.Subject.Detail()), " ")
+}
+
+// Changes are in the order of their text.
+type Changes []Change
+
+// Print writes one line for each change.
+func (c Changes) Print(w io.Writer) error {
+	for _, change := range c {
+		if _, err := fmt.Fprintln(w, change); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Tally counts changes by what they do.
+type Tally struct {
+	Added   int `json:"added"`
+	Altered int `json:"altered"`
+	Removed int `json:"removed"`
+}
+
+// Tally counts the changes by what they do.
+func (c Changes) Tally() Tally {
+	var t Tally
+	for _, change := range c {
+		switch change.Op {
+		case Add:
+			t.Added++
+		case Alter:
+			t.Altered++
+		case Remove:
+			t.Removed++
+		}
+	}
+	return t
+}
+
+// Description is what a layer says of itself for status and metrics.
+type Description struct {
+	Name    string `json:"name"`
+	Objects int    `json:"objects"`
+	Maps    []Map  `json:"maps"`
+	// Reasons counts what the programs did, by the names of `enum reason`.
+	Reasons map[string]uint64 `json:"reasons"`
+	// Programs are attached, by name.
+	Programs []Program `json:"programs"`
+	// Degraded are the kernel features that are missing, each with what that
+	// means for the user.
+	Degraded []string `json:"degraded,omitempty"`
+}
+
+// Map is the use of one kernel map.
+type Map struct {
+	Name     string `json:"name"`
+	Entries  int    `json:"entries"`
+	Capacity int    `json:"capacity"`
+	Bytes    uint64 `json:"bytes"`
+}
+
+// Program is one eBPF program in force.
+type Program struct {
+	Name string `json:"name"`
+	// Hook is where it is attached: "cgroup/connect4 /sys/fs/cgroup".
+	Hook string `json:"hook"`
+	// Link is the kernel's id of the attachment.
+	Link uint32 `json:"link"`
+}

@@ -1,0 +1,344 @@
+//go:build ignore
+
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* The connect path: a Service address given to connect() or sendmsg() becomes
+ * a backend's before the first packet exists, so that packets of the connection
+ * cost nothing. recvmsg() and getpeername() show the Service again.
+ *
+ * IPv4 and IPv6 differ only in where the context keeps the address. An IPv6
+ * socket that talks to ::ffff:a.b.c.d meets the same keys.
+ */
+#include "service.h"
+
+#define IPPROTO_TCP   6
+#define IPPROTO_UDP   17
+#define IPPROTO_MPTCP 262
+#define ECONNREFUSED  111
+
+enum { REFUSED = 0, ALLOWED = 1 };
+
+/* bpf_set_retval came with Linux 5.18. Without it a refused call ends with
+ * EPERM instead of ECONNREFUSED. */
+const volatile bool can_set_error = true;
+
+/* Where a socket was steered: the answer to getpeername() and recvmsg(). */
+struct flow {
+	struct address service;
+	struct address backend;
+	__be16 service_port;
+	__be16 backend_port;
+	__u32 number; /* of the backend */
+};
+
+/* The flow of a connected socket. It lives and dies with the socket, so there
+ * is no table that could fill or forget. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__type(key, int);
+	__type(value, struct flow);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} connected SEC(".maps");
+
+/* How many Services one unconnected UDP socket can talk to at the same time
+ * before the oldest flow gives way (counted: flow_forgotten). */
+#define SENT_FLOWS 8
+
+struct sent_flows {
+	struct bpf_spin_lock lock; /* threads share sockets */
+	__u32 next;
+	struct flow flow[SENT_FLOWS];
+};
+
+/* The flows of a UDP socket that sends without connecting. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__type(key, int);
+	__type(value, struct sent_flows);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} sent SEC(".maps");
+
+static __always_inline int refuse(enum reason reason)
+{
+	count(reason);
+	if (can_set_error)
+		bpf_set_retval(-ECONNREFUSED);
+	return REFUSED;
+}
+
+static __always_inline struct service_key key_of(struct bpf_sock_addr *ctx, struct address address)
+{
+	struct service_key key = {
+		.address = address,
+		.port = ctx->user_port,
+		.protocol = ctx->protocol == IPPROTO_MPTCP ? IPPROTO_TCP : ctx->protocol,
+	};
+
+	return key;
+}
+
+static __always_inline void make_flow(struct flow *flow, const struct service_key *key, const struct decision *to)
+{
+	flow->service = key->address;
+	flow->service_port = key->port;
+	flow->backend = to->backend.address;
+	flow->backend_port = to->backend.port;
+	flow->number = to->number;
+}
+
+/* steer decides for connect() and remembers the flow on the socket. Where the
+ * result is ALLOWED and *to is a forward, the caller writes the address. */
+static __always_inline int steer(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
+{
+	decide(key, to);
+	if (to->verdict == VERDICT_NOT_A_SERVICE) {
+		/* a UDP socket may have been connected to a Service before */
+		bpf_sk_storage_delete(&connected, ctx->sk);
+		return ALLOWED;
+	}
+	if (to->verdict == VERDICT_REFUSE)
+		return refuse(to->reason);
+	struct flow *flow = bpf_sk_storage_get(&connected, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (flow)
+		make_flow(flow, key, to);
+	else
+		count(REASON_NO_STORAGE); /* the connection works, getpeername() shows the backend */
+	count(REASON_FORWARDED);
+	return ALLOWED;
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct service_key key = key_of(ctx, address_from_ip4(ctx->user_ip4));
+	struct decision to = {};
+	int result = steer(ctx, &key, &to);
+
+	if (to.verdict == VERDICT_FORWARD) {
+		ctx->user_ip4 = to.backend.address.word[3];
+		ctx->user_port = to.backend.port;
+	}
+	return result;
+}
+
+static __always_inline struct address address_from_ip6(struct bpf_sock_addr *ctx)
+{
+	struct address a = {
+		.word = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] },
+	};
+
+	return a;
+}
+
+static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct address *a, __be16 port)
+{
+	ctx->user_ip6[0] = a->word[0];
+	ctx->user_ip6[1] = a->word[1];
+	ctx->user_ip6[2] = a->word[2];
+	ctx->user_ip6[3] = a->word[3];
+	ctx->user_port = port;
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct service_key key = key_of(ctx, address_from_ip6(ctx));
+	struct decision to = {};
+	int result = steer(ctx, &key, &to);
+
+	if (to.verdict == VERDICT_FORWARD)
+		write_ip6(ctx, &to.backend.address, to.backend.port);
+	return result;
+}
+
+/* find_sent copies the socket's flow to a Service, if there is one. */
+static __always_inline bool find_sent(struct sent_flows *flows, const struct service_key *key, struct flow *found)
+{
+	bool hit = false;
+
+	bpf_spin_lock(&flows->lock);
+#pragma unroll
+	for (int i = 0; i < SENT_FLOWS; i++) {
+		if (!hit && flows->flow[i].service_port == key->port &&
+		    address_equal(&flows->flow[i].service, &key->address)) {
+			*found = flows->flow[i];
+			hit = true;
+		}
+	}
+	bpf_spin_unlock(&flows->lock);
+	return hit;
+}
+
+/* keep_sent writes the socket's flow to a Service over its last one to the same
+ * Service, else into a free place, else over the oldest. */
+static __always_inline bool keep_sent(struct sent_flows *flows, const struct flow *flow)
+{
+	__u32 place = SENT_FLOWS;
+	bool forgotten = false;
+
+	bpf_spin_lock(&flows->lock);
+#pragma unroll
+	for (int i = 0; i < SENT_FLOWS; i++) {
+		if (place == SENT_FLOWS && flows->flow[i].service_port == flow->service_port &&
+		    address_equal(&flows->flow[i].service, &flow->service))
+			place = i;
+	}
+	if (place == SENT_FLOWS) {
+		place = flows->next % SENT_FLOWS;
+		flows->next++;
+		forgotten = flows->next > SENT_FLOWS;
+	}
+#pragma unroll
+	for (int i = 0; i < SENT_FLOWS; i++) {
+		if (i == place)
+			flows->flow[i] = *flow;
+	}
+	bpf_spin_unlock(&flows->lock);
+	return forgotten;
+}
+
+/* still_serves says whether a flow's backend is there and the same. */
+static __always_inline bool still_serves(const struct flow *flow, __u32 service)
+{
+	struct backend *backend = bpf_map_lookup_elem(&backends, &flow->number);
+
+	return backend && backend->service == service && backend->port == flow->backend_port &&
+	       address_equal(&backend->address, &flow->backend);
+}
+
+/* steer_datagram is steer() for sendmsg(): datagrams of one socket to one
+ * Service stay with one backend for as long as it serves, as they would with
+ * connection tracking; then the next datagram goes to another. */
+static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
+{
+	struct flow flow = {};
+	struct service *service = bpf_map_lookup_elem(&services, key);
+
+	if (!service)
+		return ALLOWED;
+	struct sent_flows *flows = bpf_sk_storage_get(&sent, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (flows && find_sent(flows, key, &flow) && still_serves(&flow, service->id)) {
+		to->verdict = VERDICT_FORWARD;
+		to->backend.address = flow.backend;
+		to->backend.port = flow.backend_port;
+		return ALLOWED;
+	}
+	decide(key, to);
+	if (to->verdict == VERDICT_NOT_A_SERVICE)
+		return ALLOWED;
+	if (to->verdict == VERDICT_REFUSE)
+		return refuse(to->reason);
+	make_flow(&flow, key, to);
+	if (!flows)
+		count(REASON_NO_STORAGE);
+	else if (keep_sent(flows, &flow))
+		count(REASON_FLOW_FORGOTTEN);
+	count(REASON_FORWARDED);
+	return ALLOWED;
+}
+
+SEC("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct service_key key = key_of(ctx, address_from_ip4(ctx->user_ip4));
+	struct decision to = {};
+	int result = steer_datagram(ctx, &key, &to);
+
+	if (to.verdict == VERDICT_FORWARD) {
+		ctx->user_ip4 = to.backend.address.word[3];
+		ctx->user_port = to.backend.port;
+	}
+	return result;
+}
+
+SEC("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct service_key key = key_of(ctx, address_from_ip6(ctx));
+	struct decision to = {};
+	int result = steer_datagram(ctx, &key, &to);
+
+	if (to.verdict == VERDICT_FORWARD)
+		write_ip6(ctx, &to.backend.address, to.backend.port);
+	return result;
+}
+
+/* service_of finds the Service behind a peer address that the kernel is about
+ * to show to the program. */
+static __always_inline bool service_of(struct bpf_sock_addr *ctx, const struct address *peer, struct flow *found)
+{
+	__be16 port = ctx->user_port;
+	struct flow *flow = bpf_sk_storage_get(&connected, ctx->sk, 0, 0);
+
+	if (flow && flow->backend_port == port && address_equal(&flow->backend, peer)) {
+		*found = *flow;
+		return true;
+	}
+	if (ctx->protocol != IPPROTO_UDP)
+		return false;
+	struct sent_flows *flows = bpf_sk_storage_get(&sent, ctx->sk, 0, 0);
+	bool hit = false;
+
+	if (!flows)
+		return false;
+	bpf_spin_lock(&flows->lock);
+#pragma unroll
+	for (int i = 0; i < SENT_FLOWS; i++) {
+		if (!hit && flows->flow[i].backend_port == port && address_equal(&flows->flow[i].backend, peer)) {
+			*found = flows->flow[i];
+			hit = true;
+		}
+	}
+	bpf_spin_unlock(&flows->lock);
+	return hit;
+}
+
+static __always_inline int show_service4(struct bpf_sock_addr *ctx)
+{
+	struct address peer = address_from_ip4(ctx->user_ip4);
+	struct flow flow = {};
+
+	if (service_of(ctx, &peer, &flow)) {
+		ctx->user_ip4 = flow.service.word[3];
+		ctx->user_port = flow.service_port;
+	}
+	return ALLOWED;
+}
+
+static __always_inline int show_service6(struct bpf_sock_addr *ctx)
+{
+	struct address peer = address_from_ip6(ctx);
+	struct flow flow = {};
+
+	if (service_of(ctx, &peer, &flow))
+		write_ip6(ctx, &flow.service, flow.service_port);
+	return ALLOWED;
+}
+
+SEC("cgroup/recvmsg4")
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return show_service4(ctx);
+}
+
+SEC("cgroup/recvmsg6")
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return show_service6(ctx);
+}
+
+SEC("cgroup/getpeername4")
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	return show_service4(ctx);
+}
+
+SEC("cgroup/getpeername6")
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	return show_service6(ctx);
+}
+
+/* The kernel gives some of its helpers to GPL-compatible programs only. */
+char __license[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,246 @@
+package service
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// Settings are where the layer works. Neither has a default here: the command
+// line knows the host's.
+type Settings struct {
+	// Cgroup is the cgroup2 folder whose processes, and those of all groups
+	// below it, are served.
+	Cgroup string
+	// Pins is the folder in a bpf file system for maps and links; it is the
+	// layer's alone.
+	Pins string
+}
+
+// Layer is the service layer. It implements layer.Layer.
+type Layer struct {
+	settings Settings
+	planner  planner
+	datapath *datapath
+	tables   *tables
+}
+
+var _ layer.Layer = (*Layer)(nil)
+
+// New makes the layer. It touches nothing before Open.
+func New(settings Settings) *Layer { return &Layer{settings: settings} }
+
+// Name implements layer.Layer.
+func (l *Layer) Name() string { return "service" }
+
+// Plan implements layer.Layer.
+func (l *Layer) Plan(snapshot *model.Snapshot) layer.Picture { return l.planner.plan(snapshot) }
+
+// Diff implements layer.Layer.
+func (l *Layer) Diff(have, want layer.Picture, prune bool) layer.Changes {
+	return diff(have.(*Picture), want.(*Picture), prune)
+}
+
+// Open implements layer.Layer. It needs CAP_BPF and CAP_NET_ADMIN; errors are
+// *need.Privilege, *need.Feature or name the object and the cause.
+func (l *Layer) Open() error {
+	datapath, err := open(l.settings)
+	if err != nil {
+		return err
+	}
+	l.datapath = datapath
+	l.useMaps()
+	return nil
+}
+
+// useMaps gives the tables types over the maps now in force.
+func (l *Layer) useMaps() {
+	if l.tables == nil {
+		l.tables = &tables{}
+	}
+	l.tables.services = bpfmap.New[datapathServiceKey, datapathService](l.datapath.maps[datapathMapServices])
+	l.tables.slots = bpfmap.New[datapathSlotKey, uint32](l.datapath.maps[datapathMapSlots])
+	l.tables.backends = bpfmap.New[uint32, datapathBackend](l.datapath.maps[datapathMapBackends])
+}
+
+// Read implements layer.Layer. It also removes what a process that died while
+// writing left over.
+func (l *Layer) Read() (layer.Picture, error) { return l.tables.adopt() }
+
+// Apply implements layer.Layer. Maps that would be too small are enlarged
+// first. The result is have, altered.
+func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, error) {
+	services, backends := l.tables.need(changes)
+	if services > l.tables.services.Capacity() || backends > l.tables.backends.Capacity() {
+		if err := l.datapath.grow(roomFor(services, backends)); err != nil {
+			return have, err
+		}
+		l.useMaps()
+	}
+	rows := have.(*Picture).rows
+	var failures []error
+	for i, err := range l.tables.apply(changes) {
+		row := changes[i].Subject.(*Row)
+		switch {
+		case err != nil:
+			failures = append(failures, fmt.Errorf("%c %s: %w", changes[i].Op, row.Object(), err))
+		case changes[i].Op == layer.Remove:
+			delete(rows, row.Frontend)
+		default:
+			rows[row.Frontend] = row
+		}
+	}
+	if len(failures) > 0 {
+		// A half-written change left the maps other than remembered.
+		read, err := l.tables.adopt()
+		if err == nil {
+			have = read
+		}
+		return have, errors.Join(append(failures, err)...)
+	}
+	return have, l.datapath.commit()
+}
+
+// Describe implements layer.Layer.
+func (l *Layer) Describe() (layer.Description, error) {
+	d := layer.Description{Name: l.Name(), Objects: len(l.tables.entries), Degraded: l.datapath.degraded}
+	entries := map[string]int{
+		datapathMapServices: len(l.tables.entries),
+		datapathMapSlots:    l.tables.slotCount,
+		datapathMapBackends: l.tables.slotCount,
+	}
+	for _, name := range sized {
+		m := l.datapath.maps[name]
+		d.Maps = append(d.Maps, layer.Map{Name: name, Entries: entries[name], Capacity: int(m.MaxEntries()), Bytes: bpfmap.Bytes(m)})
+	}
+	for _, hook := range hooks {
+		if attached := l.datapath.links[hook.name]; attached != nil {
+			program := layer.Program{Name: hook.name, Hook: hook.attach.String() + " " + l.settings.Cgroup}
+			if info, err := attached.Info(); err == nil {
+				program.Link = uint32(info.ID)
+			}
+			d.Programs = append(d.Programs, program)
+		}
+	}
+	var err error
+	d.Reasons, err = l.datapath.readReasons()
+	return d, err
+}
+
+func (d *datapath) readReasons() (map[string]uint64, error) {
+	counts := make(map[string]uint64, len(d.reasons))
+	for i, name := range d.reasons {
+		var perCPU []uint64
+		if err := d.maps[datapathMapReasons].Lookup(uint32(i), &perCPU); err != nil {
+			return nil, fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			counts[name] += n
+		}
+	}
+	return counts, nil
+}
+
+// Close implements layer.Layer.
+func (l *Layer) Close() error {
+	if l.datapath != nil {
+		l.datapath.close()
+		l.datapath = nil
+	}
+	return nil
+}
+
+// Remove implements layer.Layer: links first, so that no program runs on maps
+// that are going.
+func (l *Layer) Remove() (layer.Changes, error) {
+	found, err := os.ReadDir(l.settings.Pins)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read pin folder %s: %w", l.settings.Pins, err)
+	}
+	slices.SortFunc(found, func(a, b fs.DirEntry) int { return order(a) - order(b) })
+	var changes layer.Changes
+	var failures []error
+	for _, entry := range found {
+		path := filepath.Join(l.settings.Pins, entry.Name())
+		if order(entry) == 0 {
+			if attached, err := link.LoadPinnedLink(path, nil); err == nil {
+				_ = attached.Detach() // also from processes that still hold it; 5.9
+				attached.Close()
+			}
+		}
+		if err := os.Remove(path); err != nil {
+			failures = append(failures, fmt.Errorf("remove pin %s: %w", path, err))
+			continue
+		}
+		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(path)})
+	}
+	failures = append(failures, l.Close())
+	if err := os.Remove(l.settings.Pins); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		failures = append(failures, fmt.Errorf("remove pin folder: %w", err))
+	}
+	return changes, errors.Join(failures...)
+}
+
+func order(entry fs.DirEntry) int {
+	if len(entry.Name()) > len(linkPrefix) && entry.Name()[:len(linkPrefix)] == linkPrefix {
+		return 0
+	}
+	return 1
+}
+
+// pinned is the Subject of a removed pin.
+type pinned string
+
+func (p pinned) Object() string { return "pin " + string(p) }
+func (p pinned) Detail() string { return "" }
+
+// Pinned reads what is in force in a pin folder without changing anything,
+// whether or not an agent runs. A folder that does not exist is an empty
+// picture.
+func Pinned(pins string) (*Picture, error) {
+	t := &tables{}
+	var opened []*ebpf.Map
+	defer func() {
+		for _, m := range opened {
+			m.Close()
+		}
+	}()
+	for _, name := range sized {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) {
+			return &Picture{rows: map[Frontend]*Row{}}, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(pins, name), err)
+		}
+		opened = append(opened, m)
+	}
+	t.services = bpfmap.New[datapathServiceKey, datapathService](opened[0])
+	t.slots = bpfmap.New[datapathSlotKey, uint32](opened[1])
+	t.backends = bpfmap.New[uint32, datapathBackend](opened[2])
+	picture, _, err := t.read()
+	return picture, err
+}
+
+// Rows are the picture's frontends in order.
+func (p *Picture) Rows() []*Row {
+	rows := make([]*Row, 0, len(p.rows))
+	for _, row := range p.rows {
+		rows = append(rows, row)
+	}
+	slices.SortFunc(rows, func(a, b *Row) int { return a.compare(b.Frontend) })
+	return rows
+}

@@ -1,0 +1,66 @@
+package service
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/millrace/millrace/model"
+)
+
+// Frontend is an address on which a Service answers.
+type Frontend struct {
+	Address  netip.AddrPort
+	Protocol model.Protocol
+}
+
+// String is "10.96.0.10:53/udp".
+func (f Frontend) String() string { return f.Address.String() + "/" + f.Protocol.String() }
+
+// compare orders frontends by address, port and protocol.
+func (f Frontend) compare(o Frontend) int {
+	if c := f.Address.Compare(o.Address); c != 0 {
+		return c
+	}
+	return int(f.Protocol) - int(o.Protocol)
+}
+
+// Row is one frontend and where it leads: the Subject of this layer's changes.
+// A Row is immutable.
+type Row struct {
+	Frontend
+	// Service and Port say whose it is; empty when read from the kernel, which
+	// knows no names.
+	Service model.Name
+	Port    string
+	// Backends are sorted, and no two are equal.
+	Backends []netip.AddrPort
+}
+
+// Object implements layer.Subject.
+func (r *Row) Object() string { return "service " + r.Frontend.String() }
+
+// Detail implements layer.Subject. A Service without backends refuses.
+func (r *Row) Detail() string {
+	if len(r.Backends) == 0 {
+		return "-> refused, no endpoint serves"
+	}
+	const shown = 8
+	names := make([]string, 0, shown)
+	for i, b := range r.Backends {
+		if i == shown {
+			names = append(names, fmt.Sprintf("and %d more", len(r.Backends)-shown))
+			break
+		}
+		names = append(names, b.String())
+	}
+	return "-> " + strings.Join(names, ", ")
+}
+
+// Picture is the layer's state, planned or read.
+type Picture struct {
+	rows map[Frontend]*Row
+}
+
+// Len implements layer.Picture.
+func (p *Picture) Len() int { return len(p.rows) }

@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* The Service tables, and decide(): which backend a Service's next flow goes to.
+ *
+ * services: address, port, protocol -> id and number of slots
+ * slots:    id, slot                -> backend number
+ * backends: backend number          -> address and port
+ *
+ * Each look-up is O(1). The agent writes backends, then slots, then services,
+ * and removes in reverse. So whatever count a reader has seen, its slots were
+ * there; if one is gone, the Service has changed since, and it is read again.
+ */
+#pragma once
+
+#include "../../bpf/address.h"
+#include "../../bpf/verdict.h"
+
+struct service_key {
+	struct address address;
+	__be16 port;
+	__u8 protocol;
+	__u8 zero;
+};
+
+struct service {
+	__u32 id;
+	__u32 slots; /* how many backends; 0: refuse */
+};
+
+struct slot_key {
+	__u32 service; /* struct service.id */
+	__u32 slot;
+};
+
+struct backend {
+	struct address address;
+	__be16 port;
+	__u16 zero;
+	__u32 service; /* the struct service.id it belongs to; a number is never in two */
+};
+
+/* Sizes are set before load, from what the cluster needs (load.go). Nothing is
+ * preallocated: an entry costs memory when it is there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct service_key);
+	__type(value, struct service);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct slot_key);
+	__type(value, __u32);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} slots SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, struct backend);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} backends SEC(".maps");
+
+/* How often each enum reason applied, per CPU. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, enum reason);
+	__type(value, __u64);
+	__uint(max_entries, REASON_COUNT);
+} reasons SEC(".maps");
+
+static __always_inline void count(enum reason reason)
+{
+	__u64 *n = bpf_map_lookup_elem(&reasons, &reason);
+
+	if (n)
+		(*n)++;
+}
+
+struct decision {
+	enum verdict verdict;
+	enum reason reason;
+	__u32 number; /* of the backend */
+	struct backend backend;
+};
+
+/* A Service that is altered between two of our look-ups is read again. Three
+ * rounds suffice: an update takes the agent at least a microsecond. */
+#define DECIDE_ROUNDS 3
+
+/* decide chooses a backend for a new flow to key, each with the same
+ * probability. *to is only valid if the verdict is VERDICT_FORWARD. */
+static __always_inline void decide(const struct service_key *key, struct decision *to)
+{
+	to->verdict = VERDICT_REFUSE;
+	to->reason = REASON_UNSETTLED;
+#pragma unroll
+	for (int round = 0; round < DECIDE_ROUNDS; round++) {
+		struct service *service = bpf_map_lookup_elem(&services, key);
+
+		if (!service) {
+			to->verdict = VERDICT_NOT_A_SERVICE;
+			return;
+		}
+		/* One read: the two halves must belong together, but a Service's id
+		 * never changes, so reading them apart is the same. */
+		__u32 n = service->slots;
+
+		if (n == 0) {
+			to->reason = REASON_NO_BACKEND;
+			return;
+		}
+		struct slot_key slot = {
+			.service = service->id,
+			/* multiply and shift instead of modulo: no division */
+			.slot = ((__u64)bpf_get_prandom_u32() * n) >> 32,
+		};
+		__u32 *number = bpf_map_lookup_elem(&slots, &slot);
+
+		if (!number)
+			continue;
+		to->number = *number;
+		struct backend *backend = bpf_map_lookup_elem(&backends, &to->number);
+
+		if (!backend || backend->service != slot.service)
+			continue;
+		to->backend = *backend;
+		to->verdict = VERDICT_FORWARD;
+		to->reason = REASON_FORWARDED;
+		return;
+	}
+}
