@@ -37,7 +37,7 @@ var sized = []string{datapathMapServices, datapathMapSlots, datapathMapBackends}
 
 const (
 	linkPrefix = "link_"
-	nextSuffix = ".next"
+	nextPrefix = "next_" // a bpf file system takes no dots in names
 )
 
 // datapath is what the layer has in the kernel.
@@ -289,7 +289,7 @@ func (d *datapath) aliveOnCgroup(l link.Link) bool {
 
 // repin pins m at path, over what is there, in one step.
 func repin(m *ebpf.Map, path string) error {
-	next := path + nextSuffix
+	next := filepath.Join(filepath.Dir(path), nextPrefix+filepath.Base(path))
 	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -305,7 +305,7 @@ func repin(m *ebpf.Map, path string) error {
 // grow moves services, slots and backends into larger maps: these are filled
 // while the old ones serve, then each program is switched over. It is the only
 // writer meanwhile. The sockets' flows stay: backends keep their numbers.
-func (d *datapath) grow(room capacity) error {
+func (d *datapath) grow(t *tables, room capacity) error {
 	spec, err := loadDatapath()
 	if err != nil {
 		return fmt.Errorf("read embedded programs: %w", err)
@@ -346,6 +346,7 @@ func (d *datapath) grow(room capacity) error {
 	if err != nil {
 		return fmt.Errorf("enlarge maps to %d services and %d backends: %w", room.services, room.backends, err)
 	}
+	t.use(d.maps)
 	return nil
 }
 

@@ -33,6 +33,15 @@ type Layer struct {
 	planner  planner
 	datapath *datapath
 	tables   *tables
+	room     room
+}
+
+// room is what Apply needs of the datapath.
+type room interface {
+	// grow makes the tables' maps larger and gives them to the tables.
+	grow(t *tables, room capacity) error
+	// commit puts programs in force that waited for the tables to be filled.
+	commit() error
 }
 
 var _ layer.Layer = (*Layer)(nil)
@@ -58,19 +67,16 @@ func (l *Layer) Open() error {
 	if err != nil {
 		return err
 	}
-	l.datapath = datapath
-	l.useMaps()
+	l.datapath, l.room, l.tables = datapath, datapath, &tables{}
+	l.tables.use(datapath.maps)
 	return nil
 }
 
-// useMaps gives the tables types over the maps now in force.
-func (l *Layer) useMaps() {
-	if l.tables == nil {
-		l.tables = &tables{}
-	}
-	l.tables.services = bpfmap.New[datapathServiceKey, datapathService](l.datapath.maps[datapathMapServices])
-	l.tables.slots = bpfmap.New[datapathSlotKey, uint32](l.datapath.maps[datapathMapSlots])
-	l.tables.backends = bpfmap.New[uint32, datapathBackend](l.datapath.maps[datapathMapBackends])
+// use gives types to the maps.
+func (t *tables) use(maps map[string]*ebpf.Map) {
+	t.services = bpfmap.New[datapathServiceKey, datapathService](maps[datapathMapServices])
+	t.slots = bpfmap.New[datapathSlotKey, uint32](maps[datapathMapSlots])
+	t.backends = bpfmap.New[uint32, datapathBackend](maps[datapathMapBackends])
 }
 
 // Read implements layer.Layer. It also removes what a process that died while
@@ -82,10 +88,9 @@ func (l *Layer) Read() (layer.Picture, error) { return l.tables.adopt() }
 func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, error) {
 	services, backends := l.tables.need(changes)
 	if services > l.tables.services.Capacity() || backends > l.tables.backends.Capacity() {
-		if err := l.datapath.grow(roomFor(services, backends)); err != nil {
+		if err := l.room.grow(l.tables, roomFor(services, backends)); err != nil {
 			return have, err
 		}
-		l.useMaps()
 	}
 	rows := have.(*Picture).rows
 	var failures []error
@@ -108,7 +113,7 @@ func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture,
 		}
 		return have, errors.Join(append(failures, err)...)
 	}
-	return have, l.datapath.commit()
+	return have, l.room.commit()
 }
 
 // Describe implements layer.Layer.
@@ -211,8 +216,7 @@ func (p pinned) Detail() string { return "" }
 // whether or not an agent runs. A folder that does not exist is an empty
 // picture.
 func Pinned(pins string) (*Picture, error) {
-	t := &tables{}
-	var opened []*ebpf.Map
+	opened := map[string]*ebpf.Map{}
 	defer func() {
 		for _, m := range opened {
 			m.Close()
@@ -226,11 +230,10 @@ func Pinned(pins string) (*Picture, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(pins, name), err)
 		}
-		opened = append(opened, m)
+		opened[name] = m
 	}
-	t.services = bpfmap.New[datapathServiceKey, datapathService](opened[0])
-	t.slots = bpfmap.New[datapathSlotKey, uint32](opened[1])
-	t.backends = bpfmap.New[uint32, datapathBackend](opened[2])
+	t := &tables{}
+	t.use(opened)
 	picture, _, err := t.read()
 	return picture, err
 }

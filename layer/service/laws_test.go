@@ -1,0 +1,186 @@
+package service
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/layertest"
+	"github.com/millrace/millrace/model"
+)
+
+// shop is a cluster of two Services, echo and dns, of both families.
+func shop(echoPods ...string) *model.Snapshot {
+	return &model.Snapshot{Complete: true, Services: []*model.Service{
+		serviceOf("echo", model.TCP, 80, []string{"10.96.0.1", "fd00:96::1"}, 8080, echoPods...),
+		serviceOf("dns", model.UDP, 53, []string{"10.96.0.10"}, 5353, "127.0.0.3", "127.0.0.4"),
+		serviceOf("empty", model.TCP, 443, []string{"10.96.0.2"}, 8443),
+	}}
+}
+
+// serviceOf makes a Service of one port whose pods are all ready.
+func serviceOf(name string, protocol model.Protocol, port uint16, ips []string, target uint16, pods ...string) *model.Service {
+	s := &model.Service{Name: model.Name{Namespace: "default", Name: name}, Type: model.ClusterIP}
+	for _, ip := range ips {
+		s.ClusterIPs = append(s.ClusterIPs, netip.MustParseAddr(ip))
+	}
+	p := model.ServicePort{Protocol: protocol, Port: port}
+	for _, pod := range pods {
+		p.Backends = append(p.Backends, model.Backend{
+			Address: netip.AddrPortFrom(netip.MustParseAddr(pod), target), Ready: true, Serving: true,
+		})
+	}
+	s.Ports = []model.ServicePort{p}
+	return s
+}
+
+func shops() []*model.Snapshot {
+	return []*model.Snapshot{
+		shop("127.0.0.1", "127.0.0.2", "::1"),
+		shop("127.0.0.2", "127.0.0.5"),
+		{Complete: true},
+		shop("127.0.0.2", "::1"),
+	}
+}
+
+func TestPureLaws(t *testing.T) {
+	layertest.PureLaws(t, layertest.Subject{
+		New:       func() layer.Layer { return New(Settings{}) },
+		Snapshots: shops()[:2],
+		Faulty: func(object string) (layer.Layer, func()) {
+			l, tables := onFakes(1000)
+			tables.services.Refuse = func(key datapathServiceKey) error {
+				if (&Row{Frontend: frontendOf(key)}).Object() == object {
+					return syscall.ENOMEM
+				}
+				return nil
+			}
+			return l, func() { tables.services.Refuse = nil }
+		},
+	})
+}
+
+func TestLaws(t *testing.T) {
+	layertest.Laws(t, func(t *testing.T) layertest.Subject {
+		bed := layertest.NewBed(t)
+		pins := filepath.Join(bed.BPF, "millrace", "service")
+		if err := os.Mkdir(filepath.Dir(pins), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		serve(t, bed, "tcp", "127.0.0.1:8080", "127.0.0.2:8080", "[::1]:8080")
+		return layertest.Subject{
+			New:       func() layer.Layer { return New(Settings{Cgroup: bed.Cgroup, Pins: pins}) },
+			Snapshots: shops(),
+			Observe:   func() string { return observe(t, bed) },
+			Stranger:  func() func() error { return stranger(t, bed) },
+			Works: func() error {
+				_, _, err := ask(bed, "tcp", "10.96.0.1:80")
+				return err
+			},
+		}
+	})
+}
+
+// observe prints the pins and the programs on the cgroup.
+func observe(t *testing.T, bed *layertest.Bed) string {
+	t.Helper()
+	var text strings.Builder
+	err := filepath.WalkDir(bed.BPF, func(path string, _ fs.DirEntry, err error) error {
+		fmt.Fprintln(&text, "pin", path)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cgroup, err := os.Open(bed.Cgroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cgroup.Close()
+	for _, hook := range hooks {
+		found, err := link.QueryPrograms(link.QueryOptions{Target: int(cgroup.Fd()), Attach: hook.attach})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, program := range found.Programs {
+			fmt.Fprintln(&text, "program", hook.attach, program.ID)
+		}
+	}
+	return text.String()
+}
+
+// stranger attaches somebody else's program to connect4 of the cgroup, pins it
+// and a map.
+func stranger(t *testing.T, bed *layertest.Bed) func() error {
+	t.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	theirs, err := link.AttachCgroup(link.CgroupOptions{Path: bed.Cgroup, Attach: ebpf.AttachCGroupInet4Connect, Program: program})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { theirs.Close() })
+	pin := filepath.Join(bed.BPF, "theirs")
+	if err := theirs.Pin(pin); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { theirs.Unpin() })
+	return func() error {
+		if _, err := os.Stat(pin); err != nil {
+			return err
+		}
+		info, err := theirs.Info()
+		if err != nil {
+			return err
+		}
+		if info.Cgroup().CgroupId == 0 {
+			return errors.New("the stranger's program was detached")
+		}
+		return nil
+	}
+}
+
+type fakeTables struct {
+	services *bpfmap.Fake[datapathServiceKey, datapathService]
+	slots    *bpfmap.Fake[datapathSlotKey, uint32]
+	backends *bpfmap.Fake[uint32, datapathBackend]
+	// grown is the last room that was asked for.
+	grown capacity
+}
+
+func (f *fakeTables) commit() error { return nil }
+
+func (f *fakeTables) grow(_ *tables, room capacity) error {
+	f.grown = room
+	f.services.Max, f.slots.Max, f.backends.Max = room.services, room.backends, room.backends
+	return nil
+}
+
+// onFakes is the layer over tables in ordinary memory.
+func onFakes(size int) (*Layer, *fakeTables) {
+	f := &fakeTables{
+		services: bpfmap.NewFake[datapathServiceKey, datapathService](size),
+		slots:    bpfmap.NewFake[datapathSlotKey, uint32](size),
+		backends: bpfmap.NewFake[uint32, datapathBackend](size),
+	}
+	t := &tables{services: f.services, slots: f.slots, backends: f.backends, entries: map[Frontend]*entry{}}
+	return &Layer{tables: t, room: f}, f
+}
