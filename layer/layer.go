@@ -24,8 +24,12 @@ type Layer interface {
 	// Open loads what the layer needs into the kernel, or takes over what an
 	// earlier process left there without a gap in traffic.
 	Open() error
-	// Read says what the kernel holds now.
+	// Read says what the kernel holds now, and clears away what a writer that
+	// died halfway left there. The layer must be open.
 	Read() (Picture, error)
+	// Look says what the kernel holds now and changes nothing. The layer need
+	// not be open, and another process may have it open.
+	Look() (Picture, error)
 	// Diff says what leads from one picture to another. With prune false
 	// nothing is removed: the input is not known to be whole. It is pure.
 	Diff(have, want Picture, prune bool) Changes
@@ -46,6 +50,8 @@ type Layer interface {
 type Picture interface {
 	// Len is the number of objects in it.
 	Len() int
+	// Subjects are its objects in order; each can be turned into JSON.
+	Subjects() []Subject
 }
 
 // Op is what a Change does.

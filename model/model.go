@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 )
 
 // Name identifies an object of one kind in a cluster.
@@ -81,6 +82,9 @@ type Snapshot struct {
 	// Complete says that the source has seen everything once. Nothing may be
 	// removed from the kernel for a Snapshot that is not complete.
 	Complete bool
+	// Seen is when the source noticed the oldest change that is new in this
+	// Snapshot; zero where that is unknown. Plans do not read it.
+	Seen time.Time
 
 	Services  []*Service
 	Pods      []*Pod

@@ -148,7 +148,7 @@ func TestOtherLayoutIsReplacedWithoutAGap(t *testing.T) {
 	if next.datapath.unlinked != nil {
 		t.Error("the new programs were never put in force")
 	}
-	read, err := Pinned(s.layer.settings.Pins)
+	read, err := New(s.layer.settings).Look()
 	if err != nil || read.Len() != 1 {
 		t.Errorf("the pins hold %d Services, %v", read.Len(), err)
 	}

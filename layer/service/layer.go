@@ -212,10 +212,9 @@ type pinned string
 func (p pinned) Object() string { return "pin " + string(p) }
 func (p pinned) Detail() string { return "" }
 
-// Pinned reads what is in force in a pin folder without changing anything,
-// whether or not an agent runs. A folder that does not exist is an empty
-// picture.
-func Pinned(pins string) (*Picture, error) {
+// Look implements layer.Layer: it reads the pinned maps. A pin folder that does
+// not exist is an empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.
+func (l *Layer) Look() (layer.Picture, error) {
 	opened := map[string]*ebpf.Map{}
 	defer func() {
 		for _, m := range opened {
@@ -223,12 +222,12 @@ func Pinned(pins string) (*Picture, error) {
 		}
 	}()
 	for _, name := range sized {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
+		m, err := ebpf.LoadPinnedMap(filepath.Join(l.settings.Pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
 			return &Picture{rows: map[Frontend]*Row{}}, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(pins, name), err)
+			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(l.settings.Pins, name), err)
 		}
 		opened[name] = m
 	}
@@ -236,14 +235,4 @@ func Pinned(pins string) (*Picture, error) {
 	t.use(opened)
 	picture, _, err := t.read()
 	return picture, err
-}
-
-// Rows are the picture's frontends in order.
-func (p *Picture) Rows() []*Row {
-	rows := make([]*Row, 0, len(p.rows))
-	for _, row := range p.rows {
-		rows = append(rows, row)
-	}
-	slices.SortFunc(rows, func(a, b *Row) int { return a.compare(b.Frontend) })
-	return rows
 }

@@ -2,16 +2,19 @@ package service
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 
+	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
 
 // Frontend is an address on which a Service answers.
 type Frontend struct {
-	Address  netip.AddrPort
-	Protocol model.Protocol
+	Address  netip.AddrPort `json:"address"`
+	Protocol model.Protocol `json:"protocol"`
 }
 
 // String is "10.96.0.10:53/udp".
@@ -31,10 +34,10 @@ type Row struct {
 	Frontend
 	// Service and Port say whose it is; empty when read from the kernel, which
 	// knows no names.
-	Service model.Name
-	Port    string
+	Service model.Name `json:"service"`
+	Port    string     `json:"port,omitempty"`
 	// Backends are sorted, and no two are equal.
-	Backends []netip.AddrPort
+	Backends []netip.AddrPort `json:"backends"`
 }
 
 // Object implements layer.Subject.
@@ -60,6 +63,16 @@ func (r *Row) Detail() string {
 // Picture is the layer's state, planned or read.
 type Picture struct {
 	rows map[Frontend]*Row
+}
+
+// Subjects implements layer.Picture: each is a *Row.
+func (p *Picture) Subjects() []layer.Subject {
+	rows := slices.SortedFunc(maps.Values(p.rows), func(a, b *Row) int { return a.compare(b.Frontend) })
+	subjects := make([]layer.Subject, len(rows))
+	for i, row := range rows {
+		subjects[i] = row
+	}
+	return subjects
 }
 
 // Len implements layer.Picture.

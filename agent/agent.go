@@ -1,0 +1,338 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// Source is where Snapshots come from. Run delivers them, the newest last, until
+// ctx ends or it cannot go on. It is called again after an error.
+type Source interface {
+	Run(ctx context.Context, deliver func(*model.Snapshot)) error
+}
+
+// Config is what an agent needs. All but Metrics must be set.
+type Config struct {
+	// Node is this node's name in the cluster.
+	Node string
+	// Version is shown in status and metrics.
+	Version string
+	Source  Source
+	// SourceName is shown in status: "dir:/etc/millrace".
+	SourceName string
+	Layers     []layer.Layer
+	// RunFolder gets the lock and the status socket.
+	RunFolder string
+	// Metrics is the TCP address for Prometheus, "127.0.0.1:9470"; empty for none.
+	Metrics string
+	Log     *slog.Logger
+	// Started is when the process began, for the time to attach.
+	Started time.Time
+}
+
+const (
+	driftEvery = time.Minute
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 10 * time.Second
+)
+
+// ErrRunning says that another agent holds the run folder.
+var ErrRunning = errors.New("another agent is running here: stop it first")
+
+// Agent is one running agent.
+type Agent struct {
+	config Config
+	parts  []*part
+	// newest is the last Snapshot delivered and not yet taken.
+	newest   chan *model.Snapshot
+	metrics  *metrics
+	attached time.Duration
+
+	mu       sync.Mutex // guards what status reads
+	snapshot *model.Snapshot
+	received time.Time
+	ready    bool
+	sourceIs string
+}
+
+// part is one layer and what the agent knows of it.
+type part struct {
+	layer.Layer
+	// have is in force, want is asked for; both are nil at first.
+	have, want layer.Picture
+	done       layer.Tally
+	failed     int
+	drifted    int
+	lastError  string
+}
+
+// Run runs an agent until ctx ends. What the layers have in the kernel stays in
+// force afterwards. It returns an error only for what makes starting pointless:
+// a missing privilege or kernel feature, a run folder in use.
+func Run(ctx context.Context, config Config) error {
+	unlock, err := lock(config.RunFolder)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), metrics: newMetrics()}
+	defer a.close()
+	for _, l := range config.Layers {
+		if err := a.open(l); err != nil {
+			return err
+		}
+	}
+	a.attached = time.Since(config.Started)
+	config.Log.Info("attached", "after", a.attached.Round(time.Millisecond), "node", config.Node)
+	serving, err := a.serve()
+	if err != nil {
+		return err
+	}
+	defer serving.close()
+	var sources sync.WaitGroup
+	defer sources.Wait()
+	sources.Go(func() { a.watch(ctx) })
+	a.loop(ctx)
+	return nil
+}
+
+func (a *Agent) open(l layer.Layer) error {
+	if err := l.Open(); err != nil {
+		return err
+	}
+	p := &part{Layer: l}
+	a.parts = append(a.parts, p)
+	var err error
+	if p.have, err = l.Read(); err != nil {
+		return fmt.Errorf("read what the %s layer has in the kernel: %w", l.Name(), err)
+	}
+	if n := p.have.Len(); n > 0 {
+		a.config.Log.Info("took over", "layer", l.Name(), "objects", n)
+	}
+	return nil
+}
+
+func (a *Agent) close() {
+	for _, p := range a.parts {
+		if err := p.Close(); err != nil {
+			a.config.Log.Error("close", "layer", p.Name(), "error", err)
+		}
+	}
+}
+
+// watch runs the source again and again: what it cannot read now it may be able
+// to read later, and meanwhile the kernel keeps what it has.
+func (a *Agent) watch(ctx context.Context) {
+	for wait := retryFirst; ctx.Err() == nil; wait = min(2*wait, retryMost) {
+		err := a.config.Source.Run(ctx, func(s *model.Snapshot) {
+			wait = retryFirst
+			a.setSource("")
+			a.deliver(s)
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			err = errors.New("ended")
+		}
+		a.setSource(err.Error())
+		a.config.Log.Error("source", "name", a.config.SourceName, "error", err, "again_in", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// deliver replaces a Snapshot that nobody has taken yet: only the newest counts,
+// but it carries the older one's time.
+func (a *Agent) deliver(s *model.Snapshot) {
+	select {
+	case older := <-a.newest:
+		if !older.Seen.IsZero() && older.Seen.Before(s.Seen) {
+			copied := *s
+			copied.Seen = older.Seen
+			s = &copied
+		}
+	default:
+	}
+	a.newest <- s
+}
+
+// loop is the one goroutine that calls the layers' verbs.
+func (a *Agent) loop(ctx context.Context) {
+	drift := time.NewTicker(driftEvery)
+	defer drift.Stop()
+	wait := retryFirst
+	retry := time.NewTimer(0)
+	<-retry.C
+	for {
+		clean := true
+		select {
+		case <-ctx.Done():
+			return
+		case s := <-a.newest:
+			clean = a.take(s)
+			wait = retryFirst
+		case <-retry.C:
+			clean = a.applyAll()
+		case <-drift.C:
+			a.findDrift()
+			clean = a.applyAll()
+		}
+		if !clean {
+			retry.Reset(wait)
+			wait = min(2*wait, retryMost)
+		}
+	}
+}
+
+// take makes a Snapshot the wanted one and applies it. It says whether every
+// change succeeded.
+func (a *Agent) take(s *model.Snapshot) bool {
+	a.mu.Lock()
+	a.snapshot, a.received = s, time.Now()
+	a.mu.Unlock()
+	for _, p := range a.parts {
+		want := p.Plan(s)
+		a.mu.Lock()
+		p.want = want
+		a.mu.Unlock()
+	}
+	clean := a.applyAll()
+	if !s.Seen.IsZero() {
+		a.metrics.programmed(time.Since(s.Seen))
+	}
+	if clean && s.Complete {
+		a.mu.Lock()
+		a.ready = true
+		a.mu.Unlock()
+	}
+	return clean
+}
+
+func (a *Agent) applyAll() bool {
+	clean := true
+	for _, p := range a.parts {
+		clean = a.apply(p) && clean
+	}
+	return clean
+}
+
+func (a *Agent) apply(p *part) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p.want == nil {
+		return true
+	}
+	changes := p.Diff(p.have, p.want, a.snapshot.Complete)
+	var err error
+	p.have, err = p.Apply(p.have, changes)
+	a.report(p, changes, err)
+	return err == nil
+}
+
+// report tells what was applied, in the log, metrics and status. A few changes
+// are told one by one, many are counted.
+func (a *Agent) report(p *part, changes layer.Changes, err error) {
+	p.lastError = ""
+	failed := 0
+	if err != nil {
+		failed = len(unjoin(err))
+		p.failed += failed
+		p.lastError = err.Error()
+		a.config.Log.Error("apply", "layer", p.Name(), "failed", failed, "error", firstOf(err))
+	}
+	tally := changes.Tally()
+	p.done.Added += tally.Added
+	p.done.Altered += tally.Altered
+	p.done.Removed += tally.Removed
+	a.metrics.applied(p.Name(), tally, failed)
+	const spoken = 8
+	if len(changes) > spoken {
+		a.config.Log.Info("applied", "layer", p.Name(), "added", tally.Added, "altered", tally.Altered, "removed", tally.Removed)
+		return
+	}
+	for _, change := range changes {
+		a.config.Log.Info(change.String(), "layer", p.Name())
+	}
+}
+
+// findDrift reads the kernel again. What differs from what was applied is what
+// somebody else changed; the next apply mends it.
+func (a *Agent) findDrift() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.parts {
+		found, err := p.Read()
+		if err != nil {
+			a.config.Log.Error("drift check", "layer", p.Name(), "error", err)
+			continue
+		}
+		if drift := p.Diff(p.have, found, true); len(drift) > 0 {
+			p.drifted += len(drift)
+			a.metrics.drift(p.Name(), len(drift))
+			a.config.Log.Warn("the kernel holds something other than was applied, and is mended",
+				"layer", p.Name(), "differences", len(drift), "first", drift[0].String())
+		}
+		p.have = found
+	}
+}
+
+func (a *Agent) setSource(problem string) {
+	a.mu.Lock()
+	a.sourceIs = problem
+	a.mu.Unlock()
+}
+
+// lock makes the run folder and takes it for this process until the function it
+// returns is called, or the process ends.
+func lock(folder string) (func(), error) {
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return nil, fmt.Errorf("make run folder: %w", err)
+	}
+	path := filepath.Join(folder, "agent.lock")
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock run folder: %w", err)
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, ErrRunning)
+	}
+	return func() { file.Close() }, nil
+}
+
+// Running says whether an agent holds the run folder.
+func Running(folder string) bool {
+	if _, err := os.Stat(folder); err != nil {
+		return false
+	}
+	unlock, err := lock(folder)
+	if err != nil {
+		return errors.Is(err, ErrRunning)
+	}
+	unlock()
+	return false
+}
+
+// unjoin takes an errors.Join apart.
+func unjoin(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	return []error{err}
+}
+
+func firstOf(err error) error { return unjoin(err)[0] }

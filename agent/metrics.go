@@ -1,0 +1,163 @@
+package agent
+
+import (
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/millrace/millrace/layer"
+)
+
+// metrics are what the agent counts itself. What the layers count is read from
+// them when Prometheus asks.
+type metrics struct {
+	registry *prometheus.Registry
+	duration prometheus.Histogram
+	changes  *prometheus.CounterVec
+	failures *prometheus.CounterVec
+	drifts   *prometheus.CounterVec
+
+	mu     sync.Mutex
+	recent []time.Duration // of the last changes, for status
+}
+
+// recentMost bounds the changes whose latency is remembered.
+const recentMost = 1000
+
+func newMetrics() *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "millrace_agent_programming_duration_seconds",
+			Help:    "From the source's noticing a change to its being in the kernel.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 16),
+		}),
+		changes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "millrace_layer_changes_total", Help: "Changes applied, by layer and what they did.",
+		}, []string{"layer", "op"}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "millrace_layer_changes_failed_total", Help: "Changes that failed; they are tried again.",
+		}, []string{"layer"}),
+		drifts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "millrace_layer_drift_total", Help: "Objects found other than applied: changed by somebody else.",
+		}, []string{"layer"}),
+	}
+	m.registry.MustRegister(m.duration, m.changes, m.failures, m.drifts,
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
+	return m
+}
+
+func (m *metrics) programmed(took time.Duration) {
+	m.duration.Observe(took.Seconds())
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.recent) == recentMost {
+		m.recent = m.recent[1:]
+	}
+	m.recent = append(m.recent, took)
+}
+
+// Latency is the time from the source's noticing a change to its being in the
+// kernel, over the last changes, at most a thousand.
+type Latency struct {
+	Changes int     `json:"changes"`
+	P50MS   float64 `json:"p50_ms"`
+	P99MS   float64 `json:"p99_ms"`
+	MaxMS   float64 `json:"max_ms"`
+}
+
+// latency is nil before the first change.
+func (m *metrics) latency() *Latency {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.recent) == 0 {
+		return nil
+	}
+	sorted := slices.Sorted(slices.Values(m.recent))
+	at := func(share float64) float64 {
+		return float64(sorted[int(share*float64(len(sorted)-1))].Microseconds()) / 1000
+	}
+	return &Latency{Changes: len(sorted), P50MS: at(0.5), P99MS: at(0.99), MaxMS: at(1)}
+}
+
+func (m *metrics) applied(name string, t layer.Tally, failed int) {
+	m.changes.WithLabelValues(name, "add").Add(float64(t.Added))
+	m.changes.WithLabelValues(name, "alter").Add(float64(t.Altered))
+	m.changes.WithLabelValues(name, "remove").Add(float64(t.Removed))
+	m.failures.WithLabelValues(name).Add(float64(failed))
+}
+
+func (m *metrics) drift(name string, n int) { m.drifts.WithLabelValues(name).Add(float64(n)) }
+
+// handler serves /metrics, and /healthz for a liveness probe.
+func (m *metrics) handler(a *Agent) http.Handler {
+	m.registry.MustRegister(&statusCollector{a})
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
+	return mux
+}
+
+// statusCollector turns Status into metrics. Every label has few values: layers,
+// maps and reasons are fixed by the program.
+type statusCollector struct{ agent *Agent }
+
+var (
+	infoMetric     = describe("millrace_build_info", "The running version.", "version")
+	readyMetric    = describe("millrace_agent_ready", "1 once the cluster was seen whole and is in the kernel.")
+	ageMetric      = describe("millrace_agent_snapshot_age_seconds", "Age of the picture of the cluster that is in force.")
+	problemsMetric = describe("millrace_agent_problems", "Objects of the input that cannot be used.")
+	objectsMetric  = describe("millrace_layer_objects", "Objects in force.", "layer")
+	entriesMetric  = describe("millrace_map_entries", "Entries in a kernel map.", "layer", "map")
+	capacityMetric = describe("millrace_map_capacity", "Largest number of entries; maps grow before it is reached.", "layer", "map")
+	bytesMetric    = describe("millrace_map_bytes", "Kernel memory of a map.", "layer", "map")
+	eventsMetric   = describe("millrace_events_total", "What the programs did, by reason.", "layer", "reason")
+)
+
+func describe(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, labels, nil)
+}
+
+// Describe implements prometheus.Collector; what is collected is known by name.
+func (c *statusCollector) Describe(into chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{infoMetric, readyMetric, ageMetric, problemsMetric, objectsMetric,
+		entriesMetric, capacityMetric, bytesMetric, eventsMetric} {
+		into <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *statusCollector) Collect(into chan<- prometheus.Metric) {
+	status, err := c.agent.Status()
+	if err != nil {
+		into <- prometheus.NewInvalidMetric(readyMetric, err)
+		return
+	}
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		into <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	ready := 0.0
+	if status.Ready {
+		ready = 1
+	}
+	gauge(infoMetric, 1, status.Version)
+	gauge(readyMetric, ready)
+	gauge(ageMetric, status.Source.AgeSeconds)
+	gauge(problemsMetric, float64(len(status.Problems)))
+	for _, l := range status.Layers {
+		gauge(objectsMetric, float64(l.Objects), l.Name)
+		for _, m := range l.Maps {
+			gauge(entriesMetric, float64(m.Entries), l.Name, m.Name)
+			gauge(capacityMetric, float64(m.Capacity), l.Name, m.Name)
+			gauge(bytesMetric, float64(m.Bytes), l.Name, m.Name)
+		}
+		for reason, n := range l.Reasons {
+			into <- prometheus.MustNewConstMetric(eventsMetric, prometheus.CounterValue, float64(n), l.Name, reason)
+		}
+	}
+}

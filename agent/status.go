@@ -1,0 +1,214 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// Status is what `millrace status -o json` prints.
+type Status struct {
+	// Ready: the cluster was seen whole once, and everything is in the kernel.
+	Ready   bool      `json:"ready"`
+	Node    string    `json:"node"`
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	// AttachedAfterMS is from process start to all programs attached.
+	AttachedAfterMS float64        `json:"attached_after_ms"`
+	Source          SourceStatus   `json:"source"`
+	Layers          []LayerStatus  `json:"layers"`
+	Latency         *Latency       `json:"latency,omitempty"`
+	Memory          Memory         `json:"memory"`
+	Ignored         map[string]int `json:"ignored,omitempty"`
+	// Problems are the objects of the input that cannot be used.
+	Problems []model.Problem `json:"problems"`
+}
+
+// SourceStatus says how old the picture is.
+type SourceStatus struct {
+	Name string `json:"name"`
+	// Error is why the source cannot be read now; the last picture stays in force.
+	Error      string    `json:"error,omitempty"`
+	Snapshot   uint64    `json:"snapshot"`
+	Complete   bool      `json:"complete"`
+	Received   time.Time `json:"received"`
+	AgeSeconds float64   `json:"age_seconds"`
+	Services   int       `json:"services"`
+	Pods       int       `json:"pods"`
+	Nodes      int       `json:"nodes"`
+}
+
+// LayerStatus is a layer and what the agent did with it.
+type LayerStatus struct {
+	layer.Description
+	Changes   layer.Tally `json:"changes"`
+	Failed    int         `json:"failed"`
+	Drifted   int         `json:"drifted"`
+	LastError string      `json:"last_error,omitempty"`
+}
+
+// Memory is the agent's own memory, and the kernel's for its maps.
+type Memory struct {
+	ResidentBytes uint64 `json:"resident_bytes"`
+	MapBytes      uint64 `json:"map_bytes"`
+}
+
+// Status says how the agent does.
+func (a *Agent) Status() (Status, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := Status{
+		Ready: a.ready, Node: a.config.Node, Version: a.config.Version, PID: os.Getpid(),
+		Started: a.config.Started, AttachedAfterMS: float64(a.attached.Microseconds()) / 1000,
+		Source:   SourceStatus{Name: a.config.SourceName, Error: a.sourceIs},
+		Latency:  a.metrics.latency(),
+		Problems: []model.Problem{},
+	}
+	if now := a.snapshot; now != nil {
+		s.Source.Snapshot, s.Source.Complete = now.Number, now.Complete
+		s.Source.Received, s.Source.AgeSeconds = a.received, time.Since(a.received).Seconds()
+		s.Source.Services, s.Source.Pods, s.Source.Nodes = len(now.Services), len(now.Pods), len(now.Nodes)
+		s.Ignored = now.Ignored
+		s.Problems = append(s.Problems, now.Problems...)
+	}
+	for _, p := range a.parts {
+		description, err := p.Describe()
+		if err != nil {
+			return s, err
+		}
+		s.Layers = append(s.Layers, LayerStatus{description, p.done, p.failed, p.drifted, p.lastError})
+		for _, m := range description.Maps {
+			s.Memory.MapBytes += m.Bytes
+		}
+	}
+	s.Memory.ResidentBytes = resident()
+	return s, nil
+}
+
+// resident is this process's VmRSS (proc_pid_status(5)), 0 if unknown.
+func resident() uint64 {
+	data, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0
+	}
+	_, after, _ := strings.Cut(string(data), "VmRSS:")
+	fields := strings.Fields(after)
+	if len(fields) == 0 {
+		return 0
+	}
+	kilobytes, _ := strconv.ParseUint(fields[0], 10, 64)
+	return kilobytes << 10
+}
+
+// serving are the open listeners.
+type serving struct{ servers []*http.Server }
+
+func (s serving) close() {
+	for _, server := range s.servers {
+		server.Close()
+	}
+}
+
+func socketIn(folder string) string { return filepath.Join(folder, "agent.sock") }
+
+// serve answers on the Unix socket, and to Prometheus where that is asked for.
+func (a *Agent) serve() (serving, error) {
+	path := socketIn(a.config.RunFolder)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return serving{}, fmt.Errorf("remove old status socket: %w", err)
+	}
+	local, err := net.Listen("unix", path)
+	if err != nil {
+		return serving{}, fmt.Errorf("open status socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		local.Close()
+		return serving{}, fmt.Errorf("open status socket: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		status, err := a.Status()
+		answer(w, status, err)
+	})
+	mux.HandleFunc("GET /wanted/{layer}", func(w http.ResponseWriter, r *http.Request) {
+		subjects, err := a.wanted(r.PathValue("layer"))
+		answer(w, subjects, err)
+	})
+	s := serving{}
+	s.start(local, mux)
+	if a.config.Metrics == "" {
+		return s, nil
+	}
+	remote, err := net.Listen("tcp", a.config.Metrics)
+	if err != nil {
+		s.close()
+		return serving{}, fmt.Errorf("serve metrics on %s: %w", a.config.Metrics, err)
+	}
+	s.start(remote, a.metrics.handler(a))
+	return s, nil
+}
+
+func (s *serving) start(listener net.Listener, handler http.Handler) {
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 1 << 14}
+	s.servers = append(s.servers, server)
+	go server.Serve(listener) // ends with close()
+}
+
+func answer(w http.ResponseWriter, value any, err error) {
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(value)
+}
+
+// wanted are the objects of a layer's plan, with the names that the kernel does
+// not know.
+func (a *Agent) wanted(name string) ([]layer.Subject, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.parts {
+		if p.Name() == name && p.want != nil {
+			return p.want.Subjects(), nil
+		}
+	}
+	return []layer.Subject{}, nil
+}
+
+// Ask reads from the agent of a run folder: path is "/status" (into a *Status)
+// or "/wanted/LAYER" (into a slice of the layer's subjects).
+func Ask(ctx context.Context, folder, path string, into any) error {
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socketIn(folder))
+	}}}
+	defer client.CloseIdleConnections()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	if err != nil {
+		return err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return fmt.Errorf("ask the agent at %s: %w", socketIn(folder), err)
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 1<<12))
+		return fmt.Errorf("ask the agent at %s: %s", socketIn(folder), strings.TrimSpace(string(text)))
+	}
+	return json.NewDecoder(response.Body).Decode(into)
+}
