@@ -1,0 +1,49 @@
+// Package bench measures what a connection to a Service costs, side by side and
+// in one run: routed traffic without any Service, millrace, and the rule sets
+// that kube-proxy writes for iptables and for nftables. It also holds the form
+// in which every benchmark of millrace reports.
+//
+// # The bed
+//
+// Each variant has three network namespaces of its own, joined by two veth
+// pairs: the client, the node that forwards, and the backends. What the variant
+// needs is loaded in that node's namespace, or attached to the cgroup of that
+// client, and nowhere else. Their addresses (10.244.0.0/16 for pods, 10.96.0.0/12
+// for Services, 10.128.0.0/9 for endpoints that exist in rules only) are routed
+// between these three namespaces alone and cannot meet those of the host.
+//
+// # One connection
+//
+// socket, connect, 64 bytes there, 64 bytes back, end of stream, close; one at
+// a time, by raw system calls from one client process, to one server process,
+// both on the same core. On one core a connection is pure work, without the
+// wake-up of another (virtual) core, which costs more than anything that is
+// measured here and scatters by more than all differences.
+//
+// The server closes first, as an HTTP/1.0 server does, and the client reads to
+// the end of the stream before it closes, so that it is never otherwise. Hence
+// TIME_WAIT stays in the backends' namespace: the client's ports are free at
+// once and finding one costs the same for the first connection as for the last.
+// A port that comes round within the minute meets its old connection waiting;
+// the backend accepts it because timestamps only grow (net.ipv4.tcp_timestamps
+// = 2 takes the random offset per address pair away, which a Service's address
+// would otherwise make inconsistent). All of this is equal for all variants,
+// and so are: no saved metrics, reno (no pacing timer), IPv6 off.
+//
+// # Rounds
+//
+// In every round all variants have their turn, in random order, for the same
+// time. A ratio is taken to the native figure of the same round, and what is
+// reported is the median of these ratios with its distribution-free interval
+// (see [MedianInterval]): a burst of other load on the machine then spoils some
+// rounds, and does not move one variant's figure against another's.
+//
+// # What it writes, what it costs
+//
+// Namespaces bound below /run/millrace/bench/PID, cgroups below
+// <cgroup2>/millrace-bench-PID, both removed at the end; a run that was killed
+// is removed by the next one. Nothing in the host's own network namespace. The
+// kernel may load modules of netfilter by itself when rules ask for them. One
+// core is busy for as long as it measures, with about 15 MB of processes for
+// each bed.
+package bench

@@ -1,0 +1,166 @@
+package bench
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// runsFolder has a folder for each run on this host, named after its process.
+const runsFolder = "/run/millrace/bench"
+
+// groupPrefix is the start of the name of a run's cgroup; its process follows.
+const groupPrefix = "millrace-bench-"
+
+// run is where one benchmark keeps what outlives a process: bind mounts of
+// namespaces, and cgroups.
+type run struct {
+	folder string
+	// namespaces is the folder of the bind mounts.
+	namespaces string
+	group      string
+	// lock is held on the folder for as long as the run lives. The kernel
+	// releases it however the process ends, and a process number that was given
+	// out again cannot take it for the old one's.
+	lock *os.File
+}
+
+// openRun removes what killed runs left behind and makes the folders of this
+// one. Two runs in one process are refused: they would share their folders.
+func openRun() (*run, error) {
+	root, err := cgroup.Root()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(runsFolder, 0o700); err != nil {
+		return nil, fmt.Errorf("make folder of runs: %w", err)
+	}
+	// One run at a time sweeps and opens, or a folder could be swept between
+	// its making and its locking.
+	door, err := lockFolder(runsFolder, unix.LOCK_EX)
+	if err != nil {
+		return nil, err
+	}
+	defer door.Close()
+	if err := sweep(root); err != nil {
+		return nil, err
+	}
+	name := strconv.Itoa(os.Getpid())
+	r := &run{folder: filepath.Join(runsFolder, name), group: filepath.Join(root, groupPrefix+name)}
+	r.namespaces = filepath.Join(r.folder, "netns")
+	if err := os.Mkdir(r.folder, 0o700); errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("make folder %s: this process is running a benchmark already", r.folder)
+	} else if err != nil {
+		return nil, fmt.Errorf("make folder of this run: %w", err)
+	}
+	if r.lock, err = lockFolder(r.folder, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, err
+	}
+	return r, cgroup.Create(r.group)
+}
+
+// close removes the run's folders. Its beds must be closed before.
+func (r *run) close() error {
+	err := errors.Join(cgroup.Remove(r.group), removeRun(r.folder))
+	r.lock.Close()
+	return err
+}
+
+// sweep removes the runs whose process is gone: those with a folder that nobody
+// holds locked, and cgroups without such a folder.
+func sweep(root string) error {
+	entries, err := os.ReadDir(runsFolder)
+	if err != nil {
+		return fmt.Errorf("look for left-over runs: %w", err)
+	}
+	alive := map[string]bool{}
+	for _, entry := range entries {
+		folder := filepath.Join(runsFolder, entry.Name())
+		lock, err := lockFolder(folder, unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			alive[entry.Name()] = true
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look at left-over run: %w", err)
+		}
+		err = errors.Join(cgroup.Remove(filepath.Join(root, groupPrefix+entry.Name())), removeRun(folder))
+		lock.Close()
+		if err != nil {
+			return fmt.Errorf("remove left-over run: %w", err)
+		}
+	}
+	groups, err := filepath.Glob(filepath.Join(root, groupPrefix+"*"))
+	if err != nil {
+		return fmt.Errorf("look for left-over cgroups: %w", err)
+	}
+	for _, group := range groups {
+		name := strings.TrimPrefix(filepath.Base(group), groupPrefix)
+		// A container may share the cgroups and not the folder: there only the
+		// process number can be asked.
+		if !alive[name] && !processExists(name) {
+			if err := cgroup.Remove(group); err != nil {
+				return fmt.Errorf("remove left-over cgroup: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+func processExists(name string) bool {
+	pid, err := strconv.Atoi(name)
+	return err == nil && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+}
+
+// removeRun unbinds the namespaces below a run's folder and removes it. It goes
+// by the layout and never removes a tree: a bind mount might hang in it.
+func removeRun(folder string) error {
+	namespaces := filepath.Join(folder, "netns")
+	entries, err := os.ReadDir(namespaces)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove run %s: %w", folder, err)
+	}
+	for _, entry := range entries {
+		if err := netns.Remove(filepath.Join(namespaces, entry.Name())); err != nil {
+			return err
+		}
+	}
+	for _, path := range []string{namespaces, folder} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove run %s: %w", folder, err)
+		}
+	}
+	return nil
+}
+
+// lockFolder opens a folder and locks it (flock(2)) until it is closed.
+func lockFolder(path string, how int) (*os.File, error) {
+	folder, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("lock folder: %w", err)
+	}
+	if err := unix.Flock(int(folder.Fd()), how); err != nil {
+		folder.Close()
+		return nil, fmt.Errorf("lock folder %s: %w", path, err)
+	}
+	return folder, nil
+}
+
+// withNamespace opens the namespace at path for the time that f runs.
+func withNamespace(path string, f func(fd int) error) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open namespace: %w", err)
+	}
+	defer file.Close()
+	return f(int(file.Fd()))
+}
