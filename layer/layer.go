@@ -40,6 +40,8 @@ type Layer interface {
 	Describe() (Description, error)
 	// Close lets go of the kernel's objects but leaves them in force.
 	Close() error
+	// Removal says what Remove would do now.
+	Removal() (Changes, error)
 	// Remove takes everything of the layer out of the kernel, whether or not
 	// this process has opened it. Absent is success.
 	Remove() (Changes, error)

@@ -120,21 +120,37 @@ func ready(settings Settings) error {
 	if found.Type != unix.CGROUP2_SUPER_MAGIC {
 		return fmt.Errorf("%s: %s is not in a cgroup2 hierarchy: name one with --cgroup", act, settings.Cgroup)
 	}
-	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
-		return fmt.Errorf("%s: make pin folder: %w", act, err)
+	if settings.Pins == "" {
+		return nil
 	}
-	if err := unix.Statfs(settings.Pins, &found); err != nil {
+	if err := unix.Statfs(existing(settings.Pins), &found); err != nil {
 		return fmt.Errorf("%s: pin folder %s: %w", act, settings.Pins, err)
 	}
 	if found.Type != unix.BPF_FS_MAGIC {
 		return fmt.Errorf("%s: %s is not in a bpf file system: mount one with `mount -t bpf bpf /sys/fs/bpf`, or name another folder with --pins", act, settings.Pins)
 	}
+	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
+		return fmt.Errorf("%s: make pin folder: %w", act, err)
+	}
 	return nil
+}
+
+// existing is the longest part of a path that is there.
+func existing(path string) string {
+	for {
+		if _, err := os.Stat(path); err == nil || path == filepath.Dir(path) {
+			return path
+		}
+		path = filepath.Dir(path)
+	}
 }
 
 // adoptMaps opens the maps an earlier process pinned. If any of them is missing
 // or has another layout, none is used and the answer is false.
 func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) (bool, error) {
+	if d.settings.Pins == "" {
+		return false, nil
+	}
 	for name, want := range spec.Maps {
 		if isConstants(name) {
 			continue
@@ -214,6 +230,9 @@ func loadError(err error) error {
 
 // openLinks opens the attachments of an earlier process.
 func (d *datapath) openLinks() error {
+	if d.settings.Pins == "" {
+		return nil
+	}
 	for _, hook := range hooks {
 		pinned, err := link.LoadPinnedLink(d.pin(linkPrefix+hook.name), nil)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -239,13 +258,20 @@ func (d *datapath) commit() error {
 			return err
 		}
 	}
+	closePrograms(d.unlinked)
+	d.unlinked = nil
+	return d.pinMaps()
+}
+
+func (d *datapath) pinMaps() error {
+	if d.settings.Pins == "" {
+		return nil
+	}
 	for name, m := range d.maps {
 		if err := repin(m, d.pin(name)); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
-	closePrograms(d.unlinked)
-	d.unlinked = nil
 	return nil
 }
 
@@ -267,11 +293,13 @@ func (d *datapath) attach(name string, where ebpf.AttachType) error {
 	if err != nil {
 		return fmt.Errorf("attach %s to cgroup %s: %w", name, d.settings.Cgroup, err)
 	}
+	d.links[name] = made
+	if d.settings.Pins == "" {
+		return nil
+	}
 	if err := made.Pin(d.pin(linkPrefix + name)); err != nil {
-		made.Close()
 		return fmt.Errorf("pin link %s: %w", name, err)
 	}
-	d.links[name] = made
 	return nil
 }
 

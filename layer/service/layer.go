@@ -6,7 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -23,7 +23,7 @@ type Settings struct {
 	// below it, are served.
 	Cgroup string
 	// Pins is the folder in a bpf file system for maps and links; it is the
-	// layer's alone.
+	// layer's alone. Empty pins nothing: all ends with this process.
 	Pins string
 }
 
@@ -165,9 +165,9 @@ func (l *Layer) Close() error {
 	return nil
 }
 
-// Remove implements layer.Layer: links first, so that no program runs on maps
-// that are going.
-func (l *Layer) Remove() (layer.Changes, error) {
+// Removal implements layer.Layer: links first, so that no program runs on maps
+// that are going, the folder last.
+func (l *Layer) Removal() (layer.Changes, error) {
 	found, err := os.ReadDir(l.settings.Pins)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -175,42 +175,57 @@ func (l *Layer) Remove() (layer.Changes, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read pin folder %s: %w", l.settings.Pins, err)
 	}
-	slices.SortFunc(found, func(a, b fs.DirEntry) int { return order(a) - order(b) })
-	var changes layer.Changes
-	var failures []error
+	var links, rest layer.Changes
 	for _, entry := range found {
-		path := filepath.Join(l.settings.Pins, entry.Name())
-		if order(entry) == 0 {
-			if attached, err := link.LoadPinnedLink(path, nil); err == nil {
-				_ = attached.Detach() // also from processes that still hold it; 5.9
-				attached.Close()
-			}
+		change := layer.Change{Op: layer.Remove, Subject: pinned(filepath.Join(l.settings.Pins, entry.Name()))}
+		if strings.HasPrefix(entry.Name(), linkPrefix) {
+			links = append(links, change)
+		} else {
+			rest = append(rest, change)
 		}
-		if err := os.Remove(path); err != nil {
-			failures = append(failures, fmt.Errorf("remove pin %s: %w", path, err))
+	}
+	return append(append(links, rest...), layer.Change{Op: layer.Remove, Subject: pinned(l.settings.Pins)}), nil
+}
+
+// Remove implements layer.Layer.
+func (l *Layer) Remove() (layer.Changes, error) {
+	changes, err := l.Removal()
+	if err != nil {
+		return nil, err
+	}
+	var done layer.Changes
+	var failures []error
+	for _, change := range changes {
+		if err := change.Subject.(pinned).remove(); err != nil {
+			failures = append(failures, err)
 			continue
 		}
-		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(path)})
+		done = append(done, change)
 	}
-	failures = append(failures, l.Close())
-	if err := os.Remove(l.settings.Pins); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		failures = append(failures, fmt.Errorf("remove pin folder: %w", err))
-	}
-	return changes, errors.Join(failures...)
+	return done, errors.Join(append(failures, l.Close())...)
 }
 
-func order(entry fs.DirEntry) int {
-	if len(entry.Name()) > len(linkPrefix) && entry.Name()[:len(linkPrefix)] == linkPrefix {
-		return 0
-	}
-	return 1
-}
-
-// pinned is the Subject of a removed pin.
+// pinned is a path below the pin folder, or the folder itself.
 type pinned string
 
+// Object implements layer.Subject.
 func (p pinned) Object() string { return "pin " + string(p) }
+
+// Detail implements layer.Subject.
 func (p pinned) Detail() string { return "" }
+
+func (p pinned) remove() error {
+	if strings.HasPrefix(filepath.Base(string(p)), linkPrefix) {
+		if attached, err := link.LoadPinnedLink(string(p), nil); err == nil {
+			_ = attached.Detach() // also from processes that still hold it; Linux 5.9
+			attached.Close()
+		}
+	}
+	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pin %s: %w", string(p), err)
+	}
+	return nil
+}
 
 // Look implements layer.Layer: it reads the pinned maps. A pin folder that does
 // not exist is an empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.
