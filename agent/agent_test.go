@@ -1,0 +1,308 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// pond is a layer whose kernel is a set of words in memory: the names of the
+// Services.
+type pond struct {
+	mu     sync.Mutex
+	kernel map[string]bool
+	refuse string // Apply fails for this word
+	opened int
+}
+
+type words map[string]bool
+
+func (w words) Len() int { return len(w) }
+func (w words) Subjects() []layer.Subject {
+	var subjects []layer.Subject
+	for _, s := range slices.Sorted(maps.Keys(w)) {
+		subjects = append(subjects, word(s))
+	}
+	return subjects
+}
+
+type word string
+
+func (w word) Object() string { return "word " + string(w) }
+func (w word) Detail() string { return "" }
+
+func (p *pond) Name() string { return "pond" }
+func (p *pond) Open() error  { p.opened++; return nil }
+func (p *pond) Close() error { return nil }
+func (p *pond) Plan(s *model.Snapshot) layer.Picture {
+	want := words{}
+	for _, service := range s.Services {
+		want[service.Name.Name] = true
+	}
+	return want
+}
+func (p *pond) Read() (layer.Picture, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return words(maps.Clone(p.kernel)), nil
+}
+func (p *pond) Look() (layer.Picture, error) { return p.Read() }
+func (p *pond) Diff(have, want layer.Picture, prune bool) layer.Changes {
+	var changes layer.Changes
+	for w := range want.(words) {
+		if !have.(words)[w] {
+			changes = append(changes, layer.Change{Op: layer.Add, Subject: word(w)})
+		}
+	}
+	for w := range have.(words) {
+		if prune && !want.(words)[w] {
+			changes = append(changes, layer.Change{Op: layer.Remove, Subject: word(w)})
+		}
+	}
+	return changes
+}
+func (p *pond) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var failures []error
+	for _, c := range changes {
+		w := string(c.Subject.(word))
+		switch {
+		case w == p.refuse:
+			failures = append(failures, fmt.Errorf("%s: no memory", c))
+		case c.Op == layer.Remove:
+			delete(p.kernel, w)
+		default:
+			p.kernel[w] = true
+		}
+	}
+	return words(maps.Clone(p.kernel)), errors.Join(failures...)
+}
+func (p *pond) Describe() (layer.Description, error) {
+	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7},
+		Maps: []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}}}, nil
+}
+func (p *pond) Removal() (layer.Changes, error) { return nil, nil }
+func (p *pond) Remove() (layer.Changes, error)  { return nil, nil }
+
+func (p *pond) holds() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return strings.Join(slices.Sorted(maps.Keys(p.kernel)), " ")
+}
+
+// spring is a source that delivers what the test sends, and fails when told to.
+type spring struct{ next chan any }
+
+func (s *spring) Run(ctx context.Context, deliver func(*model.Snapshot)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case what := <-s.next:
+			if err, ok := what.(error); ok {
+				return err
+			}
+			deliver(what.(*model.Snapshot))
+		}
+	}
+}
+
+func cluster(complete bool, names ...string) *model.Snapshot {
+	s := &model.Snapshot{Complete: complete, Seen: time.Now()}
+	for _, name := range names {
+		s.Services = append(s.Services, &model.Service{Name: model.Name{Name: name}})
+	}
+	return s
+}
+
+type running struct {
+	t      *testing.T
+	pond   *pond
+	source *spring
+	folder string
+	stop   func()
+	port   string
+}
+
+func start(t *testing.T, p *pond) *running {
+	t.Helper()
+	folder := filepath.Join(t.TempDir(), "run")
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	r := &running{t: t, pond: p, source: &spring{make(chan any)}, folder: folder, port: address}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- Run(ctx, Config{Node: "n1", Version: "test", Source: r.source, SourceName: "test:", Layers: []layer.Layer{p},
+			RunFolder: folder, Metrics: address, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Started: time.Now()})
+	}()
+	r.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(r.stop)
+	r.until("the socket answers", func() bool { _, err := r.status(); return err == nil })
+	return r
+}
+
+func (r *running) status() (Status, error) {
+	var s Status
+	return s, Ask(context.Background(), r.folder, "/status", &s)
+}
+
+func (r *running) until(what string, true_ func() bool) {
+	r.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !true_(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			s, err := r.status()
+			r.t.Fatalf("waited ten seconds until %s; the kernel holds %q; status %+v, %v", what, r.pond.holds(), s, err)
+		}
+	}
+}
+
+func (r *running) untilHolds(want string) {
+	r.t.Helper()
+	r.until("the kernel holds "+want, func() bool { return r.pond.holds() == want })
+}
+
+func TestNothingIsRemovedBeforeTheClusterWasSeenWhole(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{"old": true}})
+	r.source.next <- cluster(false, "new")
+	r.untilHolds("new old")
+	if s, _ := r.status(); s.Ready {
+		t.Error("ready before the cluster was seen whole")
+	}
+	r.source.next <- cluster(true, "new")
+	r.untilHolds("new")
+	r.until("the agent is ready", func() bool { s, _ := r.status(); return s.Ready })
+}
+
+func TestWhatFailsIsTriedAgain(t *testing.T) {
+	p := &pond{kernel: map[string]bool{}, refuse: "b"}
+	r := start(t, p)
+	r.source.next <- cluster(true, "a", "b", "c")
+	r.untilHolds("a c")
+	r.until("the failure is told", func() bool {
+		s, _ := r.status()
+		return len(s.Layers) == 1 && s.Layers[0].Failed > 0 && strings.Contains(s.Layers[0].LastError, "word b") && !s.Ready
+	})
+	p.mu.Lock()
+	p.refuse = ""
+	p.mu.Unlock()
+	r.untilHolds("a b c")
+	r.until("the error is gone", func() bool { s, _ := r.status(); return s.Layers[0].LastError == "" })
+}
+
+func TestALostSourceLeavesEverythingInForce(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{}})
+	r.source.next <- cluster(true, "a")
+	r.untilHolds("a")
+	r.source.next <- errors.New("connection refused")
+	r.until("status tells the cause", func() bool { s, _ := r.status(); return s.Source.Error == "connection refused" })
+	if held := r.pond.holds(); held != "a" {
+		t.Errorf("the kernel holds %q", held)
+	}
+	r.source.next <- cluster(true, "a", "b") // it is asked again by itself
+	r.untilHolds("a b")
+	r.until("status is clean again", func() bool { s, _ := r.status(); return s.Source.Error == "" })
+}
+
+func TestWhatSomebodyElseChangedIsMended(t *testing.T) {
+	p := &pond{kernel: map[string]bool{}}
+	a := &Agent{config: Config{Log: slog.New(slog.NewTextHandler(io.Discard, nil))}, metrics: newMetrics()}
+	if err := a.open(p); err != nil {
+		t.Fatal(err)
+	}
+	a.take(cluster(true, "a", "b"))
+	delete(p.kernel, "a")
+	p.kernel["x"] = true
+	a.findDrift()
+	a.applyAll()
+	if held := p.holds(); held != "a b" {
+		t.Errorf("the kernel holds %q", held)
+	}
+	if n := a.parts[0].drifted; n != 2 {
+		t.Errorf("%d objects drifted, 2 did", n)
+	}
+}
+
+func TestTwoAgentsDoNotShareARunFolder(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{}})
+	err := Run(context.Background(), Config{RunFolder: r.folder})
+	if !errors.Is(err, ErrRunning) || !Running(r.folder) {
+		t.Errorf("the second agent says %v, Running says %v", err, Running(r.folder))
+	}
+	r.stop()
+	if Running(r.folder) {
+		t.Error("stopped, and said to be running")
+	}
+}
+
+func TestSocketIsClosedToOthers(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{}})
+	for path, want := range map[string]os.FileMode{r.folder: 0o700, socketIn(r.folder): 0o600} {
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: %v, %v; want %o", path, info.Mode(), err, want)
+		}
+	}
+}
+
+func TestMetricsAreServed(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{}})
+	r.source.next <- cluster(true, "a", "b")
+	r.untilHolds("a b")
+	r.until("a latency is known", func() bool { s, _ := r.status(); return s.Latency != nil && s.Latency.Changes == 1 })
+	response, err := http.Get("http://" + r.port + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	text, _ := io.ReadAll(response.Body)
+	for _, want := range []string{
+		`millrace_build_info{version="test"} 1`,
+		`millrace_agent_ready 1`,
+		`millrace_layer_changes_total{layer="pond",op="add"} 2`,
+		`millrace_layer_objects{layer="pond"} 2`,
+		`millrace_map_bytes{layer="pond",map="water"} 3`,
+		`millrace_events_total{layer="pond",reason="splash"} 7`,
+		`millrace_agent_programming_duration_seconds_count 1`,
+	} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("no %s in:\n%s", want, text)
+		}
+	}
+}
+
+func TestOnlyTheNewestSnapshotCounts(t *testing.T) {
+	a := &Agent{newest: make(chan *model.Snapshot, 1)}
+	first := cluster(true, "a")
+	a.deliver(first)
+	a.deliver(cluster(true, "b"))
+	a.deliver(cluster(true, "c"))
+	s := <-a.newest
+	if s.Services[0].Name.Name != "c" || !s.Seen.Equal(first.Seen) {
+		t.Errorf("got %s seen %v, want c with the time of the oldest, %v", s.Services[0].Name.Name, s.Seen, first.Seen)
+	}
+}

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/agent"
+)
+
+func agentCommand(s *settings) *cobra.Command {
+	var at place
+	var source, node, metrics string
+	var dryRun bool
+	c := command(&cobra.Command{
+		Use:   "agent --source dir:PATH",
+		Short: "Keep this node's kernel as the cluster asks",
+		Long: `
+Runs until it is stopped. What it has put into the kernel stays in force
+without it, and the next agent takes it over: stopping, restarting and
+upgrading lose no packet. Needs CAP_BPF and CAP_NET_ADMIN.`,
+	}, changesHost, func(ctx context.Context, _ []string) error {
+		if dryRun {
+			return plan(ctx, s, &at, source)
+		}
+		from, err := openSource(source)
+		if err != nil {
+			return err
+		}
+		layers, err := at.layers()
+		if err != nil {
+			return err
+		}
+		// The agent's heap is small and changes in bursts: collecting it more
+		// often keeps the resident set near what is live.
+		debug.SetGCPercent(50)
+		return agent.Run(ctx, agent.Config{
+			Node: node, Version: version, Source: from, SourceName: source, Layers: layers,
+			RunFolder: at.run, Metrics: metrics, Log: logger(s), Started: started,
+		})
+	}, exitData, exitUnavailable, exitPrivilege)
+	at.flagCgroup(c)
+	at.flagPins(c)
+	at.flagRun(c)
+	flagSource(c, &source)
+	c.Flags().StringVar(&node, "node", hostname(), "this node's name in the cluster")
+	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus and /healthz; empty for none")
+	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, change nothing and end")
+	return c
+}
+
+func logger(s *settings) *slog.Logger {
+	if s.json() {
+		return slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, nil))
+}

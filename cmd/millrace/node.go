@@ -1,0 +1,89 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/service"
+	"github.com/millrace/millrace/source/dir"
+)
+
+// place says where on a host millrace works. Two places on one host (the nodes
+// of a lab) do not meet.
+type place struct {
+	cgroup, pins, run string
+}
+
+func (p *place) flagRun(c *cobra.Command) {
+	c.Flags().StringVar(&p.run, "run", "/run/millrace/agent", "folder of the agent's lock and socket")
+}
+
+func (p *place) flagPins(c *cobra.Command) {
+	c.Flags().StringVar(&p.pins, "pins", "/sys/fs/bpf/millrace", "folder in a bpf file system for what has to outlive the agent")
+}
+
+func (p *place) flagCgroup(c *cobra.Command) {
+	c.Flags().StringVar(&p.cgroup, "cgroup", "", "cgroup2 folder whose processes are served (default: the root of the hierarchy)")
+}
+
+// layers are all that there are, in the order in which they are applied. This
+// list is the only place that knows them.
+func (p *place) layers() ([]layer.Layer, error) {
+	if p.cgroup == "" {
+		root, err := cgroup.Root()
+		if err != nil {
+			return nil, err
+		}
+		p.cgroup = root
+	}
+	return []layer.Layer{
+		service.New(service.Settings{Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service")}),
+	}, nil
+}
+
+func flagSource(c *cobra.Command, name *string) {
+	c.Flags().StringVar(name, "source", "", "where the cluster's wishes come from: dir:PATH, a file or folder of manifests (required)")
+}
+
+// openSource makes a source from its name on the command line.
+func openSource(name string) (agent.Source, error) {
+	kind, path, _ := strings.Cut(name, ":")
+	switch {
+	case name == "":
+		return nil, usage("--source is missing: say --source dir:PATH")
+	case kind != "dir" || path == "":
+		return nil, usage("--source %q: use dir:PATH", name)
+	}
+	source, err := dir.Open(path)
+	if err != nil {
+		return nil, &failure{exitData, err}
+	}
+	return source, nil
+}
+
+func hostname() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return ""
+	}
+	return name
+}
+
+// removeFolder removes a folder that millrace made, if nothing is left in it.
+func removeFolder(path string) error {
+	entries, err := os.ReadDir(path)
+	if err != nil || len(entries) > 0 {
+		return nil // not there, or in use by somebody else
+	}
+	if err := os.Remove(path); err != nil {
+		return fmt.Errorf("remove folder: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+func planCommand(s *settings) *cobra.Command {
+	var at place
+	var source string
+	c := command(&cobra.Command{
+		Use:   "plan --source dir:PATH",
+		Short: "What the agent would change in the kernel",
+		Long: `
+Reads the manifests once, compares what they ask for with what is pinned on this
+host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
+pinned everything is new.`,
+	}, readsOnly, func(ctx context.Context, _ []string) error {
+		return plan(ctx, s, &at, source)
+	}, exitData, exitPrivilege)
+	at.flagCgroup(c)
+	at.flagPins(c)
+	flagSource(c, &source)
+	return c
+}
+
+// planned is the JSON form of one change.
+type planned struct {
+	Op     layer.Op `json:"op"`
+	Layer  string   `json:"layer"`
+	Object string   `json:"object"`
+	Detail string   `json:"detail,omitempty"`
+}
+
+func plan(ctx context.Context, s *settings, at *place, source string) error {
+	snapshot, err := firstSnapshot(ctx, source)
+	if err != nil {
+		return err
+	}
+	layers, err := at.layers()
+	if err != nil {
+		return err
+	}
+	all := []planned{}
+	for _, l := range layers {
+		have, err := l.Look()
+		if err != nil {
+			return err
+		}
+		for _, change := range l.Diff(have, l.Plan(snapshot), snapshot.Complete) {
+			all = append(all, planned{change.Op, l.Name(), change.Subject.Object(), change.Subject.Detail()})
+			if !s.json() {
+				fmt.Println(change)
+			}
+		}
+	}
+	if s.json() {
+		err = printJSON(struct {
+			Changes  []planned       `json:"changes"`
+			Problems []model.Problem `json:"problems"`
+		}{all, append([]model.Problem{}, snapshot.Problems...)})
+	} else if len(all) == 0 {
+		fmt.Fprintln(os.Stderr, "nothing to change")
+	}
+	return errors.Join(err, problemsError(snapshot.Problems))
+}
+
+// firstSnapshot is the first whole picture of a source.
+func firstSnapshot(ctx context.Context, name string) (*model.Snapshot, error) {
+	source, err := openSource(name)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var first *model.Snapshot
+	err = source.Run(ctx, func(snapshot *model.Snapshot) {
+		if first == nil && snapshot.Complete {
+			first = snapshot
+			cancel()
+		}
+	})
+	if first == nil {
+		if err == nil {
+			err = ctx.Err()
+		}
+		return nil, &failure{exitData, fmt.Errorf("read %s: %w", name, err)}
+	}
+	return first, nil
+}
+
+// problemsError tells each problem on a line of stderr; the exit status says
+// that there were some.
+func problemsError(problems []model.Problem) error {
+	for _, p := range problems {
+		fmt.Fprintln(os.Stderr, "millrace:", p.Error())
+	}
+	if len(problems) > 0 {
+		return &failure{exitData, fmt.Errorf("%d problems in the manifests; the rest is used", len(problems))}
+	}
+	return nil
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/layer"
+)
+
+func removeCommand(s *settings) *cobra.Command {
+	var at place
+	var dryRun bool
+	c := command(&cobra.Command{
+		Use:   "remove",
+		Short: "Take everything of millrace out of this host",
+		Long: `
+Detaches the programs and removes maps, pins and the run folder, so that the
+host is as it was found. Connections that are open stay open. It is undone by
+starting an agent again. Stop the agent first.`,
+	}, changesHost, func(context.Context, []string) error {
+		if agent.Running(at.run) {
+			return fmt.Errorf("remove: %w", agent.ErrRunning)
+		}
+		layers, err := at.layers()
+		if err != nil {
+			return err
+		}
+		removed := []planned{}
+		var failures []error
+		for i := len(layers) - 1; i >= 0; i-- {
+			changes, err := removal(layers[i], dryRun)
+			failures = append(failures, err)
+			for _, change := range changes {
+				removed = append(removed, planned{change.Op, layers[i].Name(), change.Subject.Object(), change.Subject.Detail()})
+				if !s.json() {
+					fmt.Println(change)
+				}
+			}
+		}
+		if !dryRun {
+			failures = append(failures, removeRunFolder(at.run), removeFolder(at.pins))
+		}
+		if s.json() {
+			failures = append(failures, printJSON(map[string]any{"changes": removed, "dry_run": dryRun}))
+		} else if len(removed) == 0 {
+			fmt.Fprintln(os.Stderr, "nothing of millrace is here")
+		}
+		return errors.Join(failures...)
+	}, exitPrivilege)
+	at.flagPins(c)
+	at.flagRun(c)
+	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would be removed and remove nothing")
+	return c
+}
+
+func removal(l layer.Layer, dryRun bool) (layer.Changes, error) {
+	if dryRun {
+		return l.Removal()
+	}
+	return l.Remove()
+}
+
+// removeRunFolder removes the agent's files and its folder, then the folder
+// above if nothing else is in it.
+func removeRunFolder(folder string) error {
+	for _, name := range []string{"agent.sock", "agent.lock"} {
+		if err := os.Remove(filepath.Join(folder, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove run folder: %w", err)
+		}
+	}
+	return errors.Join(removeFolder(folder), removeFolder(filepath.Dir(folder)))
+}

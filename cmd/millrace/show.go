@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/layer/service"
+)
+
+func showCommand(s *settings) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "show",
+		Short: "What is in force in the kernel",
+		Long:  readsOnly + "\n\nShows Services or backends as they are in the kernel now.",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return usage("say what to show: services or backends")
+		},
+	}
+	c.AddCommand(showRows(s, "services", "Services and where they lead", printServices),
+		showRows(s, "backends", "Endpoints and the Services that lead to them", printBackends))
+	return c
+}
+
+// backend is the JSON form of one endpoint of one Service address.
+type backend struct {
+	Address string `json:"address"`
+	Service string `json:"service,omitempty"`
+	Port    string `json:"port,omitempty"`
+	Through string `json:"through"`
+}
+
+func showRows(s *settings, what, short string, print func(*settings, []*service.Row) error) *cobra.Command {
+	var at place
+	c := command(&cobra.Command{
+		Use:   what,
+		Short: short,
+		Long: `
+Reads the pinned maps, so that it works without an agent. Names come from the
+agent: the kernel knows addresses only. Needs CAP_BPF or CAP_SYS_ADMIN.`,
+	}, readsOnly, func(ctx context.Context, _ []string) error {
+		rows, err := rowsInForce(ctx, &at)
+		if err != nil {
+			return err
+		}
+		return print(s, rows)
+	}, exitPrivilege)
+	at.flagPins(c)
+	at.flagRun(c)
+	return c
+}
+
+// rowsInForce reads the kernel and adds the names the agent knows.
+func rowsInForce(ctx context.Context, at *place) ([]*service.Row, error) {
+	layers, err := at.layers()
+	if err != nil {
+		return nil, err
+	}
+	picture, err := layers[0].Look()
+	if err != nil {
+		return nil, err
+	}
+	named := map[service.Frontend]*service.Row{}
+	var wanted []*service.Row
+	if err := agent.Ask(ctx, at.run, "/wanted/service", &wanted); err != nil {
+		fmt.Fprintln(os.Stderr, "no names:", err)
+	}
+	for _, row := range wanted {
+		named[row.Frontend] = row
+	}
+	var rows []*service.Row
+	for _, subject := range picture.Subjects() {
+		row := *subject.(*service.Row)
+		if known := named[row.Frontend]; known != nil {
+			row.Service, row.Port = known.Service, known.Port
+		}
+		rows = append(rows, &row)
+	}
+	return rows, nil
+}
+
+func printServices(s *settings, rows []*service.Row) error {
+	if s.json() {
+		return printJSON(struct {
+			Services []*service.Row `json:"services"`
+		}{append([]*service.Row{}, rows...)})
+	}
+	t := newTable(os.Stdout, "SERVICE", "PORT", "ADDRESS", "PATH", "BACKENDS")
+	for _, row := range rows {
+		t.row(nameOf(row), orDash(row.Port), row.Frontend.String(), "socket", strings.TrimPrefix(row.Detail(), "-> "))
+	}
+	return t.print()
+}
+
+func printBackends(s *settings, rows []*service.Row) error {
+	all := []backend{}
+	for _, row := range rows {
+		for _, address := range row.Backends {
+			all = append(all, backend{address.String(), nameOf(row), row.Port, row.Frontend.String()})
+		}
+	}
+	if s.json() {
+		return printJSON(map[string]any{"backends": all})
+	}
+	t := newTable(os.Stdout, "BACKEND", "SERVICE", "PORT", "THROUGH")
+	for _, b := range all {
+		t.row(b.Address, b.Service, orDash(b.Port), b.Through)
+	}
+	return t.print()
+}
+
+func nameOf(row *service.Row) string {
+	if row.Service.Name == "" {
+		return "-"
+	}
+	return row.Service.String()
+}
+
+func orDash(text string) string {
+	if text == "" {
+		return "-"
+	}
+	return text
+}

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/agent"
+)
+
+func statusCommand(s *settings) *cobra.Command {
+	var at place
+	c := command(&cobra.Command{
+		Use:   "status",
+		Short: "What the agent on this node does",
+		Long:  "Asks the running agent through its socket.",
+	}, readsOnly, func(ctx context.Context, _ []string) error {
+		var status agent.Status
+		if err := agent.Ask(ctx, at.run, "/status", &status); err != nil {
+			return fmt.Errorf("%w: is an agent running? Start one with `millrace agent`, or name its run folder with --run", err)
+		}
+		if s.json() {
+			if err := printJSON(status); err != nil {
+				return err
+			}
+		} else {
+			printStatus(status)
+		}
+		if !status.Ready || len(status.Problems) > 0 || status.Source.Error != "" {
+			return &failure{exitFindings, fmt.Errorf("%s", unready(status))}
+		}
+		return nil
+	}, exitFindings)
+	at.flagRun(c)
+	return c
+}
+
+func unready(s agent.Status) string {
+	switch {
+	case s.Source.Error != "":
+		return "the source cannot be read: " + s.Source.Error
+	case !s.Ready:
+		return "not ready: the cluster has not been seen whole, or a change failed"
+	}
+	return fmt.Sprintf("%d objects of the input cannot be used", len(s.Problems))
+}
+
+func printStatus(s agent.Status) {
+	ready := green("ready")
+	if !s.Ready {
+		ready = red("not ready")
+	}
+	fmt.Printf("%s  node %s  millrace %s  pid %d  up %s  attached after %.0f ms\n", ready, s.Node, s.Version, s.PID,
+		time.Since(s.Started).Round(time.Second), s.AttachedAfterMS)
+	fmt.Printf("source   %s  snapshot %d, %.0f s old: %d services, %d pods, %d nodes\n", s.Source.Name, s.Source.Snapshot,
+		s.Source.AgeSeconds, s.Source.Services, s.Source.Pods, s.Source.Nodes)
+	fmt.Printf("memory   agent %s, maps %s\n", bytesText(s.Memory.ResidentBytes), bytesText(s.Memory.MapBytes))
+	if s.Latency != nil {
+		fmt.Printf("latency  noticed to in the kernel: p50 %.2f ms, p99 %.2f ms, worst %.2f ms over %d changes\n",
+			s.Latency.P50MS, s.Latency.P99MS, s.Latency.MaxMS, s.Latency.Changes)
+	}
+	for _, l := range s.Layers {
+		printLayer(l)
+	}
+	for _, kind := range slices.Sorted(maps.Keys(s.Ignored)) {
+		fmt.Printf("passed over  %d %s\n", s.Ignored[kind], kind)
+	}
+	for _, p := range s.Problems {
+		fmt.Println(red("problem"), p.Error())
+	}
+}
+
+func printLayer(l agent.LayerStatus) {
+	fmt.Printf("\n%s  %d objects, changes: %d added, %d altered, %d removed, %d failed, %d drifted\n", bold("layer "+l.Name), l.Objects,
+		l.Changes.Added, l.Changes.Altered, l.Changes.Removed, l.Failed, l.Drifted)
+	t := newTable(os.Stdout, "  MAP", "ENTRIES", "ROOM", "FILL", "MEMORY")
+	for _, m := range l.Maps {
+		t.row("  "+m.Name, fmt.Sprint(m.Entries), fmt.Sprint(m.Capacity),
+			fmt.Sprintf("%.1f %%", 100*float64(m.Entries)/float64(max(1, m.Capacity))), bytesText(m.Bytes))
+	}
+	t.print()
+	var reasons []string
+	for _, name := range slices.Sorted(maps.Keys(l.Reasons)) {
+		reasons = append(reasons, fmt.Sprintf("%s %d", name, l.Reasons[name]))
+	}
+	fmt.Println("  events:", strings.Join(reasons, ", "))
+	var programs []string
+	for _, p := range l.Programs {
+		programs = append(programs, p.Name)
+	}
+	fmt.Println("  attached:", strings.Join(programs, ", "))
+	for _, text := range l.Degraded {
+		fmt.Println("  degraded:", text)
+	}
+	if l.LastError != "" {
+		fmt.Println("  last error:", l.LastError)
+	}
+}
