@@ -1,0 +1,254 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/millrace/millrace/model"
+	"golang.org/x/sys/unix"
+)
+
+// order is what every operation of the control socket is told.
+type order struct {
+	// Name is a workload, pod or node, by the operation.
+	Name  string `json:"name"`
+	Count int    `json:"count,omitempty"`
+}
+
+// told is what it answers: the pod's full name.
+type told struct {
+	Pod string `json:"pod,omitempty"`
+}
+
+// control is what the daemon does on its unix socket.
+func (c *cluster) control(cancel context.CancelCauseFunc) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", c.answerStatus)
+	handle := func(path string, operation func(context.Context, order) (told, error)) {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+			var o order
+			if !readJSON(w, r, &o) {
+				return
+			}
+			answer, err := operation(r.Context(), o)
+			if err != nil {
+				writeError(w, http.StatusConflict, err)
+				return
+			}
+			writeJSON(w, answer)
+		})
+	}
+	handle("/scale", c.scale)
+	handle("/kill", c.killPod)
+	handle("/replace", c.replace)
+	handle("/agent-kill", c.killAgent)
+	handle("/down", func(context.Context, order) (told, error) {
+		time.AfterFunc(10*time.Millisecond, func() { cancel(errDown) }) // the answer leaves first
+		return told{}, nil
+	})
+	return mux
+}
+
+// answerStatus gives the status, at once or, asked with ?after=VERSION, when
+// there is a newer version than that or ten seconds have passed.
+func (c *cluster) answerStatus(w http.ResponseWriter, r *http.Request) {
+	if text := r.URL.Query().Get("after"); text != "" {
+		after, err := strconv.ParseUint(text, 10, 64)
+		if err != nil {
+			writeError(w, http.StatusBadRequest, fmt.Errorf("read version: %w", err))
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), statusPatience)
+		defer cancel()
+		c.wait(ctx, func() bool { return c.shown > after })
+	}
+	c.mu.Lock()
+	s := c.status(os.Getpid())
+	c.mu.Unlock()
+	writeJSON(w, s)
+}
+
+// workload finds a workload by "namespace/name", "kind/namespace/name" or its
+// name in the namespace default, or anywhere if it is the only one. The lock is
+// held.
+func (c *cluster) workload(name string) (*model.Workload, error) {
+	if c.wishes == nil {
+		return nil, fmt.Errorf("find workload %q: the manifests are not read yet", name)
+	}
+	var exact, loose []*model.Workload
+	for _, w := range c.wishes.Workloads {
+		full := w.Name.String()
+		switch {
+		case name == full, strings.EqualFold(name, w.Kind+"/"+full), w.Namespace == "default" && name == w.Name.Name:
+			exact = append(exact, w)
+		case name == w.Name.Name:
+			loose = append(loose, w)
+		}
+	}
+	if len(exact) == 0 {
+		exact = loose
+	}
+	switch len(exact) {
+	case 0:
+		return nil, fmt.Errorf("find workload %q: lab %s has none of that name", name, c.cfg.Name)
+	case 1:
+		return exact[0], nil
+	}
+	return nil, fmt.Errorf("find workload %q: both %s and %s: write kind/namespace/name", name, exact[0], exact[1])
+}
+
+// scale sets how many pods a workload has and waits until it has them, ready
+// and published.
+func (c *cluster) scale(ctx context.Context, o order) (told, error) {
+	c.mu.Lock()
+	w, err := c.workload(o.Name)
+	switch {
+	case err != nil:
+	case w.PerNode:
+		err = fmt.Errorf("scale %s: it runs one pod on each node", w)
+	case o.Count < 0 || o.Count > 10000:
+		err = fmt.Errorf("scale %s: %d pods: want 0 to 10000", w, o.Count)
+	default:
+		c.scales[w.String()] = scale{o.Count, w.Replicas}
+		c.bump()
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return told{}, err
+	}
+	return told{}, c.reach(ctx, func() bool { return c.hasReady(w.String(), o.Count) })
+}
+
+// hasReady reports whether a workload has n pods, all ready, and none that is
+// about to be replaced. The lock is held.
+func (c *cluster) hasReady(owner string, n int) bool {
+	for _, p := range c.pods {
+		if p.Owner == owner && !p.Leaving {
+			if !p.Ready || p.Outdated {
+				return false
+			}
+			n--
+		}
+	}
+	return n == 0
+}
+
+// pod finds a pod that is not leaving. The lock is held.
+func (c *cluster) pod(name string) (*pod, error) {
+	found, err := c.status(0).Pod(name)
+	if err != nil {
+		return nil, err
+	}
+	p := c.pods[model.Name{Namespace: found.Namespace, Name: found.Name}]
+	if p.Leaving {
+		return nil, fmt.Errorf("pod %s is leaving already", found)
+	}
+	return p, nil
+}
+
+// killPod ends a pod at once, without a drain, and waits until that is
+// published.
+func (c *cluster) killPod(ctx context.Context, o order) (told, error) {
+	c.mu.Lock()
+	p, err := c.pod(o.Name)
+	if err == nil {
+		p.Leaving = true
+		p.leftAt = c.version + 1
+		if p.pid > 0 {
+			unix.Kill(p.pid, unix.SIGKILL)
+		}
+		close(p.kill)
+		c.bump()
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return told{}, err
+	}
+	return told{Pod: p.Pod.Name.String()}, c.reach(ctx, func() bool { return p.gone })
+}
+
+// replace marks a pod for replacement and waits until a new one is listed and
+// the old one is not. It answers the new one's name.
+func (c *cluster) replace(ctx context.Context, o order) (told, error) {
+	c.mu.Lock()
+	old, err := c.pod(o.Name)
+	if err == nil && old.Outdated {
+		err = fmt.Errorf("pod %s is being replaced already", old.Pod.Name)
+	}
+	mark := c.serial
+	var next *pod
+	if err == nil {
+		old.Outdated = true
+		c.bump()
+		for _, made := range c.replan() {
+			if made.owner() == old.owner() {
+				next = made
+			}
+		}
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return told{}, err
+	}
+	err = c.reach(ctx, func() bool {
+		if next == nil || c.pods[next.Pod.Name] != next {
+			next = c.successor(old, mark)
+		}
+		return next != nil && next.Ready && old.Leaving
+	})
+	if err != nil {
+		return told{}, fmt.Errorf("replace pod %s: %w", old.Pod.Name, err)
+	}
+	return told{Pod: next.Pod.Name.String()}, nil
+}
+
+// successor is the first pod that its workload made after the mark: one of the
+// same name, or one where the first choice came to nothing. The lock is held.
+func (c *cluster) successor(old *pod, mark int) *pod {
+	var first *pod
+	for _, p := range c.pods {
+		if p.owner() == old.owner() && p.Serial > mark && (first == nil || p.Serial < first.Serial) {
+			first = p
+		}
+	}
+	return first
+}
+
+// reach waits until the condition holds and what it saw is published.
+func (c *cluster) reach(ctx context.Context, condition func() bool) error {
+	reached := uint64(0)
+	return c.wait(ctx, func() bool {
+		if reached == 0 && condition() {
+			reached = c.version
+		}
+		return reached > 0 && c.shown >= reached
+	})
+}
+
+// killAgent kills the agent of a node; it is started again at once.
+func (c *cluster) killAgent(_ context.Context, o order) (told, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, agent := range c.agents {
+		if agent.node.Name != o.Name || c.cfg.AgentCommand == nil {
+			continue
+		}
+		if agent.pid == 0 {
+			return told{}, fmt.Errorf("kill agent of node %s: it does not run at the moment", o.Name)
+		}
+		if err := unix.Kill(agent.pid, unix.SIGKILL); err != nil {
+			return told{}, fmt.Errorf("kill agent of node %s: %w", o.Name, err)
+		}
+		return told{}, nil
+	}
+	return told{}, fmt.Errorf("kill agent of node %s: lab %s has no such node, or no agents", o.Name, c.cfg.Name)
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
