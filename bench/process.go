@@ -114,7 +114,7 @@ func (p *process) answer(within time.Duration) (outcome, error) {
 
 // died waits for the process that closed its end and says what it said last.
 func (p *process) died(cause error) error {
-	p.stop()
+	_ = p.command.Wait() // the state says how it ended
 	said := strings.TrimSpace(p.stderr.String())
 	if said == "" && p.command.ProcessState != nil {
 		said = p.command.ProcessState.String()

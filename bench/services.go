@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,9 +34,9 @@ type Options struct {
 	// Millrace attaches the variant under test. Without it the variant is left
 	// out, and the report says so.
 	Millrace Attach
-	// Worker is the command that runs WorkerMain, to which its arguments are
+	// WorkerCommand is the command that runs WorkerMain, to which its arguments are
 	// appended; this program with "bench-worker".
-	Worker []string
+	WorkerCommand []string
 	// Progress receives a line for everything that takes time; nothing.
 	Progress io.Writer
 }
@@ -65,6 +66,7 @@ func (o Options) withDefaults() (Options, error) {
 	if len(o.Positions) == 0 {
 		o.Positions = []string{Last}
 	}
+	o.Services, o.Variants, o.Positions = once(o.Services), once(o.Variants), once(o.Positions)
 	if o.Endpoints == 0 {
 		o.Endpoints = 2
 	}
@@ -77,14 +79,25 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Progress == nil {
 		o.Progress = io.Discard
 	}
-	if len(o.Worker) == 0 {
+	if len(o.WorkerCommand) == 0 {
 		self, err := os.Executable()
 		if err != nil {
 			return o, fmt.Errorf("find this program: %w", err)
 		}
-		o.Worker = []string{self, "bench-worker"}
+		o.WorkerCommand = []string{self, "bench-worker"}
 	}
 	return o, o.check()
+}
+
+// once leaves away what was named before.
+func once[T comparable](named []T) []T {
+	var kept []T
+	for _, item := range named {
+		if !slices.Contains(kept, item) {
+			kept = append(kept, item)
+		}
+	}
+	return kept
 }
 
 func (o Options) check() error {
@@ -244,12 +257,12 @@ func (s *session) prepareCell(ctx context.Context, v variant, count int, positio
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	c := &cell{variant: v.name, services: count, position: position}
-	s.progress("prepare %s", c)
 	tested, err := testedIndex(position, count)
 	if err != nil {
 		return err
 	}
+	c := &cell{variant: v.name, services: count, position: position}
+	s.progress("prepare %s", c)
 	services := cluster(count, s.Endpoints, tested)
 	c.targets = []netip.AddrPort{serviceAddress(services[tested])}
 	if v.direct {
@@ -259,18 +272,28 @@ func (s *session) prepareCell(ctx context.Context, v variant, count int, positio
 	if c.bed, err = s.makeBed(ctx, name); err != nil {
 		return err
 	}
-	c.loaded, err = v.load(c.bed, services)
+	c.loaded, err = v.load(ctx, c.bed, services)
 	c.bed.detach = c.loaded.detach
 	if err == nil {
 		err = c.prove(s.Endpoints)
 	}
-	if err != nil && (v.name == Native || ctx.Err() != nil) {
+	return s.admit(ctx, c, err)
+}
+
+// admit takes a cell in, or leaves it out because of err. Without native there
+// is nothing to compare with.
+func (s *session) admit(ctx context.Context, c *cell, err error) error {
+	if err != nil && (c.variant == Native || ctx.Err() != nil) {
 		return fmt.Errorf("prepare %s: %w", c, err)
 	}
 	if err != nil {
-		s.report.Skipped = append(s.report.Skipped, Skipped{Variant: v.name, Services: count, Position: position, Reason: err.Error()})
-		s.progress("%s", s.report.Skipped[len(s.report.Skipped)-1])
+		skipped := Skipped{Variant: c.variant, Services: c.services, Position: c.position, Reason: err.Error()}
+		s.report.Skipped = append(s.report.Skipped, skipped)
+		s.progress("%s", skipped)
 		return nil
+	}
+	if c.loaded.by != "" {
+		s.report.Header.Settings[c.variant] = "loaded by " + c.loaded.by
 	}
 	s.cells = append(s.cells, c)
 	return nil
@@ -283,7 +306,7 @@ func (s *session) makeBed(ctx context.Context, name string) (*bed, error) {
 	if err != nil {
 		return nil, err
 	}
-	return b, b.startWorkers(ctx, s.Worker, s.cpu)
+	return b, b.startWorkers(ctx, s.WorkerCommand, s.cpu)
 }
 
 // prove makes connections until every backend has answered one. It gives up
@@ -333,17 +356,17 @@ func (s *session) turns(ctx context.Context, group []*cell) error {
 	for _, c := range group {
 		c.outcomes = append(c.outcomes, outcome{})
 	}
-	slices := max(int(s.RoundTime/sliceTime), 1)
-	for slice := range slices {
+	count := max(int(s.RoundTime/sliceTime), 1)
+	for slice := range count {
 		for _, i := range rand.Perm(len(group)) {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
 			result, err := group[i].bed.clientProcess.tell(command{
 				Targets:     group[i].targets,
-				Nanoseconds: s.RoundTime.Nanoseconds() / int64(slices),
+				Nanoseconds: s.RoundTime.Nanoseconds() / int64(count),
 				First:       slice == 0,
-				Last:        slice == slices-1,
+				Last:        slice == count-1,
 				WarmUp:      warmUp,
 				Server:      group[i].bed.serverProcess.pid(),
 			})

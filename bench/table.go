@@ -22,7 +22,8 @@ func (r *Report) WriteTable(w io.Writer) error {
 		out.printf("\n%d Services\n", services)
 		r.writeVariants(out, services)
 	}
-	out.printf("\nTimes of one connection: connect, request, answer, close. In brackets: the median of the\nratios to native in the same round, and its 95 %% interval. Load: best of few.\n")
+	out.printf("\nTo native: the median of the ratios to native in the same round. Load: best of few.\n")
+	out.printf("%.0f connections, %.0f went wrong.\n", r.sum(MetricConnections), r.sum(MetricErrors))
 	for _, skipped := range r.Skipped {
 		out.printf("%s\n", skipped)
 	}
@@ -34,39 +35,58 @@ func (r *Report) WriteTable(w io.Writer) error {
 
 func (r *Report) writeVariants(out *printer, services int) {
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "variant\trule\tp50 us\tto native\tp99 us\tto native\tCPU us\tto native\tload ms")
+	fmt.Fprintln(table, "variant\trule\tp50 us\tto native [95 % interval]\tp99 us\tto native\tCPU us\tto native\tload ms")
 	for _, row := range r.Rows {
 		if row.Services != services || row.Metric != MetricP50 {
 			continue
 		}
-		cells := []string{row.Variant, orDash(row.Position)}
-		for _, metric := range []string{MetricP50, MetricP99, MetricCPU} {
-			cells = append(cells, r.Row(row.Variant, services, row.Position, metric).cells()...)
-		}
-		load := "-"
-		if found := r.Row(row.Variant, services, row.Position, MetricLoad); found != nil {
-			load = fmt.Sprintf("%.1f", found.Min)
-		}
-		fmt.Fprintln(table, strings.Join(append(cells, load), "\t"))
+		figure := func(metric string) *Row { return r.Row(row.Variant, services, row.Position, metric) }
+		p99, cpu := figure(MetricP99), figure(MetricCPU)
+		fmt.Fprintln(table, strings.Join([]string{
+			row.Variant, orDash(row.Position),
+			row.median(), row.ratio(true),
+			p99.median(), p99.ratio(false),
+			cpu.median(), cpu.ratio(false),
+			figure(MetricLoad).best(),
+		}, "\t"))
 	}
 	_ = table.Flush() // the printer keeps the error
 }
 
-// cells are a figure and its ratio to native.
-func (row *Row) cells() []string {
+func (row *Row) median() string {
 	if row == nil {
-		return []string{"-", "-"}
+		return "-"
 	}
-	return []string{fmt.Sprintf("%.1f", row.Median), row.Ratio.String()}
+	return fmt.Sprintf("%.1f", row.Median)
 }
 
-// String is "1.352 [1.341, 1.360]", without brackets where there is no interval.
+func (row *Row) best() string {
+	if row == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%.1f", row.Min)
+}
+
+// ratio is that to native, with its interval if it is asked for.
+func (row *Row) ratio(interval bool) string {
+	switch {
+	case row == nil || row.Ratio == nil:
+		return "-"
+	case row.Variant == Native:
+		return "1"
+	case !interval:
+		return fmt.Sprintf("%.2f", row.Ratio.Median)
+	}
+	return row.Ratio.String()
+}
+
+// String is "1.352 [1.341, 1.360]", or why there is no interval.
 func (r *Ratio) String() string {
 	switch {
 	case r == nil:
 		return "-"
 	case r.Low == nil || r.High == nil:
-		return fmt.Sprintf("%.3f", r.Median)
+		return fmt.Sprintf("%.3f [too few rounds]", r.Median)
 	}
 	return fmt.Sprintf("%.3f [%.3f, %.3f]", r.Median, *r.Low, *r.High)
 }
@@ -89,6 +109,19 @@ func (r *Report) WriteRounds(w io.Writer) error {
 	}
 	_ = table.Flush() // the printer keeps the error
 	return out.err
+}
+
+// sum adds up a metric over all rows and rounds.
+func (r *Report) sum(metric string) float64 {
+	sum := 0.0
+	for _, row := range r.Rows {
+		if row.Metric == metric {
+			for _, sample := range row.Samples {
+				sum += sample
+			}
+		}
+	}
+	return sum
 }
 
 // serviceCounts are those of the rows, in their order.

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -61,10 +62,12 @@ type loaded struct {
 	times    []time.Duration
 	mapBytes uint64
 	detach   func() error
+	// by is the program that loaded them and its version, if there is one.
+	by string
 }
 
 // loader brings Services into a bed. services is empty for native.
-type loader func(b *bed, services []*model.Service) (loaded, error)
+type loader func(ctx context.Context, b *bed, services []*model.Service) (loaded, error)
 
 // variant is one way to reach a backend.
 type variant struct {
@@ -97,7 +100,7 @@ func variantNamed(name string, attach Attach) (variant, error) {
 	return variant{}, fmt.Errorf("unknown variant %q: use %s", name, strings.Join(append(DefaultVariants, NativeAgain), ", "))
 }
 
-func loadNothing(*bed, []*model.Service) (loaded, error) { return loaded{}, nil }
+func loadNothing(context.Context, *bed, []*model.Service) (loaded, error) { return loaded{}, nil }
 
 // A load is repeated for a better figure, at most this often and only while all
 // loads together took less than the time.
@@ -108,7 +111,7 @@ const (
 
 // loadAttached is the loader of the variant under test.
 func loadAttached(attach Attach) loader {
-	return func(b *bed, services []*model.Service) (loaded, error) {
+	return func(_ context.Context, b *bed, services []*model.Service) (loaded, error) {
 		var result loaded
 		if attach == nil {
 			return result, errors.New("nothing was given to attach (bench.Options.Millrace)")
@@ -149,20 +152,20 @@ type ruleTool struct {
 
 // load fills the bed's node, and namespaces that are thrown away before it, for
 // a load onto rules that exist would be another task.
-func (r ruleTool) load(b *bed, services []*model.Service) (loaded, error) {
+func (r ruleTool) load(ctx context.Context, b *bed, services []*model.Service) (loaded, error) {
 	var result loaded
 	path, err := exec.LookPath(r.program)
 	if err != nil {
 		return result, fmt.Errorf("%s is not installed: apt-get install %s", r.program, r.packageName)
 	}
 	rules := []byte(r.rules(services))
-	first, err := r.restore(b.node, path, rules)
+	first, err := r.restore(ctx, b.node, path, rules)
 	if err != nil {
 		return result, err
 	}
-	result.times = append(result.times, first)
+	result.times, result.by = append(result.times, first), r.version(ctx, path)
 	for again(result.times) {
-		took, err := r.practise(b.node+"-again", path, rules)
+		took, err := r.practise(ctx, b.node+"-again", path, rules)
 		if err != nil {
 			return result, err
 		}
@@ -172,17 +175,17 @@ func (r ruleTool) load(b *bed, services []*model.Service) (loaded, error) {
 }
 
 // practise loads the rules into a namespace of their own.
-func (r ruleTool) practise(namespace, path string, rules []byte) (time.Duration, error) {
+func (r ruleTool) practise(ctx context.Context, namespace, path string, rules []byte) (time.Duration, error) {
 	if err := netns.Create(namespace); err != nil {
 		return 0, err
 	}
-	took, err := r.restore(namespace, path, rules)
+	took, err := r.restore(ctx, namespace, path, rules)
 	return took, errors.Join(err, netns.Remove(namespace))
 }
 
 // restore runs the program once. The time is that of the whole process.
-func (r ruleTool) restore(namespace, path string, rules []byte) (time.Duration, error) {
-	command := exec.Command(path, r.arguments...)
+func (r ruleTool) restore(ctx context.Context, namespace, path string, rules []byte) (time.Duration, error) {
+	command := exec.CommandContext(ctx, path, r.arguments...)
 	var said bytes.Buffer
 	command.Stdin, command.Stdout, command.Stderr = bytes.NewReader(rules), &said, &said
 	var took time.Duration
@@ -198,8 +201,8 @@ func (r ruleTool) restore(namespace, path string, rules []byte) (time.Duration, 
 }
 
 // version is what the program says of itself, for the header.
-func (r ruleTool) version() string {
-	out, err := exec.Command(r.program, "--version").Output()
+func (r ruleTool) version(ctx context.Context, path string) string {
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
 		return "unknown"
 	}

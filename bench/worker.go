@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bufio"
+	"encoding/binary"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -110,12 +111,9 @@ func pin(cpu int) error {
 
 // rawAddress is an IPv4 address and port as the kernel takes it.
 func rawAddress(address netip.AddrPort) unix.RawSockaddrInet4 {
-	port := address.Port()
-	return unix.RawSockaddrInet4{
-		Family: unix.AF_INET,
-		Port:   port<<8 | port>>8, // network order; this runs on little-endian machines
-		Addr:   address.Addr().As4(),
-	}
+	raw := unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: address.Addr().As4()}
+	binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&raw.Port))[:], address.Port())
+	return raw
 }
 
 // client makes connections. All its memory is there before it starts.
@@ -175,7 +173,7 @@ func (c *client) measure(do command) outcome {
 	had := len(c.samples)
 	c.request[0] = askEcho
 	var result outcome
-	for range do.WarmUp {
+	for i := 0; i < do.WarmUp && result.Errors == 0; i++ {
 		result.note(c.connection(&targets[c.draw(len(targets))]))
 	}
 	cpu := processTime(0) + processTime(do.Server)
@@ -323,6 +321,12 @@ func serve(listen string) error {
 	if err := json.NewEncoder(os.Stdout).Encode(outcome{}); err != nil {
 		return fmt.Errorf("say ready: %w", err)
 	}
+	return fmt.Errorf("accept on %s: %w", address, answerAll(listener))
+}
+
+// answerAll answers one connection after another until it can accept no more.
+// What goes wrong with one of them the client sees and counts.
+func answerAll(listener int) unix.Errno {
 	var message [messageSize]byte
 	asleep := true
 	for {
@@ -333,7 +337,7 @@ func serve(listen string) error {
 		}
 		fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(listener), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
 		if errno != 0 {
-			return fmt.Errorf("accept on %s: %w", address, errno)
+			return errno
 		}
 		_, _, errno = unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&message)), messageSize)
 		asleep = message[0] == askLast
@@ -343,7 +347,7 @@ func serve(listen string) error {
 		if errno == 0 {
 			_, _, _ = unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&message)), messageSize)
 		}
-		_, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0) // the client sees and counts what went wrong
+		_, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0)
 	}
 }
 

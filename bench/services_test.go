@@ -1,0 +1,439 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// needRoot skips without root, and checks at the end that this process left no
+// namespace, cgroup or worker behind.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes network namespaces and cgroups")
+	}
+	t.Cleanup(func() {
+		for _, path := range leftBy(t, os.Getpid()) {
+			t.Errorf("left behind: %s", path)
+		}
+	})
+}
+
+// needTools skips where kube-proxy's tools are not installed.
+func needTools(t *testing.T) {
+	t.Helper()
+	for _, tool := range []string{"iptables-nft-restore", "iptables-legacy-restore", "nft"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s: apt-get install iptables nftables", tool)
+		}
+	}
+}
+
+func runGroup(t *testing.T, pid int) string {
+	t.Helper()
+	root, err := cgroup.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(root, groupPrefix+strconv.Itoa(pid))
+}
+
+// leftBy lists what a run by the process pid has on this host.
+func leftBy(t *testing.T, pid int) []string {
+	t.Helper()
+	var left []string
+	folder := filepath.Join(runsFolder, strconv.Itoa(pid))
+	for _, path := range []string{folder, runGroup(t, pid)} {
+		if _, err := os.Stat(path); err == nil {
+			left = append(left, path)
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if strings.Contains(line, folder+"/") {
+			left = append(left, "mount "+strings.TrimSpace(line))
+		}
+	}
+	return left
+}
+
+func waitFor(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited 20 s for: %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// openSession is what Services does before it measures.
+func openSession(t *testing.T, o Options) *session {
+	t.Helper()
+	o, err := o.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cpu, err := lastProcessor()
+	if err != nil {
+		t.Fatal(err)
+	}
+	folders, err := openRun()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &session{Options: o, run: folders, cpu: cpu, report: &Report{Header: newHeader("services", o.settings(cpu))}}
+	t.Cleanup(func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func TestServices(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	var progress strings.Builder
+	variants := append(slices.Clone(DefaultVariants), NativeAgain)
+	report, err := Services(t.Context(), Options{
+		Services: []int{2, 40, 2}, Variants: variants, Rounds: 2, RoundTime: 40 * time.Millisecond, Progress: &progress,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, services := range []int{2, 40} {
+		for _, name := range []string{Native, NativeAgain, IptablesNft, IptablesLegacy, Nftables} {
+			checkMeasured(t, report, name, services)
+		}
+		if report.Row(Millrace, services, "", MetricP50) != nil {
+			t.Errorf("millrace has figures with %d Services, though nothing was attached", services)
+		}
+	}
+	if len(report.Warnings) > 0 {
+		t.Errorf("warnings: %s", report.Warnings)
+	}
+	want := "millrace with 40 Services left out: nothing was given to attach (bench.Options.Millrace)"
+	if len(report.Skipped) != 2 || report.Skipped[1].String() != want {
+		t.Errorf("left out: %v, want for each number of Services: %s", report.Skipped, want)
+	}
+	if !strings.Contains(progress.String(), "prepare nftables, 40 Services\n") || !strings.Contains(progress.String(), "round 1 of 2\n") {
+		t.Errorf("progress does not tell what it does:\n%s", &progress)
+	}
+}
+
+// checkMeasured wants all figures of a variant, from both rounds, in their units.
+func checkMeasured(t *testing.T, report *Report, name string, services int) {
+	t.Helper()
+	get := func(metric string) Row {
+		row := report.Row(name, services, "", metric)
+		if row == nil {
+			t.Fatalf("%s with %d Services has no %s; left out: %v", name, services, metric, report.Skipped)
+		}
+		return *row
+	}
+	for _, metric := range []string{MetricP50, MetricP99, MetricCPU} {
+		row := get(metric)
+		if row.Unit != "us" || row.Rounds != 2 || row.Min < 1 || row.Max > 1e6 || row.Ratio == nil || len(row.Ratio.Samples) != 2 {
+			t.Errorf("%s with %d Services: %s is %+v", name, services, metric, row)
+		}
+	}
+	if p50, p99 := get(MetricP50), get(MetricP99); p50.Min > p99.Min {
+		t.Errorf("%s: p50 %v us is above p99 %v us", name, p50.Min, p99.Min)
+	}
+	if row := get(MetricConnections); row.Min < 5 {
+		t.Errorf("%s with %d Services: only %v connections in a round", name, services, row.Min)
+	}
+	if row := get(MetricErrors); row.Max > 0 {
+		t.Errorf("%s with %d Services: %v connections went wrong", name, services, row.Max)
+	}
+	if name != Native && name != NativeAgain {
+		if row := get(MetricLoad); row.Unit != "ms" || row.Rounds != maxLoads || row.Min <= 0 {
+			t.Errorf("%s with %d Services: load time is %+v", name, services, row)
+		}
+	}
+}
+
+// The client connects to a Service's address and a backend answers; conntrack
+// saw it in that node, and sees nothing where there is no Service.
+func TestRuleSetsTranslate(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	s := openSession(t, Options{Services: []int{9}, Endpoints: 3, Positions: []string{First, Middle, Last},
+		Variants: []string{IptablesNft, IptablesLegacy, Nftables}})
+	if err := s.prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(s.cells) != 1+3+3+1 {
+		t.Fatalf("%d beds, want native, nftables and two by three of iptables; left out: %v", len(s.cells), s.report.Skipped)
+	}
+	for _, c := range s.cells {
+		tested, _ := testedIndex(c.position, 9)
+		vip := serviceAddress(cluster(9, 3, tested)[tested])
+		answer, err := c.bed.clientProcess.tell(command{Targets: c.targets})
+		if err != nil || answer.Errors > 0 {
+			t.Fatalf("%s: connect to %s: %s %v", c, c.targets[0], answer.FirstError, err)
+		}
+		if c.variant == Native {
+			if entries := conntrackEntries(t, c); entries != 0 {
+				t.Errorf("%s: conntrack has %d entries: some hook is registered", c, entries)
+			}
+			continue
+		}
+		if len(c.targets) != 1 || c.targets[0] != vip || answer.Backend == vip.String() || !strings.HasPrefix(answer.Backend, "10.244.2.") {
+			t.Errorf("%s: connected to %v and %s answered, want %s and a backend", c, c.targets, answer.Backend, vip)
+		}
+		if entries := conntrackEntries(t, c); entries == 0 {
+			t.Errorf("%s: conntrack has no entries: the rules did not translate", c)
+		}
+		checkPosition(t, c, tested, vip.Addr().String())
+	}
+}
+
+func conntrackEntries(t *testing.T, c *cell) (entries int) {
+	t.Helper()
+	err := netns.Do(c.bed.node, func() error {
+		data, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+		if errors.Is(err, os.ErrNotExist) { // no conntrack in this kernel, or not loaded
+			return nil
+		}
+		if err == nil {
+			entries, err = strconv.Atoi(strings.TrimSpace(string(data)))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entries
+}
+
+// checkPosition reads the rules back from the kernel.
+func checkPosition(t *testing.T, c *cell, tested int, vip string) {
+	t.Helper()
+	if c.position == "" {
+		return
+	}
+	var rules []byte
+	err := netns.Do(c.bed.node, func() (err error) {
+		rules, err = exec.Command(c.variant+"-save", "-t", "nat").Output()
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	order := portals(string(rules))
+	if len(order) != 9 || order[tested] != vip {
+		t.Errorf("%s: the rules in the kernel are for %v, want %s as number %d of 9", c, order, vip, tested+1)
+	}
+}
+
+// An Attach that works: nft's rules, and what it was given to work with.
+func TestVariantUnderTestIsAttached(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	var attached, closed int
+	attach := func(spec AttachSpec) (Attached, error) {
+		processes, err := cgroup.Processes(spec.Cgroup)
+		if err != nil || len(processes) != 1 {
+			t.Errorf("the client's cgroup has the processes %v, want the client alone (%v)", processes, err)
+		}
+		if len(spec.Services) != 5 {
+			t.Errorf("%d Services to attach, want 5", len(spec.Services))
+		}
+		tool := ruleTool{program: "nft", packageName: "nftables", rules: nftablesRules, arguments: []string{"-f", "-"}}
+		took, err := tool.restore(t.Context(), spec.NetNS, "nft", []byte(nftablesRules(spec.Services)))
+		attached++
+		return Attached{LoadTime: took, MapBytes: 4096, Close: func() error {
+			closed++
+			return netns.Do(spec.NetNS, exec.Command("nft", "flush", "ruleset").Run)
+		}}, err
+	}
+	report, err := Services(t.Context(), Options{
+		Services: []int{5}, Variants: []string{Millrace}, Rounds: 1, RoundTime: 20 * time.Millisecond, Millrace: attach,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkAttached := report.Row(Millrace, 5, "", MetricP50)
+	if checkAttached == nil || checkAttached.Ratio == nil {
+		t.Fatalf("no figures; left out: %v", report.Skipped)
+	}
+	if row := report.Row(Millrace, 5, "", MetricMaps); row == nil || row.Median != 4096 || row.Unit != "bytes" {
+		t.Errorf("map memory is %+v, want 4096 bytes", row)
+	}
+	if load := report.Row(Millrace, 5, "", MetricLoad); load == nil || load.Rounds != attached || attached != maxLoads {
+		t.Errorf("attached %d times, load time is %+v, want the best of %d", attached, load, maxLoads)
+	}
+	if closed != attached {
+		t.Errorf("attached %d times and closed %d times", attached, closed)
+	}
+}
+
+// left wants a variant to be left out for a reason that says all of want.
+func left(t *testing.T, o Options, want ...string) {
+	t.Helper()
+	o.Services, o.Rounds, o.RoundTime = []int{3}, 1, 20*time.Millisecond
+	report, err := Services(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(report.Skipped) != 1 || report.Row(Native, 3, "", MetricP50) == nil {
+		t.Fatalf("left out %v, want one variant; and native measured", report.Skipped)
+	}
+	for _, part := range want {
+		if !strings.Contains(report.Skipped[0].String(), part) {
+			t.Errorf("the reason %q does not say %q", report.Skipped[0], part)
+		}
+	}
+}
+
+func TestMissingToolIsNamedWithItsPackage(t *testing.T) {
+	needRoot(t)
+	t.Setenv("PATH", t.TempDir())
+	left(t, Options{Variants: []string{IptablesLegacy}}, "iptables-legacy with 3 Services (last) left out", "iptables-legacy-restore is not installed", "apt-get install iptables")
+	left(t, Options{Variants: []string{Nftables}}, "nft is not installed: apt-get install nftables")
+}
+
+func TestRefusingToolIsQuoted(t *testing.T) {
+	needRoot(t)
+	folder := t.TempDir()
+	script := "#!/bin/sh\necho \"can't initialize iptables table nat: Table does not exist\" >&2\nexit 3\n"
+	if err := os.WriteFile(filepath.Join(folder, "iptables-legacy-restore"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", folder+":"+os.Getenv("PATH"))
+	left(t, Options{Variants: []string{IptablesLegacy}}, "exit status 3", "Table does not exist")
+}
+
+func TestFailingAttachIsNamed(t *testing.T) {
+	needRoot(t)
+	refuse := func(AttachSpec) (Attached, error) { return Attached{}, errors.New("load program connect4: no BTF") }
+	left(t, Options{Variants: []string{Millrace}, Millrace: refuse}, "load program connect4: no BTF")
+}
+
+// What is attached and does not translate must not be measured.
+func TestAServiceThatDoesNotAnswerIsLeftOut(t *testing.T) {
+	needRoot(t)
+	idle := func(AttachSpec) (Attached, error) { return Attached{Close: func() error { return nil }}, nil }
+	left(t, Options{Variants: []string{Millrace}, Millrace: idle}, "connect to 10.96.0.", "connect: ")
+}
+
+// whenMeasuring calls f once, in the first round.
+type whenMeasuring struct {
+	f    func()
+	done bool
+}
+
+func (w *whenMeasuring) Write(line []byte) (int, error) {
+	if strings.Contains(string(line), "round 1 of") && !w.done {
+		w.done = true
+		go w.f()
+	}
+	return len(line), nil
+}
+
+func TestCancelledRunLeavesNothing(t *testing.T) {
+	needRoot(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	_, err := Services(ctx, Options{Services: []int{3}, Variants: []string{Native}, Rounds: 1 << 30, Progress: &whenMeasuring{f: cancel}})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("a cancelled run returned %v, want context canceled", err)
+	}
+}
+
+func TestKilledWorkerEndsTheRun(t *testing.T) {
+	needRoot(t)
+	kill := func() {
+		clients, err := cgroup.Processes(filepath.Join(runGroup(t, os.Getpid()), "native-3", "client"))
+		if err != nil || len(clients) != 1 {
+			t.Errorf("clients are %v (%v), want one", clients, err)
+			return
+		}
+		_ = unix.Kill(clients[0], unix.SIGKILL)
+	}
+	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Native}, Rounds: 1 << 30, Progress: &whenMeasuring{f: kill}})
+	if err == nil || !strings.Contains(err.Error(), "client of native-3 ended: signal: killed") {
+		t.Errorf("the run returned %v, want that the client was killed", err)
+	}
+}
+
+func TestWorkerThatCannotStartIsQuoted(t *testing.T) {
+	needRoot(t)
+	_, err := Services(t.Context(), Options{Services: []int{3}, WorkerCommand: []string{"sh", "-c", "echo no such sub-command >&2; exit 64"}})
+	if err == nil || !strings.Contains(err.Error(), "no such sub-command") {
+		t.Errorf("the run returned %v, want what the worker said", err)
+	}
+}
+
+// forever is what the killed process of the next test runs.
+func forever() int {
+	_, err := Services(context.Background(), Options{Services: []int{3}, Variants: []string{Native}, Rounds: 1 << 30, Progress: os.Stdout})
+	fmt.Println(err)
+	return 1
+}
+
+func TestKilledRunIsSweptByTheNext(t *testing.T) {
+	needRoot(t)
+	bench := exec.Command(os.Args[0], "bench-forever")
+	out, err := bench.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := bench.Start(); err != nil {
+		t.Fatal(err)
+	}
+	measuring := make(chan struct{})
+	go func() { _, _ = io.Copy(&whenMeasuring{f: func() { close(measuring) }}, out) }()
+	<-measuring
+	pid := bench.Process.Pid
+	workers, err := cgroup.Processes(runGroup(t, pid))
+	if err != nil || len(workers) != 2 {
+		t.Fatalf("the run has the workers %v (%v), want two", workers, err)
+	}
+
+	// As long as it lives, nobody sweeps it.
+	left(t, Options{Variants: []string{Millrace}})
+	if got := len(leftBy(t, pid)); got != 2+3 {
+		t.Fatalf("another run left %v of a living one, want a folder, a cgroup and three namespaces", leftBy(t, pid))
+	}
+
+	_ = bench.Process.Kill()
+	_ = bench.Wait()
+	waitFor(t, "workers end with the run that was killed", func() bool {
+		workers, err := cgroup.Processes(runGroup(t, pid))
+		return err == nil && len(workers) == 0
+	})
+	left(t, Options{Variants: []string{Millrace}})
+	for _, path := range leftBy(t, pid) {
+		t.Errorf("not swept: %s", path)
+	}
+}
+
+func TestTwoRunsInOneProcessAreRefused(t *testing.T) {
+	needRoot(t)
+	openSession(t, Options{})
+	if _, err := Services(t.Context(), Options{}); err == nil || !strings.Contains(err.Error(), "running a benchmark already") {
+		t.Errorf("a second run returned %v", err)
+	}
+}
