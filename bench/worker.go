@@ -24,7 +24,7 @@ const messageSize = 64
 // The first byte of a request says what the server shall do.
 const (
 	askEcho = 'e' // answer, and look for the next connection at once
-	askName = 'n' // answer with the address that the request arrived at
+	askName = 'n' // answer with the address that the request arrived at, and go to sleep
 	askLast = 'l' // answer, and go to sleep: no connection follows soon
 )
 
@@ -340,7 +340,7 @@ func answerAll(listener int) unix.Errno {
 			return errno
 		}
 		_, _, errno = unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&message)), messageSize)
-		asleep = message[0] == askLast
+		asleep = message[0] != askEcho
 		if message[0] == askName {
 			nameOf(int(fd), &message)
 		}
