@@ -23,26 +23,30 @@ type agent struct {
 	restarts int
 }
 
-// tend keeps the agent of one node running until ctx ends.
+// tend keeps the agent of one node running until ctx ends. One that was ready
+// is started again at once, one that never was after growing pauses.
 func (c *cluster) tend(ctx context.Context, a *agent) {
 	object := "agent of node " + a.node.Name
 	for pauses := newBackoff(); ; {
-		started := time.Now()
 		err := c.runAgent(ctx, a)
 		if ctx.Err() != nil {
 			return
 		}
+		worked := false
 		c.change(func() {
+			worked = a.ready
 			a.pid, a.ready = 0, false
 			a.restarts++
 			c.happenLocked(object, fmt.Sprintf("%v: it is started again; its log is %s", err, c.agentLog(a)))
 		})
-		if time.Since(started) < 10*time.Second { // otherwise at once
-			select {
-			case <-time.After(pauses.next(time.Since(started))):
-			case <-ctx.Done():
-				return
-			}
+		if worked {
+			pauses = newBackoff()
+			continue
+		}
+		select {
+		case <-time.After(pauses.next(0)):
+		case <-ctx.Done():
+			return
 		}
 	}
 }

@@ -93,8 +93,9 @@ func (c *Client) Scale(ctx context.Context, workload string, n int) error {
 	return c.post(ctx, "/scale", order{Name: workload, Count: n}, nil)
 }
 
-// Kill ends a pod abruptly, without a drain, and returns its full name when it
-// is gone from the published cluster. Its workload makes a new one.
+// Kill ends a pod abruptly, without a drain or in the midst of it, and returns
+// its full name when it is gone from the published cluster. Its workload makes
+// a new one.
 func (c *Client) Kill(ctx context.Context, pod string) (string, error) {
 	return c.pod(ctx, "/kill", pod)
 }

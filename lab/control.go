@@ -140,27 +140,22 @@ func (c *cluster) hasReady(owner string, n int) bool {
 	return n == 0
 }
 
-// pod finds a pod that is not leaving. The lock is held.
+// pod finds a pod. The lock is held.
 func (c *cluster) pod(name string) (*pod, error) {
 	found, err := c.status(0).Pod(name)
 	if err != nil {
 		return nil, err
 	}
-	p := c.pods[model.Name{Namespace: found.Namespace, Name: found.Name}]
-	if p.Leaving {
-		return nil, fmt.Errorf("pod %s is leaving already", found)
-	}
-	return p, nil
+	return c.pods[model.Name{Namespace: found.Namespace, Name: found.Name}], nil
 }
 
-// killPod ends a pod at once, without a drain, and waits until that is
+// killPod ends a pod at once, also one that drains, and waits until that is
 // published.
 func (c *cluster) killPod(ctx context.Context, o order) (told, error) {
 	c.mu.Lock()
 	p, err := c.pod(o.Name)
-	if err == nil {
-		p.Leaving = true
-		p.leftAt = c.version + 1
+	if err == nil && !p.killed {
+		p.Leaving, p.killed = true, true
 		if p.pid > 0 {
 			unix.Kill(p.pid, unix.SIGKILL)
 		}
@@ -179,8 +174,8 @@ func (c *cluster) killPod(ctx context.Context, o order) (told, error) {
 func (c *cluster) replace(ctx context.Context, o order) (told, error) {
 	c.mu.Lock()
 	old, err := c.pod(o.Name)
-	if err == nil && old.Outdated {
-		err = fmt.Errorf("pod %s is being replaced already", old.Pod.Name)
+	if err == nil && (old.Outdated || old.Leaving) {
+		err = fmt.Errorf("replace pod %s: it is about to go already", old.Pod.Name)
 	}
 	mark := c.serial
 	var next *pod

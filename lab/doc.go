@@ -10,9 +10,11 @@
 // it through Exec and end it through Down.
 //
 // It differs from a cluster in what it leaves out: no images run, probes are
-// ignored (a pod is ready once it listens), there is no scheduler beyond
-// spreading each workload over the nodes, and the set of nodes is fixed while
-// the lab is up. A Service that names no address family gets both.
+// ignored (a pod is ready once it listens), SCTP ports are not served, there is
+// no scheduler beyond spreading each workload over the nodes, and the set of
+// nodes is fixed while the lab is up. A Service that names no address family
+// gets both (PreferDualStack). A pod that no workload owns comes back when it is
+// killed, as long as the manifests ask for it.
 //
 // What it writes: files, bind mounts and one bpf file system below its folder
 // (/run/millrace/lab/NAME), groups below millrace-lab/NAME in the cgroup2
@@ -23,6 +25,9 @@
 // Its address ranges avoid those of the host and of other labs. Needs
 // CAP_SYS_ADMIN and CAP_NET_ADMIN.
 //
-// What it costs is a process a pod and about as long as it takes to start them;
-// docs hold the measured figures.
+// What it costs is a process a pod. 300 pods on 3 nodes came up in 1.8 s and
+// went down in 0.2 s on two idle cores, and took 440 MiB (PSS), about 590 MiB
+// with what the kernel keeps for their namespaces, from a small executable
+// (TestLarge prints these figures). Ten pods replaced a second, each in at most
+// 40 ms, took no call of 200 a second down (TestReplaceUnderLoad).
 package lab

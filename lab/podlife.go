@@ -22,8 +22,9 @@ type pod struct {
 	member
 	pid      int
 	restarts int
-	// gone: no longer published; its process is about to end.
-	gone bool
+	// gone: no longer published; its process is about to end. killed: it was
+	// asked to end at once.
+	gone, killed bool
 	// leftAt is the first version in which it is Leaving.
 	leftAt uint64
 	// leave is closed when it shall drain and go, kill when it shall go at once.
