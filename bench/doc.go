@@ -38,6 +38,11 @@
 // (see [MedianInterval]): a burst of other load on the machine then spoils some
 // rounds, and does not move one variant's figure against another's.
 //
+// The interval covers what varies from round to round. It does not cover where
+// the memory of a bed happens to lie, which stays the same for a whole run: two
+// native beds (NativeAgain) were found up to 0.7 % apart in ten runs, with
+// intervals of +-0.3 %. Read a difference below one percent as none.
+//
 // # What it writes, what it costs
 //
 // Namespaces bound below /run/millrace/bench/PID, cgroups below
