@@ -1,0 +1,180 @@
+package cluster
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"github.com/millrace/millrace/model"
+)
+
+// slice is an EndpointSlice.
+type slice struct {
+	service model.Name
+	ports   []slicePort
+	// endpoints have their addresses; the port is 0.
+	endpoints []model.Backend
+}
+
+type slicePort struct {
+	name     string
+	protocol model.Protocol
+	port     uint16
+}
+
+// slice reads an EndpointSlice, nil for one of host names: those are for DNS,
+// no packet can be sent to them.
+func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
+	switch obj.AddressType {
+	case discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6:
+	case discoveryv1.AddressTypeFQDN:
+		return nil
+	default:
+		r.fault("addressType", "unknown address type %q: use IPv4, IPv6 or FQDN", clip(string(obj.AddressType)))
+		return nil
+	}
+	service := obj.Labels[discoveryv1.LabelServiceName]
+	if service == "" {
+		r.fault("metadata.labels", "the slice names no Service: add the label %s", discoveryv1.LabelServiceName)
+		return nil
+	}
+	s := &slice{service: model.Name{Namespace: r.object.Namespace, Name: service}}
+	for i := range obj.Ports {
+		r.slicePort(s, fmt.Sprintf("ports[%d]", i), &obj.Ports[i])
+	}
+	s.endpoints = make([]model.Backend, 0, len(obj.Endpoints))
+	for i := range obj.Endpoints {
+		r.endpoint(s, i, &obj.Endpoints[i], obj.AddressType)
+	}
+	return s
+}
+
+// slicePort reads one port. A port without a number means every port, which no
+// Service port leads to.
+func (r *reader) slicePort(s *slice, field string, from *discoveryv1.EndpointPort) {
+	if from.Port == nil {
+		return
+	}
+	var p slicePort
+	var okProtocol, okPort bool
+	if from.Name != nil {
+		p.name = *from.Name
+	}
+	protocol := corev1.ProtocolTCP
+	if from.Protocol != nil {
+		protocol = *from.Protocol
+	}
+	p.protocol, okProtocol = r.protocol(field+".protocol", string(protocol))
+	p.port, okPort = r.port(field+".port", *from.Port)
+	if okProtocol && okPort {
+		s.ports = append(s.ports, p)
+	}
+}
+
+// endpoint reads one endpoint. Its addresses are interchangeable and the API
+// lets a reader use the first alone.
+func (r *reader) endpoint(s *slice, i int, from *discoveryv1.Endpoint, family discoveryv1.AddressType) {
+	field := fmt.Sprintf("endpoints[%d].addresses[0]", i)
+	if len(from.Addresses) == 0 {
+		r.fault(field, "the endpoint has no address: add one")
+		return
+	}
+	addr, ok := r.address(field, from.Addresses[0])
+	if !ok {
+		return
+	}
+	if addr.Is4() != (family == discoveryv1.AddressTypeIPv4) {
+		r.fault(field, "%s is not of the slice's addressType, %s: move it to a slice of its own family", addr, family)
+		return
+	}
+	b := model.Backend{Address: netip.AddrPortFrom(addr, 0)}
+	b.Ready, b.Serving, b.Terminating = conditions(&from.Conditions)
+	if from.NodeName != nil {
+		b.Node = *from.NodeName
+	}
+	if from.Zone != nil {
+		b.Zone = *from.Zone
+	}
+	if ref := from.TargetRef; ref != nil && ref.Kind == "Pod" {
+		b.Pod = model.Name{Namespace: cmp.Or(ref.Namespace, r.object.Namespace), Name: ref.Name}
+	}
+	s.endpoints = append(s.endpoints, b)
+}
+
+// conditions gives unset conditions the meaning that the API documents: ready is
+// true, serving is what ready is, terminating is false
+// (discovery.k8s.io/v1 EndpointConditions).
+func conditions(c *discoveryv1.EndpointConditions) (ready, serving, terminating bool) {
+	ready = c.Ready == nil || *c.Ready
+	serving = ready
+	if c.Serving != nil {
+		serving = *c.Serving
+	}
+	return ready, serving, c.Terminating != nil && *c.Terminating
+}
+
+// join is the Service with the endpoints of its slices.
+func join(base *model.Service, from []*Object) *model.Service {
+	s := *base
+	s.Ports = slices.Clone(base.Ports)
+	if s.Type == model.ExternalName {
+		return &s
+	}
+	for i := range s.Ports {
+		s.Ports[i].Backends = backends(&s.Ports[i], from)
+	}
+	return &s
+}
+
+// backends are the endpoints of one Service port: those of every slice that has
+// a port of the same name and protocol. One that is in several slices, as while
+// the controller moves it, is taken in its best condition.
+func backends(p *model.ServicePort, from []*Object) []model.Backend {
+	var list []model.Backend
+	for _, o := range from {
+		s := o.value.(*slice)
+		for _, sp := range s.ports {
+			if sp.name != p.Name || sp.protocol != p.Protocol {
+				continue
+			}
+			list = slices.Grow(list, len(s.endpoints))
+			for _, b := range s.endpoints {
+				b.Address = netip.AddrPortFrom(b.Address.Addr(), sp.port)
+				list = append(list, b)
+			}
+		}
+	}
+	slices.SortFunc(list, compareBackends)
+	return slices.CompactFunc(list, func(a, b model.Backend) bool { return a.Address == b.Address })
+}
+
+// compareBackends orders by address, then the better first. It tells any two
+// different backends apart, so that the order of slices does not matter.
+func compareBackends(a, b model.Backend) int {
+	if c := a.Address.Compare(b.Address); c != 0 {
+		return c
+	}
+	return cmp.Or(
+		falseFirst(!a.Ready, !b.Ready),
+		falseFirst(!a.Serving, !b.Serving),
+		falseFirst(a.Terminating, b.Terminating),
+		strings.Compare(a.Node, b.Node),
+		strings.Compare(a.Zone, b.Zone),
+		a.Pod.Compare(b.Pod),
+	)
+}
+
+func falseFirst(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}
