@@ -81,7 +81,7 @@ func (c *Client) status(ctx context.Context, path string) (*Status, error) {
 func (c *Client) Await(ctx context.Context, condition func(*Status) bool) (*Status, error) {
 	s, err := c.Status(ctx)
 	for err == nil && !condition(s) {
-		s, err = c.status(ctx, "/status?after="+strconv.FormatUint(s.Shown, 10))
+		s, err = c.status(ctx, "/status?after="+strconv.FormatUint(s.Revision, 10))
 	}
 	return s, err
 }

@@ -26,9 +26,10 @@ type cluster struct {
 	lives            sync.WaitGroup
 
 	mu       sync.Mutex
-	changed  chan struct{} // closed, and made anew, with every version
-	version  uint64
-	shown    uint64 // the last version that is wholly published
+	changed  chan struct{} // closed, and made anew, whenever anything below changes
+	revision uint64        // how often that was
+	version  uint64        // grows when what is to be published may have changed
+	shown    uint64        // the last version that is wholly published
 	up       bool
 	wishes   *model.Snapshot
 	pods     map[model.Name]*pod
@@ -76,8 +77,7 @@ func (c *cluster) change(f func()) uint64 {
 // bump is for those who hold the lock.
 func (c *cluster) bump() uint64 {
 	c.version++
-	close(c.changed)
-	c.changed = make(chan struct{})
+	c.wake()
 	return c.version
 }
 
@@ -277,7 +277,7 @@ func (c *cluster) publish(ctx context.Context, store Store) {
 		} else {
 			c.happenLocked("published cluster", err.Error())
 		}
-		c.wakeLocked()
+		c.wake()
 		c.mu.Unlock()
 		if err != nil {
 			seen = 0 // retry
@@ -290,9 +290,10 @@ func (c *cluster) publish(ctx context.Context, store Store) {
 	}
 }
 
-// wakeLocked wakes those who wait without making a new version, which would
-// have to be published in turn.
-func (c *cluster) wakeLocked() {
+// wake wakes those who wait; by itself it makes no new version, which would
+// have to be published in turn. It is for those who hold the lock.
+func (c *cluster) wake() {
+	c.revision++
 	close(c.changed)
 	c.changed = make(chan struct{})
 }

@@ -56,18 +56,18 @@ func (c *cluster) control(cancel context.CancelCauseFunc) http.Handler {
 	return mux
 }
 
-// answerStatus gives the status, at once or, asked with ?after=VERSION, when
-// there is a newer version than that or ten seconds have passed.
+// answerStatus gives the status, at once or, asked with ?after=REVISION, when
+// there is a newer one than that or ten seconds have passed.
 func (c *cluster) answerStatus(w http.ResponseWriter, r *http.Request) {
 	if text := r.URL.Query().Get("after"); text != "" {
 		after, err := strconv.ParseUint(text, 10, 64)
 		if err != nil {
-			writeError(w, http.StatusBadRequest, fmt.Errorf("read version: %w", err))
+			writeError(w, http.StatusBadRequest, fmt.Errorf("read revision: %w", err))
 			return
 		}
 		ctx, cancel := context.WithTimeout(r.Context(), statusPatience)
 		defer cancel()
-		c.wait(ctx, func() bool { return c.shown > after })
+		c.wait(ctx, func() bool { return c.revision > after })
 	}
 	c.mu.Lock()
 	s := c.status(os.Getpid())

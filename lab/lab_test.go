@@ -2,11 +2,11 @@ package lab
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -72,6 +72,7 @@ type live struct {
 // up brings a lab up and takes it down after the test.
 func up(t *testing.T, name string, s *model.Snapshot, more ...func(*Config)) *live {
 	needRoot(t)
+	name = unique(name)
 	before := picture(t)
 	l := &live{t: t, ctx: patience(t), store: newMemory(), done: make(chan error, 1)}
 	watching, isUp := make(chan struct{}), make(chan struct{})
@@ -179,10 +180,14 @@ func (l *live) reaches(from, to PodStatus, target string) {
 	}
 }
 
-// snapshotOf is what a lab can leave on a host.
+// unique is a lab's name that no other process uses, because a lab's name is
+// known to the whole host.
+func unique(name string) string { return fmt.Sprintf("%s-%d", name, os.Getpid()) }
+
+// hostPicture is what this process's labs can leave on the host.
 type hostPicture map[string][]string
 
-// picture lists this process's view of mounts, groups, links and folders.
+// picture lists mounts, groups, folders and the host's links.
 func picture(t *testing.T) hostPicture {
 	t.Helper()
 	p := hostPicture{}
@@ -190,27 +195,36 @@ func picture(t *testing.T) hostPicture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p["mounts"] = mounts
 	links, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := newPaths("x", "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, l := range links {
 		p["links"] = append(p["links"], l.Name)
 	}
-	root, err := newPaths("x", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	groups, _ := os.ReadDir(strings.TrimSuffix(root.cgroup, "/x"))
-	for _, g := range groups {
-		p["groups"] = append(p["groups"], g.Name())
-	}
-	labs, _ := os.ReadDir(Base)
-	for _, l := range labs {
-		p["labs"] = append(p["labs"], l.Name())
-	}
+	groups, _ := os.ReadDir(filepath.Dir(root.cgroup))
+	folders, _ := os.ReadDir(Base)
+	p["mounts"] = ofThisTest(mounts)
+	p["groups"] = ofThisTest(entryNames(groups))
+	p["folders"] = ofThisTest(entryNames(folders))
 	return p
+}
+
+func entryNames(entries []os.DirEntry) []string {
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// ofThisTest keeps what bears the mark of unique: others run labs, too.
+func ofThisTest(things []string) []string {
+	return slices.DeleteFunc(things, func(s string) bool { return !strings.Contains(s, unique("")) })
 }
 
 // compare fails the test for everything that is there now and was not before.
@@ -225,7 +239,3 @@ func (p hostPicture) compare(t *testing.T) {
 		}
 	}
 }
-
-var errStore = errors.New("disk full")
-
-func init() { _ = fmt.Sprint(errStore) }

@@ -17,10 +17,8 @@ type Status struct {
 	Pid    int    `json:"pid"`
 	// Up: it has come up; before, and while it ends, parts are missing.
 	Up bool `json:"up"`
-	// Version grows with every change of anything below.
-	Version uint64 `json:"version"`
-	// Shown is the last version that is published wholly.
-	Shown    uint64          `json:"shown"`
+	// Revision grows with every change of anything below.
+	Revision uint64          `json:"revision"`
 	Ranges   Ranges          `json:"ranges"`
 	Nodes    []NodeStatus    `json:"nodes"`
 	Pods     []PodStatus     `json:"pods"`
@@ -149,7 +147,7 @@ func (s *Status) Service(name string) *ServiceStatus {
 func (c *cluster) status(pid int) *Status {
 	s := &Status{
 		Name: c.cfg.Name, Folder: c.paths.folder, Pid: pid, Up: c.up,
-		Version: c.version, Shown: c.shown, Ranges: c.ranges,
+		Revision: c.revision, Ranges: c.ranges,
 		Nodes: []NodeStatus{}, Pods: []PodStatus{}, Services: []ServiceStatus{}, Problems: []model.Problem{},
 	}
 	for i, n := range c.nodes {
