@@ -1,0 +1,344 @@
+package kernel
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// packages are those whose tests run on the other kernel: all that speak with
+// the kernel and need no programs of the host.
+var packages = []string{
+	"kernel/bpfmap", "kernel/cgroup", "kernel/link", "kernel/need", "kernel/netns",
+	"layer/service",
+}
+
+const (
+	root  = "../.."
+	cache = root + "/.cache/kernel"
+	// bootPatience is how long the machine may be silent before init speaks,
+	// wholePatience how long all tests may take. Emulated on a loaded machine it
+	// takes 7 s and half a minute.
+	bootPatience  = 90 * time.Second
+	wholePatience = 8 * time.Minute
+)
+
+// What works here, where the tests run otherwise, works on the oldest kernel of
+// a distribution that we support too.
+func TestOnDebianKernel(t *testing.T) {
+	kernel := kernelFolder(t)
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		t.Skip("needs qemu-system-x86_64: apt-get install qemu-system-x86")
+	}
+	initramfs := filepath.Join(t.TempDir(), "initramfs")
+	if err := os.WriteFile(initramfs, pack(t, kernel), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("kernel: %s", filepath.Base(kernel))
+	m := &machine{t: t}
+	for _, accelerator := range accelerators() {
+		m.begun = time.Now()
+		err := m.boot(accelerator, filepath.Join(kernel, "vmlinuz"), initramfs)
+		if errors.Is(err, errSilent) && accelerator == "kvm" {
+			t.Log("kvm: the machine does not start; emulation instead")
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		break
+	}
+	m.report()
+}
+
+// kernelFolder is where `fetch` put the kernel.
+func kernelFolder(t *testing.T) string {
+	t.Helper()
+	name, err := os.ReadFile(filepath.Join(cache, "current"))
+	if errors.Is(err, fs.ErrNotExist) {
+		if reason, err := os.ReadFile(filepath.Join(cache, "absent")); err == nil {
+			t.Skip(strings.TrimSpace(string(reason)))
+		}
+		t.Skip("needs a kernel: run `make test-kernel`, which fetches one")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(cache, strings.TrimSpace(string(name)))
+}
+
+// accelerators are tried in turn. KVM is opt-in, MILLRACE_ACCEL=kvm: inside a
+// virtual machine /dev/kvm may open and yet run no guest.
+func accelerators() []string {
+	if os.Getenv("MILLRACE_ACCEL") == "kvm" {
+		return []string{"kvm", "tcg"}
+	}
+	return []string{"tcg"}
+}
+
+// pack makes the machine's root: init, the modules, and for each package its
+// tests with their testdata.
+func pack(t *testing.T, kernel string) []byte {
+	t.Helper()
+	archive := &archive{}
+	work := t.TempDir()
+	build(t, "build", "-o", filepath.Join(work, "init"), "./test/kernel/init")
+	archive.addFile(t, "init", filepath.Join(work, "init"))
+	archive.folder("modules")
+	modules, err := filepath.Glob(filepath.Join(kernel, "modules", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, module := range modules {
+		archive.addFile(t, "modules/"+filepath.Base(module), module)
+	}
+	for _, name := range []string{"bpf", "docs"} { // tests compare them with what runs
+		archive.addTree(t, "tests/"+name, filepath.Join(root, name))
+	}
+	for _, name := range packages {
+		if tests, _ := filepath.Glob(filepath.Join(root, name, "*_test.go")); len(tests) == 0 {
+			continue
+		}
+		binary := filepath.Join(work, strings.ReplaceAll(name, "/", "-"))
+		build(t, "test", "-c", "-o", binary, "./"+name)
+		archive.addFile(t, "tests/"+name+"/package.test", binary)
+		archive.addTree(t, "tests/"+name+"/testdata", filepath.Join(root, name, "testdata"))
+	}
+	return archive.end()
+}
+
+// build calls go for the machine: statically, for it has no C library.
+func build(t *testing.T, verb string, args ...string) {
+	t.Helper()
+	command := exec.Command("go", append([]string{verb, "-ldflags=-s -w"}, args...)...)
+	command.Dir = root
+	command.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := command.CombinedOutput(); err != nil {
+		t.Fatalf("go %s %s: %v\n%s", verb, strings.Join(args, " "), err, out)
+	}
+}
+
+// machine is one virtual machine and what its tests said.
+type machine struct {
+	t       *testing.T
+	begun   time.Time
+	folder  string // the package that is being tested
+	results []*result
+	open    map[string]*result
+	seen    map[string]bool // packages that ended
+	failed  []string        // packages that ended otherwise than passed
+}
+
+// result is one test on the other kernel.
+type result struct{ folder, name, outcome, output string }
+
+// processor is what the machine has: without the wide registers, which take
+// longer to emulate than they save.
+var processor = map[string]string{"kvm": "host", "tcg": "qemu64,+rdrand"}
+
+// kernelOptions: the console is the serial line; a panic ends the machine; a
+// grace period of RCU, which every change of a program waits for, does not wait
+// for the emulated processors' ticks (measured: 18 s for all tests, not 33).
+const kernelOptions = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on rcupdate.rcu_expedited=1"
+
+var errSilent = errors.New("the machine said nothing")
+
+// boot starts the machine and follows its console until it ends.
+func (m *machine) boot(accelerator, kernel, initramfs string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), wholePatience)
+	defer cancel()
+	command := exec.CommandContext(ctx, "qemu-system-x86_64",
+		"-accel", accelerator, "-cpu", processor[accelerator], "-m", "1024", "-smp", "2", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-serial", "stdio", "-kernel", kernel, "-initrd", initramfs,
+		"-append", kernelOptions)
+	command.Stderr = os.Stderr
+	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a killed test leaves no machine behind
+	console, err := command.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := command.Start(); err != nil {
+		return fmt.Errorf("start qemu: %w", err)
+	}
+	silent := time.AfterFunc(bootPatience, cancel)
+	spoke, finished, tail := m.follow(console, func() { silent.Stop() })
+	err = command.Wait()
+	switch {
+	case finished:
+		return nil
+	case !spoke:
+		return fmt.Errorf("%w within %v (%v); its console:\n%s", errSilent, bootPatience, err, tail)
+	default:
+		return fmt.Errorf("the machine ended before its tests did, after %v (%v); the last of its console:\n%s",
+			time.Since(m.begun).Round(time.Second), err, tail)
+	}
+}
+
+var (
+	starts  = regexp.MustCompile(`^\s*=== (?:RUN|CONT|NAME)\s+(\S+)`)
+	outcome = regexp.MustCompile(`^\s*--- (PASS|FAIL|SKIP): (\S+) \(`)
+)
+
+// follow reads the console: it logs every line and gathers the results. tail is
+// the end of what was said.
+func (m *machine) follow(console io.Reader, first func()) (spoke, finished bool, tail string) {
+	m.open, m.seen = map[string]*result{}, map[string]bool{}
+	var current *result
+	var last []string
+	lines := bufio.NewScanner(console)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		line := strings.TrimRight(lines.Text(), "\r")
+		fmt.Fprintln(m.t.Output(), "|", line) // the bar: `go test -json` must not take it for its own
+		if last = append(last, line); len(last) > 60 {
+			last = last[1:]
+		}
+		words := strings.SplitN(line, " ", 4)
+		switch {
+		case strings.HasPrefix(line, "@@ begin "):
+			if !spoke {
+				first()
+				m.t.Logf("the machine was up after %v", time.Since(m.begun).Round(100*time.Millisecond))
+			}
+			spoke, m.folder = true, words[2]
+		case strings.HasPrefix(line, "@@ end "):
+			m.seen[m.folder] = true
+			if words[3] != "passed" {
+				m.failed = append(m.failed, m.folder+": "+words[3])
+			}
+		case strings.HasPrefix(line, "@@ done"):
+			finished = true
+		case starts.MatchString(line):
+			current = m.result(starts.FindStringSubmatch(line)[1])
+		case outcome.MatchString(line):
+			found := outcome.FindStringSubmatch(line)
+			current = m.result(found[2])
+			current.outcome = found[1]
+		case current != nil && m.folder != "":
+			current.output += line + "\n"
+		}
+	}
+	return spoke, finished, strings.Join(last, "\n")
+}
+
+// result is the record of one test of the package that runs.
+func (m *machine) result(name string) *result {
+	key := m.folder + " " + name
+	if m.open[key] == nil {
+		m.open[key] = &result{folder: m.folder, name: name}
+		m.results = append(m.results, m.open[key])
+	}
+	return m.open[key]
+}
+
+// report makes each test on the other kernel a test of this one.
+func (m *machine) report() {
+	if len(m.results) == 0 {
+		m.t.Error("the machine ran no test")
+	}
+	for _, r := range m.results {
+		m.t.Run(r.folder+"/"+r.name, func(t *testing.T) {
+			switch r.outcome {
+			case "PASS":
+			case "SKIP":
+				t.Skip(strings.TrimSpace(r.output))
+			case "FAIL":
+				t.Error("on the other kernel:\n" + r.output)
+			default:
+				t.Error("on the other kernel it did not end:\n" + r.output)
+			}
+		})
+	}
+	for _, line := range m.failed {
+		m.t.Errorf("tests of %s", line)
+	}
+	m.t.Logf("%d tests of %d packages in %v", len(m.results), len(m.seen), time.Since(m.begun).Round(time.Second))
+}
+
+// archive is a cpio archive in the form the kernel unpacks
+// (Documentation/driver-api/early-userspace/buffer-format.rst).
+type archive struct {
+	bytes.Buffer
+	inode   int
+	folders map[string]bool
+}
+
+const (
+	modeFolder = 0o040755
+	modeFile   = 0o100755
+)
+
+func (a *archive) add(name string, mode int, content []byte) {
+	a.inode++
+	fmt.Fprintf(a, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x",
+		a.inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name)+1, 0)
+	a.WriteString(name + "\x00")
+	a.align()
+	a.Write(content)
+	a.align()
+}
+
+func (a *archive) align() {
+	for a.Len()%4 != 0 {
+		a.WriteByte(0)
+	}
+}
+
+// folder adds a folder and those above it, once.
+func (a *archive) folder(name string) {
+	if name == "." || a.folders[name] {
+		return
+	}
+	a.folder(filepath.Dir(name))
+	if a.folders == nil {
+		a.folders = map[string]bool{}
+	}
+	a.folders[name] = true
+	a.add(name, modeFolder, nil)
+}
+
+func (a *archive) addFile(t *testing.T, name, from string) {
+	t.Helper()
+	content, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.folder(filepath.Dir(name))
+	a.add(name, modeFile, content)
+}
+
+// addTree adds a folder with all files below it; a folder that is not there is
+// left out.
+func (a *archive) addTree(t *testing.T, name, from string) {
+	t.Helper()
+	err := filepath.WalkDir(from, func(path string, entry fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) && path == from {
+			return nil
+		}
+		if err == nil && entry.Type().IsRegular() {
+			a.addFile(t, name+strings.TrimPrefix(path, from), path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// end closes the archive.
+func (a *archive) end() []byte {
+	a.add("TRAILER!!!", 0, nil)
+	return a.Bytes()
+}
