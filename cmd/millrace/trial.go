@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -220,8 +222,11 @@ func (t *trial) add(pod string, r *lab.LoadResult, of int) {
 
 func (t *trial) print() {
 	fmt.Printf("%d %s\n", t.Events, t.What)
-	fmt.Printf("  %d connections and datagrams to every Service in %.0f s: %s %v  (p50 %d us, p99 %d us)\n", t.Operations,
-		t.Seconds, failures(t.Failed), t.Failures, t.P50, t.P99)
+	fmt.Printf("  %d connections and datagrams to every Service in %.0f s: %s  (p50 %d us, p99 %d us)\n", t.Operations,
+		t.Seconds, failures(t.Failed), t.P50, t.P99)
+	for _, kind := range slices.Sorted(maps.Keys(t.Failures)) {
+		fmt.Printf("  %d %s\n", t.Failures[kind], kind)
+	}
 	printExamples(t.Examples)
 }
 
