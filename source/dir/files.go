@@ -1,0 +1,143 @@
+package dir
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/millrace/millrace/model"
+	"github.com/millrace/millrace/source/cluster"
+)
+
+// files knows which file says what, and settles which of two files that name
+// one object is heard.
+type files struct {
+	cluster *cluster.Cluster
+	byPath  map[string]*file
+	claims  map[cluster.Key][]claim
+}
+
+// file is one file as it was last read.
+type file struct {
+	sum     [sha256.Size]byte
+	stamp   stamp
+	objects map[cluster.Key]*cluster.Object
+}
+
+// claim is what one file says of an object.
+type claim struct {
+	path   string
+	object *cluster.Object
+	// kept is for an object that a broken file held before and does not show now.
+	kept bool
+}
+
+// compare orders by who is heard: what is there before what was there, then by path.
+func (c claim) compare(o claim) int {
+	switch {
+	case c.kept == o.kept:
+		return strings.Compare(c.path, o.path)
+	case o.kept:
+		return -1
+	}
+	return 1
+}
+
+func newFiles() *files {
+	return &files{cluster: cluster.New(), byPath: map[string]*file{}, claims: map[cluster.Key][]claim{}}
+}
+
+// put takes over the data of a file. The same data again changes nothing.
+func (f *files) put(path string, data []byte, at stamp) {
+	sum := sha256.Sum256(data)
+	old := f.byPath[path]
+	if old != nil && old.sum == sum {
+		old.stamp = at
+		return
+	}
+	f.replace(path, decode(path, data), &file{sum: sum, stamp: at, objects: map[cluster.Key]*cluster.Object{}})
+}
+
+// unreadable reports a file that cannot be read. What it said stays in force.
+func (f *files) unreadable(path string, text string) {
+	f.replace(path, contents{
+		problems: []model.Problem{{Where: path, Text: text}},
+		broken:   true,
+	}, &file{objects: map[cluster.Key]*cluster.Object{}})
+}
+
+// replace puts what a file says now in the place of what it said before.
+func (f *files) replace(path string, now contents, next *file) {
+	var before map[cluster.Key]*cluster.Object
+	if old := f.byPath[path]; old != nil {
+		before = old.objects
+	}
+	f.byPath[path] = next
+	for _, o := range now.objects {
+		next.objects[o.Key] = o
+		f.claim(o.Key, claim{path: path, object: o})
+	}
+	for k, o := range before {
+		switch {
+		case next.objects[k] != nil:
+		case now.broken:
+			next.objects[k] = o
+			f.claim(k, claim{path: path, object: o, kept: true})
+		default:
+			f.withdraw(k, path)
+		}
+	}
+	f.cluster.Remark(path, now.problems, now.ignored)
+}
+
+// remove forgets a file that is gone. One that never was is no error.
+func (f *files) remove(path string) {
+	if old := f.byPath[path]; old != nil {
+		f.replace(path, contents{}, &file{})
+		delete(f.byPath, path)
+	}
+}
+
+// claim notes what a file says of an object, instead of what it said before.
+func (f *files) claim(k cluster.Key, c claim) {
+	list := slices.DeleteFunc(f.claims[k], func(o claim) bool { return o.path == c.path })
+	i, _ := slices.BinarySearchFunc(list, c, claim.compare)
+	f.claims[k] = slices.Insert(list, i, c)
+	f.settle(k)
+}
+
+// withdraw notes that a file says nothing of an object any more.
+func (f *files) withdraw(k cluster.Key, path string) {
+	f.claims[k] = slices.DeleteFunc(f.claims[k], func(o claim) bool { return o.path == path })
+	f.settle(k)
+}
+
+// settle hears the first file that names an object and reports the others.
+func (f *files) settle(k cluster.Key) {
+	list := f.claims[k]
+	var problems []model.Problem
+	if len(list) == 0 {
+		delete(f.claims, k)
+		f.cluster.Delete(k)
+	} else {
+		f.cluster.Put(list[0].object)
+		problems = twice(list)
+	}
+	f.cluster.Remark("twice: "+k.String(), problems, nil)
+}
+
+// twice reports all but the first of the files that name one object.
+func twice(list []claim) []model.Problem {
+	var problems []model.Problem
+	for _, c := range list[1:] {
+		if c.kept {
+			continue // most likely moved to the other file
+		}
+		problems = append(problems, model.Problem{
+			Where: c.object.Where, Object: c.object.Key.String(), Field: "metadata.name",
+			Text: fmt.Sprintf("is at %s already, which stays in force: remove or rename one of them", list[0].object.Where),
+		})
+	}
+	return problems
+}
