@@ -39,7 +39,7 @@ func FuzzDecode(f *testing.F) {
 		all := newFiles()
 		all.put(name, data, stamp{})
 		runtime.ReadMemStats(&after)
-		if used, allowed := after.TotalAlloc-before.TotalAlloc, uint64(64<<20+len(data)*20_000); used > allowed {
+		if used, allowed := after.TotalAlloc-before.TotalAlloc, uint64(256<<20+len(data)*20_000); used > allowed {
 			t.Errorf("%d bytes of input took %d bytes of memory, more than %d", len(data), used, allowed)
 		}
 		for _, p := range all.cluster.Snapshot().Problems {

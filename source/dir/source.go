@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"time"
 
 	"github.com/millrace/millrace/model"
 )
@@ -49,16 +50,21 @@ func (s *Source) Run(ctx context.Context, deliver func(*model.Snapshot)) error {
 	s.scan(w)
 	s.files.cluster.SetComplete()
 	var last *model.Snapshot
+	var since time.Time
 	for {
 		if next := s.files.cluster.Snapshot(); next != last {
 			last = next
-			deliver(next)
+			dated := *next
+			dated.Seen = since
+			deliver(&dated)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-w.wake:
-			s.apply(w.take(), w)
+			changes := w.take()
+			since = changes.since
+			s.apply(changes, w)
 		}
 	}
 }

@@ -53,6 +53,8 @@ type changes struct {
 	left map[string]bool
 	// everything says that folders changed or events were lost.
 	everything bool
+	// since is when the first of them was heard of.
+	since time.Time
 }
 
 // written comes when a file is whole: closed by its writer or moved into place.
@@ -166,14 +168,6 @@ func (w *watch) listen() {
 	}
 }
 
-// ring wakes the reader of wake.
-func (w *watch) ring() {
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
-}
-
 // note adds events to what is pending.
 func (w *watch) note(events []byte) {
 	w.mu.Lock()
@@ -189,6 +183,17 @@ func (w *watch) note(events []byte) {
 	}
 	if w.pending.everything || len(w.pending.files) > 0 {
 		w.ring()
+	}
+}
+
+// ring wakes the reader of wake.
+func (w *watch) ring() {
+	if w.pending.since.IsZero() {
+		w.pending.since = time.Now()
+	}
+	select {
+	case w.wake <- struct{}{}:
+	default:
 	}
 }
 
