@@ -79,6 +79,7 @@ func furnish() error {
 	return nil
 }
 
+// loadModules loads what is in the folder, in the order of the files' names.
 func loadModules(folder string) error {
 	files, err := os.ReadDir(folder)
 	if err != nil {
@@ -124,7 +125,13 @@ func test(binary string) {
 	folder := filepath.Dir(binary)
 	name := strings.TrimPrefix(folder, "/tests/")
 	fmt.Println(begin, name)
-	command := exec.Command(binary, "-test.v", "-test.timeout=10m")
+	// One flag a line; a test without any has an empty file.
+	flags, err := os.ReadFile(filepath.Join(folder, "flags"))
+	if err != nil {
+		fmt.Println(end, name, err)
+		return
+	}
+	command := exec.Command(binary, append(strings.Fields(string(flags)), "-test.v", "-test.timeout=10m")...)
 	command.Dir, command.Stdout, command.Stderr = folder, os.Stdout, os.Stdout
 	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	status := "passed"
