@@ -96,10 +96,10 @@ type manifest struct {
 	lines *lines
 }
 
-// counted says whether the file may hold one more object.
+// counted says whether the file may hold one more document or object.
 func (d *decoder) counted(line int) bool {
 	if d.count++; d.count == MaxObjects+1 {
-		d.fail(line, "", "", "the file holds more than %d objects: split it", MaxObjects)
+		d.fail(line, "", "", "the file holds more than %d documents and objects: split it", MaxObjects)
 	}
 	return d.count <= MaxObjects
 }

@@ -33,10 +33,14 @@
 //
 // # Costs and limits
 //
-// From the renaming of a small JSON file to the delivered Snapshot it takes about
-// 0.3 ms, most of it decoding. Changes that arrive while one is worked on go into
-// one Snapshot together. A changed file is decoded whole: give objects that
-// change often files of their own, and prefer JSON, which decodes five times as
-// fast as YAML. Files are limited to MaxFile, single objects to MaxObject, one
-// YAML document to MaxYAML, and what YAML aliases add to a MiB a document.
+// BenchmarkEventToSnapshot, a small JSON file put into a folder of a thousand, on
+// two busy cores of an AMD EPYC: 0.28 ms from the Put of Writer to the delivered
+// Snapshot on a tmpfs, of which writing takes 0.1 ms; 1.2 to 1.7 ms on a disk,
+// where writing takes nearly all. Changes that arrive while one is worked on go
+// into one Snapshot together. A changed file is decoded whole: give objects that
+// change often files of their own, and prefer JSON: 10,000 Services with an
+// EndpointSlice each take 1.1 s to decode, as YAML 3.7 s.
+//
+// Files are limited to MaxFile, single objects to MaxObject, one YAML document to
+// MaxYAML, and what YAML aliases add to a MiB a document.
 package dir

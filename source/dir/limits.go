@@ -6,16 +6,16 @@ package dir
 const (
 	// MaxFile is the largest file in bytes.
 	MaxFile = 64 << 20
-	// MaxYAML is the largest YAML document in bytes: its tree takes up to fifty
-	// times as much memory. JSON has no such limit, nor do many documents in a file.
+	// MaxYAML is the largest YAML document in bytes, because its tree takes several
+	// times as much memory. Neither JSON nor many documents in a file have this limit.
 	MaxYAML = 16 << 20
 	// MaxObject is the largest single object in bytes of JSON.
 	MaxObject = 4 << 20
-	// MaxObjects is how many objects a file may hold.
+	// MaxObjects is how many documents and objects a file may hold.
 	MaxObjects = 500_000
 
 	// maxYAMLValues bounds the values in a YAML document: a node of the tree
-	// takes about 200 bytes whatever it says.
+	// takes about 160 bytes whatever it says.
 	maxYAMLValues = 1 << 20
 	// maxObjectValues bounds the values in an object: a container written as {}
 	// takes two bytes of text and a kilobyte of memory.

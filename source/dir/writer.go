@@ -24,8 +24,8 @@ import (
 // Service with its EndpointSlices, each pod and each node, which a Source reads
 // back as the same values (Where aside). A file is written beside its place and
 // renamed into it, so that a reader sees the old or the new one, never a part,
-// and not at all when it would say the same as before. A Put takes about 0.1 ms
-// for a Service of four endpoints.
+// and not at all when it would say the same as before. On
+// a tmpfs a Put of a Service of four endpoints takes 0.1 ms.
 //
 // It writes nothing else and removes only what it is told to. Any goroutine may
 // call it.

@@ -21,11 +21,14 @@ type chunk struct {
 // they precede.
 func split(data []byte) []chunk {
 	var chunks []chunk
-	start, startLine, said := 0, 1, false
+	start, startLine := 0, 1
+	begun, said := false, false // a marker was seen; anything else was
 	cut := func(end, line int) {
 		if said {
 			chunks = append(chunks, chunk{data[start:end], startLine})
-			start, startLine, said = end, line, false
+		}
+		if begun || said {
+			start, startLine, begun, said = end, line, false, false
 		}
 	}
 	for at, line := 0, 1; at < len(data); line++ {
@@ -37,7 +40,7 @@ func split(data []byte) []chunk {
 		switch {
 		case marks(text, "---"):
 			cut(at, line)
-			said = true
+			begun, said = true, len(text) > len("---")
 		case marks(text, "..."):
 			cut(end, line+1)
 			start, startLine = end, line+1
@@ -59,6 +62,9 @@ func marks(line []byte, marker string) bool {
 
 func (d *decoder) yaml(data []byte) {
 	for _, c := range split(data) {
+		if !d.counted(c.line) {
+			return
+		}
 		text := bytes.TrimSpace(c.text)
 		if len(text) > 0 && text[0] == '{' && json.Valid(text) {
 			d.json(c.text, c.line)
@@ -127,9 +133,7 @@ func (d *decoder) yamlDocument(c chunk) {
 	}
 	item, isList := listOf(yamlHead(root))
 	if !isList {
-		if d.counted(at.first) {
-			d.yamlObject(root, at, func(m *manifest) { d.object(m) })
-		}
+		d.yamlObject(root, at, d.object)
 		return
 	}
 	d.yamlItems(root, c, item)
