@@ -1,0 +1,71 @@
+# The few words of millrace; `make help` lists them.
+
+SHELL := /usr/bin/env bash
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+
+# One set of flags for all, or every package would be compiled once for each.
+# Nothing here is in C but the eBPF programs, so a C compiler is not needed.
+export CGO_ENABLED := 0
+export GOFLAGS := $(GOFLAGS) -trimpath -buildvcs=false
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# How long `make long` looks for input that breaks a parser, for each of them.
+FUZZTIME ?= 2m
+# What `make bench` is given.
+BENCH ?= services --services 10,1000
+
+TESTS := go run ./test/run -allowed-skips test/allowed-skips --
+
+.DEFAULT_GOAL := build
+.PHONY: help build test demo generate check lint bench test-kernel long clean
+
+help: ## list these words
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+build: ## bin/millrace for this machine; needs Go only
+	@test/needs go
+	go build -ldflags '-X main.version=$(VERSION)' -o bin/millrace ./cmd/millrace
+
+test: ## everything CI runs; installs what it needs; needs root
+	@test/needs root go check bench kernel
+	@$(MAKE) --no-print-directory build
+	@test/check
+	@test/kernel/fetch
+	$(TESTS) -count=1 -p 1 -vet off -timeout 10m ./...
+
+demo: ## see it: a shop of Services in a lab on this machine, and the bench table; needs root
+	@test/needs root bench
+	@$(MAKE) --no-print-directory build
+	bin/millrace demo
+
+generate: ## eBPF objects and their Go, from C; needs the pinned clang
+	@test/needs check
+	go generate ./...
+
+check: ## gofmt, vet, staticcheck, clang-format, and that what is generated is fresh
+	@test/needs go check
+	@test/check
+
+lint: ## golangci-lint, which also knows the import law; building it takes minutes
+	@test/needs go
+	go build -modfile=tools/go.mod -o .cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	.cache/golangci-lint run
+
+bench: ## what a connection to a Service costs here, beside iptables and nftables; needs root
+	@test/needs root bench
+	@$(MAKE) --no-print-directory build
+	bin/millrace bench $(BENCH)
+
+test-kernel: ## the tests of the data path on Debian's kernel in a virtual machine (KERNEL_PACKAGE=, MILLRACE_ACCEL=kvm)
+	@test/needs go kernel
+	@test/kernel/fetch
+	$(TESTS) -count=1 -v ./test/kernel
+
+long: ## what takes too long for CI: large labs, the whole lab on Debian's kernel, fuzzing; needs root
+	@test/needs root go bench kernel
+	@test/kernel/fetch
+	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -count=1 -p 1 -timeout 60m ./...
+	@test/fuzz $(FUZZTIME)
+
+clean: ## remove what make made
+	rm -rf bin dist .cache
