@@ -530,3 +530,62 @@ func TestMissingPrivilegeIsOneSentence(t *testing.T) {
 		t.Errorf("without CAP_SYS_ADMIN: %v", err)
 	}
 }
+
+// TestLabKilledHalfWay kills the daemon as soon as one thing or another is
+// there, and expects Down to find the rest.
+func TestLabKilledHalfWay(t *testing.T) {
+	needRoot(t)
+	name := unique("half")
+	before := picture(t)
+	for _, sign := range []string{"lab.sock", "lab.json", "netns/fabric/fabric", "netns/node/node-2", "netns/pod", "pods/1.sock"} {
+		devNull, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(os.Args[0], "lab-daemon", name, "", "6")
+		cmd.ExtraFiles = []*os.File{devNull} // nobody reads its reports
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waitUntil(t, sign+" exists", func() bool {
+			_, err := os.Lstat(filepath.Join(Folder(name), sign))
+			return err == nil
+		})
+		cmd.Process.Kill()
+		cmd.Wait()
+		if err := Down(name, nil); err != nil {
+			t.Errorf("killed when there was %s: %v", sign, err)
+		}
+		before.compare(t)
+	}
+}
+
+func TestWhatCannotComeUpLeavesNothing(t *testing.T) {
+	needRoot(t)
+	before := picture(t)
+	overlap := shop(1)
+	overlap.Nodes = []*model.Node{{Name: "a", PodCIDRs: prefixes("10.9.0.0/16")}, {Name: "b", PodCIDRs: prefixes("10.9.1.0/24")}}
+	name := unique("never")
+	for _, c := range []struct {
+		what   string
+		change func(*Config)
+		want   string
+	}{
+		{"pod ranges overlap", func(c *Config) { c.Watch = watchOnce(overlap) }, "the pod range 10.9.1.0/24 of node b overlaps with 10.9.0.0/16 of node a"},
+		{"manifests cannot be read", func(c *Config) {
+			c.Watch = func(context.Context, func(*model.Snapshot)) error { return errors.New("open shop.yaml: no such file") }
+		}, "open shop.yaml: no such file"},
+		{"the store cannot be opened", func(c *Config) {
+			c.Store = func(string) (Store, error) { return nil, errors.New("read-only file system") }
+		}, "read-only file system"},
+		{"a long folder", func(c *Config) { c.Folder = "/run/" + strings.Repeat("x", 60) }, "at most 60 bytes"},
+		{"a bad name", func(c *Config) { c.Name = "../x" }, `bad lab name "../x"`},
+	} {
+		cfg := testConfig(name, "", watchOnce(shop(1)))
+		c.change(&cfg)
+		if err := Run(patience(t), cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", c.what, err, c.want)
+		}
+		before.compare(t)
+	}
+}

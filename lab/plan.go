@@ -146,13 +146,13 @@ func (p *planner) count(m member) {
 // single plans for a pod that no workload owns and returns its owner key.
 func (p *planner) single(pod *model.Pod) string {
 	m := member{Pod: pod, Template: hash(pod)}
-	for _, have := range p.owned[m.owner()] {
-		if have.Outdated || have.Template != m.Template {
-			p.retire(have)
-		}
-		return m.owner()
+	have := p.owned[m.owner()] // one, because names are
+	switch {
+	case len(have) == 0:
+		p.create(m, pod.Node)
+	case have[0].Outdated || have[0].Template != m.Template:
+		p.retire(have...)
 	}
-	p.create(m, pod.Node)
 	return m.owner()
 }
 

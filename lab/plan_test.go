@@ -17,7 +17,6 @@ import (
 type box struct {
 	situation
 	serial int
-	plans  int
 }
 
 func newBox(t *testing.T, nodes int, s *model.Snapshot) *box {

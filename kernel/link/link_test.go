@@ -1,0 +1,192 @@
+package link
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// namespace makes one for the test.
+func namespace(t *testing.T, name string) (string, *Net) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("making network namespaces needs root")
+	}
+	path := filepath.Join(t.TempDir(), name)
+	if err := netns.Create(path); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := netns.Remove(path); err != nil {
+			t.Error(err)
+		}
+	})
+	n, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(n.Close)
+	return path, n
+}
+
+var (
+	leftMAC  = net.HardwareAddr{2, 0, 0, 0, 0, 1}
+	rightMAC = net.HardwareAddr{2, 0, 0, 0, 0, 2}
+)
+
+// TestTwoNamespacesTalk joins two namespaces by hand, each end with addresses
+// that no range joins, and sends a datagram over both families.
+func TestTwoNamespacesTalk(t *testing.T) {
+	leftPath, left := namespace(t, "left")
+	rightPath, right := namespace(t, "right")
+	near, err := left.Veth(Veth{Name: "near", MAC: leftMAC, Peer: "far", PeerMAC: rightMAC, PeerNamespace: rightPath})
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, err := right.Index("far")
+	if err != nil {
+		t.Fatal(err)
+	}
+	setUp(t, left, near, "10.0.0.1/32", "fd00::1/128")
+	setUp(t, right, far, "10.9.9.9/32", "fd99::9/128")
+	for _, c := range []struct {
+		n                *Net
+		link             int
+		range_, via, mac string
+	}{
+		{left, near, "10.9.9.0/24", "10.9.9.1", rightMAC.String()},
+		{left, near, "fd99::9/128", "fe80::1", rightMAC.String()},
+		{right, far, "0.0.0.0/0", "169.254.1.1", leftMAC.String()},
+		{right, far, "::/0", "fe80::1", leftMAC.String()},
+	} {
+		mac, _ := net.ParseMAC(c.mac)
+		via := netip.MustParseAddr(c.via)
+		if err := c.n.Neigh(c.link, via, mac); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.n.Route(Route{To: netip.MustParsePrefix(c.range_), Via: via, Link: c.link}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, target := range []string{"10.9.9.9", "fd99::9"} {
+		talk(t, leftPath, rightPath, net.JoinHostPort(target, "7"))
+	}
+	inUse(t, left, "10.0.0.1/32", "10.9.9.0/24", "fd00::1/128", "fd99::9/128")
+	inUse(t, right, "10.9.9.9/32", "fd99::9/128")
+	if err := left.Delete("near"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := right.Index("far"); err == nil {
+		t.Error("near is deleted, and far is still there")
+	}
+	inUse(t, left)
+}
+
+// setUp sets a link up and gives it addresses.
+func setUp(t *testing.T, n *Net, index int, prefixes ...string) {
+	t.Helper()
+	if err := n.Up(index); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range prefixes {
+		if err := n.Addr(index, netip.MustParsePrefix(p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// talk sends datagrams from one namespace to the other until one is heard: the
+// kernel can take a second to notice that both ends of a veth are up.
+func talk(t *testing.T, from, to, target string) {
+	t.Helper()
+	var server, client net.Conn
+	err := netns.Do(to, func() error {
+		conn, err := net.ListenPacket("udp", target)
+		if err == nil {
+			server = conn.(*net.UDPConn)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	if err := netns.Do(from, func() (err error) { client, err = net.Dial("udp", target); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	buffer := make([]byte, 16)
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
+		fmt.Fprint(client, "hello")
+		server.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+		if n, err := server.Read(buffer); err == nil && string(buffer[:n]) == "hello" {
+			return
+		}
+	}
+	t.Errorf("%s heard nothing", target)
+}
+
+// inUse compares the ranges in use, the link-local ones left out.
+func inUse(t *testing.T, n *Net, want ...string) {
+	t.Helper()
+	used, err := n.InUse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, p := range used {
+		if !p.Addr().IsLinkLocalUnicast() && !slices.Contains(got, p.String()) {
+			got = append(got, p.String())
+		}
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("in use: %v, want %v", got, want)
+	}
+}
+
+func TestBridgeHasPorts(t *testing.T) {
+	_, left := namespace(t, "left")
+	right, _ := namespace(t, "right")
+	bridge, err := left.Bridge("fabric")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port, err := left.Veth(Veth{Name: "port", Peer: "eth0", PeerNamespace: right})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := left.Join(bridge, port); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := left.handle.LinkByIndex(port); err != nil || l.Attrs().MasterIndex != bridge {
+		t.Errorf("the master of the port is %v, want %d; %v", l, bridge, err)
+	}
+}
+
+func TestWhatIsNotThere(t *testing.T) {
+	_, n := namespace(t, "alone")
+	if err := n.Delete("nothing"); err != nil {
+		t.Errorf("delete a link that is not there: %v", err)
+	}
+	if _, err := n.Index("nothing"); err == nil {
+		t.Error("a link that is not there has an index")
+	}
+	if err := n.Up(4711); err == nil {
+		t.Error("a link that is not there was set up")
+	}
+	if err := n.UpLoopback(); err != nil {
+		t.Error(err)
+	}
+	if _, err := Open("/nowhere"); err == nil {
+		t.Error("a namespace that is not there was opened")
+	}
+}
