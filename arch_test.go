@@ -49,7 +49,7 @@ var law = []clause{
 	{"layer", []string{"model", "kernel/..."}, nil},
 	{"layer/layertest", []string{"layer", "model", "kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"layer/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
-	{"source/...", []string{"source/...", "model"}, []string{"k8s.io", "sigs.k8s.io", "go.yaml.in/yaml/v3", "github.com/fsnotify/fsnotify", "golang.org/x/sys", "golang.org/x/sync"}},
+	{"source/...", []string{"source/...", "model"}, []string{"k8s.io", "sigs.k8s.io", "go.yaml.in/yaml/v3", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"agent/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"doctor/...", []string{"layer", "model", "kernel/..."}, []string{"golang.org/x/sys", "golang.org/x/sync"}},
 	{"bench/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},

@@ -154,7 +154,7 @@ func (r *run) say(name string, e event) {
 	if e.Test == "" {
 		if isSummary(e.Output) {
 			r.print(e.Output)
-		} else if e.Output != "PASS\n" && e.Output != "FAIL\n" {
+		} else if e.Output != "PASS\n" && e.Output != "FAIL\n" && !strings.HasPrefix(e.Output, "?   \t") {
 			r.keep(name, e.Output)
 		}
 		return
@@ -174,8 +174,7 @@ func (r *run) keep(name, text string) {
 
 // isSummary says whether a line is that of a package: "ok  	path	1.2s".
 func isSummary(line string) bool {
-	return strings.HasPrefix(line, "ok  \t") || strings.HasPrefix(line, "FAIL\t") ||
-		strings.HasPrefix(line, "---") || strings.HasPrefix(line, "?   \t")
+	return strings.HasPrefix(line, "ok  \t") || strings.HasPrefix(line, "FAIL\t")
 }
 
 // ended counts a test, and shows what it said if it failed. Of a package, which
