@@ -48,8 +48,7 @@ check: ## gofmt, vet, staticcheck, clang-format, and that what is generated is f
 
 lint: ## golangci-lint, which also knows the import law; building it takes minutes
 	@test/needs go
-	go build -modfile=tools/go.mod -o .cache/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
-	.cache/golangci-lint run
+	go tool -modfile=tools/go.mod golangci-lint run
 
 bench: ## what a connection to a Service costs here, beside iptables and nftables; needs root
 	@test/needs root bench
