@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -106,6 +107,28 @@ func TestGRPCAnswers(t *testing.T) {
 	}
 	if _, err := client.List(ctx, &healthpb.HealthListRequest{}); status.Code(err) != codes.Unimplemented {
 		t.Errorf("List: %v, want UNIMPLEMENTED", err)
+	}
+}
+
+// TestUDPAnswersFromTheAddressAsked binds two addresses to one port: a socket
+// bound to all would answer from the first, whichever was asked.
+func TestUDPAnswersFromTheAddressAsked(t *testing.T) {
+	spec := &podSpec{Name: model.Name{Namespace: "shop", Name: "dns-1"}, Node: "n1", OwnNamespace: true,
+		Addresses: addrs("127.0.0.1", "127.0.0.2", "::1")}
+	free, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := uint16(free.LocalAddr().(*net.UDPAddr).Port)
+	free.Close()
+	if err := servePort(spec, newAnswerer(spec), model.ContainerPort{Protocol: model.UDP, Port: port}); err != nil {
+		t.Fatal(err)
+	}
+	for _, addr := range spec.Addresses {
+		target := netip.AddrPortFrom(addr, port).String()
+		if a := call(ProtoSend, target, time.Minute); a.Error != "" || a.Pod != "shop/dns-1" {
+			t.Errorf("asked at %s: %+v", target, a)
+		}
 	}
 }
 

@@ -192,6 +192,9 @@ func TestManifestsChangeLive(t *testing.T) {
 		t.Errorf("other nodes are asked for, and no problem says so: %v", s.Problems)
 	}
 	l.deliver(&model.Snapshot{}) // not complete: nothing may go
+	if err := l.Scale(l.ctx, "db", 2); err != nil {
+		t.Errorf("after a Snapshot that is not complete: %v", err)
+	}
 	l.deliver(&model.Snapshot{Complete: true})
 	l.await("all is gone", func(s *Status) bool { return len(s.Pods)+len(s.Services) == 0 })
 	l.store.mu.Lock()
