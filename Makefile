@@ -14,6 +14,8 @@ FUZZTIME ?= 2m
 # What `make bench` is given.
 BENCH ?= services --services 10,1000
 
+# Packages one after the other (-p 1): their tests load the machine, and some wait
+# for a kernel that others keep busy. go vet has been there already.
 TESTS := go run ./test/run -allowed-skips test/allowed-skips --
 
 .DEFAULT_GOAL := build

@@ -227,7 +227,7 @@ func (m *machine) follow(console io.Reader, first func()) (spoke, finished bool,
 			}
 			spoke, m.folder = true, words[2]
 		case strings.HasPrefix(line, "@@ end "):
-			m.ended[m.folder] = true
+			m.ended[m.folder], current = true, nil
 			if words[3] != "passed" {
 				m.failed = append(m.failed, m.folder+": "+words[3])
 			}
