@@ -16,7 +16,7 @@ BENCH ?= services --services 10,1000
 
 # Packages one after the other (-p 1): their tests load the machine, and some wait
 # for a kernel that others keep busy. go vet has been there already.
-TESTS := go run ./test/run -allowed-skips test/allowed-skips --
+TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
 .PHONY: help build test demo generate check lint bench test-kernel long clean
@@ -33,7 +33,7 @@ test: ## everything CI runs; installs what it needs; needs root
 	@$(MAKE) --no-print-directory build
 	@test/check
 	@test/kernel/fetch
-	$(TESTS) -count=1 -p 1 -vet off -timeout 10m ./...
+	$(TESTS) -- -count=1 -p 1 -vet off -timeout 10m ./...
 
 demo: ## see it: a shop of Services in a lab on this machine, and the bench table; needs root
 	@test/needs root bench
@@ -60,12 +60,12 @@ bench: ## what a connection to a Service costs here, beside iptables and nftable
 test-kernel: ## the tests of the data path on Debian's kernel in a virtual machine (KERNEL_PACKAGE=, MILLRACE_ACCEL=kvm)
 	@test/needs go kernel
 	@test/kernel/fetch
-	$(TESTS) -count=1 -v ./test/kernel
+	$(TESTS) -v -- -count=1 ./test/kernel
 
 long: ## what takes too long for CI: large labs, the whole lab on Debian's kernel, fuzzing; needs root
 	@test/needs root go bench kernel
 	@test/kernel/fetch
-	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -count=1 -p 1 -timeout 60m ./...
+	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -- -count=1 -p 1 -timeout 60m ./...
 	@test/fuzz $(FUZZTIME)
 
 clean: ## remove what make made
