@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -42,6 +43,7 @@ type Config struct {
 }
 
 const (
+	lockName   = "agent.lock"
 	driftEvery = time.Minute
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 10 * time.Second
@@ -63,7 +65,9 @@ type Agent struct {
 	snapshot *model.Snapshot
 	received time.Time
 	ready    bool
-	sourceIs string
+	// sourceIs is why the source cannot be read, since sourceLost.
+	sourceIs   string
+	sourceLost time.Time
 }
 
 // part is one layer and what the agent knows of it.
@@ -88,6 +92,11 @@ func Run(ctx context.Context, config Config) error {
 	defer unlock()
 	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), metrics: newMetrics()}
 	defer a.close()
+	listeners, err := a.listen() // before anything is changed
+	if err != nil {
+		return err
+	}
+	defer listeners.close()
 	for _, l := range config.Layers {
 		if err := a.open(l); err != nil {
 			return err
@@ -95,11 +104,8 @@ func Run(ctx context.Context, config Config) error {
 	}
 	a.attached = time.Since(config.Started)
 	config.Log.Info("attached", "after", a.attached.Round(time.Millisecond), "node", config.Node)
-	serving, err := a.serve()
-	if err != nil {
-		return err
-	}
-	defer serving.close()
+	listeners.serve(a)
+	defer listeners.shutdown()
 	var sources sync.WaitGroup
 	defer sources.Wait()
 	sources.Go(func() { a.watch(ctx) })
@@ -124,6 +130,8 @@ func (a *Agent) open(l layer.Layer) error {
 }
 
 func (a *Agent) close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	for _, p := range a.parts {
 		if err := p.Close(); err != nil {
 			a.config.Log.Error("close", "layer", p.Name(), "error", err)
@@ -198,8 +206,8 @@ func (a *Agent) loop(ctx context.Context) {
 	}
 }
 
-// take makes a Snapshot the wanted one and applies it. It says whether every
-// change succeeded.
+// take makes a Snapshot the wanted one and applies it. It says whether
+// everything succeeded.
 func (a *Agent) take(s *model.Snapshot) bool {
 	a.mu.Lock()
 	a.snapshot, a.received = s, time.Now()
@@ -211,60 +219,69 @@ func (a *Agent) take(s *model.Snapshot) bool {
 		a.mu.Unlock()
 	}
 	clean := a.applyAll()
-	if !s.Seen.IsZero() {
+	if clean && !s.Seen.IsZero() {
 		a.metrics.programmed(time.Since(s.Seen))
-	}
-	if clean && s.Complete {
-		a.mu.Lock()
-		a.ready = true
-		a.mu.Unlock()
 	}
 	return clean
 }
 
+// applyAll brings every layer to what is wanted. The agent is ready when all
+// succeeded for a cluster that was seen whole.
 func (a *Agent) applyAll() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.snapshot == nil {
+		return true
+	}
 	clean := true
 	for _, p := range a.parts {
 		clean = a.apply(p) && clean
 	}
+	a.ready = clean && a.snapshot.Complete
 	return clean
 }
 
 func (a *Agent) apply(p *part) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if p.want == nil {
-		return true
-	}
-	changes := p.Diff(p.have, p.want, a.snapshot.Complete)
+	// What could not be read may ask for anything: nothing is removed then.
+	prune := a.snapshot.Complete && a.snapshot.Unread == 0
+	changes := p.Diff(p.have, p.want, prune)
+	var done layer.Changes
 	var err error
-	p.have, err = p.Apply(p.have, changes)
-	a.report(p, changes, err)
+	p.have, done, err = p.Apply(p.have, changes)
+	if a.snapshot.Complete {
+		err = errors.Join(err, p.Settle())
+	}
+	a.report(p, done, err)
 	return err == nil
 }
 
 // report tells what was applied, in the log, metrics and status. A few changes
 // are told one by one, many are counted.
-func (a *Agent) report(p *part, changes layer.Changes, err error) {
+func (a *Agent) report(p *part, done layer.Changes, err error) {
 	p.lastError = ""
 	failed := 0
 	if err != nil {
 		failed = len(unjoin(err))
 		p.failed += failed
 		p.lastError = err.Error()
-		a.config.Log.Error("apply", "layer", p.Name(), "failed", failed, "error", firstOf(err))
+		a.config.Log.Error("apply", "layer", p.Name(), "failed", failed, "error", unjoin(err)[0])
 	}
-	tally := changes.Tally()
+	tally := done.Tally()
 	p.done.Added += tally.Added
 	p.done.Altered += tally.Altered
 	p.done.Removed += tally.Removed
 	a.metrics.applied(p.Name(), tally, failed)
-	const spoken = 8
-	if len(changes) > spoken {
+	const spoken, many = 8, 1000
+	if len(done) > many {
+		// What it took to read and apply so much is garbage now, several times
+		// what is kept.
+		debug.FreeOSMemory()
+	}
+	if len(done) > spoken {
 		a.config.Log.Info("applied", "layer", p.Name(), "added", tally.Added, "altered", tally.Altered, "removed", tally.Removed)
 		return
 	}
-	for _, change := range changes {
+	for _, change := range done {
 		a.config.Log.Info(change.String(), "layer", p.Name())
 	}
 }
@@ -280,7 +297,7 @@ func (a *Agent) findDrift() {
 			a.config.Log.Error("drift check", "layer", p.Name(), "error", err)
 			continue
 		}
-		if drift := p.Diff(p.have, found, true); len(drift) > 0 {
+		if drift := p.Diff(found, p.have, true); len(drift) > 0 {
 			p.drifted += len(drift)
 			a.metrics.drift(p.Name(), len(drift))
 			a.config.Log.Warn("the kernel holds something other than was applied, and is mended",
@@ -292,8 +309,11 @@ func (a *Agent) findDrift() {
 
 func (a *Agent) setSource(problem string) {
 	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.sourceIs == "" {
+		a.sourceLost = time.Now()
+	}
 	a.sourceIs = problem
-	a.mu.Unlock()
 }
 
 // lock makes the run folder and takes it for this process until the function it
@@ -302,7 +322,7 @@ func lock(folder string) (func(), error) {
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return nil, fmt.Errorf("make run folder: %w", err)
 	}
-	path := filepath.Join(folder, "agent.lock")
+	path := filepath.Join(folder, lockName)
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock run folder: %w", err)
@@ -316,23 +336,23 @@ func lock(folder string) (func(), error) {
 
 // Running says whether an agent holds the run folder.
 func Running(folder string) bool {
-	if _, err := os.Stat(folder); err != nil {
+	file, err := os.Open(filepath.Join(folder, lockName))
+	if err != nil {
 		return false
 	}
-	unlock, err := lock(folder)
-	if err != nil {
-		return errors.Is(err, ErrRunning)
-	}
-	unlock()
-	return false
+	defer file.Close()
+	return errors.Is(unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
-// unjoin takes an errors.Join apart.
+// unjoin takes an errors.Join apart, and those inside it.
 func unjoin(err error) []error {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		return joined.Unwrap()
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
 	}
-	return []error{err}
+	var all []error
+	for _, inner := range joined.Unwrap() {
+		all = append(all, unjoin(inner)...)
+	}
+	return all
 }
-
-func firstOf(err error) error { return unjoin(err)[0] }

@@ -28,6 +28,8 @@ type pond struct {
 	kernel map[string]bool
 	refuse string // Apply fails for this word
 	opened int
+	// settled counts Settle.
+	settled int
 }
 
 type words map[string]bool
@@ -76,23 +78,27 @@ func (p *pond) Diff(have, want layer.Picture, prune bool) layer.Changes {
 	}
 	return changes
 }
-func (p *pond) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, error) {
+func (p *pond) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	var done layer.Changes
 	var failures []error
 	for _, c := range changes {
 		w := string(c.Subject.(word))
 		switch {
 		case w == p.refuse:
 			failures = append(failures, fmt.Errorf("%s: no memory", c))
+			continue
 		case c.Op == layer.Remove:
 			delete(p.kernel, w)
 		default:
 			p.kernel[w] = true
 		}
+		done = append(done, c)
 	}
-	return words(maps.Clone(p.kernel)), errors.Join(failures...)
+	return words(maps.Clone(p.kernel)), done, errors.Join(failures...)
 }
+func (p *pond) Settle() error { p.settled++; return nil }
 func (p *pond) Describe() (layer.Description, error) {
 	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7},
 		Maps: []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}}}, nil
@@ -194,6 +200,13 @@ func TestNothingIsRemovedBeforeTheClusterWasSeenWhole(t *testing.T) {
 	if s, _ := r.status(); s.Ready {
 		t.Error("ready before the cluster was seen whole")
 	}
+	unread := cluster(true, "new")
+	unread.Unread = 1
+	r.source.next <- unread
+	r.until("the unread object is told", func() bool { s, _ := r.status(); return s.Source.Unread == 1 })
+	if held := r.pond.holds(); held != "new old" {
+		t.Errorf("something could not be read, and the kernel holds %q", held)
+	}
 	r.source.next <- cluster(true, "new")
 	r.untilHolds("new")
 	r.until("the agent is ready", func() bool { s, _ := r.status(); return s.Ready })
@@ -212,7 +225,18 @@ func TestWhatFailsIsTriedAgain(t *testing.T) {
 	p.refuse = ""
 	p.mu.Unlock()
 	r.untilHolds("a b c")
-	r.until("the error is gone", func() bool { s, _ := r.status(); return s.Layers[0].LastError == "" })
+	r.until("the error is gone and the agent ready", func() bool {
+		s, _ := r.status()
+		return s.Layers[0].LastError == "" && s.Ready
+	})
+	if s, _ := r.status(); s.Layers[0].Changes.Added != 3 {
+		t.Errorf("3 words were added, %d are counted", s.Layers[0].Changes.Added)
+	}
+	p.mu.Lock()
+	p.refuse = "d"
+	p.mu.Unlock()
+	r.source.next <- cluster(true, "a", "b", "c", "d")
+	r.until("the agent is not ready any more", func() bool { s, _ := r.status(); return !s.Ready })
 }
 
 func TestALostSourceLeavesEverythingInForce(t *testing.T) {

@@ -42,7 +42,12 @@ type Status struct {
 type SourceStatus struct {
 	Name string `json:"name"`
 	// Error is why the source cannot be read now; the last picture stays in force.
-	Error      string    `json:"error,omitempty"`
+	Error string `json:"error,omitempty"`
+	// ErrorSince is since when; absent while there is no error.
+	ErrorSince *time.Time `json:"error_since,omitempty"`
+	// Unread counts what of the input could not be read and was never known;
+	// while it is not zero nothing is removed.
+	Unread     int       `json:"unread"`
 	Snapshot   uint64    `json:"snapshot"`
 	Complete   bool      `json:"complete"`
 	Received   time.Time `json:"received"`
@@ -78,7 +83,12 @@ func (a *Agent) Status() (Status, error) {
 		Latency:  a.metrics.latency(),
 		Problems: []model.Problem{},
 	}
+	if a.sourceIs != "" {
+		since := a.sourceLost
+		s.Source.ErrorSince = &since
+	}
 	if now := a.snapshot; now != nil {
+		s.Source.Unread = now.Unread
 		s.Source.Snapshot, s.Source.Complete = now.Number, now.Complete
 		s.Source.Received, s.Source.AgeSeconds = a.received, time.Since(a.received).Seconds()
 		s.Source.Services, s.Source.Pods, s.Source.Nodes = len(now.Services), len(now.Pods), len(now.Nodes)
@@ -114,58 +124,73 @@ func resident() uint64 {
 	return kilobytes << 10
 }
 
-// serving are the open listeners.
-type serving struct{ servers []*http.Server }
+// listeners are the open sockets: the first is the status socket, the second,
+// where there is one, for Prometheus.
+type listeners struct {
+	open    []net.Listener
+	servers []*http.Server
+}
 
-func (s serving) close() {
-	for _, server := range s.servers {
-		server.Close()
+func (l *listeners) close() {
+	for _, listener := range l.open {
+		listener.Close()
+	}
+}
+
+// shutdown waits for answers that are being given, for a second.
+func (l *listeners) shutdown() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	for _, server := range l.servers {
+		if server.Shutdown(ctx) != nil {
+			server.Close()
+		}
 	}
 }
 
 func socketIn(folder string) string { return filepath.Join(folder, "agent.sock") }
 
-// serve answers on the Unix socket, and to Prometheus where that is asked for.
-func (a *Agent) serve() (serving, error) {
+// listen opens the sockets. Nobody is answered before serve.
+func (a *Agent) listen() (*listeners, error) {
 	path := socketIn(a.config.RunFolder)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return serving{}, fmt.Errorf("remove old status socket: %w", err)
+		return nil, fmt.Errorf("remove old status socket: %w", err)
 	}
 	local, err := net.Listen("unix", path)
 	if err != nil {
-		return serving{}, fmt.Errorf("open status socket: %w", err)
+		return nil, fmt.Errorf("open status socket: %w", err)
 	}
+	l := &listeners{open: []net.Listener{local}}
 	if err := os.Chmod(path, 0o600); err != nil {
-		local.Close()
-		return serving{}, fmt.Errorf("open status socket: %w", err)
+		l.close()
+		return nil, fmt.Errorf("open status socket: %w", err)
 	}
+	if a.config.Metrics == "" {
+		return l, nil
+	}
+	remote, err := net.Listen("tcp", a.config.Metrics)
+	if err != nil {
+		l.close()
+		return nil, fmt.Errorf("serve metrics on %s: %w: name another address with --metrics, or none", a.config.Metrics, err)
+	}
+	l.open = append(l.open, remote)
+	return l, nil
+}
+
+func (l *listeners) serve(a *Agent) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 		status, err := a.Status()
 		answer(w, status, err)
 	})
 	mux.HandleFunc("GET /wanted/{layer}", func(w http.ResponseWriter, r *http.Request) {
-		subjects, err := a.wanted(r.PathValue("layer"))
-		answer(w, subjects, err)
+		answer(w, a.wanted(r.PathValue("layer")), nil)
 	})
-	s := serving{}
-	s.start(local, mux)
-	if a.config.Metrics == "" {
-		return s, nil
+	for i, handler := range []http.Handler{mux, a.metrics.handler(a)}[:len(l.open)] {
+		server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 1 << 14}
+		l.servers = append(l.servers, server)
+		go server.Serve(l.open[i]) // ends with shutdown
 	}
-	remote, err := net.Listen("tcp", a.config.Metrics)
-	if err != nil {
-		s.close()
-		return serving{}, fmt.Errorf("serve metrics on %s: %w", a.config.Metrics, err)
-	}
-	s.start(remote, a.metrics.handler(a))
-	return s, nil
-}
-
-func (s *serving) start(listener net.Listener, handler http.Handler) {
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 1 << 14}
-	s.servers = append(s.servers, server)
-	go server.Serve(listener) // ends with close()
 }
 
 func answer(w http.ResponseWriter, value any, err error) {
@@ -179,20 +204,25 @@ func answer(w http.ResponseWriter, value any, err error) {
 
 // wanted are the objects of a layer's plan, with the names that the kernel does
 // not know.
-func (a *Agent) wanted(name string) ([]layer.Subject, error) {
+func (a *Agent) wanted(name string) []layer.Subject {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, p := range a.parts {
 		if p.Name() == name && p.want != nil {
-			return p.want.Subjects(), nil
+			return p.want.Subjects()
 		}
 	}
-	return []layer.Subject{}, nil
+	return []layer.Subject{}
 }
+
+// askPatience is how long an agent may take to answer.
+const askPatience = 5 * time.Second
 
 // Ask reads from the agent of a run folder: path is "/status" (into a *Status)
 // or "/wanted/LAYER" (into a slice of the layer's subjects).
 func Ask(ctx context.Context, folder, path string, into any) error {
+	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socketIn(folder))
 	}}}

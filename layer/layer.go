@@ -6,6 +6,7 @@
 package layer
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -22,7 +23,8 @@ type Layer interface {
 	// clock, no files, no root, and the order of the input does not matter.
 	Plan(*model.Snapshot) Picture
 	// Open loads what the layer needs into the kernel, or takes over what an
-	// earlier process left there without a gap in traffic.
+	// earlier process left there without a gap in traffic. It returns ErrInUse
+	// while another process has the layer open at the same place.
 	Open() error
 	// Read says what the kernel holds now, and clears away what a writer that
 	// died halfway left there. The layer must be open.
@@ -33,9 +35,14 @@ type Layer interface {
 	// Diff says what leads from one picture to another. With prune false
 	// nothing is removed: the input is not known to be whole. It is pure.
 	Diff(have, want Picture, prune bool) Changes
-	// Apply carries changes out and returns the picture that is now in force.
-	// A change that fails does not stop the others; the error joins them all.
-	Apply(have Picture, changes Changes) (Picture, error)
+	// Apply carries changes out, reads back what it wrote, and returns the picture
+	// that is now in force and the changes that succeeded. A change that fails
+	// does not stop the others; the error joins them all.
+	Apply(have Picture, changes Changes) (Picture, Changes, error)
+	// Settle puts in force what an Open had to hold back, because it replaces
+	// what an earlier process left and was empty. The agent calls it once a
+	// complete Snapshot has been applied; calling it again does nothing.
+	Settle() error
 	// Describe says what the layer uses and what it has done.
 	Describe() (Description, error)
 	// Close lets go of the kernel's objects but leaves them in force.
@@ -46,6 +53,9 @@ type Layer interface {
 	// this process has opened it. Absent is success.
 	Remove() (Changes, error)
 }
+
+// ErrInUse says that another process works at the same place.
+var ErrInUse = errors.New("another millrace process works here: stop it first")
 
 // Picture is the state of a layer: wanted, or read from the kernel. Only the
 // layer that made it looks inside.

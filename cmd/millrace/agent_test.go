@@ -98,7 +98,7 @@ endpoints: [%[3]s]
 // The life of an agent on a node, by the commands a person would give.
 func TestLifeOfAnAgent(t *testing.T) {
 	n := newNode(t)
-	at := []string{"--pins", n.pins, "--cgroup", n.Cgroup}
+	at := []string{"--pins", n.pins}
 	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1", "10.244.0.2"))
 
 	stdout, _, status := millrace(t, append([]string{"plan", "--source", n.source()}, at...)...)
@@ -182,6 +182,13 @@ func TestMalformedManifestLeavesTheRestInForce(t *testing.T) {
 		stdout, _, _ := millrace(t, "show", "services", "--pins", n.pins, "--run", n.run)
 		return strings.Contains(stdout, "10.244.0.9:8080") && strings.Contains(stdout, "10.96.0.2:80/tcp")
 	})
+	// and an agent that has never seen the good version takes nothing away
+	n.kill()
+	n.start()
+	n.until("the new agent has read it", func(s agent.Status) bool { return s.Source.Unread > 0 })
+	if stdout, _, _ := millrace(t, "show", "services", "--pins", n.pins, "--run", n.run); !strings.Contains(stdout, "10.96.0.2:80/tcp") {
+		t.Errorf("the new agent removed what it could not read: %s", stdout)
+	}
 	if _, stderr, status := millrace(t, "status", "--run", n.run); status != exitFindings || !strings.Contains(stderr, "cannot be used") {
 		t.Errorf("status with a problem: exit status %d, %q", status, stderr)
 	}

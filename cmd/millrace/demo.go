@@ -77,13 +77,13 @@ func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s 
 		}
 	}
 	begun := time.Now()
+	if err := wish.up(ctx, p); err != nil {
+		return err // what was begun is removed already
+	}
 	defer func() {
 		err = errors.Join(err, lab.Down(wish.name, p.say))
 		p.done()
 	}()
-	if err := wish.up(ctx, p); err != nil {
-		return err
-	}
 	d.UpSeconds = time.Since(begun).Seconds()
 	client, err := lab.Dial(wish.name)
 	if err != nil {

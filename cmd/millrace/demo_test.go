@@ -2,12 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/lab"
 )
 
 // The demo, without its benchmark: every pod reaches every Service over both
@@ -42,7 +44,8 @@ func TestDemoOfGivenManifests(t *testing.T) {
 // demonstrate runs the demo and fails the test on any failed operation.
 func demonstrate(t *testing.T, args ...string) *demonstration {
 	t.Helper()
-	stdout, stderr, status := millrace(t, append([]string{"demo", "--no-bench", "-o", "json"}, args...)...)
+	c := product(append([]string{"demo", "--no-bench", "-o", "json"}, args...)...)
+	stdout, stderr, status := finish(t, c)
 	var d demonstration
 	if err := json.Unmarshal([]byte(stdout), &d); err != nil {
 		t.Fatalf("exit status %d, %v:\n%s\n%s", status, err, stdout, stderr)
@@ -68,19 +71,20 @@ func demonstrate(t *testing.T, args ...string) *demonstration {
 		t.Logf("agent on %s: attached after %.0f ms, %s resident, maps %s, change to kernel %+v",
 			a.Node, a.AttachedAfterMS, bytesText(a.Memory.ResidentBytes), bytesText(a.Memory.MapBytes), a.Latency)
 	}
-	nothingLeft(t)
+	nothingLeft(t, c.Process.Pid)
 	return &d
 }
 
-func nothingLeft(t *testing.T) {
+func nothingLeft(t *testing.T, pid int) {
 	t.Helper()
 	root, err := cgroup.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, pattern := range []string{root + "/millrace-lab/demo-*", "/run/millrace/lab/demo-*", filepath.Join(os.TempDir(), "millrace-demo-*")} {
-		if left, _ := filepath.Glob(pattern); len(left) > 0 {
-			t.Errorf("left behind: %v", left)
+	name := fmt.Sprintf("demo-%d", pid)
+	for _, path := range []string{filepath.Join(root, "millrace-lab", name), lab.Folder(name)} {
+		if _, err := os.Stat(path); err == nil {
+			t.Errorf("left behind: %s", path)
 		}
 	}
 }

@@ -29,8 +29,8 @@ Services that name no ipFamilies get both (PreferDualStack).`,
 			return usage("say what to do: up, status, exec, scale, kill, replace, down or list")
 		},
 	}
-	c.AddCommand(labUpCommand(s), labStatusCommand(s), labExecCommand(), labScaleCommand(), labKillCommand(),
-		labReplaceCommand(), labDownCommand(), labListCommand(s))
+	c.AddCommand(labUpCommand(s), labStatusCommand(s), labExecCommand(), labScaleCommand(s), labKillCommand(s),
+		labReplaceCommand(s), labDownCommand(s), labListCommand(s))
 	return c
 }
 
@@ -234,7 +234,9 @@ func labExecCommand() *cobra.Command {
 	c := command(&cobra.Command{
 		Use:   "exec POD|NODE -- COMMAND [ARGUMENT...]",
 		Short: "Run a command as the pod would: its network namespace, its cgroup",
-		Long:  "POD is namespace/name, a name in the namespace default, or the beginning of one.",
+		Long: `
+POD is namespace/name, a name in the namespace default, or the beginning of one.
+The output is the command's own, also with -o json, and so is the exit status.`,
 		Args: func(c *cobra.Command, args []string) error {
 			if len(args) < 2 || c.ArgsLenAtDash() != 1 {
 				return usage("exec: say POD -- COMMAND")
@@ -248,7 +250,7 @@ func labExecCommand() *cobra.Command {
 	return c
 }
 
-func labScaleCommand() *cobra.Command {
+func labScaleCommand(s *settings) *cobra.Command {
 	var name string
 	c := command(&cobra.Command{
 		Use: "scale WORKLOAD N", Short: "Give a workload N pods", Args: cobra.ExactArgs(2),
@@ -258,45 +260,65 @@ func labScaleCommand() *cobra.Command {
 		if err != nil || n < 0 {
 			return usage("scale: %q is no number of pods", args[1])
 		}
-		return withLab(name, func(client *lab.Client) error { return client.Scale(ctx, args[0], n) })
+		return withLab(name, func(client *lab.Client) error {
+			err := client.Scale(ctx, args[0], n)
+			return said(s, err, done{Lab: name, Workload: args[0], Pods: &n})
+		})
 	})
 	flagLab(c, &name)
 	return c
 }
 
-func labKillCommand() *cobra.Command {
+func labKillCommand(s *settings) *cobra.Command {
 	var name string
 	c := command(&cobra.Command{
 		Use: "kill POD", Short: "Kill a pod at once, without a drain; its workload makes a new one", Args: cobra.ExactArgs(1),
 	}, inOwnSpaces, func(ctx context.Context, args []string) error {
 		return withLab(name, func(client *lab.Client) error {
 			killed, err := client.Kill(ctx, args[0])
-			return said(err, "killed", killed)
+			return said(s, err, done{Lab: name, Killed: killed})
 		})
 	})
 	flagLab(c, &name)
 	return c
 }
 
-func labReplaceCommand() *cobra.Command {
+func labReplaceCommand(s *settings) *cobra.Command {
 	var name string
 	c := command(&cobra.Command{
 		Use: "replace POD", Short: "Put a new pod in a pod's place; the old one drains", Args: cobra.ExactArgs(1),
 	}, inOwnSpaces, func(ctx context.Context, args []string) error {
 		return withLab(name, func(client *lab.Client) error {
 			made, err := client.Replace(ctx, args[0])
-			return said(err, "ready:", made)
+			return said(s, err, done{Lab: name, Ready: made})
 		})
 	})
 	flagLab(c, &name)
 	return c
 }
 
-func said(err error, words ...string) error {
-	if err == nil {
-		fmt.Println(strings.Join(words, " "))
+// done is what a command did to a lab, for machines.
+type done struct {
+	Lab      string `json:"lab"`
+	Workload string `json:"workload,omitempty"`
+	Pods     *int   `json:"pods,omitempty"`
+	Killed   string `json:"killed,omitempty"`
+	Ready    string `json:"ready,omitempty"`
+	Down     bool   `json:"down,omitempty"`
+}
+
+func said(s *settings, err error, d done) error {
+	switch {
+	case err != nil:
+		return err
+	case s.json():
+		return printJSON(d)
+	case d.Killed != "":
+		fmt.Println("killed", d.Killed)
+	case d.Ready != "":
+		fmt.Println("ready:", d.Ready)
 	}
-	return err
+	return nil
 }
 
 func withLab(name string, do func(*lab.Client) error) error {
@@ -307,14 +329,15 @@ func withLab(name string, do func(*lab.Client) error) error {
 	return do(client)
 }
 
-func labDownCommand() *cobra.Command {
+func labDownCommand(s *settings) *cobra.Command {
 	var name string
 	c := command(&cobra.Command{
 		Use: "down", Short: "Remove a lab, also one that was killed half-way",
 	}, inOwnSpaces, func(context.Context, []string) error {
 		p := newProgress()
-		defer p.done()
-		return lab.Down(name, p.say)
+		err := lab.Down(name, p.say)
+		p.done()
+		return said(s, err, done{Lab: name, Down: true})
 	}, exitPrivilege)
 	flagLab(c, &name)
 	return c

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
@@ -89,6 +90,9 @@ func run(ctx context.Context, args []string) int {
 	if err.Error() != "" {
 		fmt.Fprintln(os.Stderr, "millrace:", err)
 	}
+	if status == exitPrivilege && os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "millrace: this was not run as root; run it with sudo")
+	}
 	if status == exitUsage {
 		fmt.Fprintln(os.Stderr, "run `millrace help` to see what there is")
 	}
@@ -116,7 +120,7 @@ func statusOf(err error) int {
 	switch {
 	case errors.As(err, &failed):
 		return failed.status
-	case errors.As(err, &privilege), errors.Is(err, lab.ErrPrivilege):
+	case errors.As(err, &privilege), errors.Is(err, lab.ErrPrivilege), errors.Is(err, fs.ErrPermission):
 		return exitPrivilege
 	case errors.As(err, &feature), errors.Is(err, cgroup.ErrNoCgroup2):
 		return exitUnavailable

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -43,9 +42,15 @@ func (p *place) layers() ([]layer.Layer, error) {
 		}
 		p.cgroup = root
 	}
+	return p.pinned(), nil
+}
+
+// pinned are the layers for looking at what is pinned and for removing it, which
+// takes no cgroup.
+func (p *place) pinned() []layer.Layer {
 	return []layer.Layer{
 		service.New(service.Settings{Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service")}),
-	}, nil
+	}
 }
 
 func flagSource(c *cobra.Command, name *string) {
@@ -74,16 +79,4 @@ func hostname() string {
 		return ""
 	}
 	return name
-}
-
-// removeFolder removes a folder that millrace made, if nothing is left in it.
-func removeFolder(path string) error {
-	entries, err := os.ReadDir(path)
-	if err != nil || len(entries) > 0 {
-		return nil // not there, or in use by somebody else
-	}
-	if err := os.Remove(path); err != nil {
-		return fmt.Errorf("remove folder: %w", err)
-	}
-	return nil
 }

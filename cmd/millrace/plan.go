@@ -25,7 +25,6 @@ pinned everything is new.`,
 	}, readsOnly, func(ctx context.Context, _ []string) error {
 		return plan(ctx, s, &at, source)
 	}, exitData, exitPrivilege)
-	at.flagCgroup(c)
 	at.flagPins(c)
 	flagSource(c, &source)
 	return c
@@ -44,17 +43,14 @@ func plan(ctx context.Context, s *settings, at *place, source string) error {
 	if err != nil {
 		return err
 	}
-	layers, err := at.layers()
-	if err != nil {
-		return err
-	}
+	layers := at.pinned()
 	all := []planned{}
 	for _, l := range layers {
 		have, err := l.Look()
 		if err != nil {
 			return err
 		}
-		for _, change := range l.Diff(have, l.Plan(snapshot), snapshot.Complete) {
+		for _, change := range l.Diff(have, l.Plan(snapshot), snapshot.Complete && snapshot.Unread == 0) {
 			all = append(all, planned{change.Op, l.Name(), change.Subject.Object(), change.Subject.Detail()})
 			if !s.json() {
 				fmt.Println(change)
@@ -89,7 +85,7 @@ func firstSnapshot(ctx context.Context, name string) (*model.Snapshot, error) {
 	})
 	if first == nil {
 		if err == nil {
-			err = ctx.Err()
+			err = errors.New("it ended before the cluster was seen whole")
 		}
 		return nil, &failure{exitData, fmt.Errorf("read %s: %w", name, err)}
 	}

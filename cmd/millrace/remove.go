@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/layer"
@@ -27,10 +28,7 @@ starting an agent again. Stop the agent first.`,
 		if agent.Running(at.run) {
 			return fmt.Errorf("remove: %w", agent.ErrRunning)
 		}
-		layers, err := at.layers()
-		if err != nil {
-			return err
-		}
+		layers := at.pinned()
 		removed := []planned{}
 		var failures []error
 		for i := len(layers) - 1; i >= 0; i-- {
@@ -44,11 +42,14 @@ starting an agent again. Stop the agent first.`,
 			}
 		}
 		if !dryRun {
-			failures = append(failures, removeRunFolder(at.run), removeFolder(at.pins))
+			failures = append(failures, removeRunFolder(at.run))
+		}
+		if !dryRun && len(removed) > 0 {
+			failures = append(failures, removeEmpty(at.pins))
 		}
 		if s.json() {
 			failures = append(failures, printJSON(map[string]any{"changes": removed, "dry_run": dryRun}))
-		} else if len(removed) == 0 {
+		} else if len(removed) == 0 && errors.Join(failures...) == nil {
 			fmt.Fprintln(os.Stderr, "nothing of millrace is here")
 		}
 		return errors.Join(failures...)
@@ -66,13 +67,29 @@ func removal(l layer.Layer, dryRun bool) (layer.Changes, error) {
 	return l.Remove()
 }
 
-// removeRunFolder removes the agent's files and its folder, then the folder
-// above if nothing else is in it.
+// removeRunFolder removes the agent's files, and the folder they were in if
+// nothing else is there.
 func removeRunFolder(folder string) error {
+	ours := false
 	for _, name := range []string{"agent.sock", "agent.lock"} {
-		if err := os.Remove(filepath.Join(folder, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		err := os.Remove(filepath.Join(folder, name))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("remove run folder: %w", err)
 		}
+		ours = ours || err == nil
 	}
-	return errors.Join(removeFolder(folder), removeFolder(filepath.Dir(folder)))
+	if !ours {
+		return nil
+	}
+	return removeEmpty(folder)
+}
+
+// removeEmpty removes a folder if nothing is in it. What is absent or in use by
+// somebody else stays as it is.
+func removeEmpty(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
 }

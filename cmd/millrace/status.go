@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -23,7 +25,7 @@ func statusCommand(s *settings) *cobra.Command {
 	}, readsOnly, func(ctx context.Context, _ []string) error {
 		var status agent.Status
 		if err := agent.Ask(ctx, at.run, "/status", &status); err != nil {
-			return fmt.Errorf("%w: is an agent running? Start one with `millrace agent`, or name its run folder with --run", err)
+			return silent(at.run, err)
 		}
 		if s.json() {
 			if err := printJSON(status); err != nil {
@@ -36,19 +38,41 @@ func statusCommand(s *settings) *cobra.Command {
 			return &failure{exitFindings, fmt.Errorf("%s", unready(status))}
 		}
 		return nil
-	}, exitFindings)
+	}, exitFindings, exitPrivilege)
 	at.flagRun(c)
 	return c
+}
+
+// silent says why an agent does not answer, and what to do.
+func silent(folder string, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return err
+	case agent.Running(folder):
+		return fmt.Errorf("%w: an agent is running there and does not answer: look at its log, or restart it; the Services stay in force", err)
+	}
+	return fmt.Errorf("%w: is an agent running? Start one with `millrace agent`, or name its run folder with --run", err)
 }
 
 func unready(s agent.Status) string {
 	switch {
 	case s.Source.Error != "":
 		return "the source cannot be read: " + s.Source.Error
+	case !s.Source.Complete:
+		return "not ready: the cluster has not been seen whole yet"
 	case !s.Ready:
-		return "not ready: the cluster has not been seen whole, or a change failed"
+		return "not ready: a change failed and is tried again: " + lastError(s)
 	}
 	return fmt.Sprintf("%d objects of the input cannot be used", len(s.Problems))
+}
+
+func lastError(s agent.Status) string {
+	for _, l := range s.Layers {
+		if l.LastError != "" {
+			return l.LastError
+		}
+	}
+	return "see the agent's log"
 }
 
 func printStatus(s agent.Status) {
@@ -70,6 +94,9 @@ func printStatus(s agent.Status) {
 	}
 	for _, kind := range slices.Sorted(maps.Keys(s.Ignored)) {
 		fmt.Printf("passed over  %d %s\n", s.Ignored[kind], kind)
+	}
+	if s.Source.Unread > 0 {
+		fmt.Printf("%s  %d objects could not be read and were never known: nothing is removed until they can be\n", red("held back"), s.Source.Unread)
 	}
 	for _, p := range s.Problems {
 		fmt.Println(red("problem"), p.Error())

@@ -74,8 +74,30 @@ func (m *Map[K, V]) Get(key K) (V, bool, error) {
 	return value, err == nil, err
 }
 
-// All implements Table.
+// batch is how many entries one system call reads.
+const batch = 4096
+
+// All implements Table. Reading in batches needs Linux 5.6; where it fails
+// entries are read one by one.
 func (m *Map[K, V]) All() (map[K]V, error) {
+	all := make(map[K]V)
+	keys, values := make([]K, batch), make([]V, batch)
+	var cursor ebpf.MapBatchCursor
+	for {
+		n, err := m.kernel.BatchLookup(&cursor, keys, values, nil)
+		for i := range n {
+			all[keys[i]] = values[i]
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return all, nil // the end
+		}
+		if err != nil {
+			return m.each()
+		}
+	}
+}
+
+func (m *Map[K, V]) each() (map[K]V, error) {
 	all := make(map[K]V)
 	var key K
 	var value V
@@ -93,7 +115,8 @@ func (m *Map[K, V]) All() (map[K]V, error) {
 func (m *Map[K, V]) Capacity() int { return int(m.kernel.MaxEntries()) }
 
 // Bytes implements Table. It is the kernel's own estimate (memlock in the map's
-// fdinfo): buckets and the entries that are there.
+// fdinfo): buckets and the entries that are there; before Linux 6.4 as if the map
+// were full.
 func (m *Map[K, V]) Bytes() uint64 { return Bytes(m.kernel) }
 
 // Bytes is the memory the kernel accounts to a map of any type, 0 if unknown.

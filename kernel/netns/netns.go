@@ -107,12 +107,21 @@ func threadNamespace() string {
 }
 
 // onThread runs f on a locked thread which ends with it, so that whatever
-// namespace f left the thread in is never seen by other goroutines.
+// namespace f left the thread in is never seen by other goroutines. The
+// process's first thread cannot end, and /proc/PID/ns shows its namespaces: a
+// goroutine that finds itself there holds it and lets another one do the work.
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread dies with the goroutine
-		done <- f()
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			done <- onThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		err := errors.New("the function ended its goroutine")
+		defer func() { done <- err }() // also after runtime.Goexit, as t.Fatal calls it
+		err = f()
 	}()
 	return <-done
 }

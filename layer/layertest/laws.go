@@ -1,6 +1,7 @@
 package layertest
 
 import (
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"sync/atomic"
@@ -109,6 +110,10 @@ func (s Subject) offMeansGone(t *testing.T) {
 	if s.Observe() == before {
 		t.Fatal("the layer is on and nothing can be observed: the test is blind")
 	}
+	if _, err := s.New().Remove(); !errors.Is(err, layer.ErrInUse) {
+		t.Errorf("removing what a process has open: %v, not %v", err, layer.ErrInUse)
+	}
+	l.Close()
 	removed, err := s.New().Remove()
 	if err != nil {
 		t.Fatal(err)
@@ -144,12 +149,14 @@ func (s Subject) newMeansAdopt(t *testing.T) {
 			}
 		}
 	}()
-	for range 20 {
+	for i := range 20 {
 		l.Close()
 		l = s.open(t)
 		if changes := l.Diff(read(t, l), want, true); len(changes) > 0 {
 			t.Errorf("the new process finds something else:\n%v", changes)
 		}
+		// every second one meets another cluster than the last one left
+		want = l.Plan([]*model.Snapshot{s.Snapshots[0], s.Snapshots[len(s.Snapshots)-1]}[i%2])
 		apply(t, l, want)
 	}
 	stop.Store(true)
@@ -168,6 +175,7 @@ func (s Subject) strangersStay(t *testing.T) {
 	if err := unharmed(); err != nil {
 		t.Fatalf("while the layer is on: %v", err)
 	}
+	l.Close()
 	if _, err := s.New().Remove(); err != nil {
 		t.Fatal(err)
 	}
@@ -184,16 +192,19 @@ func (s Subject) failureIsAlone(t *testing.T) {
 	}
 	victim := plan[0].Subject.Object()
 	l, mend := s.Faulty(victim)
-	have, err := l.Apply(l.Plan(&model.Snapshot{}), plan)
+	have, done, err := l.Apply(l.Plan(&model.Snapshot{}), plan)
 	if err == nil {
 		t.Fatal("a write failed and no error was reported")
+	}
+	if len(done) != len(plan)-1 {
+		t.Fatalf("one of %d changes failed, and %d are said to be done", len(plan), len(done))
 	}
 	left := l.Diff(have, want, true)
 	if len(left) != 1 || left[0].Subject.Object() != victim {
 		t.Fatalf("only %s may be left to do, but:\n%v", victim, left)
 	}
 	mend()
-	if have, err = l.Apply(have, left); err != nil {
+	if have, _, err = l.Apply(have, left); err != nil {
 		t.Fatal(err)
 	}
 	if left := l.Diff(have, want, true); len(left) > 0 {
@@ -223,8 +234,11 @@ func read(t *testing.T, l layer.Layer) layer.Picture {
 func apply(t *testing.T, l layer.Layer, want layer.Picture) layer.Picture {
 	t.Helper()
 	have := read(t, l)
-	have, err := l.Apply(have, l.Diff(have, want, true))
+	have, _, err := l.Apply(have, l.Diff(have, want, true))
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Settle(); err != nil {
 		t.Fatal(err)
 	}
 	return have

@@ -45,7 +45,9 @@ struct {
 
 struct sent_flows {
 	struct bpf_spin_lock lock; /* threads share sockets */
-	__u32 next;
+	__u32 next;                /* the place that gives way next */
+	__u32 last;                /* the place used last */
+	__u32 zero;
 	struct flow flow[SENT_FLOWS];
 };
 
@@ -162,6 +164,7 @@ static __always_inline bool find_sent(struct sent_flows *flows, const struct ser
 		if (!hit && flows->flow[i].service_port == key->port &&
 		    address_equal(&flows->flow[i].service, &key->address)) {
 			*found = flows->flow[i];
+			flows->last = i;
 			hit = true;
 		}
 	}
@@ -193,6 +196,7 @@ static __always_inline bool keep_sent(struct sent_flows *flows, const struct flo
 		if (i == place)
 			flows->flow[i] = *flow;
 	}
+	flows->last = place;
 	bpf_spin_unlock(&flows->lock);
 	return forgotten;
 }
@@ -200,10 +204,10 @@ static __always_inline bool keep_sent(struct sent_flows *flows, const struct flo
 /* still_serves says whether a flow's backend is there and the same. */
 static __always_inline bool still_serves(const struct flow *flow, __u32 service)
 {
-	struct backend *backend = bpf_map_lookup_elem(&backends, &flow->number);
+	struct backend backend = {};
 
-	return backend && backend->service == service && backend->port == flow->backend_port &&
-	       address_equal(&backend->address, &flow->backend);
+	return read_backend(flow->number, service, &backend) && backend.port == flow->backend_port &&
+	       address_equal(&backend.address, &flow->backend);
 }
 
 /* steer_datagram is steer() for sendmsg(): datagrams of one socket to one
@@ -212,13 +216,13 @@ static __always_inline bool still_serves(const struct flow *flow, __u32 service)
 static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
 {
 	struct flow flow = {};
-	struct service *service = bpf_map_lookup_elem(&services, key);
+	struct service service = {};
 
-	if (!service)
+	if (!read_service(key, &service))
 		return ALLOWED;
 	struct sent_flows *flows = bpf_sk_storage_get(&sent, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (flows && find_sent(flows, key, &flow) && still_serves(&flow, service->id)) {
+	if (flows && find_sent(flows, key, &flow) && still_serves(&flow, service.id)) {
 		to->verdict = VERDICT_FORWARD;
 		to->backend.address = flow.backend;
 		to->backend.port = flow.backend_port;
@@ -265,7 +269,8 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 }
 
 /* service_of finds the Service behind a peer address that the kernel is about
- * to show to the program. */
+ * to show to the program. If one UDP socket has sent to two Services with the
+ * same endpoint, it is the one it sent to last. */
 static __always_inline bool service_of(struct bpf_sock_addr *ctx, const struct address *peer, struct flow *found)
 {
 	__be16 port = ctx->user_port;
@@ -285,7 +290,8 @@ static __always_inline bool service_of(struct bpf_sock_addr *ctx, const struct a
 	bpf_spin_lock(&flows->lock);
 #pragma unroll
 	for (int i = 0; i < SENT_FLOWS; i++) {
-		if (!hit && flows->flow[i].backend_port == port && address_equal(&flows->flow[i].backend, peer)) {
+		if ((!hit || i == flows->last) && flows->flow[i].backend_port == port &&
+		    address_equal(&flows->flow[i].backend, peer)) {
 			*found = flows->flow[i];
 			hit = true;
 		}

@@ -32,6 +32,7 @@ func newStreet(t *testing.T, snapshot *model.Snapshot) *street {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		s.layer.Close()
 		if _, err := New(s.layer.settings).Remove(); err != nil {
 			t.Error(err)
 		}
@@ -48,7 +49,7 @@ func newStreet(t *testing.T, snapshot *model.Snapshot) *street {
 func (s *street) become(snapshot *model.Snapshot) {
 	s.t.Helper()
 	var err error
-	s.have, err = s.layer.Apply(s.have, s.layer.Diff(s.have, s.layer.Plan(snapshot), true))
+	s.have, _, err = s.layer.Apply(s.have, s.layer.Diff(s.have, s.layer.Plan(snapshot), true))
 	if err != nil {
 		s.t.Fatal(err)
 	}

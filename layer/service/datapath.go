@@ -4,17 +4,21 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/layer"
 )
 
 // hooks are where each program of connect.bpf.c is attached.
@@ -32,24 +36,28 @@ var hooks = []struct {
 	{datapathProgGetpeername6, ebpf.AttachCgroupInet6GetPeername},
 }
 
-// sized are the maps that grow with the cluster.
-var sized = []string{datapathMapServices, datapathMapSlots, datapathMapBackends}
+// tableMaps belong together and grow with the cluster.
+var tableMaps = []string{datapathMapServices, datapathMapSlots, datapathMapBackends}
 
 const (
 	linkPrefix = "link_"
-	nextPrefix = "next_" // a bpf file system takes no dots in names
+	nextPrefix = "next_" // a pin that is about to become the one without; no dots in these names
 )
 
 // datapath is what the layer has in the kernel.
 type datapath struct {
 	settings Settings
-	maps     map[string]*ebpf.Map
-	links    map[string]link.Link
+	// maps are used by the programs in force, or by those that wait.
+	maps  map[string]*ebpf.Map
+	links map[string]link.Link
+	// programs are in force; nil before this process has put its own there.
+	programs map[string]*ebpf.Program
+	// waiting are loaded programs that replace those of an earlier process once
+	// the tables are filled (see settle).
+	waiting  map[string]*ebpf.Program
+	lock     *os.File
 	reasons  []string
 	degraded []string
-	// unlinked is the set of loaded programs that replace those of an earlier
-	// process once the maps are filled (see commit).
-	unlinked map[string]*ebpf.Program
 }
 
 // capacity is how many frontends and backends the maps must be able to hold.
@@ -71,40 +79,68 @@ func powerOfTwo(n, least int) int {
 
 // open takes over the maps pinned by an earlier process, or makes new ones, and
 // loads this process's programs over them. Where nothing was attached before,
-// or the maps were taken over, the programs are in force when it returns;
-// otherwise commit puts them in force.
+// or the tables were taken over, the programs are in force when it returns;
+// otherwise they wait for settle. On an error nothing has changed.
 func open(settings Settings) (*datapath, error) {
 	if err := ready(settings); err != nil {
 		return nil, err
 	}
 	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}}
-	spec, err := loadDatapath()
-	if err != nil {
-		return nil, fmt.Errorf("read embedded programs: %w", err)
-	}
-	if d.reasons, err = reasonNames(spec); err != nil {
-		return nil, err
-	}
-	adopted, err := d.adoptMaps(spec)
-	if err != nil {
+	if err := d.open(); err != nil {
 		d.close()
 		return nil, err
-	}
-	if err := d.load(spec, roomFor(0, 0)); err != nil {
-		d.close()
-		return nil, err
-	}
-	if err := d.openLinks(); err != nil {
-		d.close()
-		return nil, err
-	}
-	if adopted || len(d.links) == 0 {
-		if err := d.commit(); err != nil {
-			d.close()
-			return nil, err
-		}
 	}
 	return d, nil
+}
+
+func (d *datapath) open() (err error) {
+	if d.lock, err = lockFolder(d.settings.Pins); err != nil {
+		return err
+	}
+	spec, err := loadDatapath()
+	if err != nil {
+		return fmt.Errorf("read embedded programs: %w", err)
+	}
+	if d.reasons, err = reasonNames(spec); err != nil {
+		return err
+	}
+	if err := d.adoptMaps(spec); err != nil {
+		return err
+	}
+	adopted := d.maps[datapathMapServices] != nil
+	loaded, err := d.load(d.maps, roomFor(0, 0))
+	if err != nil {
+		return err
+	}
+	d.maps, d.waiting = loaded.maps, loaded.programs
+	if err := d.openLinks(); err != nil {
+		return err
+	}
+	if adopted || len(d.links) == 0 {
+		return d.settle()
+	}
+	return nil
+}
+
+// lockFolder holds a pin folder for this process until the file is closed: the
+// maps have one writer.
+func lockFolder(path string) (*os.File, error) {
+	if path == "" {
+		return nil, nil
+	}
+	folder, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("lock pin folder: %w", err)
+	}
+	err = unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = layer.ErrInUse
+	}
+	if err != nil {
+		folder.Close()
+		return nil, fmt.Errorf("lock pin folder %s: %w", path, err)
+	}
+	return folder, nil
 }
 
 // ready checks what can be checked before anything is changed.
@@ -123,14 +159,23 @@ func ready(settings Settings) error {
 	if settings.Pins == "" {
 		return nil
 	}
-	if err := unix.Statfs(existing(settings.Pins), &found); err != nil {
-		return fmt.Errorf("%s: pin folder %s: %w", act, settings.Pins, err)
-	}
-	if found.Type != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("%s: %s is not in a bpf file system: mount one with `mount -t bpf bpf /sys/fs/bpf`, or name another folder with --pins", act, settings.Pins)
+	if err := isBPF(existing(settings.Pins)); err != nil {
+		return fmt.Errorf("%s: %w", act, err)
 	}
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("%s: make pin folder: %w", act, err)
+	}
+	return nil
+}
+
+// isBPF refuses a folder that is not in a bpf file system.
+func isBPF(path string) error {
+	var found unix.Statfs_t
+	if err := unix.Statfs(path, &found); err != nil {
+		return fmt.Errorf("pin folder %s: %w", path, err)
+	}
+	if found.Type != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("pin folder %s is not in a bpf file system: mount one with `mount -t bpf bpf /sys/fs/bpf`, or name another folder with --pins", path)
 	}
 	return nil
 }
@@ -145,11 +190,12 @@ func existing(path string) string {
 	}
 }
 
-// adoptMaps opens the maps an earlier process pinned. If any of them is missing
-// or has another layout, none is used and the answer is false.
-func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) (bool, error) {
+// adoptMaps opens those maps of an earlier process whose layout is ours: the
+// tables all or none, each of the others by itself, so that sockets keep their
+// flows whatever else a new version changes.
+func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) error {
 	if d.settings.Pins == "" {
-		return false, nil
+		return nil
 	}
 	for name, want := range spec.Maps {
 		if isConstants(name) {
@@ -157,73 +203,106 @@ func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) (bool, error) {
 		}
 		pinned, err := ebpf.LoadPinnedMap(d.pin(name), nil)
 		if errors.Is(err, fs.ErrNotExist) {
-			d.closeMaps()
-			return false, nil
+			continue
 		}
 		if err != nil {
-			return false, fmt.Errorf("open pinned map %s: %w", name, err)
+			return fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		if !sameLayout(pinned, want) {
+			pinned.Close()
+			continue
 		}
 		d.maps[name] = pinned
-		if !sameLayout(pinned, want) {
-			d.closeMaps()
-			return false, nil
+	}
+	for _, name := range tableMaps {
+		if d.maps[name] == nil {
+			d.dropTables()
+			return nil
 		}
 	}
-	return true, nil
+	return nil
+}
+
+func (d *datapath) dropTables() {
+	for _, name := range tableMaps {
+		if m := d.maps[name]; m != nil {
+			m.Close()
+			delete(d.maps, name)
+		}
+	}
 }
 
 func sameLayout(have *ebpf.Map, want *ebpf.MapSpec) bool {
 	return have.Type() == want.Type && have.KeySize() == want.KeySize &&
 		have.ValueSize() == want.ValueSize && have.Flags() == want.Flags &&
-		(slices.Contains(sized, want.Name) || want.Type == ebpf.SkStorage || have.MaxEntries() == want.MaxEntries)
+		(slices.Contains(tableMaps, want.Name) || want.Type == ebpf.SkStorage || have.MaxEntries() == want.MaxEntries)
 }
 
-// load loads the programs over d.maps and makes the maps that are not there.
-func (d *datapath) load(spec *ebpf.CollectionSpec, room capacity) error {
+// loaded is a set of programs and all the maps they use.
+type loaded struct {
+	programs map[string]*ebpf.Program
+	maps     map[string]*ebpf.Map
+}
+
+// load loads the programs over the maps that are there and makes the others. It
+// changes nothing that is in force.
+func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error) {
+	spec, err := loadDatapath()
+	if err != nil {
+		return loaded{}, fmt.Errorf("read embedded programs: %w", err)
+	}
+	if err := d.adapt(spec); err != nil {
+		return loaded{}, err
+	}
 	spec.Maps[datapathMapServices].MaxEntries = uint32(room.services)
 	spec.Maps[datapathMapSlots].MaxEntries = uint32(room.backends)
 	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
-	replace := map[string]*ebpf.Map{}
-	for name, m := range d.maps {
-		// The spec has to agree with a map that is larger than the default.
-		spec.Maps[name].MaxEntries = m.MaxEntries()
-		replace[name] = m
+	for name, m := range have {
+		spec.Maps[name].MaxEntries = m.MaxEntries() // it may be larger than the default
 	}
-	options := ebpf.CollectionOptions{MapReplacements: replace}
-	loaded, err := ebpf.NewCollectionWithOptions(spec, options)
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: have})
 	if err != nil {
-		// Before 5.18 there is no bpf_set_retval.
-		if e := spec.Variables["can_set_error"].Set(false); e != nil {
-			return fmt.Errorf("set can_set_error: %w", e)
-		}
-		old := err
-		if loaded, err = ebpf.NewCollectionWithOptions(spec, options); err != nil {
-			return loadError(old)
-		}
-		d.degraded = []string{"a Service without endpoints is refused with EPERM, not ECONNREFUSED: bpf_set_retval needs Linux 5.18"}
+		return loaded{}, loadError(err)
 	}
-	for name, m := range loaded.Maps {
-		if _, have := d.maps[name]; !have && !isConstants(name) {
-			if d.maps[name], err = m.Clone(); err != nil {
-				loaded.Close()
-				return fmt.Errorf("keep map %s: %w", name, err)
-			}
+	defer collection.Close()
+	result := loaded{collection.Programs, map[string]*ebpf.Map{}}
+	for name, m := range collection.Maps {
+		switch {
+		case have[name] != nil:
+			result.maps[name] = have[name]
+		case !isConstants(name):
+			result.maps[name] = m
+			delete(collection.Maps, name) // ours now
 		}
 	}
-	d.unlinked = loaded.Programs
-	loaded.Programs = nil
-	loaded.Close()
+	collection.Programs = nil
+	return result, nil
+}
+
+// adapt turns off what this kernel lacks.
+func (d *datapath) adapt(spec *ebpf.CollectionSpec) error {
+	d.degraded = nil
+	err := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
+	if !errors.Is(err, ebpf.ErrNotSupported) {
+		return nil // there, or not known: loading will tell
+	}
+	d.degraded = []string{"a Service without endpoints is refused with EPERM, not ECONNREFUSED: bpf_set_retval needs Linux 5.18"}
+	if err := spec.Variables["can_set_error"].Set(false); err != nil {
+		return fmt.Errorf("turn off can_set_error: %w", err)
+	}
 	return nil
 }
 
 // loadError turns a failed load into what the user can do about it.
 func loadError(err error) error {
 	const act = "load the service programs"
-	if errors.Is(err, unix.EPERM) {
+	var refused *ebpf.VerifierError
+	switch {
+	case errors.Is(err, unix.EPERM):
 		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN"}}
-	}
-	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOSYS) {
-		return &need.Feature{Act: act, Feature: err.Error(), Since: "Linux 5.15 with CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_DEBUG_INFO_BTF"}
+	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
+		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for them (%v)", err),
+			Since: "Linux 5.15 with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"}
 	}
 	return fmt.Errorf("%s: %w", act, err)
 }
@@ -246,59 +325,178 @@ func (d *datapath) openLinks() error {
 	return nil
 }
 
-// commit puts the loaded programs in force: each link that is there is switched
-// to its new program in one step, each that is missing is made. Then maps and
-// links are pinned. Calling it again does nothing.
-func (d *datapath) commit() error {
-	if d.unlinked == nil {
+// settle puts waiting programs in force. Calling it again does nothing.
+func (d *datapath) settle() error {
+	if d.waiting == nil {
 		return nil
 	}
-	for _, hook := range hooks {
-		if err := d.attach(hook.name, hook.attach); err != nil {
-			return err
-		}
+	if err := d.putInForce(loaded{d.waiting, d.maps}); err != nil {
+		return err
 	}
-	closePrograms(d.unlinked)
-	d.unlinked = nil
-	return d.pinMaps()
-}
-
-func (d *datapath) pinMaps() error {
-	if d.settings.Pins == "" {
-		return nil
-	}
-	for name, m := range d.maps {
-		if err := repin(m, d.pin(name)); err != nil {
-			return fmt.Errorf("pin map %s: %w", name, err)
-		}
-	}
+	d.waiting = nil
 	return nil
 }
 
-func (d *datapath) attach(name string, where ebpf.AttachType) error {
-	program := d.unlinked[name]
-	if have := d.links[name]; have != nil {
-		if d.aliveOnCgroup(have) {
-			if err := have.Update(program); err != nil {
-				return fmt.Errorf("switch %s to the new program: %w", name, err)
-			}
-			return nil
-		}
-		// The cgroup it was attached to is gone: the link holds nothing.
-		_ = have.Unpin()
-		have.Close()
-		delete(d.links, name)
+// putInForce makes the hooks run these programs, and pins their maps: first
+// beside the old ones, then, when every hook has been switched, over them. On an
+// error the hooks go back to this process's last programs, if it had any; else
+// some run the new ones, over tables as whole as the old.
+func (d *datapath) putInForce(next loaded) error {
+	fresh, err := d.pinBeside(next.maps)
+	if err != nil {
+		d.unpinBeside(fresh)
+		return err
 	}
+	for i, hook := range hooks {
+		if err := d.attach(hook.name, hook.attach, next.programs[hook.name]); err != nil {
+			for _, switched := range hooks[:i] {
+				if before := d.programs[switched.name]; before != nil {
+					err = errors.Join(err, d.links[switched.name].Update(before))
+				}
+			}
+			d.unpinBeside(fresh)
+			return err
+		}
+	}
+	for _, name := range fresh {
+		if err := os.Rename(d.pin(nextPrefix+name), d.pin(name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	closePrograms(d.programs)
+	d.programs = next.programs
+	return nil
+}
+
+// pinBeside pins the maps that are not pinned yet, under names of their own, and
+// returns which those are.
+func (d *datapath) pinBeside(maps map[string]*ebpf.Map) (fresh []string, err error) {
+	if d.settings.Pins == "" {
+		return nil, nil
+	}
+	for name, m := range maps {
+		if d.isPinned(name, m) {
+			continue
+		}
+		fresh = append(fresh, name)
+		copied, err := m.Clone() // a clone knows nothing of earlier pins
+		if err == nil {
+			d.unpinBeside([]string{name})
+			err = copied.Pin(d.pin(nextPrefix + name))
+			copied.Close()
+		}
+		if err != nil {
+			return fresh, fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return fresh, nil
+}
+
+func (d *datapath) unpinBeside(names []string) {
+	for _, name := range names {
+		_ = os.Remove(d.pin(nextPrefix + name))
+	}
+}
+
+// isPinned says whether a map's pin leads to this very map.
+func (d *datapath) isPinned(name string, m *ebpf.Map) bool {
+	pinned, err := ebpf.LoadPinnedMap(d.pin(name), nil)
+	if err != nil {
+		return false
+	}
+	defer pinned.Close()
+	there, err1 := pinned.Info()
+	here, err2 := m.Info()
+	if err1 != nil || err2 != nil {
+		return false
+	}
+	thereID, _ := there.ID()
+	hereID, _ := here.ID()
+	return thereID == hereID
+}
+
+// attach makes a hook run a program: by switching the link that is there, else
+// by a new link.
+func (d *datapath) attach(name string, where ebpf.AttachType, program *ebpf.Program) error {
+	if have := d.links[name]; have != nil && d.aliveOnCgroup(have) {
+		if err := have.Update(program); err != nil {
+			return fmt.Errorf("switch %s to the new program: %w", name, err)
+		}
+		return d.pinLink(name, have)
+	}
+	d.letGo(name) // the cgroup it was attached to is gone, or somebody detached it
 	made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: where, Program: program})
 	if err != nil {
 		return fmt.Errorf("attach %s to cgroup %s: %w", name, d.settings.Cgroup, err)
 	}
 	d.links[name] = made
+	return d.pinLink(name, made)
+}
+
+// letGo forgets a link, and takes it away if nobody else holds it.
+func (d *datapath) letGo(name string) {
+	if l := d.links[name]; l != nil {
+		_ = l.Unpin()
+		l.Close()
+		delete(d.links, name)
+	}
+}
+
+// pinLink makes sure that a link's pin is there.
+func (d *datapath) pinLink(name string, l link.Link) error {
+	path := d.pin(linkPrefix + name)
 	if d.settings.Pins == "" {
 		return nil
 	}
-	if err := made.Pin(d.pin(linkPrefix + name)); err != nil {
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	_ = l.Unpin() // it may remember a pin that somebody removed
+	if err := l.Pin(path); err != nil {
 		return fmt.Errorf("pin link %s: %w", name, err)
+	}
+	return nil
+}
+
+// lost lists the programs and pins that should be there and are not.
+func (d *datapath) lost() []lost {
+	if d.waiting != nil {
+		return nil
+	}
+	var gone []lost
+	for _, hook := range hooks {
+		l := d.links[hook.name]
+		if l == nil || !d.aliveOnCgroup(l) {
+			gone = append(gone, lost("program "+hook.name))
+		} else if _, err := os.Stat(d.pin(linkPrefix + hook.name)); d.settings.Pins != "" && err != nil {
+			gone = append(gone, lost("pin "+linkPrefix+hook.name))
+		}
+	}
+	if d.settings.Pins == "" {
+		return gone
+	}
+	for _, name := range slices.Sorted(maps.Keys(d.maps)) {
+		if !d.isPinned(name, d.maps[name]) {
+			gone = append(gone, lost("pin "+name))
+		}
+	}
+	return gone
+}
+
+// restore brings back what was lost.
+func (d *datapath) restore() error {
+	if d.settings.Pins != "" {
+		if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
+			return fmt.Errorf("make pin folder: %w", err)
+		}
+	}
+	again, err := d.load(d.maps, capacity{1, 1})
+	if err != nil {
+		return err
+	}
+	if err := d.putInForce(again); err != nil {
+		closePrograms(again.programs)
+		return err
 	}
 	return nil
 }
@@ -315,67 +513,48 @@ func (d *datapath) aliveOnCgroup(l link.Link) bool {
 	return cgroup != nil && unix.Stat(d.settings.Cgroup, &folder) == nil && cgroup.CgroupId == folder.Ino
 }
 
-// repin pins m at path, over what is there, in one step.
-func repin(m *ebpf.Map, path string) error {
-	next := filepath.Join(filepath.Dir(path), nextPrefix+filepath.Base(path))
-	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if m.IsPinned() {
-		return nil
-	}
-	if err := m.Pin(next); err != nil {
-		return err
-	}
-	return os.Rename(next, path)
-}
-
-// grow moves services, slots and backends into larger maps: these are filled
-// while the old ones serve, then each program is switched over. It is the only
-// writer meanwhile. The sockets' flows stay: backends keep their numbers.
+// grow moves the tables into larger maps: these are filled while the old ones
+// serve, then each program is switched over. It is the only writer meanwhile.
+// The sockets' flows stay: backends keep their numbers. On an error everything
+// is as before.
 func (d *datapath) grow(t *tables, room capacity) error {
-	spec, err := loadDatapath()
+	next, err := d.load(d.others(), room)
 	if err != nil {
-		return fmt.Errorf("read embedded programs: %w", err)
+		return fmt.Errorf("enlarge maps: %w", err)
 	}
-	if len(d.degraded) > 0 {
-		if err := spec.Variables["can_set_error"].Set(false); err != nil {
-			return err
+	for _, name := range tableMaps {
+		if err == nil {
+			err = copyMap(d.maps[name], next.maps[name])
 		}
 	}
 	// Programs that wait for their maps to be filled go on waiting.
-	waiting := d.unlinked != nil
-	closePrograms(d.unlinked)
-	old := map[string]*ebpf.Map{}
-	for _, name := range sized {
-		old[name] = d.maps[name]
-		delete(d.maps, name)
-	}
-	if err = d.load(spec, room); err == nil {
-		for name, from := range old {
-			if err = copyMap(from, d.maps[name]); err != nil {
-				break
-			}
-		}
-	}
-	if err == nil && !waiting {
-		err = d.commit()
-	}
-	for name, m := range old {
-		if err != nil { // stay in the old house
-			if d.maps[name] != nil {
-				d.maps[name].Close()
-			}
-			d.maps[name] = m
-			continue
-		}
-		m.Close()
+	if err == nil && d.waiting == nil {
+		err = d.putInForce(next)
 	}
 	if err != nil {
+		closePrograms(next.programs)
+		for _, name := range tableMaps {
+			next.maps[name].Close()
+		}
 		return fmt.Errorf("enlarge maps to %d services and %d backends: %w", room.services, room.backends, err)
 	}
+	if d.waiting != nil {
+		closePrograms(d.waiting)
+		d.waiting = next.programs
+	}
+	d.dropTables()
+	d.maps = next.maps
 	t.use(d.maps)
 	return nil
+}
+
+// others are the maps that stay when the tables grow.
+func (d *datapath) others() map[string]*ebpf.Map {
+	others := maps.Clone(d.maps)
+	for _, name := range tableMaps {
+		delete(others, name)
+	}
+	return others
 }
 
 // copyMap copies every entry, as bytes.
@@ -393,19 +572,18 @@ func copyMap(from, to *ebpf.Map) error {
 
 func (d *datapath) pin(name string) string { return filepath.Join(d.settings.Pins, name) }
 
-func (d *datapath) closeMaps() {
-	for name, m := range d.maps {
-		m.Close()
-		delete(d.maps, name)
-	}
-}
-
 func (d *datapath) close() {
-	d.closeMaps()
+	for _, m := range d.maps {
+		m.Close()
+	}
 	for _, l := range d.links {
 		l.Close()
 	}
-	closePrograms(d.unlinked)
+	closePrograms(d.programs)
+	closePrograms(d.waiting)
+	if d.lock != nil {
+		d.lock.Close()
+	}
 }
 
 func closePrograms(programs map[string]*ebpf.Program) {

@@ -57,6 +57,8 @@ type datapathSentFlows struct {
 		Val uint32
 	}
 	Next uint32
+	Last uint32
+	Zero uint32
 	Flow [8]datapathFlow
 }
 

@@ -139,13 +139,19 @@ func TestOtherLayoutIsReplacedWithoutAGap(t *testing.T) {
 	if err != nil || have.Len() != 0 {
 		t.Fatalf("the new maps hold %d Services, %v", have.Len(), err)
 	}
-	if _, err := next.Apply(have, next.Diff(have, next.Plan(web), true)); err != nil {
+	if _, _, err := next.Apply(have, next.Diff(have, next.Plan(web), true)); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := ask(s.Bed, "tcp", "10.96.0.1:80"); err != nil {
-		t.Fatalf("after the new maps were filled: %v", err)
+		t.Fatalf("filled but not settled, the old programs do not serve any more: %v", err)
 	}
-	if next.datapath.unlinked != nil {
+	if err := next.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := ask(s.Bed, "tcp", "10.96.0.1:80"); err != nil {
+		t.Fatalf("after the new maps were put in force: %v", err)
+	}
+	if next.datapath.waiting != nil {
 		t.Error("the new programs were never put in force")
 	}
 	read, err := New(s.layer.settings).Look()

@@ -166,7 +166,9 @@ type fakeTables struct {
 	grown capacity
 }
 
-func (f *fakeTables) commit() error { return nil }
+func (f *fakeTables) settle() error  { return nil }
+func (f *fakeTables) restore() error { return nil }
+func (f *fakeTables) lost() []lost   { return nil }
 
 func (f *fakeTables) grow(_ *tables, room capacity) error {
 	f.grown = room

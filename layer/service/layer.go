@@ -40,8 +40,11 @@ type Layer struct {
 type room interface {
 	// grow makes the tables' maps larger and gives them to the tables.
 	grow(t *tables, room capacity) error
-	// commit puts programs in force that waited for the tables to be filled.
-	commit() error
+	// settle puts programs in force that waited for the tables to be filled.
+	settle() error
+	// lost lists what somebody took away; restore attaches and pins it again.
+	lost() []lost
+	restore() error
 }
 
 var _ layer.Layer = (*Layer)(nil)
@@ -79,57 +82,98 @@ func (t *tables) use(maps map[string]*ebpf.Map) {
 	t.backends = bpfmap.New[uint32, datapathBackend](maps[datapathMapBackends])
 }
 
-// Read implements layer.Layer. It also removes what a process that died while
-// writing left over.
-func (l *Layer) Read() (layer.Picture, error) { return l.tables.adopt() }
+// Read implements layer.Layer: the tables, and what of the programs and pins is
+// missing.
+func (l *Layer) Read() (layer.Picture, error) {
+	picture, err := l.tables.adopt()
+	if err != nil {
+		return nil, err
+	}
+	picture.lost = l.room.lost()
+	return picture, nil
+}
+
+// Settle implements layer.Layer.
+func (l *Layer) Settle() error { return l.room.settle() }
 
 // Apply implements layer.Layer. Maps that would be too small are enlarged
-// first. The result is have, altered.
-func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, error) {
-	services, backends := l.tables.need(changes)
-	if services > l.tables.services.Capacity() || backends > l.tables.backends.Capacity() {
-		if err := l.room.grow(l.tables, roomFor(services, backends)); err != nil {
-			return have, err
+// first; if that fails, what fits in is still applied. The result is have,
+// altered.
+func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
+	picture := have.(*Picture)
+	lost, rows := partition(changes)
+	var done layer.Changes
+	var failures []error
+	if len(lost) > 0 {
+		if err := l.room.restore(); err != nil {
+			failures = append(failures, fmt.Errorf("bring back what was taken away: %w", err))
+		} else {
+			picture.lost, done = nil, lost
 		}
 	}
-	rows := have.(*Picture).rows
-	var failures []error
-	for i, err := range l.tables.apply(changes) {
-		row := changes[i].Subject.(*Row)
+	if services, backends := l.tables.need(rows); l.tables.full(services, backends) {
+		failures = appendError(failures, l.room.grow(l.tables, roomFor(services, backends)))
+	}
+	torn := false
+	for i, err := range l.tables.apply(rows) {
+		row := rows[i].Subject.(*Row)
 		switch {
 		case err != nil:
-			failures = append(failures, fmt.Errorf("%c %s: %w", changes[i].Op, row.Object(), err))
-		case changes[i].Op == layer.Remove:
-			delete(rows, row.Frontend)
+			torn = true
+			failures = append(failures, fmt.Errorf("%c %s: %w", rows[i].Op, row.Object(), err))
+			continue
+		case rows[i].Op == layer.Remove:
+			delete(picture.rows, row.Frontend)
 		default:
-			rows[row.Frontend] = row
+			picture.rows[row.Frontend] = row
 		}
+		done = append(done, rows[i])
 	}
-	if len(failures) > 0 {
+	if torn {
 		// A half-written change left the maps other than remembered.
 		read, err := l.tables.adopt()
+		failures = appendError(failures, err)
 		if err == nil {
-			have = read
+			read.lost, picture = picture.lost, read
 		}
-		return have, errors.Join(append(failures, err)...)
 	}
-	return have, l.room.commit()
+	return picture, done, errors.Join(failures...)
+}
+
+// partition tells what was lost from rows.
+func partition(changes layer.Changes) (losses, rows layer.Changes) {
+	for i, change := range changes {
+		if _, row := change.Subject.(*Row); row {
+			return changes[:i], changes[i:] // diff puts losses first
+		}
+	}
+	return changes, nil
+}
+
+func appendError(all []error, err error) []error {
+	if err != nil {
+		all = append(all, err)
+	}
+	return all
 }
 
 // Describe implements layer.Layer.
 func (l *Layer) Describe() (layer.Description, error) {
+	if l.datapath == nil {
+		return layer.Description{Name: l.Name()}, nil // not open
+	}
 	d := layer.Description{Name: l.Name(), Objects: len(l.tables.entries), Degraded: l.datapath.degraded}
 	entries := map[string]int{
 		datapathMapServices: len(l.tables.entries),
 		datapathMapSlots:    l.tables.slotCount,
 		datapathMapBackends: l.tables.slotCount,
 	}
-	for _, name := range sized {
+	for _, name := range tableMaps {
 		m := l.datapath.maps[name]
 		d.Maps = append(d.Maps, layer.Map{Name: name, Entries: entries[name], Capacity: int(m.MaxEntries()), Bytes: bpfmap.Bytes(m)})
 	}
 	for _, hook := range hooks {
-		if attached := l.datapath.links[hook.name]; attached != nil {
+		if attached := l.datapath.links[hook.name]; attached != nil && l.datapath.aliveOnCgroup(attached) {
 			program := layer.Program{Name: hook.name, Hook: hook.attach.String() + " " + l.settings.Cgroup}
 			if info, err := attached.Info(); err == nil {
 				program.Link = uint32(info.ID)
@@ -166,33 +210,52 @@ func (l *Layer) Close() error {
 }
 
 // Removal implements layer.Layer: links first, so that no program runs on maps
-// that are going, the folder last.
+// that are going, the folder last if it is empty then. Only names that this
+// layer makes are in it, and only if the folder is in a bpf file system.
 func (l *Layer) Removal() (layer.Changes, error) {
 	found, err := os.ReadDir(l.settings.Pins)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read pin folder %s: %w", l.settings.Pins, err)
+		return nil, fmt.Errorf("read pin folder: %w", err)
+	}
+	if err := isBPF(l.settings.Pins); err != nil {
+		return nil, err
+	}
+	spec, err := loadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read embedded programs: %w", err)
 	}
 	var links, rest layer.Changes
 	for _, entry := range found {
 		change := layer.Change{Op: layer.Remove, Subject: pinned(filepath.Join(l.settings.Pins, entry.Name()))}
-		if strings.HasPrefix(entry.Name(), linkPrefix) {
-			links = append(links, change)
-		} else {
+		name := strings.TrimPrefix(entry.Name(), nextPrefix)
+		if _, ours := spec.Maps[name]; ours {
 			rest = append(rest, change)
+		} else if strings.HasPrefix(name, linkPrefix) {
+			links = append(links, change)
 		}
 	}
-	return append(append(links, rest...), layer.Change{Op: layer.Remove, Subject: pinned(l.settings.Pins)}), nil
+	changes := append(links, rest...)
+	if len(changes) == len(found) {
+		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(l.settings.Pins)})
+	}
+	return changes, nil
 }
 
-// Remove implements layer.Layer.
+// Remove implements layer.Layer. It returns layer.ErrInUse while a process has
+// the layer open, this one too.
 func (l *Layer) Remove() (layer.Changes, error) {
 	changes, err := l.Removal()
+	if err != nil || len(changes) == 0 {
+		return nil, err
+	}
+	lock, err := lockFolder(l.settings.Pins)
 	if err != nil {
 		return nil, err
 	}
+	defer lock.Close()
 	var done layer.Changes
 	var failures []error
 	for _, change := range changes {
@@ -202,7 +265,7 @@ func (l *Layer) Remove() (layer.Changes, error) {
 		}
 		done = append(done, change)
 	}
-	return done, errors.Join(append(failures, l.Close())...)
+	return done, errors.Join(failures...)
 }
 
 // pinned is a path below the pin folder, or the folder itself.
@@ -236,7 +299,7 @@ func (l *Layer) Look() (layer.Picture, error) {
 			m.Close()
 		}
 	}()
-	for _, name := range sized {
+	for _, name := range tableMaps {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(l.settings.Pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
 			return &Picture{rows: map[Frontend]*Row{}}, nil

@@ -38,6 +38,8 @@ type Row struct {
 	Port    string     `json:"port,omitempty"`
 	// Backends are sorted, and no two are equal.
 	Backends []netip.AddrPort `json:"backends"`
+	// torn: read from the kernel, where a writer died in the middle of it.
+	torn bool
 }
 
 // Object implements layer.Subject.
@@ -63,7 +65,19 @@ func (r *Row) Detail() string {
 // Picture is the layer's state, planned or read.
 type Picture struct {
 	rows map[Frontend]*Row
+	// lost are the programs and pins that somebody else took away.
+	lost []lost
 }
+
+// lost is the Subject of what has to be attached or pinned again: "program
+// connect4", "pin services".
+type lost string
+
+// Object implements layer.Subject.
+func (l lost) Object() string { return string(l) }
+
+// Detail implements layer.Subject.
+func (l lost) Detail() string { return "(was taken away)" }
 
 // Subjects implements layer.Picture: each is a *Row.
 func (p *Picture) Subjects() []layer.Subject {

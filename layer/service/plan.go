@@ -87,14 +87,18 @@ func chosen(backends []model.Backend, ip4 bool) []netip.AddrPort {
 	return pick(func(b model.Backend) bool { return b.Serving && b.Terminating })
 }
 
-// diff says what leads from have to want, in the order of the frontends.
+// diff says what leads from have to want: first what was lost, then the rows in
+// the order of the frontends.
 func diff(have, want *Picture, prune bool) layer.Changes {
-	var changes layer.Changes
+	var back, changes layer.Changes
+	for _, what := range have.lost {
+		back = append(back, layer.Change{Op: layer.Add, Subject: what})
+	}
 	for frontend, row := range want.rows {
 		switch old, ok := have.rows[frontend]; {
 		case !ok:
 			changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
-		case old != row && !slices.Equal(old.Backends, row.Backends):
+		case old.torn || old != row && !slices.Equal(old.Backends, row.Backends):
 			changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
 		}
 	}
@@ -108,5 +112,5 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 	slices.SortFunc(changes, func(a, b layer.Change) int {
 		return a.Subject.(*Row).compare(b.Subject.(*Row).Frontend)
 	})
-	return changes
+	return append(back, changes...)
 }

@@ -24,7 +24,7 @@ struct service_key {
 struct service {
 	__u32 id;
 	__u32 slots; /* how many backends; 0: refuse */
-};
+} __attribute__((aligned(8)));
 
 struct slot_key {
 	__u32 service; /* struct service.id */
@@ -38,7 +38,7 @@ struct backend {
 	__u32 service; /* the struct service.id it belongs to; a number is never in two */
 };
 
-/* Sizes are set before load, from what the cluster needs (load.go). Nothing is
+/* Sizes are set before load, from what the cluster needs (datapath.go). Nothing is
  * preallocated: an entry costs memory when it is there. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -87,47 +87,67 @@ struct decision {
 	struct backend backend;
 };
 
-/* A Service that is altered between two of our look-ups is read again. Three
- * rounds suffice: an update takes the agent at least a microsecond. */
+/* A Service that changes between two of our look-ups is read again. Three rounds
+ * suffice: an update takes the agent at least a microsecond. */
 #define DECIDE_ROUNDS 3
 
+/* The memory of an element that is removed or replaced serves another one at
+ * once (kernel/bpf/memalloc.c), also while a program still reads it. So what was
+ * read counts only if the same key leads to the same again afterwards: neither a
+ * Service's id nor a backend's number is ever given twice. */
+static __always_inline bool read_service(const struct service_key *key, struct service *copy)
+{
+	struct service *found = bpf_map_lookup_elem(&services, key);
+
+	if (!found)
+		return false;
+	/* both halves in one load */
+	*(__u64 *)copy = *(volatile __u64 *)found;
+	return true;
+}
+
+static __always_inline bool read_backend(__u32 number, __u32 service, struct backend *copy)
+{
+	struct backend *found = bpf_map_lookup_elem(&backends, &number);
+
+	if (!found)
+		return false;
+	*copy = *found;
+	return copy->service == service && bpf_map_lookup_elem(&backends, &number) == found;
+}
+
 /* decide chooses a backend for a new flow to key, each with the same
- * probability. *to is only valid if the verdict is VERDICT_FORWARD. */
+ * probability. to->backend is only valid if the verdict is VERDICT_FORWARD. */
 static __always_inline void decide(const struct service_key *key, struct decision *to)
 {
+	struct service service = {}, again = {};
+
 	to->verdict = VERDICT_REFUSE;
 	to->reason = REASON_UNSETTLED;
 #pragma unroll
 	for (int round = 0; round < DECIDE_ROUNDS; round++) {
-		struct service *service = bpf_map_lookup_elem(&services, key);
-
-		if (!service) {
+		if (!read_service(key, &service)) {
 			to->verdict = VERDICT_NOT_A_SERVICE;
 			return;
 		}
-		/* One read: the two halves must belong together, but a Service's id
-		 * never changes, so reading them apart is the same. */
-		__u32 n = service->slots;
-
-		if (n == 0) {
+		if (service.slots == 0) {
 			to->reason = REASON_NO_BACKEND;
 			return;
 		}
 		struct slot_key slot = {
-			.service = service->id,
+			.service = service.id,
 			/* multiply and shift instead of modulo: no division */
-			.slot = ((__u64)bpf_get_prandom_u32() * n) >> 32,
+			.slot = ((__u64)bpf_get_prandom_u32() * service.slots) >> 32,
 		};
 		__u32 *number = bpf_map_lookup_elem(&slots, &slot);
 
 		if (!number)
 			continue;
 		to->number = *number;
-		struct backend *backend = bpf_map_lookup_elem(&backends, &to->number);
-
-		if (!backend || backend->service != slot.service)
+		if (!read_backend(to->number, service.id, &to->backend))
 			continue;
-		to->backend = *backend;
+		if (!read_service(key, &again) || again.id != service.id)
+			continue;
 		to->verdict = VERDICT_FORWARD;
 		to->reason = REASON_FORWARDED;
 		return;

@@ -22,7 +22,10 @@ type tables struct {
 	entries    map[Frontend]*entry
 	lastID     uint32
 	lastNumber uint32
-	slotCount  int
+	// wrapped: numbers have been given that were given before, so each must be
+	// looked for first.
+	wrapped   bool
+	slotCount int
 }
 
 // entry is a frontend as it stands in the maps. Slots with an invalid address
@@ -30,11 +33,18 @@ type tables struct {
 type entry struct {
 	id    uint32
 	slots []slot
+	// torn: a writer died in the middle; the Service is written anew.
+	torn bool
 }
 
 type slot struct {
 	number  uint32
 	address netip.AddrPort
+}
+
+// full says whether the maps have no room for so many.
+func (t *tables) full(services, backends int) bool {
+	return services > t.services.Capacity() || backends > t.slots.Capacity() || backends > t.backends.Capacity()
 }
 
 // need counts what the maps must be able to hold while changes are applied:
@@ -53,7 +63,8 @@ func (t *tables) need(changes layer.Changes) (services, backends int) {
 // apply carries changes out in six stages, each over all changes, so that a
 // reader meets a whole Service at any moment (service.h says why):
 // backends, slots and services are written, then services, slots and backends
-// are removed. It returns one error or nil for each change.
+// are removed. Then it reads back what it wrote. It returns one error or nil for
+// each change.
 func (t *tables) apply(changes layer.Changes) []error {
 	w := &writing{failed: make([]error, len(changes))}
 	after := make([]*entry, len(changes))
@@ -68,12 +79,74 @@ func (t *tables) apply(changes layer.Changes) []error {
 		w.write(i, row.Frontend, before, after[i])
 	}
 	w.run(t)
+	t.confirm(changes, after, w.failed)
 	for i, change := range changes {
 		if w.failed[i] == nil {
 			t.settle(change.Subject.(*Row).Frontend, after[i])
 		}
 	}
 	return w.failed
+}
+
+// readAllFrom is the number of changes from which on reading whole maps back is
+// cheaper than reading entries.
+const readAllFrom = 256
+
+// confirm reads the changed Services back and notes those that are not as they
+// were written.
+func (t *tables) confirm(changes layer.Changes, after []*entry, failed []error) {
+	there := &tables{services: t.services, slots: t.slots, backends: t.backends}
+	look := t.readOne
+	if len(changes) >= readAllFrom {
+		_, _, err := there.read()
+		look = func(f Frontend) (*entry, error) { return there.entries[f], err }
+	}
+	for i, change := range changes {
+		if failed[i] != nil {
+			continue
+		}
+		found, err := look(change.Subject.(*Row).Frontend)
+		if err == nil && !found.equal(after[i]) {
+			err = errors.New("the map holds something other than was written")
+		}
+		if err != nil {
+			failed[i] = fmt.Errorf("read back: %w", err)
+		}
+	}
+}
+
+// readOne reads one Service from the maps; nil if it is not there.
+func (t *tables) readOne(frontend Frontend) (*entry, error) {
+	service, ok, err := t.services.Get(keyOf(frontend))
+	if !ok || err != nil {
+		return nil, err
+	}
+	left := orphans{map[datapathSlotKey]uint32{}, map[uint32]datapathBackend{}}
+	for i := range service.Slots {
+		at := datapathSlotKey{Service: service.Id, Slot: i}
+		number, ok, err := t.slots.Get(at)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			left.slots[at] = number
+		}
+		backend, ok, err := t.backends.Get(number)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			left.backends[number] = backend
+		}
+	}
+	return left.take(service), nil
+}
+
+func (e *entry) equal(other *entry) bool {
+	if e == nil || other == nil {
+		return e == other
+	}
+	return e.id == other.id && !e.torn && slices.Equal(e.slots, other.slots)
 }
 
 func (t *tables) settle(frontend Frontend, now *entry) {
@@ -92,8 +165,7 @@ func (t *tables) settle(frontend Frontend, now *entry) {
 // that stay keep their slot if it still exists, the rest fill the holes.
 func (t *tables) arrange(before *entry, wanted []netip.AddrPort) *entry {
 	if before == nil {
-		t.lastID++
-		before = &entry{id: t.lastID}
+		before = &entry{id: t.nextID()}
 	}
 	stays := make(map[netip.AddrPort]uint32, len(before.slots))
 	now := &entry{id: before.id, slots: make([]slot, len(wanted))}
@@ -114,8 +186,7 @@ func (t *tables) arrange(before *entry, wanted []netip.AddrPort) *entry {
 	}
 	for _, address := range wanted {
 		if _, ok := stays[address]; !ok {
-			t.lastNumber++
-			homeless = append(homeless, slot{t.lastNumber, address})
+			homeless = append(homeless, slot{t.nextNumber(), address})
 		}
 	}
 	for i := range now.slots {
@@ -126,6 +197,39 @@ func (t *tables) arrange(before *entry, wanted []netip.AddrPort) *entry {
 	return now
 }
 
+// nextNumber gives a number that no backend has. It is one that no backend ever
+// had, until four thousand million have been given.
+func (t *tables) nextNumber() uint32 {
+	for {
+		t.lastNumber++
+		t.wrapped = t.wrapped || t.lastNumber == 0
+		if !t.wrapped {
+			return t.lastNumber
+		}
+		if _, taken, _ := t.backends.Get(t.lastNumber); !taken && t.lastNumber != 0 {
+			return t.lastNumber
+		}
+	}
+}
+
+// nextID is nextNumber for Services.
+func (t *tables) nextID() uint32 {
+	for {
+		t.lastID++
+		t.wrapped = t.wrapped || t.lastID == 0
+		if !t.wrapped {
+			return t.lastID
+		}
+		taken := t.lastID == 0
+		for _, e := range t.entries {
+			taken = taken || e.id == t.lastID
+		}
+		if !taken {
+			return t.lastID
+		}
+	}
+}
+
 // adopt reads what is in force, and removes what a writer that died halfway
 // left over.
 func (t *tables) adopt() (*Picture, error) {
@@ -133,8 +237,11 @@ func (t *tables) adopt() (*Picture, error) {
 	if err != nil {
 		return nil, err
 	}
-	t.slots.Delete(slices.Collect(maps.Keys(left.slots)))
-	t.backends.Delete(slices.Collect(maps.Keys(left.backends)))
+	failed := append(t.slots.Delete(slices.Collect(maps.Keys(left.slots))),
+		t.backends.Delete(slices.Collect(maps.Keys(left.backends)))...)
+	if err := errors.Join(failed...); err != nil {
+		return nil, fmt.Errorf("clear away what a killed writer left: %w", err)
+	}
 	return picture, nil
 }
 
@@ -169,14 +276,14 @@ func (t *tables) read() (*Picture, orphans, error) {
 		now := left.take(service)
 		frontend := frontendOf(key)
 		t.settle(frontend, now)
-		picture.rows[frontend] = &Row{Frontend: frontend, Backends: now.addresses()}
+		picture.rows[frontend] = &Row{Frontend: frontend, Backends: now.addresses(), torn: now.torn}
 	}
 	return picture, left, nil
 }
 
 // take moves a Service's slots and backends from what is left to its entry. A
-// slot that leads nowhere stays a hole: its Service's row lacks a backend, so
-// that the next diff mends it.
+// slot that leads nowhere, or where another slot leads already, stays a hole, and
+// the Service is torn: the next diff mends it.
 func (o orphans) take(service datapathService) *entry {
 	now := &entry{id: service.Id, slots: make([]slot, service.Slots)}
 	for i := range now.slots {
@@ -186,6 +293,8 @@ func (o orphans) take(service datapathService) *entry {
 		if backend, there := o.backends[number]; ok && there && backend.Service == service.Id {
 			now.slots[i] = slot{number, addressOf(backend)}
 			delete(o.backends, number)
+		} else {
+			now.torn = true
 		}
 	}
 	return now
@@ -255,7 +364,7 @@ func (w *writing) write(change int, frontend Frontend, before, now *entry) {
 			w.slots.add(change, datapathSlotKey{Service: now.id, Slot: uint32(i)}, s.number)
 		}
 	}
-	if before == nil || len(old) != len(now.slots) {
+	if before == nil || before.torn || len(old) != len(now.slots) {
 		w.services.add(change, keyOf(frontend), datapathService{Id: now.id, Slots: uint32(len(now.slots))})
 	}
 	w.drop(change, now.id, old, len(now.slots), had)

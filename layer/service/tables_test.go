@@ -24,7 +24,7 @@ func TestEveryMomentOfAnUpdateIsWhole(t *testing.T) {
 	for range 300 {
 		want := l.Plan(randomCluster(6, 7))
 		var err error
-		if have, err = l.Apply(have, l.Diff(have, want, true)); err != nil {
+		if have, _, err = l.Apply(have, l.Diff(have, want, true)); err != nil {
 			t.Fatal(err)
 		}
 		read, err := l.Read()
@@ -60,7 +60,7 @@ func TestWhatStaysKeepsItsNumber(t *testing.T) {
 	for _, pods := range steps {
 		want := l.Plan(&model.Snapshot{Services: []*model.Service{
 			serviceOf("s", model.UDP, 53, []string{"10.96.0.1"}, 53, pods...)}})
-		have, _ = l.Apply(have, l.Diff(have, want, true))
+		have, _, _ = l.Apply(have, l.Diff(have, want, true))
 		if first == 0 {
 			first = numberOf("10.1.0.5")
 		}
@@ -75,7 +75,7 @@ func TestAdoptRemovesWhatAKilledWriterLeft(t *testing.T) {
 	l, fakes := onFakes(1000)
 	empty := &Picture{rows: map[Frontend]*Row{}}
 	want := l.Plan(shop("10.1.0.1", "10.1.0.2"))
-	if _, err := l.Apply(empty, l.Diff(empty, want, true)); err != nil {
+	if _, _, err := l.Apply(empty, l.Diff(empty, want, true)); err != nil {
 		t.Fatal(err)
 	}
 	fakes.backends.Entries[900] = backendOf(netip.MustParseAddrPort("10.9.9.9:1"), 77)
@@ -97,7 +97,7 @@ func TestAdoptRemovesWhatAKilledWriterLeft(t *testing.T) {
 	if len(left) != 1 || left[0].Op != layer.Alter {
 		t.Fatalf("one Service lacks a backend and is to be mended, but: %v", left)
 	}
-	if have, err = l.Apply(have, left); err != nil {
+	if have, _, err = l.Apply(have, left); err != nil {
 		t.Fatal(err)
 	}
 	if read, _ := l.Read(); len(l.Diff(read, want, true)) > 0 || len(l.Diff(have, want, true)) > 0 {
@@ -109,7 +109,7 @@ func TestMapsGrowBeforeTheyFill(t *testing.T) {
 	l, fakes := onFakes(4)
 	empty := &Picture{rows: map[Frontend]*Row{}}
 	want := l.Plan(randomCluster(3000, 8))
-	if _, err := l.Apply(empty, l.Diff(empty, want, true)); err != nil {
+	if _, _, err := l.Apply(empty, l.Diff(empty, want, true)); err != nil {
 		t.Fatal(err)
 	}
 	if fakes.grown.services < want.Len() {
@@ -122,7 +122,7 @@ func TestAChangeCostsWhatChanged(t *testing.T) {
 	l, fakes := onFakes(1 << 20)
 	snapshot := randomCluster(2000, 8)
 	var have layer.Picture = &Picture{rows: map[Frontend]*Row{}}
-	have, err := l.Apply(have, l.Diff(have, l.Plan(snapshot), true))
+	have, _, err := l.Apply(have, l.Diff(have, l.Plan(snapshot), true))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestAChangeCostsWhatChanged(t *testing.T) {
 		Address: netip.MustParseAddrPort("10.9.0.1:8080"), Ready: true}}, altered.Ports[0].Backends...)
 	snapshot.Services[7] = &altered
 	fakes.services.Written, fakes.slots.Written, fakes.backends.Written = 0, 0, 0
-	if _, err := l.Apply(have, l.Diff(have, l.Plan(snapshot), true)); err != nil {
+	if _, _, err := l.Apply(have, l.Diff(have, l.Plan(snapshot), true)); err != nil {
 		t.Fatal(err)
 	}
 	if n := fakes.services.Written + fakes.slots.Written + fakes.backends.Written; n != 3 {
