@@ -82,6 +82,11 @@ type Snapshot struct {
 	// Complete says that the source has seen everything once. Nothing may be
 	// removed from the kernel for a Snapshot that is not complete.
 	Complete bool
+	// Unread counts what could not be read and of which no earlier version is
+	// known: malformed documents and objects, unreadable or too large files,
+	// folders that could not be listed. While it is not zero, nothing may be
+	// removed from the kernel, because nobody knows what these asked for.
+	Unread int
 	// Seen is when the source noticed the oldest change that is new in this
 	// Snapshot; zero where that is unknown. Plans do not read it.
 	Seen time.Time

@@ -34,9 +34,12 @@ type Cluster struct {
 
 	faults          map[Key][]model.Problem
 	clashes         map[Key][]model.Problem
-	remarks         map[string]remark
+	remarks         map[string]Remark
 	remarked        bool
 	problemsChanged bool
+	// unread counts the objects of which a faulty version is in force, and what
+	// the remarks count.
+	unread int
 
 	complete bool
 	last     *model.Snapshot
@@ -48,10 +51,20 @@ type entry struct {
 	now  *Object
 }
 
-// remark is what a source itself has to say of one part of its input.
-type remark struct {
-	problems []model.Problem
-	ignored  map[string]int
+// Remark is what a source itself has to say of one part of its input. The zero
+// Remark says nothing.
+type Remark struct {
+	// Problems belong to no object that the source could read.
+	Problems []model.Problem
+	// Unread is how much could not be read at all and is not known from before;
+	// objects that were Put do not count, whatever is wrong with them.
+	Unread int
+	// Ignored counts the objects passed over, by kind.
+	Ignored map[string]int
+}
+
+func (r Remark) equal(o Remark) bool {
+	return slices.Equal(r.Problems, o.Problems) && r.Unread == o.Unread && maps.Equal(r.Ignored, o.Ignored)
 }
 
 // New makes an empty Cluster. Its Snapshots are not complete before SetComplete.
@@ -70,7 +83,7 @@ func New() *Cluster {
 		dirtyPods:     map[Key]struct{}{},
 		faults:        map[Key][]model.Problem{},
 		clashes:       map[Key][]model.Problem{},
-		remarks:       map[string]remark{},
+		remarks:       map[string]Remark{},
 		last:          &model.Snapshot{},
 	}
 }
@@ -121,15 +134,15 @@ func (o *Object) same(p *Object) bool {
 		slices.Equal(o.Problems, p.Problems) && reflect.DeepEqual(o.value, p.value)
 }
 
-// Remark says what a source found in one part of its input, named by where:
-// problems that belong to no object it could read, and how many objects of which
-// kinds it passed over. It replaces what was said of where before.
-func (c *Cluster) Remark(where string, problems []model.Problem, ignored map[string]int) {
-	old, r := c.remarks[where], remark{problems, ignored}
-	if slices.Equal(old.problems, problems) && maps.Equal(old.ignored, ignored) {
+// Remark says what a source found in one part of its input, named by where. It
+// replaces what was said of where before.
+func (c *Cluster) Remark(where string, r Remark) {
+	old := c.remarks[where]
+	if old.equal(r) {
 		return
 	}
-	if len(problems) == 0 && len(ignored) == 0 {
+	c.unread += r.Unread - old.Unread
+	if r.equal(Remark{}) {
 		delete(c.remarks, where)
 	} else {
 		c.remarks[where] = r
@@ -143,6 +156,12 @@ func (c *Cluster) SetComplete() { c.complete = true }
 // replace takes one version of an object out of force and puts another in.
 // Either may be nil.
 func (c *Cluster) replace(old, now *Object) {
+	if old != nil && old.faulty {
+		c.unread--
+	}
+	if now != nil && now.faulty {
+		c.unread++
+	}
 	for _, o := range []*Object{old, now} {
 		if o == nil {
 			continue

@@ -80,7 +80,11 @@ func in(s *model.Snapshot) string {
 	for _, w := range s.Workloads {
 		words = append(words, fmt.Sprint(w.Name.Name, "*", w.Replicas))
 	}
-	return fmt.Sprintf("%s; %d problems", strings.Join(words, " "), len(s.Problems))
+	text := fmt.Sprintf("%s; %d problems", strings.Join(words, " "), len(s.Problems))
+	if s.Unread != 0 {
+		text += fmt.Sprintf(", %d unread", s.Unread)
+	}
+	return text
 }
 
 func want(t *testing.T, c *Cluster, when, text string) *model.Snapshot {
@@ -110,9 +114,9 @@ func TestSliceMayComeFirst(t *testing.T) {
 func TestFaultyVersionLeavesTheLastOne(t *testing.T) {
 	c := New()
 	set(t, c, service("a", "10.0.0.1", 80), service("b", "10.0.0.2", 80, 0))
-	before := want(t, c, "at first", "a[10.0.0.1]:80 b[10.0.0.2]:80; 1 problems")
+	before := want(t, c, "at first", "a[10.0.0.1]:80 b[10.0.0.2]:80; 1 problems, 1 unread")
 	set(t, c, service("a", "10.0.0.1", 81, 0), service("b", "10.0.0.2", 81, 0))
-	after := want(t, c, "with a fault", "a[10.0.0.1]:80 b[10.0.0.2]:81; 2 problems")
+	after := want(t, c, "with a fault", "a[10.0.0.1]:80 b[10.0.0.2]:81; 2 problems, 1 unread")
 	if before.Services[0] != after.Services[0] {
 		t.Error("a Service that stayed in force is another one")
 	}
@@ -160,15 +164,20 @@ func TestNumberGrowsWithChangesOnly(t *testing.T) {
 	if third := c.Snapshot(); third != second || second.Number != 2 || !second.Complete {
 		t.Errorf("the same again made Snapshot %d of %d, complete %v", third.Number, second.Number, second.Complete)
 	}
-	c.Remark("file", []model.Problem{{Where: "file:2", Text: "x"}}, map[string]int{"Ingress": 2})
+	problems, ignored := []model.Problem{{Where: "file:2", Text: "x"}}, map[string]int{"Ingress": 2}
+	c.Remark("file", Remark{problems, 0, ignored})
 	fourth := c.Snapshot()
 	if fourth.Number != 3 || len(fourth.Problems) != 1 || fourth.Ignored["Ingress"] != 2 {
 		t.Errorf("a remark made %+v", fourth)
 	}
-	if c.Remark("file", []model.Problem{{Where: "file:2", Text: "x"}}, map[string]int{"Ingress": 2}); c.Snapshot() != fourth {
+	if c.Remark("file", Remark{slices.Clone(problems), 0, ignored}); c.Snapshot() != fourth {
 		t.Error("the same remark made a new Snapshot")
 	}
-	if c.Remark("file", nil, nil); c.Snapshot().Ignored != nil {
+	c.Remark("file", Remark{problems, 3, ignored})
+	if fifth := c.Snapshot(); fifth.Number != 4 || fifth.Unread != 3 {
+		t.Errorf("with 3 unread there is Snapshot %d of %d unread", fifth.Number, fifth.Unread)
+	}
+	if c.Remark("file", Remark{}); c.Snapshot().Ignored != nil || c.Snapshot().Unread != 0 {
 		t.Error("a remark taken back stays")
 	}
 }
@@ -253,7 +262,7 @@ func TestSameObjectsSameSnapshot(t *testing.T) {
 func sameSnapshot(a, b *model.Snapshot) bool {
 	return reflect.DeepEqual(values(a.Services), values(b.Services)) && reflect.DeepEqual(values(a.Pods), values(b.Pods)) &&
 		reflect.DeepEqual(values(a.Nodes), values(b.Nodes)) && reflect.DeepEqual(values(a.Workloads), values(b.Workloads)) &&
-		slices.Equal(a.Problems, b.Problems)
+		slices.Equal(a.Problems, b.Problems) && a.Unread == b.Unread
 }
 
 func values[T any](list []*T) []T {

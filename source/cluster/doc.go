@@ -16,6 +16,27 @@
 // other is left out until the matter is settled; when the pod ranges of two
 // Nodes overlap, the younger Node is kept without that range.
 //
+// # Unread
+//
+// A new process has not seen the versions that an older one kept in force, so
+// model.Snapshot.Unread tells it not to remove anything. The rule is: whatever
+// would have left an earlier version in force, had there been one, is unread as
+// long as there was none. One object counts once, by what became of it:
+//
+//   - Unread: it has a fault, and no faultless version of it was put since it
+//     was last deleted. That is any fault, also one that still lets all of the
+//     object be used (a lone port without a name) or that repeats what is there
+//     (a port twice), because either may have been another port before.
+//   - Not unread: it has a fault and an earlier faultless version stands in.
+//   - Not unread: it has oddities alone (no ports, a selector that matches
+//     nothing, an unknown field): it replaced what was there before.
+//   - Not unread: it is understood and lost an address or a range to an older
+//     object: it would have lost that with any past.
+//   - Not unread: it is understood and not wanted: a pod that has ended, the
+//     ReplicaSet of a Deployment, a slice of host names.
+//
+// What a source could not make an object of, it counts itself in a Remark.
+//
 // # Costs
 //
 // A Snapshot costs what changed since the last one, plus a copy of one pointer

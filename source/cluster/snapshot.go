@@ -28,6 +28,8 @@ func (c *Cluster) Snapshot() *model.Snapshot {
 		next.Ignored = c.ignored()
 		changed = changed || !maps.Equal(next.Ignored, c.last.Ignored)
 	}
+	next.Unread = c.unread
+	changed = changed || next.Unread != c.last.Unread
 	c.problemsChanged, c.remarked = false, false
 	if next.Complete = c.complete; next.Complete == c.last.Complete && !changed {
 		return c.last
@@ -96,7 +98,7 @@ func (c *Cluster) problems() []model.Problem {
 		all = append(all, list...)
 	}
 	for _, r := range c.remarks {
-		all = append(all, r.problems...)
+		all = append(all, r.Problems...)
 	}
 	slices.SortFunc(all, func(a, b model.Problem) int {
 		return cmp.Or(compareWhere(a.Where, b.Where), strings.Compare(a.Object, b.Object),
@@ -128,7 +130,7 @@ func splitWhere(where string) (file string, line int) {
 func (c *Cluster) ignored() map[string]int {
 	var all map[string]int
 	for _, r := range c.remarks {
-		for kind, n := range r.ignored {
+		for kind, n := range r.Ignored {
 			if all == nil {
 				all = map[string]int{}
 			}

@@ -19,9 +19,9 @@ type contents struct {
 	objects  []*cluster.Object
 	problems []model.Problem
 	ignored  map[string]int
-	// broken says that some of the file could not be read, so that an object
-	// which is not in objects may still be meant to exist.
-	broken bool
+	// unread counts the parts of the file that could not be read: where there are
+	// any, an object which is not in objects may still be meant to exist.
+	unread int
 }
 
 // decoder reads one file.
@@ -58,7 +58,7 @@ func decode(file string, data []byte) contents {
 
 // fail reports something that could not be read.
 func (d *decoder) fail(line int, object, field, format string, args ...any) {
-	d.broken = true
+	d.unread++
 	d.tell(line, object, field, fmt.Sprintf(format, args...))
 }
 
@@ -147,7 +147,8 @@ func (d *decoder) typed(m *manifest, k kind) {
 		return
 	}
 	if !o.Named() {
-		d.problems, d.broken = append(d.problems, o.Problems...), true
+		d.problems = append(d.problems, o.Problems...)
+		d.unread++
 		return
 	}
 	if first, twice := d.seen[o.Key]; twice {

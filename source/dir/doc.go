@@ -23,6 +23,31 @@
 // object that is in two files is taken from the first by path, and the other is
 // reported.
 //
+// # Nor by a restart
+//
+// A new process does not know what a file said before it was broken. What is
+// unread counts in model.Snapshot.Unread, so that nothing is removed because of
+// it, until it is mended or its file is gone:
+//
+//   - Each part of a file that is reported as not readable: a document that is no
+//     YAML, JSON or UTF-8, one that is no object, has no kind, apiVersion or
+//     usable name, has a field of the wrong type, or has an apiVersion that is no
+//     longer served; a list of no items or inside a list; what is over a limit.
+//     JSON after an error of syntax, and documents over MaxObjects, count once.
+//   - A file that cannot be read at all: no permission, larger than MaxFile, a
+//     link that leads nowhere, a pipe or device with the name of a manifest.
+//   - A folder that cannot be listed, and a path that is gone before the first
+//     look at it.
+//   - An object with faults, as package cluster counts it.
+//
+// The first two do not count for a file of which everything could be read since
+// it appeared, the third not for a folder that was read: what they said is known
+// and in force. A file that is put under another name is another file.
+//
+// Not unread are unknown and doubled fields, an object that is there twice, kinds
+// that are not read (a misspelt kind is one), links of no manifest's name that
+// lead nowhere, and folders whose changes go unnoticed.
+//
 // # Watching
 //
 // Changes come from inotify: a file is read when its writer closes it, renames

@@ -31,6 +31,9 @@ func dump(s *model.Snapshot) string {
 	for _, kind := range slices.Sorted(maps.Keys(s.Ignored)) {
 		fmt.Fprintf(&b, "ignored %d %s\n", s.Ignored[kind], kind)
 	}
+	if s.Unread != 0 {
+		fmt.Fprintf(&b, "unread %d\n", s.Unread)
+	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(&b, "problem %v\n", p)
 	}

@@ -23,6 +23,9 @@ type file struct {
 	sum     [sha256.Size]byte
 	stamp   stamp
 	objects map[cluster.Key]*cluster.Object
+	// known says that all of the file could be read, now or before: nothing that
+	// it said and cannot say now is missing from objects.
+	known bool
 }
 
 // claim is what one file says of an object.
@@ -63,7 +66,7 @@ func (f *files) put(path string, data []byte, at stamp) {
 func (f *files) unreadable(path string, text string) {
 	f.replace(path, contents{
 		problems: []model.Problem{{Where: path, Text: text}},
-		broken:   true,
+		unread:   1,
 	}, &file{objects: map[cluster.Key]*cluster.Object{}})
 }
 
@@ -73,6 +76,7 @@ func (f *files) replace(path string, now contents, next *file) {
 	if old := f.byPath[path]; old != nil {
 		before = old.objects
 	}
+	next.known = now.unread == 0 || f.byPath[path] != nil && f.byPath[path].known
 	f.byPath[path] = next
 	for _, o := range now.objects {
 		next.objects[o.Key] = o
@@ -81,14 +85,18 @@ func (f *files) replace(path string, now contents, next *file) {
 	for k, o := range before {
 		switch {
 		case next.objects[k] != nil:
-		case now.broken:
+		case now.unread > 0:
 			next.objects[k] = o
 			f.claim(k, claim{path: path, object: o, kept: true})
 		default:
 			f.withdraw(k, path)
 		}
 	}
-	f.cluster.Remark(path, now.problems, now.ignored)
+	said := cluster.Remark{Problems: now.problems, Ignored: now.ignored}
+	if !next.known {
+		said.Unread = now.unread
+	}
+	f.cluster.Remark(path, said)
 }
 
 // remove forgets a file that is gone. One that never was is no error.
@@ -124,7 +132,7 @@ func (f *files) settle(k cluster.Key) {
 		f.cluster.Put(list[0].object)
 		problems = twice(list)
 	}
-	f.cluster.Remark("twice: "+k.String(), problems, nil)
+	f.cluster.Remark("twice: "+k.String(), cluster.Remark{Problems: problems})
 }
 
 // twice reports all but the first of the files that name one object.

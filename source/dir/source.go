@@ -15,6 +15,8 @@ import (
 type Source struct {
 	path  string
 	files *files
+	// folders are those found by the last look, and whether one has been read.
+	folders map[string]bool
 }
 
 // Open prepares to read the file or folder at path, which has to exist.
@@ -22,7 +24,7 @@ func Open(path string) (*Source, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("open manifests %s: %w: give a manifest file or a folder of them", path, cause(err))
 	}
-	return &Source{path: path, files: newFiles()}, nil
+	return &Source{path: path, files: newFiles(), folders: map[string]bool{}}, nil
 }
 
 // Read is what the manifests at path say now. Nothing is watched.
@@ -82,12 +84,4 @@ func (s *Source) apply(c changes, w *watch) {
 	if c.everything {
 		s.scan(w)
 	}
-}
-
-// problem is the list of one problem, or of none.
-func problem(where, text string) []model.Problem {
-	if text == "" {
-		return nil
-	}
-	return []model.Problem{{Where: where, Text: text}}
 }

@@ -10,6 +10,9 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/millrace/millrace/model"
+	"github.com/millrace/millrace/source/cluster"
 )
 
 // stamp tells one state of a file from another without reading it.
@@ -37,9 +40,9 @@ func stampOf(info fs.FileInfo) stamp {
 type walk struct {
 	source *Source
 	watch  *watch // nil when changes are of no interest
-	// found are the manifests that are there.
-	found map[string]bool
-	// blind are the folders that could not be read.
+	// found are the manifests that are there, folders what holds them.
+	found, folders map[string]bool
+	// blind is what the paths below the folders that could not be read start with.
 	blind []string
 	// linked are the folders that links lead to. They come last, so that a folder
 	// which is there by itself too is known by its own path.
@@ -53,16 +56,16 @@ type folderID struct{ device, inode uint64 }
 // scan looks at the root and everything below it, reads what changed and forgets
 // what is gone.
 func (s *Source) scan(w *watch) {
-	look := &walk{source: s, watch: w, found: map[string]bool{}, been: map[folderID]bool{}}
+	look := &walk{source: s, watch: w, found: map[string]bool{}, folders: map[string]bool{}, been: map[folderID]bool{}}
 	info, err := os.Stat(s.path)
 	if err != nil {
-		s.remark(s.path, fmt.Sprintf("%v; what it said stays in force: put it back", cause(err)))
+		s.rootGone(err)
 		w.start()
 		look.follow(s.path)
 		w.finish()
 		return
 	}
-	s.remark(s.path, "")
+	s.remark(s.path, "", 0)
 	w.start()
 	look.follow(s.path)
 	if info.IsDir() {
@@ -73,9 +76,30 @@ func (s *Source) scan(w *watch) {
 		s.load(s.path)
 	}
 	w.finish()
+	look.forget()
+}
+
+// rootGone notes that there is nothing at the path any more.
+func (s *Source) rootGone(err error) {
+	unread := 1
+	if s.folders[s.path] || s.files.byPath[s.path] != nil {
+		unread = 0 // its files are known, or counted one by one
+	}
+	s.remark(s.path, fmt.Sprintf("%v; what it said stays in force: put it back", cause(err)), unread)
+}
+
+// forget drops the files and folders that are gone.
+func (l *walk) forget() {
+	s := l.source
 	for path := range s.files.byPath {
-		if !look.found[path] && !look.unseen(path) {
+		if !l.found[path] && !l.unseen(path) {
 			s.files.remove(path)
+		}
+	}
+	for path := range s.folders {
+		if !l.folders[path] && !l.unseen(path) {
+			s.remark(path, "", 0)
+			delete(s.folders, path)
 		}
 	}
 }
@@ -94,15 +118,28 @@ func (l *walk) folder(path string, info fs.FileInfo) {
 	}
 	entries, err := os.ReadDir(path)
 	if err != nil {
-		l.blind = append(l.blind, path+string(filepath.Separator))
-		trouble = fmt.Sprintf("%v; what its files said stays in force: make it readable", cause(err))
+		l.closed(path, err)
+	} else {
+		l.folders[path], l.source.folders[path] = true, true
+		l.source.remark(path, trouble, 0)
 	}
-	l.source.remark(path, trouble)
 	for _, e := range entries {
 		if !hidden(e.Name()) {
 			l.entry(filepath.Join(path, e.Name()), e)
 		}
 	}
+}
+
+// closed notes a folder that cannot be read. It is unread unless it was read
+// before: then it is known what its files said.
+func (l *walk) closed(path string, err error) {
+	l.blind = append(l.blind, strings.TrimSuffix(filepath.Join(path, "x"), "x"))
+	unread, known := 1, l.source.folders[path]
+	if known {
+		unread = 0
+	}
+	l.folders[path], l.source.folders[path] = true, known
+	l.source.remark(path, fmt.Sprintf("%v; what its files said stays in force: make it readable", cause(err)), unread)
 }
 
 // links reads the folders that links lead to, and those that they link to.
@@ -126,12 +163,14 @@ func (l *walk) entry(path string, e fs.DirEntry) {
 	switch {
 	case err != nil && manifestName(path):
 		l.file(path, linked, stamp{}) // say why it cannot be read
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		l.closed(path, err)
 	case err != nil:
 	case info.IsDir() && linked:
 		l.linked = append(l.linked, path)
 	case info.IsDir():
 		l.folder(path, info)
-	case manifestName(path) && info.Mode().IsRegular():
+	case manifestName(path):
 		l.file(path, linked, stampOf(info))
 	}
 }
@@ -222,9 +261,12 @@ func read(path string) ([]byte, stamp, error) {
 }
 
 // remark says what is wrong with a folder, or that nothing is any more.
-func (s *Source) remark(path, text string) {
-	problems := problem(path, text)
-	s.files.cluster.Remark("folder: "+path, problems, nil)
+func (s *Source) remark(path, text string, unread int) {
+	said := cluster.Remark{Unread: unread}
+	if text != "" {
+		said.Problems = []model.Problem{{Where: path, Text: text}}
+	}
+	s.files.cluster.Remark("folder: "+path, said)
 }
 
 // cause is an error without the path, which the message has already.

@@ -139,6 +139,24 @@ func TestBrokenThenMended(t *testing.T) {
 	f.always("a ClusterIP", "b ClusterIP", "c ClusterIP")
 	write(t, "a.yaml", svc("a", 2)+next+svc("c", 1))
 	f.until("no b ClusterIP", "no problem", "a ClusterIP", "c ClusterIP")
+	f.always("no unread")
+}
+
+func TestUnreadThenMended(t *testing.T) {
+	t.Chdir(t.TempDir())
+	write(t, "a.yaml", svc("a", 1)+next+"kind: [")
+	f := watchOver(t, ".")
+	f.until("a ClusterIP", "unread 1")
+	write(t, "a.yaml", svc("a", 1)+next+svc("b", 1))
+	f.until("b ClusterIP", "no unread")
+	write(t, "a.yaml", svc("a", 1)+next+"kind: [")
+	f.until("b ClusterIP", "no unread", "problem")
+	write(t, "x/c.yaml", svc("c", 0))
+	f.until("unread 1")
+	if err := os.RemoveAll("x"); err != nil {
+		t.Fatal(err)
+	}
+	f.until("no unread")
 }
 
 func TestTwoFilesOneObject(t *testing.T) {
