@@ -60,6 +60,8 @@ type Agent struct {
 	newest   chan *model.Snapshot
 	metrics  *metrics
 	attached time.Duration
+	// litter: much memory became garbage just now.
+	litter bool
 
 	mu       sync.Mutex // guards what status reads
 	snapshot *model.Snapshot
@@ -186,7 +188,7 @@ func (a *Agent) loop(ctx context.Context) {
 	retry := time.NewTimer(0)
 	<-retry.C
 	for {
-		clean := true
+		var clean bool
 		select {
 		case <-ctx.Done():
 			return
@@ -198,6 +200,11 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-drift.C:
 			a.findDrift()
 			clean = a.applyAll()
+		}
+		if a.litter {
+			// What it took to read and apply so much is several times what is kept.
+			a.litter = false
+			debug.FreeOSMemory()
 		}
 		if !clean {
 			retry.Reset(wait)
@@ -247,7 +254,7 @@ func (a *Agent) apply(p *part) bool {
 	changes := p.Diff(p.have, p.want, prune)
 	var done layer.Changes
 	var err error
-	p.have, done, err = p.Apply(p.have, changes)
+	p.have, done, err = p.Apply(p.have, p.want, changes)
 	if a.snapshot.Complete {
 		err = errors.Join(err, p.Settle())
 	}
@@ -272,11 +279,7 @@ func (a *Agent) report(p *part, done layer.Changes, err error) {
 	p.done.Removed += tally.Removed
 	a.metrics.applied(p.Name(), tally, failed)
 	const spoken, many = 8, 1000
-	if len(done) > many {
-		// What it took to read and apply so much is garbage now, several times
-		// what is kept.
-		debug.FreeOSMemory()
-	}
+	a.litter = a.litter || len(done) > many
 	if len(done) > spoken {
 		a.config.Log.Info("applied", "layer", p.Name(), "added", tally.Added, "altered", tally.Altered, "removed", tally.Removed)
 		return

@@ -78,7 +78,7 @@ func (p *pond) Diff(have, want layer.Picture, prune bool) layer.Changes {
 	}
 	return changes
 }
-func (p *pond) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
+func (p *pond) Apply(_, _ layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var done layer.Changes

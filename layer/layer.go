@@ -33,12 +33,14 @@ type Layer interface {
 	// not be open, and another process may have it open.
 	Look() (Picture, error)
 	// Diff says what leads from one picture to another. With prune false
-	// nothing is removed: the input is not known to be whole. It is pure.
+	// nothing is removed, and nothing stops working for want of a part: the input
+	// is not known to be whole. It is pure.
 	Diff(have, want Picture, prune bool) Changes
-	// Apply carries changes out, reads back what it wrote, and returns the picture
-	// that is now in force and the changes that succeeded. A change that fails
-	// does not stop the others; the error joins them all.
-	Apply(have Picture, changes Changes) (Picture, Changes, error)
+	// Apply carries out the changes from have to want, reads back what it wrote,
+	// and returns the picture that is now in force, which may be have altered, and
+	// the changes that succeeded. A change that fails does not stop the others;
+	// the error joins them all.
+	Apply(have, want Picture, changes Changes) (Picture, Changes, error)
 	// Settle puts in force what an Open had to hold back, because it replaces
 	// what an earlier process left and was empty. The agent calls it once a
 	// complete Snapshot has been applied; calling it again does nothing.

@@ -75,7 +75,7 @@ func attachService(spec bench.AttachSpec) (bench.Attached, error) {
 	have, err := l.Read()
 	if err == nil {
 		want := l.Plan(&model.Snapshot{Complete: true, Services: spec.Services})
-		_, _, err = l.Apply(have, l.Diff(have, want, true))
+		_, _, err = l.Apply(have, want, l.Diff(have, want, true))
 	}
 	took := time.Since(begun)
 	if err != nil {

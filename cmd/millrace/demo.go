@@ -47,6 +47,7 @@ and removes everything. With -f it takes your manifests instead of the shop.`,
 		if err == nil && !noBench {
 			err = story.measure(ctx, p, s)
 		}
+		story.OK = story.OK && err == nil
 		if s.json() {
 			err = errors.Join(err, printJSON(story))
 		}

@@ -51,7 +51,7 @@ func demonstrate(t *testing.T, args ...string) *demonstration {
 		t.Fatalf("exit status %d, %v:\n%s\n%s", status, err, stdout, stderr)
 	}
 	if status != exitOK || !d.OK {
-		t.Errorf("exit status %d, ok %v", status, d.OK)
+		t.Fatalf("exit status %d, ok %v:\n%s", status, d.OK, stderr)
 	}
 	for _, row := range d.Matrix.Rows {
 		for i := range row.Calls {

@@ -49,7 +49,7 @@ func newStreet(t *testing.T, snapshot *model.Snapshot) *street {
 func (s *street) become(snapshot *model.Snapshot) {
 	s.t.Helper()
 	var err error
-	s.have, _, err = s.layer.Apply(s.have, s.layer.Diff(s.have, s.layer.Plan(snapshot), true))
+	s.have, _, err = s.layer.Apply(s.have, s.layer.Plan(snapshot), s.layer.Diff(s.have, s.layer.Plan(snapshot), true))
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -139,7 +139,7 @@ func TestOtherLayoutIsReplacedWithoutAGap(t *testing.T) {
 	if err != nil || have.Len() != 0 {
 		t.Fatalf("the new maps hold %d Services, %v", have.Len(), err)
 	}
-	if _, _, err := next.Apply(have, next.Diff(have, next.Plan(web), true)); err != nil {
+	if _, _, err := next.Apply(have, next.Plan(web), next.Diff(have, next.Plan(web), true)); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := ask(s.Bed, "tcp", "10.96.0.1:80"); err != nil {

@@ -174,7 +174,7 @@ func (s *street) mended(losses int) {
 	if len(changes) != losses {
 		s.t.Fatalf("%d changes are to be made, not %d:\n%v", len(changes), losses, changes)
 	}
-	if found, _, err = s.layer.Apply(found, changes); err != nil {
+	if _, _, err = s.layer.Apply(found, want, changes); err != nil {
 		s.t.Fatal(err)
 	}
 	if _, _, err := ask(s.Bed, "tcp", "10.96.0.1:80"); err != nil {
@@ -320,8 +320,8 @@ func TestCrashAfterEveryWrite(t *testing.T) {
 	for budget := 0; ; budget++ {
 		l, fakes := onFakes(1000)
 		before, after := l.Plan(shop("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4")), l.Plan(shop("10.1.0.2", "10.1.0.9", "fd00::7"))
-		empty := &Picture{rows: map[Frontend]*Row{}}
-		have, _, err := l.Apply(empty, l.Diff(empty, before, true))
+		empty := inForce(map[Frontend]*Row{})
+		have, _, err := l.Apply(empty, before, l.Diff(empty, before, true))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -335,7 +335,7 @@ func TestCrashAfterEveryWrite(t *testing.T) {
 		fakes.services.Refuse = func(datapathServiceKey) error { return spend() }
 		fakes.slots.Refuse = func(datapathSlotKey) error { return spend() }
 		fakes.backends.Refuse = func(uint32) error { return spend() }
-		_, _, err = l.Apply(have, l.Diff(have, after, true))
+		_, _, err = l.Apply(have, after, l.Diff(have, after, true))
 		fakes.services.Refuse, fakes.slots.Refuse, fakes.backends.Refuse = nil, nil, nil
 
 		next := &Layer{tables: &tables{services: fakes.services, slots: fakes.slots, backends: fakes.backends}, room: fakes}
@@ -343,7 +343,7 @@ func TestCrashAfterEveryWrite(t *testing.T) {
 		if readErr != nil {
 			t.Fatal(readErr)
 		}
-		if _, _, err := next.Apply(found, next.Diff(found, after, true)); err != nil {
+		if _, _, err := next.Apply(found, after, next.Diff(found, after, true)); err != nil {
 			t.Fatal(err)
 		}
 		again := &Layer{tables: &tables{services: fakes.services, slots: fakes.slots, backends: fakes.backends}, room: fakes}
@@ -365,14 +365,14 @@ func TestCrashAfterEveryWrite(t *testing.T) {
 // Numbers are never given twice, also after four thousand million of them.
 func TestNumbersWrap(t *testing.T) {
 	l, fakes := onFakes(100)
-	empty := &Picture{rows: map[Frontend]*Row{}}
-	have, _, err := l.Apply(empty, l.Diff(empty, l.Plan(shop("10.1.0.1")), true))
+	empty := inForce(map[Frontend]*Row{})
+	have, _, err := l.Apply(empty, l.Plan(shop("10.1.0.1")), l.Diff(empty, l.Plan(shop("10.1.0.1")), true))
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.tables.lastID, l.tables.lastNumber = 1<<32-1, 1<<32-1
 	want := l.Plan(shop("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4"))
-	if have, _, err = l.Apply(have, l.Diff(have, want, true)); err != nil {
+	if have, _, err = l.Apply(have, want, l.Diff(have, want, true)); err != nil {
 		t.Fatal(err)
 	}
 	if _, zero := fakes.backends.Entries[0]; zero {

@@ -99,8 +99,11 @@ func (l *Layer) Settle() error { return l.room.settle() }
 // Apply implements layer.Layer. Maps that would be too small are enlarged
 // first; if that fails, what fits in is still applied. The result is have,
 // altered.
-func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
+func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
 	picture := have.(*Picture)
+	known := picture.agrees != nil
+	picture.agrees = nil
+	inForce := picture.index()
 	lost, rows := partition(changes)
 	var done layer.Changes
 	var failures []error
@@ -123,9 +126,9 @@ func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture,
 			failures = append(failures, fmt.Errorf("%c %s: %w", rows[i].Op, row.Object(), err))
 			continue
 		case rows[i].Op == layer.Remove:
-			delete(picture.rows, row.Frontend)
+			delete(inForce, row.Frontend)
 		default:
-			picture.rows[row.Frontend] = row
+			inForce[row.Frontend] = row
 		}
 		done = append(done, rows[i])
 	}
@@ -136,6 +139,9 @@ func (l *Layer) Apply(have layer.Picture, changes layer.Changes) (layer.Picture,
 		if err == nil {
 			read.lost, picture = picture.lost, read
 		}
+	}
+	if len(failures) == 0 {
+		picture.agree(want.(*Picture), known)
 	}
 	return picture, done, errors.Join(failures...)
 }
@@ -302,7 +308,7 @@ func (l *Layer) Look() (layer.Picture, error) {
 	for _, name := range tableMaps {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(l.settings.Pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
-			return &Picture{rows: map[Frontend]*Row{}}, nil
+			return inForce(map[Frontend]*Row{}), nil
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(l.settings.Pins, name), err)

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
@@ -62,11 +63,64 @@ func (r *Row) Detail() string {
 	return "-> " + strings.Join(names, ", ")
 }
 
-// Picture is the layer's state, planned or read.
+// Picture is the layer's state: planned, which lists the Services' plans, or in
+// force, which knows each frontend's row.
 type Picture struct {
-	rows map[Frontend]*Row
+	// plans are in the order of the Services' names; nil in a picture in force.
+	plans []*plan
+	index func() map[Frontend]*Row
 	// lost are the programs and pins that somebody else took away.
 	lost []lost
+	// agrees is the plan that a picture in force holds exactly, if that is known.
+	agrees *Picture
+}
+
+// plan is one Service and its rows. Plans are compared by pointer: a Service
+// that did not change keeps its plan.
+type plan struct {
+	service *model.Service
+	rows    []*Row
+}
+
+// inForce is a picture of what the kernel holds.
+func inForce(rows map[Frontend]*Row) *Picture {
+	return &Picture{index: func() map[Frontend]*Row { return rows }}
+}
+
+// wanted is a picture of what the kernel should hold. Its index is made when it
+// is asked for: a change costs what changed.
+func wanted(plans []*plan) *Picture {
+	return &Picture{plans: plans, index: sync.OnceValue(func() map[Frontend]*Row {
+		rows := make(map[Frontend]*Row, 2*len(plans))
+		for _, plan := range plans {
+			for _, row := range plan.rows {
+				// Two Services with one address: sources report it; the first by
+				// name is served.
+				if _, taken := rows[row.Frontend]; !taken {
+					rows[row.Frontend] = row
+				}
+			}
+		}
+		return rows
+	})}
+}
+
+// agree notes that a picture in force holds a plan exactly, if it does. Unless it
+// agreed with one before, its rows may be without names: those of the plan have
+// them.
+func (p *Picture) agree(want *Picture, named bool) {
+	planned := 0
+	for _, plan := range want.plans {
+		planned += len(plan.rows)
+	}
+	rows := p.index()
+	if len(rows) != planned {
+		return // something was held back, or two Services share an address
+	}
+	if !named {
+		maps.Copy(rows, want.index())
+	}
+	p.agrees = want
 }
 
 // lost is the Subject of what has to be attached or pinned again: "program
@@ -81,7 +135,7 @@ func (l lost) Detail() string { return "(was taken away)" }
 
 // Subjects implements layer.Picture: each is a *Row.
 func (p *Picture) Subjects() []layer.Subject {
-	rows := slices.SortedFunc(maps.Values(p.rows), func(a, b *Row) int { return a.compare(b.Frontend) })
+	rows := slices.SortedFunc(maps.Values(p.index()), func(a, b *Row) int { return a.compare(b.Frontend) })
 	subjects := make([]layer.Subject, len(rows))
 	for i, row := range rows {
 		subjects[i] = row
@@ -90,4 +144,4 @@ func (p *Picture) Subjects() []layer.Subject {
 }
 
 // Len implements layer.Picture.
-func (p *Picture) Len() int { return len(p.rows) }
+func (p *Picture) Len() int { return len(p.index()) }

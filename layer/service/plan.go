@@ -1,6 +1,7 @@
 package service
 
 import (
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -8,32 +9,27 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// planner turns Services into rows. It remembers the rows of each Service
-// value, which is immutable, so that planning costs what changed; what it
+// planner turns Services into plans. It remembers those of the last Snapshot: a
+// Service that is the same value, and so unchanged, keeps its plan. What it
 // answers depends on the Snapshot alone.
-type planner struct {
-	known map[*model.Service][]*Row
-}
+type planner struct{ last []*plan }
 
 func (p *planner) plan(snapshot *model.Snapshot) *Picture {
-	known := make(map[*model.Service][]*Row, len(snapshot.Services))
-	picture := &Picture{rows: make(map[Frontend]*Row, 2*len(snapshot.Services))}
-	for _, service := range inNameOrder(snapshot.Services) {
-		rows, ok := p.known[service]
-		if !ok {
-			rows = rowsOf(service)
+	services := inNameOrder(snapshot.Services)
+	plans := make([]*plan, len(services))
+	old := p.last
+	for i, service := range services {
+		for len(old) > 0 && old[0].service.Name.Compare(service.Name) < 0 {
+			old = old[1:]
 		}
-		known[service] = rows
-		for _, row := range rows {
-			// Two Services with one address: sources report it; the first by
-			// name is served, whatever the order of the input.
-			if _, taken := picture.rows[row.Frontend]; !taken {
-				picture.rows[row.Frontend] = row
-			}
+		if len(old) > 0 && old[0].service == service {
+			plans[i] = old[0]
+		} else {
+			plans[i] = &plan{service, rowsOf(service)}
 		}
 	}
-	p.known = known
-	return picture
+	p.last = plans
+	return wanted(plans)
 }
 
 // inNameOrder returns services sorted by name; sources deliver them so.
@@ -88,29 +84,115 @@ func chosen(backends []model.Backend, ip4 bool) []netip.AddrPort {
 }
 
 // diff says what leads from have to want: first what was lost, then the rows in
-// the order of the frontends.
+// the order of the frontends. Without prune no Service is removed, and none
+// loses its last endpoint.
 func diff(have, want *Picture, prune bool) layer.Changes {
-	var back, changes layer.Changes
-	for _, what := range have.lost {
-		back = append(back, layer.Change{Op: layer.Add, Subject: what})
+	changes, ok := layer.Changes(nil), false
+	if prune && have.agrees != nil {
+		changes, ok = diffPlans(have, want)
 	}
-	for frontend, row := range want.rows {
-		switch old, ok := have.rows[frontend]; {
-		case !ok:
-			changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
-		case old.torn || old != row && !slices.Equal(old.Backends, row.Backends):
-			changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
-		}
-	}
-	if prune {
-		for frontend, row := range have.rows {
-			if _, ok := want.rows[frontend]; !ok {
-				changes = append(changes, layer.Change{Op: layer.Remove, Subject: row})
-			}
-		}
+	if !ok {
+		changes = diffAll(have.index(), want.index(), prune)
 	}
 	slices.SortFunc(changes, func(a, b layer.Change) int {
 		return a.Subject.(*Row).compare(b.Subject.(*Row).Frontend)
 	})
+	var back layer.Changes
+	for _, what := range have.lost {
+		back = append(back, layer.Change{Op: layer.Add, Subject: what})
+	}
 	return append(back, changes...)
+}
+
+// diffAll compares every frontend.
+func diffAll(have, want map[Frontend]*Row, prune bool) layer.Changes {
+	var changes layer.Changes
+	for frontend, row := range want {
+		switch old, ok := have[frontend]; {
+		case !ok:
+			changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
+		case !prune && len(row.Backends) == 0 && len(old.Backends) > 0:
+			// What leads to its endpoints may be among what could not be read.
+		case old.differs(row):
+			changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
+		}
+	}
+	for frontend, row := range have {
+		if _, ok := want[frontend]; !ok && prune {
+			changes = append(changes, layer.Change{Op: layer.Remove, Subject: row})
+		}
+	}
+	return changes
+}
+
+// diffPlans is diffAll with prune for a picture in force that agrees with an
+// earlier plan: it looks only at Services whose plan is another. It gives up
+// where an address goes from one Service to another.
+func diffPlans(have, want *Picture) (changes layer.Changes, ok bool) {
+	rows := have.index()
+	stay := map[Frontend]bool{}
+	var gone []*Row
+	for before, after := range changedPlans(have.agrees.plans, want.plans) {
+		if before != nil {
+			gone = append(gone, before.rows...)
+		}
+		if after == nil {
+			continue
+		}
+		for _, row := range after.rows {
+			old := rows[row.Frontend]
+			if stay[row.Frontend] || old != nil && old.Service != row.Service {
+				return nil, false
+			}
+			stay[row.Frontend] = true
+			if old == nil {
+				changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
+			} else if old.differs(row) {
+				changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
+			}
+		}
+	}
+	for _, row := range gone {
+		old := rows[row.Frontend]
+		if old == nil || old.Service != row.Service {
+			return nil, false // it was not this Service that held the address
+		}
+		if !stay[row.Frontend] {
+			stay[row.Frontend] = true
+			changes = append(changes, layer.Change{Op: layer.Remove, Subject: old})
+		}
+	}
+	return changes, true
+}
+
+// changedPlans pairs the plans of two pictures by the Services' names and yields
+// the pairs that differ; one of a pair may be nil.
+func changedPlans(before, after []*plan) iter.Seq2[*plan, *plan] {
+	return func(yield func(*plan, *plan) bool) {
+		for len(before) > 0 || len(after) > 0 {
+			order := 0
+			switch {
+			case len(before) == 0:
+				order = 1
+			case len(after) == 0:
+				order = -1
+			case before[0] != after[0]:
+				order = before[0].service.Name.Compare(after[0].service.Name)
+			}
+			var old, now *plan
+			if order <= 0 {
+				old, before = before[0], before[1:]
+			}
+			if order >= 0 {
+				now, after = after[0], after[1:]
+			}
+			if old != now && !yield(old, now) {
+				return
+			}
+		}
+	}
+}
+
+func (r *Row) differs(other *Row) bool {
+	return r.torn || r != other && !slices.Equal(r.Backends, other.Backends)
 }

@@ -269,16 +269,16 @@ func (t *tables) read() (*Picture, orphans, error) {
 		t.lastNumber = max(t.lastNumber, number)
 	}
 	t.entries, t.slotCount = make(map[Frontend]*entry, len(services)), 0
-	picture := &Picture{rows: make(map[Frontend]*Row, len(services))}
+	rows := make(map[Frontend]*Row, len(services))
 	left := orphans{slots, backends}
 	for key, service := range services {
 		t.lastID = max(t.lastID, service.Id)
 		now := left.take(service)
 		frontend := frontendOf(key)
 		t.settle(frontend, now)
-		picture.rows[frontend] = &Row{Frontend: frontend, Backends: now.addresses(), torn: now.torn}
+		rows[frontend] = &Row{Frontend: frontend, Backends: now.addresses(), torn: now.torn}
 	}
-	return picture, left, nil
+	return inForce(rows), left, nil
 }
 
 // take moves a Service's slots and backends from what is left to its entry. A

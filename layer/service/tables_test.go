@@ -20,11 +20,11 @@ func TestEveryMomentOfAnUpdateIsWhole(t *testing.T) {
 	l.tables.services = &watched[datapathServiceKey, datapathService]{fakes.services, watch}
 	l.tables.slots = &watched[datapathSlotKey, uint32]{fakes.slots, watch}
 	l.tables.backends = &watched[uint32, datapathBackend]{fakes.backends, watch}
-	var have layer.Picture = &Picture{rows: map[Frontend]*Row{}}
+	var have layer.Picture = inForce(map[Frontend]*Row{})
 	for range 300 {
 		want := l.Plan(randomCluster(6, 7))
 		var err error
-		if have, _, err = l.Apply(have, l.Diff(have, want, true)); err != nil {
+		if have, _, err = l.Apply(have, want, l.Diff(have, want, true)); err != nil {
 			t.Fatal(err)
 		}
 		read, err := l.Read()
@@ -46,7 +46,7 @@ func TestEveryMomentOfAnUpdateIsWhole(t *testing.T) {
 // A backend that stays must keep its number, or UDP flows to it would move.
 func TestWhatStaysKeepsItsNumber(t *testing.T) {
 	l, fakes := onFakes(1000)
-	var have layer.Picture = &Picture{rows: map[Frontend]*Row{}}
+	var have layer.Picture = inForce(map[Frontend]*Row{})
 	numberOf := func(address string) uint32 {
 		for number, b := range fakes.backends.Entries {
 			if addressOf(b).Addr().String() == address {
@@ -60,7 +60,7 @@ func TestWhatStaysKeepsItsNumber(t *testing.T) {
 	for _, pods := range steps {
 		want := l.Plan(&model.Snapshot{Services: []*model.Service{
 			serviceOf("s", model.UDP, 53, []string{"10.96.0.1"}, 53, pods...)}})
-		have, _, _ = l.Apply(have, l.Diff(have, want, true))
+		have, _, _ = l.Apply(have, want, l.Diff(have, want, true))
 		if first == 0 {
 			first = numberOf("10.1.0.5")
 		}
@@ -73,9 +73,9 @@ func TestWhatStaysKeepsItsNumber(t *testing.T) {
 // What a writer that was killed in the middle leaves is removed by the next.
 func TestAdoptRemovesWhatAKilledWriterLeft(t *testing.T) {
 	l, fakes := onFakes(1000)
-	empty := &Picture{rows: map[Frontend]*Row{}}
+	empty := inForce(map[Frontend]*Row{})
 	want := l.Plan(shop("10.1.0.1", "10.1.0.2"))
-	if _, _, err := l.Apply(empty, l.Diff(empty, want, true)); err != nil {
+	if _, _, err := l.Apply(empty, want, l.Diff(empty, want, true)); err != nil {
 		t.Fatal(err)
 	}
 	fakes.backends.Entries[900] = backendOf(netip.MustParseAddrPort("10.9.9.9:1"), 77)
@@ -97,7 +97,7 @@ func TestAdoptRemovesWhatAKilledWriterLeft(t *testing.T) {
 	if len(left) != 1 || left[0].Op != layer.Alter {
 		t.Fatalf("one Service lacks a backend and is to be mended, but: %v", left)
 	}
-	if have, _, err = l.Apply(have, left); err != nil {
+	if have, _, err = l.Apply(have, want, left); err != nil {
 		t.Fatal(err)
 	}
 	if read, _ := l.Read(); len(l.Diff(read, want, true)) > 0 || len(l.Diff(have, want, true)) > 0 {
@@ -107,9 +107,9 @@ func TestAdoptRemovesWhatAKilledWriterLeft(t *testing.T) {
 
 func TestMapsGrowBeforeTheyFill(t *testing.T) {
 	l, fakes := onFakes(4)
-	empty := &Picture{rows: map[Frontend]*Row{}}
+	empty := inForce(map[Frontend]*Row{})
 	want := l.Plan(randomCluster(3000, 8))
-	if _, _, err := l.Apply(empty, l.Diff(empty, want, true)); err != nil {
+	if _, _, err := l.Apply(empty, want, l.Diff(empty, want, true)); err != nil {
 		t.Fatal(err)
 	}
 	if fakes.grown.services < want.Len() {
@@ -121,8 +121,8 @@ func TestMapsGrowBeforeTheyFill(t *testing.T) {
 func TestAChangeCostsWhatChanged(t *testing.T) {
 	l, fakes := onFakes(1 << 20)
 	snapshot := randomCluster(2000, 8)
-	var have layer.Picture = &Picture{rows: map[Frontend]*Row{}}
-	have, _, err := l.Apply(have, l.Diff(have, l.Plan(snapshot), true))
+	var have layer.Picture = inForce(map[Frontend]*Row{})
+	have, _, err := l.Apply(have, l.Plan(snapshot), l.Diff(have, l.Plan(snapshot), true))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestAChangeCostsWhatChanged(t *testing.T) {
 		Address: netip.MustParseAddrPort("10.9.0.1:8080"), Ready: true}}, altered.Ports[0].Backends...)
 	snapshot.Services[7] = &altered
 	fakes.services.Written, fakes.slots.Written, fakes.backends.Written = 0, 0, 0
-	if _, _, err := l.Apply(have, l.Diff(have, l.Plan(snapshot), true)); err != nil {
+	if _, _, err := l.Apply(have, l.Plan(snapshot), l.Diff(have, l.Plan(snapshot), true)); err != nil {
 		t.Fatal(err)
 	}
 	if n := fakes.services.Written + fakes.slots.Written + fakes.backends.Written; n != 3 {
@@ -153,7 +153,7 @@ func randomCluster(n, m int) *model.Snapshot {
 				pods = append(pods, fmt.Sprintf("10.1.%d.%d", i%250, j+1))
 			}
 		}
-		ip := fmt.Sprintf("10.96.%d.%d", i/250, i%250)
+		ip := fmt.Sprintf("10.%d.%d.%d", 96+i/62500, i/250%250, i%250)
 		snapshot.Services = append(snapshot.Services, serviceOf(fmt.Sprintf("s%05d", i), model.TCP, 80, []string{ip}, 8080, pods...))
 	}
 	return snapshot
