@@ -80,7 +80,9 @@ type part struct {
 	done       layer.Tally
 	failed     int
 	drifted    int
-	lastError  string
+	// longest is the longest time that applying took.
+	longest   time.Duration
+	lastError string
 }
 
 // Run runs an agent until ctx ends. What the layers have in the kernel stays in
@@ -251,6 +253,7 @@ func (a *Agent) applyAll() bool {
 func (a *Agent) apply(p *part) bool {
 	// What could not be read may ask for anything: nothing is removed then.
 	prune := a.snapshot.Complete && a.snapshot.Unread == 0
+	begun := time.Now()
 	changes := p.Diff(p.have, p.want, prune)
 	var done layer.Changes
 	var err error
@@ -258,6 +261,7 @@ func (a *Agent) apply(p *part) bool {
 	if a.snapshot.Complete {
 		err = errors.Join(err, p.Settle())
 	}
+	p.longest = max(p.longest, time.Since(begun))
 	a.report(p, done, err)
 	return err == nil
 }

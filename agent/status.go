@@ -60,10 +60,13 @@ type SourceStatus struct {
 // LayerStatus is a layer and what the agent did with it.
 type LayerStatus struct {
 	layer.Description
-	Changes   layer.Tally `json:"changes"`
-	Failed    int         `json:"failed"`
-	Drifted   int         `json:"drifted"`
-	LastError string      `json:"last_error,omitempty"`
+	Changes layer.Tally `json:"changes"`
+	Failed  int         `json:"failed"`
+	Drifted int         `json:"drifted"`
+	// LongestApplyMS is the longest time that bringing a Snapshot's changes into
+	// the kernel and reading them back took; as a rule that of the first.
+	LongestApplyMS float64 `json:"longest_apply_ms"`
+	LastError      string  `json:"last_error,omitempty"`
 }
 
 // Memory is the agent's own memory, and the kernel's for its maps.
@@ -100,7 +103,7 @@ func (a *Agent) Status() (Status, error) {
 		if err != nil {
 			return s, err
 		}
-		s.Layers = append(s.Layers, LayerStatus{description, p.done, p.failed, p.drifted, p.lastError})
+		s.Layers = append(s.Layers, LayerStatus{description, p.done, p.failed, p.drifted, float64(p.longest.Microseconds()) / 1000, p.lastError})
 		for _, m := range description.Maps {
 			s.Memory.MapBytes += m.Bytes
 		}

@@ -104,8 +104,8 @@ func printStatus(s agent.Status) {
 }
 
 func printLayer(l agent.LayerStatus) {
-	fmt.Printf("\n%s  %d objects, changes: %d added, %d altered, %d removed, %d failed, %d drifted\n", bold("layer "+l.Name), l.Objects,
-		l.Changes.Added, l.Changes.Altered, l.Changes.Removed, l.Failed, l.Drifted)
+	fmt.Printf("\n%s  %d objects, changes: %d added, %d altered, %d removed, %d failed, %d drifted; longest apply %.1f ms\n", bold("layer "+l.Name), l.Objects,
+		l.Changes.Added, l.Changes.Altered, l.Changes.Removed, l.Failed, l.Drifted, l.LongestApplyMS)
 	t := newTable(os.Stdout, "  MAP", "ENTRIES", "ROOM", "FILL", "MEMORY")
 	for _, m := range l.Maps {
 		t.row("  "+m.Name, fmt.Sprint(m.Entries), fmt.Sprint(m.Capacity),

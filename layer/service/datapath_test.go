@@ -86,7 +86,7 @@ func TestMapsGrowUnderTraffic(t *testing.T) {
 			}
 		}
 	}()
-	for i := range 3 {
+	for i := range 2 {
 		snapshot := &model.Snapshot{Services: []*model.Service{web}}
 		for j := range before << i {
 			ip := fmt.Sprintf("10.%d.%d.%d", 100+j>>16, j>>8&255, j&255)
