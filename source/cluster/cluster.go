@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"maps"
-	"reflect"
 	"slices"
 
 	"k8s.io/apimachinery/pkg/runtime"
@@ -13,10 +12,13 @@ import (
 // Cluster holds the objects a source has seen. One goroutine at a time may use
 // it; the Snapshots it gives are for all.
 type Cluster struct {
-	objects map[Key]*entry
-	// slices are the EndpointSlices in force, by the Service they name, which
-	// may not have come yet.
-	slices map[model.Name]map[Key]*Object
+	// objects are as they were last put.
+	objects index[Key]
+	// standIns are in force instead of those among objects that came with a fault.
+	standIns map[Key]*Object
+	// slices are the EndpointSlices in force, one of those of each Service that
+	// they name, which may not have come yet. The others follow it.
+	slices index[model.Name]
 	// nodesInForce are the Nodes in force, before their ranges are settled.
 	nodesInForce map[Key]*Object
 	serviceIPs   claims
@@ -28,9 +30,10 @@ type Cluster struct {
 	workloads list[model.Workload]
 
 	// What has to be looked at again before the next Snapshot.
-	dirtyServices map[Key]struct{}
-	dirtyPods     map[Key]struct{}
-	dirtyNodes    bool
+	dirty      []*Object // Services and pods
+	dirtyNodes bool
+
+	names names
 
 	faults          map[Key][]model.Problem
 	clashes         map[Key][]model.Problem
@@ -43,12 +46,6 @@ type Cluster struct {
 
 	complete bool
 	last     *model.Snapshot
-}
-
-// entry is an object as it was last put and the version of it in force.
-type entry struct {
-	said *Object
-	now  *Object
 }
 
 // Remark is what a source itself has to say of one part of its input. The zero
@@ -70,21 +67,21 @@ func (r Remark) equal(o Remark) bool {
 // New makes an empty Cluster. Its Snapshots are not complete before SetComplete.
 func New() *Cluster {
 	return &Cluster{
-		objects:       map[Key]*entry{},
-		slices:        map[model.Name]map[Key]*Object{},
-		nodesInForce:  map[Key]*Object{},
-		serviceIPs:    claims{},
-		podIPs:        claims{},
-		services:      newList(func(s *model.Service) Key { return Key{Name: s.Name} }),
-		pods:          newList(func(p *model.Pod) Key { return Key{Name: p.Name} }),
-		nodes:         newList(func(n *model.Node) Key { return Key{Name: model.Name{Name: n.Name}} }),
-		workloads:     newList(func(w *model.Workload) Key { return Key{w.Kind, w.Name} }),
-		dirtyServices: map[Key]struct{}{},
-		dirtyPods:     map[Key]struct{}{},
-		faults:        map[Key][]model.Problem{},
-		clashes:       map[Key][]model.Problem{},
-		remarks:       map[string]Remark{},
-		last:          &model.Snapshot{},
+		objects:      newIndex(func(o *Object, k Key) bool { return o.Key() == k }),
+		standIns:     map[Key]*Object{},
+		slices:       newIndex(func(o *Object, service model.Name) bool { return serviceOf(o) == service }),
+		nodesInForce: map[Key]*Object{},
+		serviceIPs:   newClaims(),
+		podIPs:       newClaims(),
+		services:     newList(func(s *model.Service) Key { return Key{Name: s.Name} }),
+		pods:         newList(func(p *model.Pod) Key { return Key{Name: p.Name} }),
+		nodes:        newList(func(n *model.Node) Key { return Key{Name: model.Name{Name: n.Name}} }),
+		workloads:    newList(func(w *model.Workload) Key { return Key{w.Kind, w.Name} }),
+		names:        names{},
+		faults:       map[Key][]model.Problem{},
+		clashes:      map[Key][]model.Problem{},
+		remarks:      map[string]Remark{},
+		last:         &model.Snapshot{},
 	}
 }
 
@@ -99,39 +96,51 @@ func (c *Cluster) Set(where string, obj runtime.Object) error {
 }
 
 // Put adds an object or replaces the one of the same key. A faulty version does
-// not replace a faultless one: that stays in force, and the faults are told.
-func (c *Cluster) Put(o *Object) {
-	e := c.objects[o.Key]
-	if e == nil {
-		e = &entry{}
-		c.objects[o.Key] = e
+// not replace a faultless one: that stays in force, and the faults are told. It
+// returns what is kept of o: the object that was there if that says the same.
+func (c *Cluster) Put(o *Object) *Object {
+	k := o.Key()
+	old := c.objects.get(k)
+	if old != nil && old.same(o) {
+		return old
 	}
-	if e.said != nil && e.said.same(o) {
-		return
+	if !o.shared {
+		c.names.object(o)
+		o.shared = true
 	}
-	e.said = o
-	c.setProblems(c.faults, o.Key, o.Problems)
-	if !o.faulty || e.now == nil || e.now.faulty {
-		c.replace(e.now, o)
-		e.now = o
+	before := c.inForce(k)
+	c.objects.set(k, o)
+	c.setProblems(c.faults, k, o.Problems())
+	if o.faulty() && before != nil && !before.faulty() {
+		c.standIns[k] = before
+	} else {
+		delete(c.standIns, k)
+		c.replace(before, o)
 	}
+	return o
+}
+
+// Said is the object as it was last put, nil if there is none.
+func (c *Cluster) Said(k Key) *Object { return c.objects.get(k) }
+
+// inForce is the version of an object that is in force, nil if there is none.
+func (c *Cluster) inForce(k Key) *Object {
+	if o := c.standIns[k]; o != nil {
+		return o
+	}
+	return c.objects.get(k)
 }
 
 // Delete forgets an object. One that is not there is no error.
 func (c *Cluster) Delete(k Key) {
-	e := c.objects[k]
-	if e == nil {
+	before := c.inForce(k)
+	if before == nil {
 		return
 	}
-	delete(c.objects, k)
+	c.objects.delete(k)
+	delete(c.standIns, k)
 	c.setProblems(c.faults, k, nil)
-	c.replace(e.now, nil)
-}
-
-// same says whether putting p after o changes anything.
-func (o *Object) same(p *Object) bool {
-	return o.Where == p.Where && o.faulty == p.faulty && o.born.Equal(p.born) &&
-		slices.Equal(o.Problems, p.Problems) && reflect.DeepEqual(o.value, p.value)
+	c.replace(before, nil)
 }
 
 // Remark says what a source found in one part of its input, named by where. It
@@ -156,61 +165,119 @@ func (c *Cluster) SetComplete() { c.complete = true }
 // replace takes one version of an object out of force and puts another in.
 // Either may be nil.
 func (c *Cluster) replace(old, now *Object) {
-	if old != nil && old.faulty {
+	if old != nil {
+		c.leave(old)
+		if now == nil || now.value == nil {
+			c.hide(old)
+		}
+	}
+	if now != nil {
+		c.arrive(now)
+	}
+}
+
+// leave takes an object out of force.
+func (c *Cluster) leave(o *Object) {
+	if o.faulty() {
 		c.unread--
 	}
-	if now != nil && now.faulty {
+	switch v := o.value.(type) {
+	case *model.Service:
+		c.serviceIPs.remove(o)
+		c.serviceIPs.rivals(o, c.again)
+	case *model.Pod:
+		c.podIPs.remove(o)
+		c.podIPs.rivals(o, c.again)
+	case *slice:
+		c.detach(o, v)
+		c.again(c.inForce(Key{kindService.String(), serviceOf(o)}))
+	case *model.Node:
+		c.dirtyNodes = true
+		delete(c.nodesInForce, o.Key())
+	}
+}
+
+// hide shows nothing any more of an object that was in force. Nodes are settled
+// all together, slices with their Service.
+func (c *Cluster) hide(o *Object) {
+	switch o.value.(type) {
+	case *model.Service:
+		c.services.set(Key{Name: o.name}, nil)
+	case *model.Pod:
+		c.pods.set(Key{Name: o.name}, nil)
+	case *model.Workload:
+		c.workloads.set(o.Key(), nil)
+	default:
+		return
+	}
+	c.setProblems(c.clashes, o.Key(), nil)
+}
+
+// arrive puts an object in force.
+func (c *Cluster) arrive(o *Object) {
+	if o.faulty() {
 		c.unread++
 	}
-	for _, o := range []*Object{old, now} {
-		if o == nil {
-			continue
-		}
-		arrives := o == now
-		switch v := o.value.(type) {
-		case *model.Service:
-			c.claim(c.serviceIPs, c.dirtyServices, o, arrives)
-		case *model.Pod:
-			c.claim(c.podIPs, c.dirtyPods, o, arrives)
-		case *slice:
-			c.attach(v.service, o, arrives)
-		case *model.Node:
-			c.dirtyNodes = true
-			if delete(c.nodesInForce, o.Key); arrives {
-				c.nodesInForce[o.Key] = o
-			}
-		case *model.Workload:
-			if arrives {
-				c.workloads.set(o.Key, v)
-			} else if now == nil || now.value == nil {
-				c.workloads.set(o.Key, nil)
-			}
-		}
+	switch v := o.value.(type) {
+	case *model.Service:
+		c.serviceIPs.add(o)
+		c.again(o)
+		c.serviceIPs.rivals(o, c.again)
+	case *model.Pod:
+		c.podIPs.add(o)
+		c.again(o)
+		c.podIPs.rivals(o, c.again)
+	case *slice:
+		c.attach(o, v)
+		c.again(c.inForce(Key{kindService.String(), serviceOf(o)}))
+	case *model.Node:
+		c.dirtyNodes = true
+		c.nodesInForce[o.Key()] = o
+	case *model.Workload:
+		c.workloads.set(o.Key(), v)
 	}
 }
 
-// claim adds or takes away what o claims, and notes whom that concerns.
-func (c *Cluster) claim(all claims, dirty map[Key]struct{}, o *Object, arrives bool) {
-	if arrives {
-		all.add(o)
-	} else {
-		all.remove(o)
+// again has a Service or pod settled before the next Snapshot; nil is nobody.
+func (c *Cluster) again(o *Object) {
+	if o != nil && !o.dirty {
+		o.dirty = true
+		c.dirty = append(c.dirty, o)
 	}
-	dirty[o.Key] = struct{}{}
-	all.rivals(o, func(p *Object) { dirty[p.Key] = struct{}{} })
 }
 
-// attach adds or takes away a slice of a Service.
-func (c *Cluster) attach(service model.Name, o *Object, arrives bool) {
-	if arrives {
-		if c.slices[service] == nil {
-			c.slices[service] = map[Key]*Object{}
-		}
-		c.slices[service][o.Key] = o
-	} else if delete(c.slices[service], o.Key); len(c.slices[service]) == 0 {
-		delete(c.slices, service)
+// attach adds a slice to those of its Service, as the first of them.
+func (c *Cluster) attach(o *Object, s *slice) {
+	service := serviceOf(o)
+	if s.next = c.slices.get(service); s.next != nil {
+		s.next.value.(*slice).previous = o
 	}
-	c.dirtyServices[Key{"Service", service}] = struct{}{}
+	c.slices.set(service, o)
+}
+
+// detach takes a slice away from those of its Service.
+func (c *Cluster) detach(o *Object, s *slice) {
+	switch {
+	case s.previous != nil:
+		s.previous.value.(*slice).next = s.next
+	case s.next != nil:
+		c.slices.set(serviceOf(o), s.next)
+	default:
+		c.slices.delete(serviceOf(o))
+	}
+	if s.next != nil {
+		s.next.value.(*slice).previous = s.previous
+	}
+	s.next, s.previous = nil, nil
+}
+
+// slicesOf are the EndpointSlices in force of a Service.
+func (c *Cluster) slicesOf(service model.Name) []*Object {
+	var all []*Object
+	for o := c.slices.get(service); o != nil; o = o.value.(*slice).next {
+		all = append(all, o)
+	}
+	return all
 }
 
 // setProblems keeps the problems of an object of one sort.

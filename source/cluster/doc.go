@@ -41,8 +41,18 @@
 //
 // A Snapshot costs what changed since the last one, plus a copy of one pointer
 // for each object of a kind that changed. BenchmarkSnapshotOneChange, one changed
-// EndpointSlice of four endpoints, on two busy cores of an AMD EPYC: 0.09 to 0.13
-// ms at 10,000 Services, 1.5 to 2.6 ms at 100,000, of which nearly all is that
+// EndpointSlice of four endpoints, on two busy cores of an AMD EPYC: 0.05 to 0.08
+// ms at 10,000 Services, 0.6 to 0.7 ms at 100,000, of which nearly all is that
 // copy and its collection as garbage. Objects that did not change keep their
 // pointers.
+//
+// # Memory
+//
+// A Service with an EndpointSlice of four endpoints takes 1.4 kB, of which 1.1
+// kB are the Snapshot: 416 bytes of endpoints, 340 of a selector, 230 of the
+// Service itself, and its names. What is kept beside the Snapshot is an Object
+// of 80 bytes for each, 100 bytes for the slice, and 15 bytes for each way to
+// find one (see index). The Service is kept as the Snapshot has it, its slices
+// use its endpoints for their own, and names that many objects have (nodes, zones,
+// namespaces, labels) are in memory once.
 package cluster

@@ -19,13 +19,14 @@ func newList[T any](key func(*T) Key) list[T] {
 }
 
 // set shows item under k from the next merge on, nothing for nil. An item that
-// equals the one shown changes nothing.
-func (l *list[T]) set(k Key, item *T) {
+// equals the one shown changes nothing. It returns the one that is shown.
+func (l *list[T]) set(k Key, item *T) *T {
 	old := l.get(k)
 	if old == nil && item == nil || old != nil && item != nil && reflect.DeepEqual(*old, *item) {
-		return
+		return old
 	}
 	l.changed[k] = item
+	return item
 }
 
 func (l *list[T]) get(k Key) *T {

@@ -13,9 +13,9 @@ import (
 
 func (r *reader) node(obj *corev1.Node) *model.Node {
 	n := &model.Node{
-		Name:   r.object.Name.Name,
+		Name:   r.object.name.Name,
 		Labels: copied(obj.Labels),
-		Where:  r.object.Where,
+		Where:  r.object.Where(),
 	}
 	for i, a := range obj.Status.Addresses {
 		if a.Type != corev1.NodeInternalIP {
@@ -107,11 +107,11 @@ func (c *Cluster) settleNode(o *Object, taken *ranges) {
 			continue
 		}
 		problems = append(problems, model.Problem{
-			Where: o.Where, Object: o.Key.String(), Field: "spec.podCIDRs",
-			Text: fmt.Sprintf("%s overlaps %s of %s (%s), which keeps it: give this Node another range", p, other.Prefix, other.by.Key, other.by.Where),
+			Where: o.Where(), Object: o.Key().String(), Field: "spec.podCIDRs",
+			Text: fmt.Sprintf("%s overlaps %s of %s (%s), which keeps it: give this Node another range", p, other.Prefix, other.by.Key(), other.by.Where()),
 		})
 	}
 	n.PodCIDRs = kept
-	c.setProblems(c.clashes, o.Key, problems)
-	c.nodes.set(Key{Name: o.Name}, &n)
+	c.setProblems(c.clashes, o.Key(), problems)
+	c.nodes.set(Key{Name: o.name}, &n)
 }

@@ -5,11 +5,10 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"reflect"
+	"slices"
 	"strings"
-	"time"
 
-	appsv1 "k8s.io/api/apps/v1"
-	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -42,38 +41,82 @@ func (k Key) Compare(o Key) int {
 	return cmp.Or(k.Name.Compare(o.Name), strings.Compare(k.Kind, o.Kind))
 }
 
-// Place says where a field of an object was written, as a person looks it up:
-// "shop.yaml:14". The empty field is the object itself. Read does not keep it.
-type Place func(field string) string
-
-// At is the Place of an object whose fields have no places of their own.
-func At(where string) Place { return func(string) string { return where } }
-
 // Object is one Kubernetes object, checked and in plain values. It shares no
-// memory that somebody may still write with what it was read from.
+// memory that somebody may still write with what it was read from. A large
+// cluster is a hundred thousand of them, so that each byte here counts.
 type Object struct {
-	Key
-	// Where is the place the object came from.
-	Where string
-	// Problems are the object's own faults and oddities.
-	Problems []model.Problem
-
-	// value is a *model.Service without endpoints, *slice, *model.Pod,
-	// *model.Node or *model.Workload, or nil where nothing is to be kept.
+	name model.Name
+	// value is a *model.Service, *slice, *model.Pod, *model.Node or
+	// *model.Workload, or nil where nothing is to be kept. A Service is without
+	// endpoints at first, later the one that was shown last.
 	value any
+	// trouble is nil where there is none.
+	trouble *trouble
+	file    *File
+	// born is in microseconds since 1970; objects that do not say are the oldest.
+	born int64
+	line int32
+	kind kind
+	// shared says that the object was put: Snapshots may show parts of it.
+	shared bool
+	// dirty says that the Cluster will settle it before the next Snapshot.
+	dirty bool
+}
+
+// trouble is what is wrong with an object.
+type trouble struct {
+	problems []model.Problem
 	// faulty says that a part of the object cannot be used.
 	faulty bool
-	named  bool
-	born   time.Time
+	// nameless says that it has no usable name.
+	nameless bool
+}
+
+// Key identifies the object.
+func (o *Object) Key() Key { return Key{o.kind.String(), o.name} }
+
+// Where is the place the object came from.
+func (o *Object) Where() string { return o.file.Where(int(o.line)) }
+
+// File is the file the object came from.
+func (o *Object) File() *File { return o.file }
+
+// Problems are the object's own faults and oddities.
+func (o *Object) Problems() []model.Problem {
+	if o.trouble == nil {
+		return nil
+	}
+	return o.trouble.problems
 }
 
 // Named says whether the object has a usable name. One that has none cannot be
 // told from others and is nothing to Put.
-func (o *Object) Named() bool { return o.named }
+func (o *Object) Named() bool { return o.trouble == nil || !o.trouble.nameless }
+
+func (o *Object) faulty() bool { return o.trouble != nil && o.trouble.faulty }
+
+// same says whether putting p after o changes anything.
+func (o *Object) same(p *Object) bool {
+	return o.line == p.line && o.file.name == p.file.name && o.faulty() == p.faulty() && o.born == p.born &&
+		slices.Equal(o.Problems(), p.Problems()) && sameValue(o.value, p.value)
+}
+
+// sameValue compares what objects say; what other objects add to it is not theirs.
+func sameValue(a, b any) bool {
+	switch a := a.(type) {
+	case *model.Service:
+		b, ok := b.(*model.Service)
+		return ok && reflect.DeepEqual(join(a, nil), join(b, nil))
+	case *slice:
+		b, ok := b.(*slice)
+		return ok && a.service == b.service && slices.Equal(a.ports, b.ports) && slices.Equal(a.endpoints, b.endpoints)
+	}
+	return reflect.DeepEqual(a, b)
+}
 
 // older orders objects by who may keep an address that both claim.
 func (o *Object) older(p *Object) int {
-	return cmp.Or(o.born.Compare(p.born), o.Key.Compare(p.Key))
+	return cmp.Or(cmp.Compare(o.born, p.born), o.Key().Compare(p.Key()))
 }
 
 // clusterWide are the kinds whose objects are in no namespace.
@@ -95,47 +138,24 @@ func KeyOf(kind, namespace, name string) Key {
 // turns it into plain values. It returns an error for another type; whatever is
 // wrong inside obj is in Object.Problems.
 func Read(place Place, obj runtime.Object) (*Object, error) {
-	kind := Kind(obj)
-	if kind == "" {
+	kind := kindOf(obj)
+	if kind == kindNone {
 		return nil, fmt.Errorf("read %T: this kind is not read", obj)
 	}
 	meta := obj.(metav1.Object)
 	r := &reader{place: place, object: &Object{
-		Key:   KeyOf(kind, meta.GetNamespace(), meta.GetName()),
-		Where: place(""),
-		born:  meta.GetCreationTimestamp().Time,
+		name: KeyOf(kind.String(), meta.GetNamespace(), meta.GetName()).Name,
+		kind: kind,
+		file: place.File,
+		line: int32(place.line("")),
+		born: meta.GetCreationTimestamp().UnixMicro(),
 	}}
-	if r.object.named = r.nameable(); r.object.named {
+	if r.nameable() {
 		r.object.value = r.value(obj)
+	} else {
+		r.object.trouble.nameless = true
 	}
 	return r.object, nil
-}
-
-// Kind is the kind of an object that this package reads, "" for any other.
-func Kind(obj runtime.Object) string {
-	switch obj.(type) {
-	case *corev1.Namespace:
-		return "Namespace"
-	case *corev1.Service:
-		return "Service"
-	case *discoveryv1.EndpointSlice:
-		return "EndpointSlice"
-	case *corev1.Pod:
-		return "Pod"
-	case *corev1.Node:
-		return "Node"
-	case *appsv1.Deployment:
-		return "Deployment"
-	case *appsv1.StatefulSet:
-		return "StatefulSet"
-	case *appsv1.DaemonSet:
-		return "DaemonSet"
-	case *appsv1.ReplicaSet:
-		return "ReplicaSet"
-	case *batchv1.Job:
-		return "Job"
-	}
-	return ""
 }
 
 // reader reads one object.
@@ -169,21 +189,24 @@ func (r *reader) value(obj runtime.Object) any {
 
 // fault reports a part of the object that cannot be used.
 func (r *reader) fault(field, format string, args ...any) {
-	r.object.faulty = true
 	r.advise(field, format, args...)
+	r.object.trouble.faulty = true
 }
 
 // advise reports something that is likely a mistake but can be used.
 func (r *reader) advise(field, format string, args ...any) {
-	r.object.Problems = append(r.object.Problems, model.Problem{
-		Where: r.place(field), Object: r.object.Key.String(), Field: field, Text: fmt.Sprintf(format, args...),
+	if r.object.trouble == nil {
+		r.object.trouble = &trouble{}
+	}
+	r.object.trouble.problems = append(r.object.trouble.problems, model.Problem{
+		Where: r.place.File.Where(r.place.line(field)), Object: r.object.Key().String(), Field: field, Text: fmt.Sprintf(format, args...),
 	})
 }
 
 // nameable checks the object's names; without them nothing can refer to it. Names
 // end up in file and cgroup names, so that nothing else may be let through.
 func (r *reader) nameable() bool {
-	k := r.object.Key
+	k := r.object.Key()
 	if k.Name.Name == "" {
 		r.fault("metadata.name", "the object has no name: add one")
 		return false

@@ -17,7 +17,7 @@ func (r *reader) pod(obj *corev1.Pod) *model.Pod {
 		return nil
 	}
 	p := r.podLike("", &obj.ObjectMeta, &obj.Spec)
-	p.Name = r.object.Name
+	p.Name = r.object.name
 	p.Node = obj.Spec.NodeName
 	for _, c := range obj.Status.Conditions {
 		if c.Type == corev1.PodReady {
@@ -47,7 +47,7 @@ func (r *reader) podLike(prefix string, meta *metav1.ObjectMeta, spec *corev1.Po
 		Labels:      copied(meta.Labels),
 		Annotations: annotations(meta.Annotations),
 		HostNetwork: spec.HostNetwork,
-		Where:       r.object.Where,
+		Where:       r.object.Where(),
 	}
 	for i := range spec.InitContainers {
 		// An init container that restarts always is a sidecar and goes on to run.

@@ -16,12 +16,12 @@ import (
 // service reads a Service without its endpoints.
 func (r *reader) service(obj *corev1.Service) *model.Service {
 	s := &model.Service{
-		Name:                     r.object.Name,
+		Name:                     r.object.name,
 		Type:                     r.serviceType(obj.Spec.Type),
 		Selector:                 r.selector("spec.selector", obj.Spec.Selector),
 		PublishNotReadyAddresses: obj.Spec.PublishNotReadyAddresses,
 		Annotations:              annotations(obj.Annotations),
-		Where:                    r.object.Where,
+		Where:                    r.object.Where(),
 	}
 	if s.Type != model.ExternalName {
 		r.clusterIPs(s, &obj.Spec)
@@ -40,11 +40,13 @@ func (r *reader) service(obj *corev1.Service) *model.Service {
 }
 
 func (r *reader) serviceType(t corev1.ServiceType) model.ServiceType {
-	switch t {
-	case "":
+	if t == "" {
 		return model.ClusterIP
-	case corev1.ServiceTypeClusterIP, corev1.ServiceTypeNodePort, corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeExternalName:
-		return model.ServiceType(t)
+	}
+	for _, known := range []model.ServiceType{model.ClusterIP, model.NodePort, model.LoadBalancer, model.ExternalName} {
+		if string(t) == string(known) {
+			return known // and not t, which is a string of its own
+		}
 	}
 	r.fault("spec.type", "unknown type %q: use ClusterIP, NodePort, LoadBalancer or ExternalName", clip(string(t)))
 	return model.ClusterIP

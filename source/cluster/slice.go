@@ -15,10 +15,14 @@ import (
 
 // slice is an EndpointSlice.
 type slice struct {
-	service model.Name
+	// service is the name of the Service, which is in the same namespace.
+	service string
 	ports   []slicePort
-	// endpoints have their addresses; the port is 0.
+	// endpoints are sorted, no two with the same address, and have the number of
+	// the first port. They may be a part of those of the Service that was shown last.
 	endpoints []model.Backend
+	// next and previous are other slices of the Service in force.
+	next, previous *Object
 }
 
 type slicePort struct {
@@ -43,15 +47,25 @@ func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
 		r.fault("metadata.labels", "the slice names no Service: add the label %s", discoveryv1.LabelServiceName)
 		return nil
 	}
-	s := &slice{service: model.Name{Namespace: r.object.Namespace, Name: service}}
+	s := &slice{service: service}
 	for i := range obj.Ports {
 		r.slicePort(s, fmt.Sprintf("ports[%d]", i), &obj.Ports[i])
 	}
+	var number uint16
+	if len(s.ports) > 0 {
+		number = s.ports[0].port
+	}
 	s.endpoints = make([]model.Backend, 0, len(obj.Endpoints))
 	for i := range obj.Endpoints {
-		r.endpoint(s, i, &obj.Endpoints[i], obj.AddressType)
+		r.endpoint(s, number, i, &obj.Endpoints[i], obj.AddressType)
 	}
+	s.endpoints = slices.Clip(sorted(s.endpoints))
 	return s
+}
+
+// serviceOf is the Service that an EndpointSlice in force belongs to.
+func serviceOf(o *Object) model.Name {
+	return model.Name{Namespace: o.name.Namespace, Name: o.value.(*slice).service}
 }
 
 // slicePort reads one port. A port without a number means every port, which no
@@ -78,7 +92,7 @@ func (r *reader) slicePort(s *slice, field string, from *discoveryv1.EndpointPor
 
 // endpoint reads one endpoint. Its addresses are interchangeable and the API
 // lets a reader use the first alone.
-func (r *reader) endpoint(s *slice, i int, from *discoveryv1.Endpoint, family discoveryv1.AddressType) {
+func (r *reader) endpoint(s *slice, number uint16, i int, from *discoveryv1.Endpoint, family discoveryv1.AddressType) {
 	field := fmt.Sprintf("endpoints[%d].addresses[0]", i)
 	if len(from.Addresses) == 0 {
 		r.fault(field, "the endpoint has no address: add one")
@@ -92,7 +106,7 @@ func (r *reader) endpoint(s *slice, i int, from *discoveryv1.Endpoint, family di
 		r.fault(field, "%s is not of the slice's addressType, %s: move it to a slice of its own family", addr, family)
 		return
 	}
-	b := model.Backend{Address: netip.AddrPortFrom(addr, 0)}
+	b := model.Backend{Address: netip.AddrPortFrom(addr, number)}
 	b.Ready, b.Serving, b.Terminating = conditions(&from.Conditions)
 	if from.NodeName != nil {
 		b.Node = *from.NodeName
@@ -101,7 +115,7 @@ func (r *reader) endpoint(s *slice, i int, from *discoveryv1.Endpoint, family di
 		b.Zone = *from.Zone
 	}
 	if ref := from.TargetRef; ref != nil && ref.Kind == "Pod" {
-		b.Pod = model.Name{Namespace: cmp.Or(ref.Namespace, r.object.Namespace), Name: ref.Name}
+		b.Pod = model.Name{Namespace: cmp.Or(ref.Namespace, r.object.name.Namespace), Name: ref.Name}
 	}
 	s.endpoints = append(s.endpoints, b)
 }
@@ -139,7 +153,7 @@ func backends(p *model.ServicePort, from []*Object) []model.Backend {
 	for _, o := range from {
 		s := o.value.(*slice)
 		for _, sp := range s.ports {
-			if sp.name != p.Name || sp.protocol != p.Protocol {
+			if !sp.leadsTo(p) {
 				continue
 			}
 			list = slices.Grow(list, len(s.endpoints))
@@ -149,6 +163,16 @@ func backends(p *model.ServicePort, from []*Object) []model.Backend {
 			}
 		}
 	}
+	return sorted(list)
+}
+
+// leadsTo says whether the port of a slice is one of a Service.
+func (sp *slicePort) leadsTo(p *model.ServicePort) bool {
+	return sp.name == p.Name && sp.protocol == p.Protocol
+}
+
+// sorted sorts endpoints and leaves each address once, in its best condition.
+func sorted(list []model.Backend) []model.Backend {
 	slices.SortFunc(list, compareBackends)
 	return slices.CompactFunc(list, func(a, b model.Backend) bool { return a.Address == b.Address })
 }

@@ -41,51 +41,47 @@ func (c *Cluster) Snapshot() *model.Snapshot {
 
 // settle looks again at whatever the changes since the last Snapshot concern.
 func (c *Cluster) settle() {
-	for k := range c.dirtyServices {
-		c.settleService(k)
-	}
-	for k := range c.dirtyPods {
-		c.settlePod(k)
+	for _, o := range c.dirty {
+		if o.dirty = false; c.inForce(o.Key()) != o {
+			continue // replaced or gone meanwhile
+		}
+		switch v := o.value.(type) {
+		case *model.Service:
+			c.settleService(o, v)
+		case *model.Pod:
+			c.settlePod(o, v)
+		}
 	}
 	if c.dirtyNodes {
 		c.settleNodes()
 	}
-	// New maps, because going through an emptied one costs what it once held.
-	c.dirtyServices, c.dirtyPods, c.dirtyNodes = map[Key]struct{}{}, map[Key]struct{}{}, false
+	c.dirty, c.dirtyNodes = nil, false
 }
 
-func (c *Cluster) settleService(k Key) {
-	o := c.inForce(c.serviceIPs, k)
-	if o == nil {
-		c.services.set(Key{Name: k.Name}, nil)
+func (c *Cluster) settleService(o *Object, base *model.Service) {
+	k := Key{Name: o.name}
+	if !c.owns(&c.serviceIPs, o) {
+		c.services.set(k, nil)
 		return
 	}
-	from := slices.Collect(maps.Values(c.slices[k.Name]))
-	c.services.set(Key{Name: k.Name}, join(o.value.(*model.Service), from))
+	from := c.slicesOf(o.name)
+	shown := c.services.set(k, join(base, from))
+	o.value = shown // the same but for the endpoints, and there anyway
+	shareEndpoints(shown, from)
 }
 
-func (c *Cluster) settlePod(k Key) {
-	var pod *model.Pod
-	if o := c.inForce(c.podIPs, k); o != nil {
-		pod = o.value.(*model.Pod)
+func (c *Cluster) settlePod(o *Object, pod *model.Pod) {
+	if !c.owns(&c.podIPs, o) {
+		pod = nil
 	}
-	c.pods.set(Key{Name: k.Name}, pod)
+	c.pods.set(Key{Name: o.name}, pod)
 }
 
-// inForce is the object under k, unless it lost an address to an older one or
-// has nothing to show.
-func (c *Cluster) inForce(all claims, k Key) *Object {
-	e := c.objects[k]
-	if e == nil || e.now.value == nil {
-		c.setProblems(c.clashes, k, nil)
-		return nil
-	}
-	lost := all.lost(e.now)
-	c.setProblems(c.clashes, k, lost)
-	if len(lost) > 0 {
-		return nil
-	}
-	return e.now
+// owns says whether no older object has an address of o, and notes which.
+func (c *Cluster) owns(all *claims, o *Object) bool {
+	lost := all.lost(o)
+	c.setProblems(c.clashes, o.Key(), lost)
+	return len(lost) == 0
 }
 
 // problems are all there are, by file, line and object.

@@ -36,11 +36,11 @@ func (r *reader) workload(obj runtime.Object) *model.Workload {
 
 func (r *reader) made(selector *metav1.LabelSelector, template *corev1.PodTemplateSpec, replicas int) *model.Workload {
 	w := &model.Workload{
-		Name:     r.object.Name,
-		Kind:     r.object.Kind,
+		Name:     r.object.name,
+		Kind:     r.object.kind.String(),
 		Replicas: replicas,
 		Template: r.podLike("spec.template.", &template.ObjectMeta, &template.Spec),
-		Where:    r.object.Where,
+		Where:    r.object.Where(),
 	}
 	if selector == nil {
 		return w

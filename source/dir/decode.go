@@ -17,6 +17,7 @@ import (
 // contents are what a file says.
 type contents struct {
 	objects  []*cluster.Object
+	byKey    map[cluster.Key]*cluster.Object
 	problems []model.Problem
 	ignored  map[string]int
 	// unread counts the parts of the file that could not be read: where there are
@@ -26,9 +27,8 @@ type contents struct {
 
 // decoder reads one file.
 type decoder struct {
-	file string
+	file *cluster.File
 	contents
-	seen  map[cluster.Key]string
 	count int
 	// budget is what values may still be written for the YAML document at hand,
 	// aliased what aliases may still add in all documents, in bytes.
@@ -38,7 +38,8 @@ type decoder struct {
 
 // decode reads all documents in data, which came from file.
 func decode(file string, data []byte) contents {
-	d := &decoder{file: file, seen: map[cluster.Key]string{}, aliased: maxAliasedFile}
+	d := &decoder{file: cluster.NewFile(file), aliased: maxAliasedFile}
+	d.byKey = map[cluster.Key]*cluster.Object{}
 	data = bytes.TrimPrefix(data, []byte("\xef\xbb\xbf"))
 	switch {
 	case len(data) > MaxFile:
@@ -63,10 +64,8 @@ func (d *decoder) fail(line int, object, field, format string, args ...any) {
 }
 
 func (d *decoder) tell(line int, object, field, text string) {
-	d.problems = append(d.problems, model.Problem{Where: d.where(line), Object: object, Field: field, Text: text})
+	d.problems = append(d.problems, model.Problem{Where: d.file.Where(line), Object: object, Field: field, Text: text})
 }
-
-func (d *decoder) where(line int) string { return fmt.Sprintf("%s:%d", d.file, line) }
 
 // head is what every Kubernetes object starts with.
 type head struct {
@@ -141,21 +140,21 @@ func (d *decoder) typed(m *manifest, k kind) {
 		field, text := oddity(odd, m.Kind)
 		d.tell(m.lines.of(field), m.object(), field, text)
 	}
-	o, err := cluster.Read(func(field string) string { return d.where(m.lines.of(field)) }, obj)
+	o, err := cluster.Read(cluster.Place{File: d.file, Line: m.lines.of}, obj)
 	if err != nil {
 		d.fail(m.lines.of(""), m.object(), "", "%v", err)
 		return
 	}
 	if !o.Named() {
-		d.problems = append(d.problems, o.Problems...)
+		d.problems = append(d.problems, o.Problems()...)
 		d.unread++
 		return
 	}
-	if first, twice := d.seen[o.Key]; twice {
-		d.tell(m.lines.of(""), o.Key.String(), "metadata.name", fmt.Sprintf("is at %s already, which stays in force: remove or rename one of them", first))
+	if first := d.byKey[o.Key()]; first != nil {
+		d.tell(m.lines.of(""), o.Key().String(), "metadata.name", fmt.Sprintf("is at %s already, which stays in force: remove or rename one of them", first.Where()))
 		return
 	}
-	d.seen[o.Key] = o.Where
+	d.byKey[o.Key()] = o
 	d.objects = append(d.objects, o)
 }
 

@@ -15,14 +15,16 @@ import (
 type files struct {
 	cluster *cluster.Cluster
 	byPath  map[string]*file
-	claims  map[cluster.Key][]claim
+	// claims are in the order of who is heard. What one file alone says, and says
+	// now, is not here: cluster knows it.
+	claims map[cluster.Key][]claim
 }
 
 // file is one file as it was last read.
 type file struct {
 	sum     [sha256.Size]byte
 	stamp   stamp
-	objects map[cluster.Key]*cluster.Object
+	objects []*cluster.Object
 	// known says that all of the file could be read, now or before: nothing that
 	// it said and cannot say now is missing from objects.
 	known bool
@@ -59,7 +61,7 @@ func (f *files) put(path string, data []byte, at stamp) {
 		old.stamp = at
 		return
 	}
-	f.replace(path, decode(path, data), &file{sum: sum, stamp: at, objects: map[cluster.Key]*cluster.Object{}})
+	f.replace(path, decode(path, data), &file{sum: sum, stamp: at})
 }
 
 // unreadable reports a file that cannot be read. What it said stays in force.
@@ -67,27 +69,26 @@ func (f *files) unreadable(path string, text string) {
 	f.replace(path, contents{
 		problems: []model.Problem{{Where: path, Text: text}},
 		unread:   1,
-	}, &file{objects: map[cluster.Key]*cluster.Object{}})
+	}, &file{})
 }
 
 // replace puts what a file says now in the place of what it said before.
 func (f *files) replace(path string, now contents, next *file) {
-	var before map[cluster.Key]*cluster.Object
-	if old := f.byPath[path]; old != nil {
-		before = old.objects
+	old := f.byPath[path]
+	if old == nil {
+		old = &file{}
 	}
-	next.known = now.unread == 0 || f.byPath[path] != nil && f.byPath[path].known
+	next.known = now.unread == 0 || old.known
+	next.objects = slices.Clone(now.objects)
 	f.byPath[path] = next
-	for _, o := range now.objects {
-		next.objects[o.Key] = o
-		f.claim(o.Key, claim{path: path, object: o})
+	for i, o := range next.objects {
+		next.objects[i] = f.claim(o.Key(), claim{path: path, object: o})
 	}
-	for k, o := range before {
-		switch {
-		case next.objects[k] != nil:
+	for _, o := range old.objects {
+		switch k := o.Key(); {
+		case now.byKey[k] != nil:
 		case now.unread > 0:
-			next.objects[k] = o
-			f.claim(k, claim{path: path, object: o, kept: true})
+			next.objects = append(next.objects, f.claim(k, claim{path: path, object: o, kept: true}))
 		default:
 			f.withdraw(k, path)
 		}
@@ -107,44 +108,60 @@ func (f *files) remove(path string) {
 	}
 }
 
-// claim notes what a file says of an object, instead of what it said before.
-func (f *files) claim(k cluster.Key, c claim) {
-	list := slices.DeleteFunc(f.claims[k], func(o claim) bool { return o.path == c.path })
+// of are the claims to an object.
+func (f *files) of(k cluster.Key) []claim {
+	if list := f.claims[k]; list != nil {
+		return list
+	}
+	if o := f.cluster.Said(k); o != nil {
+		return []claim{{path: o.File().Name(), object: o}}
+	}
+	return nil
+}
+
+// claim notes what a file says of an object, instead of what it said before. It
+// returns what is kept of it: the same as before if that says the same.
+func (f *files) claim(k cluster.Key, c claim) *cluster.Object {
+	list := slices.DeleteFunc(f.of(k), func(o claim) bool { return o.path == c.path })
 	i, _ := slices.BinarySearchFunc(list, c, claim.compare)
-	f.claims[k] = slices.Insert(list, i, c)
-	f.settle(k)
+	list = slices.Insert(list, i, c)
+	f.settle(k, list)
+	return list[i].object
 }
 
 // withdraw notes that a file says nothing of an object any more.
 func (f *files) withdraw(k cluster.Key, path string) {
-	f.claims[k] = slices.DeleteFunc(f.claims[k], func(o claim) bool { return o.path == path })
-	f.settle(k)
+	f.settle(k, slices.DeleteFunc(f.of(k), func(o claim) bool { return o.path == path }))
 }
 
 // settle hears the first file that names an object and reports the others.
-func (f *files) settle(k cluster.Key) {
-	list := f.claims[k]
-	var problems []model.Problem
+func (f *files) settle(k cluster.Key, list []claim) {
 	if len(list) == 0 {
-		delete(f.claims, k)
 		f.cluster.Delete(k)
 	} else {
-		f.cluster.Put(list[0].object)
-		problems = twice(list)
+		list[0].object = f.cluster.Put(list[0].object)
 	}
-	f.cluster.Remark("twice: "+k.String(), cluster.Remark{Problems: problems})
+	_, several := f.claims[k]
+	if len(list) > 1 || len(list) == 1 && list[0].kept {
+		several, f.claims[k] = true, list
+	} else {
+		delete(f.claims, k)
+	}
+	if several {
+		f.cluster.Remark("twice: "+k.String(), cluster.Remark{Problems: twice(list)})
+	}
 }
 
 // twice reports all but the first of the files that name one object.
 func twice(list []claim) []model.Problem {
 	var problems []model.Problem
-	for _, c := range list[1:] {
-		if c.kept {
-			continue // most likely moved to the other file
+	for i, c := range list {
+		if i == 0 || c.kept {
+			continue // a kept one most likely moved to the other file
 		}
 		problems = append(problems, model.Problem{
-			Where: c.object.Where, Object: c.object.Key.String(), Field: "metadata.name",
-			Text: fmt.Sprintf("is at %s already, which stays in force: remove or rename one of them", list[0].object.Where),
+			Where: c.object.Where(), Object: c.object.Key().String(), Field: "metadata.name",
+			Text: fmt.Sprintf("is at %s already, which stays in force: remove or rename one of them", list[0].object.Where()),
 		})
 	}
 	return problems
