@@ -41,8 +41,8 @@
 //
 // A Snapshot costs what changed since the last one, plus a copy of one pointer
 // for each object of a kind that changed. BenchmarkSnapshotOneChange, one changed
-// EndpointSlice of four endpoints, on two busy cores of an AMD EPYC: 0.05 to 0.08
-// ms at 10,000 Services, 0.6 to 0.7 ms at 100,000, of which nearly all is that
+// EndpointSlice of four endpoints, on two busy cores of an AMD EPYC: 0.05 to 0.09
+// ms at 10,000 Services, 0.6 to 0.8 ms at 100,000, of which nearly all is that
 // copy and its collection as garbage. Objects that did not change keep their
 // pointers.
 //

@@ -60,6 +60,9 @@ func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
 		r.endpoint(s, number, i, &obj.Endpoints[i], obj.AddressType)
 	}
 	s.endpoints = slices.Clip(sorted(s.endpoints))
+	if len(s.endpoints) == 0 {
+		s.endpoints = nil
+	}
 	return s
 }
 
@@ -147,13 +150,18 @@ func join(base *model.Service, from []*Object) *model.Service {
 
 // backends are the endpoints of one Service port: those of every slice that has
 // a port of the same name and protocol. One that is in several slices, as while
-// the controller moves it, is taken in its best condition.
+// the controller moves it, is taken in its best condition. Those of a single
+// slice are not copied.
 func backends(p *model.ServicePort, from []*Object) []model.Backend {
 	var list []model.Backend
 	for _, o := range from {
 		s := o.value.(*slice)
-		for _, sp := range s.ports {
+		for i, sp := range s.ports {
 			if !sp.leadsTo(p) {
+				continue
+			}
+			if list == nil && i == 0 {
+				list = slices.Clip(s.endpoints) // what is added makes a copy
 				continue
 			}
 			list = slices.Grow(list, len(s.endpoints))
@@ -171,8 +179,16 @@ func (sp *slicePort) leadsTo(p *model.ServicePort) bool {
 	return sp.name == p.Name && sp.protocol == p.Protocol
 }
 
-// sorted sorts endpoints and leaves each address once, in its best condition.
+// sorted sorts endpoints and leaves each address once, in its best condition. It
+// does not write to a list that is so already, which others may be reading.
 func sorted(list []model.Backend) []model.Backend {
+	done := true
+	for i := 1; i < len(list) && done; i++ {
+		done = list[i-1].Address.Compare(list[i].Address) < 0
+	}
+	if done {
+		return list
+	}
 	slices.SortFunc(list, compareBackends)
 	return slices.CompactFunc(list, func(a, b model.Backend) bool { return a.Address == b.Address })
 }

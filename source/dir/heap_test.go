@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/millrace/millrace/model"
@@ -20,13 +22,14 @@ const (
 )
 
 // TestLiveHeap reads Services with an EndpointSlice each and asks what stays in
-// memory: the Snapshot and all that the source keeps in order to make the next.
+// memory: the Snapshot and all that the source keeps in order to make the next. It
+// asks again when all objects were replaced.
 func TestLiveHeap(t *testing.T) {
 	if os.Getenv("MILLRACE_LONG") == "" {
 		t.Skip("set MILLRACE_LONG=1 to run it")
 	}
 	t.Chdir(t.TempDir())
-	writeCluster(t)
+	writeCluster(t, "")
 	before := live()
 	s, err := Open(".")
 	if err != nil {
@@ -36,20 +39,35 @@ func TestLiveHeap(t *testing.T) {
 	delivered, over := make(chan *model.Snapshot, 1), make(chan error, 1)
 	go func() { over <- s.Run(ctx, func(s *model.Snapshot) { delivered <- s }) }()
 	snapshot := <-delivered
-	used := live() - before
-	if n := len(snapshot.Services); n != liveServices || len(snapshot.Problems) > 0 {
-		t.Errorf("%d Services and these problems: %v", n, snapshot.Problems)
+	checkLive(t, "at first", snapshot, before)
+	writeCluster(t, "\n")
+	for !allFrom(snapshot, 2) {
+		snapshot = <-delivered
 	}
-	t.Logf("%.1f MB are live for %d Services of %d endpoints", float64(used)/1e6, liveServices, liveEndpoints)
-	if used > mostLive {
-		t.Errorf("%.1f MB are live, which is more than %.1f", float64(used)/1e6, float64(mostLive)/1e6)
-	}
-	runtime.KeepAlive(snapshot)
+	checkLive(t, "with each object a line further down", snapshot, before)
 	cancel()
 	if err := <-over; err != nil {
 		t.Error(err)
 	}
 	runtime.KeepAlive(s)
+}
+
+func checkLive(t *testing.T, when string, s *model.Snapshot, before int64) {
+	t.Helper()
+	used := live() - before
+	if n := len(s.Services); n != liveServices || len(s.Problems) > 0 {
+		t.Errorf("%s there are %d Services and these problems: %v", when, n, s.Problems)
+	}
+	t.Logf("%s %.1f MB are live for %d Services of %d endpoints", when, float64(used)/1e6, liveServices, liveEndpoints)
+	if used > mostLive {
+		t.Errorf("%s %.1f MB are live, which is more than %.1f", when, float64(used)/1e6, float64(mostLive)/1e6)
+	}
+	runtime.KeepAlive(s)
+}
+
+// allFrom says whether all Services come from one line of their files.
+func allFrom(s *model.Snapshot, line int) bool {
+	return !slices.ContainsFunc(s.Services, func(s *model.Service) bool { return !strings.HasSuffix(s.Where, fmt.Sprint(":", line)) })
 }
 
 // live is the size of everything that can still be reached, in bytes.
@@ -61,8 +79,9 @@ func live() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// writeCluster writes Lists of a thousand Services with their EndpointSlices.
-func writeCluster(t *testing.T) {
+// writeCluster writes Lists of a thousand Services with their EndpointSlices, each
+// after a text.
+func writeCluster(t *testing.T, before string) {
 	t.Helper()
 	for first := 0; first < liveServices; first += 1000 {
 		var items []any
@@ -73,9 +92,7 @@ func writeCluster(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(fmt.Sprintf("part%03d.json", first/1000), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		write(t, fmt.Sprintf("part%03d.json", first/1000), before+string(data))
 	}
 }
 

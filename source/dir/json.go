@@ -12,8 +12,16 @@ import (
 	kjson "sigs.k8s.io/json"
 )
 
-// json reads a stream of JSON documents that starts at a line of the file.
+// json reads a stream of JSON documents that starts at a line of the file. A
+// single one, as most files are, is read where it is; the Decoder would hold it
+// three times.
 func (d *decoder) json(data []byte, line int) {
+	if json.Valid(data) {
+		document := bytes.TrimLeft(data, space)
+		line += bytes.Count(data[:len(data)-len(document)], newline)
+		d.jsonDocument(bytes.TrimRight(document, space), line)
+		return
+	}
 	in := json.NewDecoder(bytes.NewReader(data))
 	for at := 0; ; {
 		var raw json.RawMessage
@@ -34,6 +42,9 @@ func (d *decoder) json(data []byte, line int) {
 }
 
 var newline = []byte("\n")
+
+// space is what JSON takes for white space (RFC 8259, section 2).
+const space = " \t\r\n"
 
 // badJSON reports JSON that is none. Where one document ends and the next begins
 // is lost with it, so that the rest of the file cannot be read.
@@ -113,8 +124,8 @@ func (d *decoder) jsonItems(list []byte, line int, item head) {
 			d.fail(line, item.Kind+"List", "items", "items is no list: write a list of objects")
 			return
 		}
+		var raw json.RawMessage // the same memory for all: nothing of it is kept
 		for at := 0; in.More(); {
-			var raw json.RawMessage
 			in.Decode(&raw)
 			start := int(in.InputOffset()) - len(raw)
 			line += bytes.Count(list[at:start], newline)
