@@ -281,5 +281,8 @@ func TestKilledAgentLosesNoConnection(t *testing.T) {
 	if err := <-result; err != nil {
 		t.Fatalf("after %d connections: %v", tries, err)
 	}
+	if tries < 100 {
+		t.Errorf("only %d connections during 20 kills", tries)
+	}
 	t.Logf("20 kills during %d connections, none failed", tries)
 }

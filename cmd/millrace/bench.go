@@ -67,11 +67,11 @@ the report says so.`,
 // attachService puts the service layer on the benchmark's client. Nothing is
 // pinned: it ends with the benchmark, however that ends.
 func attachService(spec bench.AttachSpec) (bench.Attached, error) {
+	begun := time.Now() // as for the peers: from nothing to all Services
 	l := service.New(service.Settings{Cgroup: spec.Cgroup})
 	if err := l.Open(); err != nil {
 		return bench.Attached{}, err
 	}
-	begun := time.Now()
 	have, err := l.Read()
 	if err == nil {
 		want := l.Plan(&model.Snapshot{Complete: true, Services: spec.Services})

@@ -102,19 +102,19 @@ func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s 
 	if d.Matrix, err = callEverything(ctx, client, p); err != nil {
 		return err
 	}
-	d.show(s, d.Matrix.print, d.Matrix.Failed)
+	d.show(s, d.Matrix.print, d.Matrix.Failed == 0 && d.Matrix.Calls > 0)
 	if d.Replacement, err = replaceUnderLoad(ctx, client, p, seconds); err != nil {
 		return err
 	}
-	d.show(s, d.Replacement.print, d.Replacement.Failed)
+	d.show(s, d.Replacement.print, d.Replacement.ok())
 	if d.Agents, err = agentFigures(ctx, client); err != nil {
 		return err
 	}
-	d.show(s, func() { printAgents(d.Agents) }, 0)
+	d.show(s, func() { printAgents(d.Agents) }, true)
 	if d.AgentKills, err = killAgents(ctx, client, p, kills); err != nil {
 		return err
 	}
-	d.show(s, d.AgentKills.print, d.AgentKills.Failed)
+	d.show(s, d.AgentKills.print, d.AgentKills.ok())
 	return nil
 }
 
@@ -138,10 +138,8 @@ func (d *demonstration) tell(s *settings, format string, args ...any) {
 	}
 }
 
-func (d *demonstration) show(s *settings, print func(), failed int) {
-	if failed > 0 {
-		d.OK = false
-	}
+func (d *demonstration) show(s *settings, print func(), ok bool) {
+	d.OK = d.OK && ok
 	if !s.json() {
 		fmt.Println()
 		print()

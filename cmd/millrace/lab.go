@@ -44,6 +44,9 @@ type labWish struct {
 	nodes           int
 }
 
+// mostNodes is what the lab's address range for nodes holds.
+const mostNodes = 200
+
 func (w *labWish) flags(c *cobra.Command) {
 	c.Flags().StringVarP(&w.manifests, "filename", "f", "", "file or folder of manifests (required)")
 	c.Flags().IntVar(&w.nodes, "nodes", 3, "how many nodes, where the manifests hold no Node")
@@ -54,6 +57,9 @@ func (w *labWish) flags(c *cobra.Command) {
 func (w *labWish) up(ctx context.Context, p *progress) error {
 	if w.manifests == "" {
 		return usage("-f is missing: say which manifests")
+	}
+	if w.nodes < 1 || w.nodes > mostNodes {
+		return usage("--nodes %d: use 1 to %d", w.nodes, mostNodes)
 	}
 	path, err := filepath.Abs(w.manifests)
 	if err != nil {

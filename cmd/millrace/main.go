@@ -122,6 +122,10 @@ func statusOf(err error) int {
 		return failed.status
 	case errors.As(err, &privilege), errors.Is(err, lab.ErrPrivilege), errors.Is(err, fs.ErrPermission):
 		return exitPrivilege
+	case errors.Is(err, lab.ErrName):
+		return exitUsage
+	case errors.Is(err, lab.ErrRange):
+		return exitData
 	case errors.As(err, &feature), errors.Is(err, cgroup.ErrNoCgroup2):
 		return exitUnavailable
 	case errors.As(err, &done):

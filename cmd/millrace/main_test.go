@@ -108,7 +108,8 @@ func TestExitStatuses(t *testing.T) {
 		{[]string{"show"}, exitUsage, "services or backends"},
 		{[]string{"lab", "status", "--name", "absent"}, exitFailed, `no lab "absent" is up`},
 		{[]string{"lab", "up"}, exitUsage, "-f is missing"},
-		{[]string{"lab", "up", "-f", broken, "--name", "Bad_Name"}, exitFailed, "bad lab name"},
+		{[]string{"lab", "up", "-f", broken, "--name", "Bad_Name"}, exitUsage, "bad lab name"},
+		{[]string{"lab", "up", "-f", broken, "--nodes", "500"}, exitUsage, "--nodes 500: use 1 to 200"},
 		{[]string{"lab", "exec", "pod"}, exitUsage, "say POD -- COMMAND"},
 	} {
 		stdout, stderr, status := millrace(t, row.args...)

@@ -63,7 +63,7 @@ func callEverything(ctx context.Context, client *lab.Client, p *progress) (*matr
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(4)
 	called := 0
-	for _, pod := range status.Pods {
+	for _, pod := range readyPods(status) {
 		group.Go(func() error {
 			if err := m.callFrom(ctx, client, pod); err != nil {
 				return err
@@ -78,6 +78,10 @@ func callEverything(ctx context.Context, client *lab.Client, p *progress) (*matr
 	err = group.Wait()
 	p.done()
 	return m, err
+}
+
+func readyPods(status *lab.Status) []lab.PodStatus {
+	return slices.DeleteFunc(slices.Clone(status.Pods), func(p lab.PodStatus) bool { return !p.Ready })
 }
 
 func (m *matrix) addRows(service lab.ServiceStatus, port lab.PortStatus) {

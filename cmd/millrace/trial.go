@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,17 +23,25 @@ import (
 // trial is a load on all Services while something happens to the cluster.
 type trial struct {
 	What string `json:"what"`
-	// Events is how often it happened, over Seconds.
-	Events     int            `json:"events"`
-	Seconds    float64        `json:"seconds"`
-	Operations int            `json:"operations"`
-	Failed     int            `json:"failed"`
-	Failures   map[string]int `json:"failures,omitempty"`
-	Examples   []string       `json:"examples,omitempty"`
-	// P50 and P99 are the means of the clients' own, in microseconds.
+	// Events is how often it happened, in EventSeconds; the load lasted Seconds.
+	Events       int            `json:"events"`
+	EventSeconds float64        `json:"event_seconds"`
+	Seconds      float64        `json:"seconds"`
+	Operations   int            `json:"operations"`
+	Failed       int            `json:"failed"`
+	Failures     map[string]int `json:"failures,omitempty"`
+	Examples     []string       `json:"examples,omitempty"`
+	// P50 and P99 are the means of the clients' own, Max is the longest operation
+	// of all, in microseconds.
 	P50 int64 `json:"p50_us"`
 	P99 int64 `json:"p99_us"`
+	Max int64 `json:"max_us"`
+
+	loads int64
 }
+
+// ok: something happened, operations were tried meanwhile, and none failed.
+func (t *trial) ok() bool { return t.Events > 0 && t.Operations > 0 && t.Failed == 0 }
 
 const (
 	// loadRate is connections a second over all clients together, half as many
@@ -41,12 +50,16 @@ const (
 	loadClients = 4
 	// replaceRate is pods replaced a second.
 	replaceRate = 10
+	// replacePatience is how long one replacement may take.
+	replacePatience = 60 * time.Second
+	// loadSlice is how long a client calls before it looks whether it is over.
+	loadSlice = 2 * time.Second
 )
 
 // replaceUnderLoad replaces pods behind Services, ten a second, under a steady
 // load of new connections and datagrams.
 func replaceUnderLoad(ctx context.Context, client *lab.Client, p *progress, seconds int) (*trial, error) {
-	what := fmt.Sprintf("pods replaced, %d a second, each draining for 3 s", replaceRate)
+	what := "pods replaced, each draining for 3 s"
 	return underLoad(ctx, client, seconds, what, func(ctx context.Context, until time.Time, clients map[string]bool) (int, error) {
 		group, ctx := errgroup.WithContext(ctx)
 		group.SetLimit(2 * replaceRate)
@@ -66,8 +79,12 @@ func replaceUnderLoad(ctx context.Context, client *lab.Client, p *progress, seco
 			replaced++
 			p.say(fmt.Sprintf("replacing endpoints under load: %d replaced", replaced))
 			group.Go(func() error {
-				_, err := client.Replace(ctx, victim)
-				return err
+				ctx, cancel := context.WithTimeout(ctx, replacePatience)
+				defer cancel()
+				if _, err := client.Replace(ctx, victim); err != nil {
+					return fmt.Errorf("replace pod %s: %w", victim, err)
+				}
+				return nil
 			})
 		}
 		p.done()
@@ -91,8 +108,15 @@ func (l *leaving) choose(ctx context.Context, client *lab.Client) (string, error
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var free []string
-	for _, pod := range status.Pods {
-		if pod.Ready && pod.Workload != "" && !l.names[pod.String()] {
+	ready := map[string]int{}
+	for _, pod := range readyPods(status) {
+		ready[pod.Workload]++
+	}
+	for _, pod := range readyPods(status) {
+		// A StatefulSet's only pod goes before its successor comes: its Service
+		// is empty meanwhile, as in Kubernetes.
+		alone := ready[pod.Workload] == 1 && !strings.HasPrefix(pod.Workload, "Deployment ") && !strings.HasPrefix(pod.Workload, "ReplicaSet ")
+		if pod.Workload != "" && !alone && !l.names[pod.String()] {
 			free = append(free, pod.String())
 		}
 	}
@@ -132,37 +156,54 @@ func killAgents(ctx context.Context, client *lab.Client, p *progress, kills int)
 	})
 }
 
-// underLoad runs do while pods call all Services, and adds up what they met.
+// underLoad runs do while pods call all Services, for at least so many seconds
+// and until do has ended, and adds up what they met.
 func underLoad(ctx context.Context, client *lab.Client, seconds int, what string,
 	do func(ctx context.Context, until time.Time, clients map[string]bool) (int, error)) (*trial, error) {
 	status, err := client.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
-	loads, clients := loadsOf(status, seconds)
+	loads, clients := loadsOf(status)
 	t := &trial{What: what, Failures: map[string]int{}}
 	begun := time.Now()
+	until := begun.Add(time.Duration(seconds) * time.Second)
+	ended := make(chan struct{})
 	group, ctx := errgroup.WithContext(ctx)
 	var mu sync.Mutex
 	for _, l := range loads {
 		group.Go(func() error {
-			result, err := client.Load(ctx, l.pod, l.request)
-			if err != nil {
-				return err
+			for !over(ended, until) {
+				result, err := client.Load(ctx, l.pod, l.request)
+				if err != nil {
+					return err
+				}
+				mu.Lock()
+				t.add(l.pod, result)
+				mu.Unlock()
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			t.add(l.pod, result, len(loads))
 			return nil
 		})
 	}
 	group.Go(func() (err error) {
-		t.Events, err = do(ctx, begun.Add(time.Duration(seconds)*time.Second), clients)
+		defer close(ended)
+		t.Events, err = do(ctx, until, clients)
+		t.EventSeconds = time.Since(begun).Seconds()
 		return err
 	})
 	err = group.Wait()
 	t.Seconds = time.Since(begun).Seconds()
+	t.P50, t.P99 = t.P50/max(1, t.loads), t.P99/max(1, t.loads)
 	return t, err
+}
+
+func over(ended <-chan struct{}, until time.Time) bool {
+	select {
+	case <-ended:
+		return time.Now().After(until)
+	default:
+		return false
+	}
 }
 
 type podLoad struct {
@@ -172,31 +213,29 @@ type podLoad struct {
 
 // loadsOf spreads the load over a few pods, each with connections to every TCP
 // port of every Service with endpoints, and datagrams to every UDP port.
-func loadsOf(status *lab.Status, seconds int) (loads []podLoad, clients map[string]bool) {
+func loadsOf(status *lab.Status) (loads []podLoad, clients map[string]bool) {
 	targets := map[model.Protocol][]string{}
 	for _, service := range status.Services {
 		for _, port := range service.Ports {
 			for _, address := range service.ClusterIPs {
-				if !service.Headless && len(port.Endpoints) > 0 {
+				if !service.Headless && served(port, address) {
 					targets[port.Protocol] = append(targets[port.Protocol], netip.AddrPortFrom(address, port.Port).String())
 				}
 			}
 		}
 	}
 	clients = map[string]bool{}
-	var ready []string
-	for _, pod := range status.Pods {
-		if pod.Ready {
-			ready = append(ready, pod.String())
-		}
-	}
-	step := max(1, len(ready)/loadClients)
+	ready := readyPods(status)
+	// at least half of the pods stay free to be replaced
+	step := max(2, len(ready)/loadClients)
 	for i := 0; i < len(ready) && len(clients) < loadClients; i += step {
-		pod := ready[i]
+		pod := ready[i].String()
 		clients[pod] = true
-		request := lab.LoadRequest{Rate: loadRate / loadClients, Duration: 1000 * seconds}
-		request.Proto, request.Targets = lab.ProtoTCP, targets[model.TCP]
-		loads = append(loads, podLoad{pod, request})
+		request := lab.LoadRequest{Rate: loadRate / loadClients, Duration: int(loadSlice.Milliseconds())}
+		if len(targets[model.TCP]) > 0 {
+			request.Proto, request.Targets = lab.ProtoTCP, targets[model.TCP]
+			loads = append(loads, podLoad{pod, request})
+		}
 		if len(targets[model.UDP]) > 0 {
 			request.Proto, request.Targets, request.Rate = lab.ProtoSend, targets[model.UDP], request.Rate/2
 			loads = append(loads, podLoad{pod, request})
@@ -205,11 +244,20 @@ func loadsOf(status *lab.Status, seconds int) (loads []podLoad, clients map[stri
 	return loads, clients
 }
 
-func (t *trial) add(pod string, r *lab.LoadResult, of int) {
+// served says whether an address has an endpoint of its family that is ready.
+func served(port lab.PortStatus, address netip.Addr) bool {
+	return slices.ContainsFunc(port.Endpoints, func(e lab.EndpointStatus) bool {
+		return e.Ready && e.Address.Addr().Is4() == address.Is4()
+	})
+}
+
+func (t *trial) add(pod string, r *lab.LoadResult) {
 	t.Operations += r.Operations
 	t.Failed += r.Failed
-	t.P50 += r.P50 / int64(of)
-	t.P99 += r.P99 / int64(of)
+	t.loads++
+	t.P50 += r.P50
+	t.P99 += r.P99
+	t.Max = max(t.Max, r.Max)
 	for kind, n := range r.Failures {
 		t.Failures[kind] += n
 	}
@@ -221,9 +269,12 @@ func (t *trial) add(pod string, r *lab.LoadResult, of int) {
 }
 
 func (t *trial) print() {
-	fmt.Printf("%d %s\n", t.Events, t.What)
-	fmt.Printf("  %d connections and datagrams to every Service in %.0f s: %s  (p50 %d us, p99 %d us)\n", t.Operations,
-		t.Seconds, failures(t.Failed), t.P50, t.P99)
+	fmt.Printf("%d %s; %.1f a second\n", t.Events, t.What, float64(t.Events)/t.EventSeconds)
+	if t.Events == 0 || t.Operations == 0 {
+		fmt.Println(red("  nothing to do it to: it takes pods of workloads, and Services with endpoints"))
+	}
+	fmt.Printf("  %d connections and datagrams to every Service in %.0f s: %s  (p50 %d us, p99 %d us, longest %.1f ms)\n", t.Operations,
+		t.Seconds, failures(t.Failed), t.P50, t.P99, float64(t.Max)/1000)
 	for _, kind := range slices.Sorted(maps.Keys(t.Failures)) {
 		fmt.Printf("  %d %s\n", t.Failures[kind], kind)
 	}
