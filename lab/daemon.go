@@ -91,6 +91,9 @@ func (e *startError) Unwrap() error { return e.kind }
 // once the lab is up it has cut every tie with it. What it prints goes to
 // log/lab.log in the lab's folder.
 func Daemon(ctx context.Context, cfg Config) error {
+	// What this process starts must not hold the descriptor, too: Start tells
+	// from its closing that this process died.
+	unix.CloseOnExec(reportFile)
 	signal.Ignore(unix.SIGHUP)
 	r := &reporter{to: os.NewFile(reportFile, "reports")}
 	cfg.Progress = func(line string) { r.send(startReport{Progress: line}) }

@@ -307,6 +307,47 @@ func start(t *testing.T, name string) {
 	}
 }
 
+// TestStartHearsOfAKilledDaemon kills the daemon while its agents, which never
+// become ready, outlive it.
+func TestStartHearsOfAKilledDaemon(t *testing.T) {
+	needRoot(t)
+	name := unique("unheard")
+	before := picture(t)
+	t.Cleanup(func() {
+		if err := Down(name, nil); err != nil {
+			t.Error(err)
+		}
+		before.compare(t)
+	})
+	started := make(chan error, 1)
+	argv := []string{os.Args[0], "lab-daemon", name, "", "1", "sleep", "3600"}
+	ctx := patience(t)
+	go func() { started <- Start(ctx, argv, nil) }()
+	var c *Client
+	waitUntil(t, "the lab can be asked", func() bool {
+		var err error
+		c, err = Dial(name)
+		return err == nil
+	})
+	s, err := c.Await(ctx, func(s *Status) bool {
+		return len(s.Nodes) == 2 && s.Nodes[0].Agent.Pid > 0 && s.Nodes[1].Agent.Pid > 0
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(s.Pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-started:
+		if err == nil || !strings.Contains(err.Error(), "ended without saying why") {
+			t.Errorf("the daemon was killed, and Start says: %v", err)
+		}
+	case <-ctx.Done():
+		t.Error("the daemon was killed, and Start waits on")
+	}
+}
+
 func TestKilledDaemonIsCleanedUp(t *testing.T) {
 	before := picture(t)
 	start(t, "killed")

@@ -53,14 +53,17 @@ func standInAgent(runFolder string) int {
 	return 1
 }
 
-// daemonMain is a lab in a process of its own: name, folder and the number of
-// pods of its one Deployment.
+// daemonMain is a lab in a process of its own: name, folder, the number of
+// pods of its one Deployment and, unless it is the stand-in, the agent's argv.
 func daemonMain(args []string) int {
 	pods, err := strconv.Atoi(args[2])
 	if err != nil {
 		return 2
 	}
 	cfg := testConfig(args[0], args[1], watchOnce(shop(pods)))
+	if len(args) > 3 {
+		cfg.AgentCommand = func(NodeInfo) []string { return args[3:] }
+	}
 	if err := Daemon(context.Background(), cfg); err != nil {
 		return 1
 	}
