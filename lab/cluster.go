@@ -103,6 +103,9 @@ func (c *cluster) published(ctx context.Context, version uint64) error {
 	return c.wait(ctx, func() bool { return c.shown >= version })
 }
 
+// publishing is what a problem of the store happens to.
+const publishing = "published cluster"
+
 // happen notes a problem of a thing, or with an empty text that it is over.
 func (c *cluster) happen(object, text string) {
 	c.change(func() { c.happenLocked(object, text) })
@@ -273,9 +276,9 @@ func (c *cluster) publish(ctx context.Context, store Store) {
 		c.services = sortedServices(v.services)
 		if err == nil {
 			c.shown = v.version
-			c.happenLocked("published cluster", "")
+			c.happenLocked(publishing, "")
 		} else {
-			c.happenLocked("published cluster", err.Error())
+			c.happenLocked(publishing, err.Error())
 		}
 		c.wake()
 		c.mu.Unlock()

@@ -64,6 +64,8 @@ type Config struct {
 	// Up is called once, when every pod that can be is ready and published and
 	// every agent is ready; nil is allowed.
 	Up func()
+
+	patience time.Duration // usualPatience, but for tests
 }
 
 // NodeInfo is what a node's agent is told: all paths are absolute.
@@ -114,6 +116,9 @@ func (c *Config) check() error {
 	}
 	if c.Drain == 0 {
 		c.Drain = 3 * time.Second
+	}
+	if c.patience == 0 {
+		c.patience = usualPatience
 	}
 	if c.Progress == nil {
 		c.Progress = func(string) {}

@@ -604,6 +604,11 @@ func TestLabKilledHalfWay(t *testing.T) {
 	}
 }
 
+// podless is a store that takes everything but pods.
+type podless struct{ *memory }
+
+func (*podless) PutPod(*model.Pod) error { return fmt.Errorf("write pod: %w", unix.ENAMETOOLONG) }
+
 func TestWhatCannotComeUpLeavesNothing(t *testing.T) {
 	needRoot(t)
 	before := picture(t)
@@ -622,6 +627,11 @@ func TestWhatCannotComeUpLeavesNothing(t *testing.T) {
 		{"the store cannot be opened", func(c *Config) {
 			c.Store = func(string) (Store, error) { return nil, errors.New("read-only file system") }
 		}, "read-only file system"},
+		{"the store takes no pod", func(c *Config) {
+			c.Store = func(string) (Store, error) { return &podless{newMemory()}, nil }
+			c.patience = 10 * time.Millisecond
+			c.AgentCommand = nil
+		}, "publish the cluster: write pod: file name too long"},
 		{"a long folder", func(c *Config) { c.Folder = "/run/" + strings.Repeat("x", 60) }, "at most 60 bytes"},
 		{"a bad name", func(c *Config) { c.Name = "../x" }, `bad lab name "../x"`},
 	} {

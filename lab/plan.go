@@ -282,8 +282,8 @@ func (p *planner) create(m member, node string) bool {
 		}
 		return false // or it waits for the one of the same name to go
 	}
-	if len(pod.Namespace)+len(pod.Name.Name)+1 > 255 {
-		p.problem(m, "metadata.name", "namespace and name together are longer than 254 bytes, which no file name can hold")
+	if len(pod.Namespace)+len(pod.Name.Name) > maxNames {
+		p.problem(m, "metadata.name", fmt.Sprintf("namespace and name together are longer than %d bytes, which no file name can hold", maxNames))
 		return false
 	}
 	if p.nodes[node] == nil && node != "" {
@@ -363,16 +363,26 @@ func (p *planner) problem(m member, field, text string) {
 // words arise, and no digits that look like letters.
 const nameLetters = "bcdfghjklmnpqrstvwxz2456789"
 
+const (
+	// maxBase is how much of a workload's name and its dash a pod's name keeps:
+	// with the five letters it is a DNS label, 63 bytes, as in Kubernetes.
+	maxBase = 58
+	// maxNames is how long a pod's namespace and name may be together, in bytes:
+	// a file name holds 255, and says what kind of thing it is about.
+	maxNames = 240
+)
+
 // freshName is the workload's name and five letters, never the same twice.
 func (p *planner) freshName(owner, namespace string) string {
-	base := owner[strings.LastIndexByte(owner, '/')+1:]
+	base := owner[strings.LastIndexByte(owner, '/')+1:] + "-"
+	base = base[:min(len(base), maxBase)]
 	for i := 0; ; i++ {
 		sum := sha256.Sum256(fmt.Appendf(nil, "%s#%d", owner, i))
 		suffix := sum[:5]
 		for j, b := range suffix {
 			suffix[j] = nameLetters[int(b)%len(nameLetters)]
 		}
-		name := model.Name{Namespace: namespace, Name: base + "-" + string(suffix)}
+		name := model.Name{Namespace: namespace, Name: base + string(suffix)}
 		if _, taken := p.taken[name]; !taken && !p.Used[name] {
 			return name.Name
 		}

@@ -130,6 +130,23 @@ func TestNamesAreLikeKubernetes(t *testing.T) {
 	}
 }
 
+func TestLongNamesAreCutLikeKubernetes(t *testing.T) {
+	perNode := deployment(strings.Repeat("d", 236), 0)
+	perNode.Kind, perNode.PerNode = "DaemonSet", true
+	s := &model.Snapshot{Workloads: []*model.Workload{
+		deployment(strings.Repeat("w", 236), 2), deployment(strings.Repeat("w", 58), 2), perNode,
+	}}
+	b := newBox(t, 2, s).settle(t)
+	if len(b.Used) != 6 {
+		t.Errorf("%d names for 6 pods: %v", len(b.Used), b.names())
+	}
+	for name := range b.Used {
+		if len(name.Name) != 63 {
+			t.Errorf("%s has %d bytes, want 63", name.Name, len(name.Name))
+		}
+	}
+}
+
 func TestSamePlanWhateverTheOrder(t *testing.T) {
 	s := &model.Snapshot{Workloads: []*model.Workload{deployment("a", 3), deployment("b", 2)}}
 	first := newBox(t, 3, s).settle(t)

@@ -17,8 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// agentPatience is how long the agents may take to become ready at first.
-const agentPatience = time.Minute
+// usualPatience is how long the lab waits for what does not come: for agents
+// to become ready at first, for a store that refuses, for a workload's pods.
+const usualPatience = time.Minute
 
 // errDown is why a lab ends that somebody asked to end.
 var errDown = errors.New("lab down")
@@ -247,6 +248,9 @@ func (c *cluster) comeUp(ctx context.Context) error {
 	reporting, done := context.WithCancel(ctx)
 	defer done()
 	go c.report(reporting)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go c.watchStore(ctx, cancel)
 	if err := c.wait(ctx, c.settled); err != nil {
 		return err
 	}
@@ -257,6 +261,25 @@ func (c *cluster) comeUp(ctx context.Context) error {
 	c.change(func() { c.up = true })
 	c.cfg.Up()
 	return nil
+}
+
+// watchStore gives up, through cancel, on a store that has refused for too
+// long to take what is to be published.
+func (c *cluster) watchStore(ctx context.Context, cancel context.CancelCauseFunc) {
+	var refusal model.Problem
+	refuses := func() (yes bool) {
+		refusal, yes = c.happened[publishing]
+		return yes
+	}
+	for c.wait(ctx, refuses) == nil {
+		limited, stop := context.WithTimeout(ctx, c.cfg.patience)
+		err := c.wait(limited, func() bool { return !refuses() })
+		stop()
+		if err != nil {
+			cancel(fmt.Errorf("bring up lab %s: publish the cluster: %s: tried for %s", c.cfg.Name, refusal.Text, c.cfg.patience))
+			return
+		}
+	}
 }
 
 // settled reports whether the pods are as far as they get. The lock is held.
@@ -276,14 +299,14 @@ func (c *cluster) awaitAgents(ctx context.Context) error {
 	if c.cfg.AgentCommand == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, agentPatience, errors.New("timeout"))
+	ctx, cancel := context.WithTimeoutCause(ctx, c.cfg.patience, errors.New("timeout"))
 	defer cancel()
 	waiting := ""
 	err := c.wait(ctx, func() bool {
 		waiting = ""
 		for _, a := range c.agents {
 			if !a.ready {
-				waiting = fmt.Sprintf("the agent of node %s is not ready after %s: its log is %s", a.node.Name, agentPatience, c.agentLog(a))
+				waiting = fmt.Sprintf("the agent of node %s is not ready after %s: its log is %s", a.node.Name, c.cfg.patience, c.agentLog(a))
 				return false
 			}
 		}
@@ -333,6 +356,9 @@ func (c *cluster) report(ctx context.Context) {
 		line := fmt.Sprintf("%d of %d pods ready", ready, len(c.pods))
 		if c.cfg.AgentCommand != nil {
 			line += fmt.Sprintf(", %d of %d agents", agents, len(c.agents))
+		}
+		if refusal, ok := c.happened[publishing]; ok {
+			line += ", cannot publish the cluster: " + refusal.Text
 		}
 		c.mu.Unlock()
 		c.cfg.Progress(line)
