@@ -80,7 +80,7 @@ const batch = 4096
 // All implements Table. Reading in batches needs Linux 5.6; where it fails
 // entries are read one by one.
 func (m *Map[K, V]) All() (map[K]V, error) {
-	all := make(map[K]V)
+	all := make(map[K]V, batch)
 	keys, values := make([]K, batch), make([]V, batch)
 	var cursor ebpf.MapBatchCursor
 	for {
