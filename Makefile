@@ -62,10 +62,11 @@ test-kernel: ## the tests of the data path on Debian's kernel in a virtual machi
 	@test/kernel/fetch
 	$(TESTS) -v -- -count=1 ./test/kernel
 
-long: ## what takes too long for CI: large labs, the whole lab on Debian's kernel, fuzzing; needs root
-	@test/needs root go bench kernel
+long: ## what takes too long for CI: large labs, all of the lab on Debian's kernel, data races, fuzzing; needs root
+	@test/needs root go race bench kernel
 	@test/kernel/fetch
 	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -- -count=1 -p 1 -timeout 60m ./...
+	CGO_ENABLED=1 $(TESTS) -- -race -count=1 -p 1 -vet off -timeout 20m ./agent ./lab ./source/... ./layer/...
 	@test/fuzz $(FUZZTIME)
 
 clean: ## remove what make made

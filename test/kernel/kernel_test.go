@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,20 +20,24 @@ import (
 )
 
 // packages are those whose tests run on the other kernel, each with the flags of
-// its test binary: the data path as a whole, and a lab with all its life.
+// its test binary, and tests that must be among those that it ran: the data path
+// as a whole, and a lab with all its life.
 var packages = []struct {
-	name  string
-	flags []string
+	name         string
+	flags, tests []string
 }{
-	{"layer/service", nil},
-	{"lab", labFlags()},
+	{"layer/service", nil, nil},
+	{"lab", labFlags(), labTests},
 }
+
+// labTests are what of the lab is always tested there.
+var labTests = []string{"TestScale", "TestTwoLabsDoNotCollide", "TestKilledDaemonIsCleanedUp", "TestPodsSocketsBelongToThePodsGroup"}
 
 // labFlags: the lab on emulated processors takes a minute, so all of it is
 // tested only when there is time. There is no shell for TestExec to run.
 func labFlags() []string {
 	if os.Getenv("MILLRACE_LONG") == "" {
-		return []string{"-test.run=^(TestScale|TestTwoLabsDoNotCollide|TestKilledDaemonIsCleanedUp|TestPodsSocketsBelongToThePodsGroup)$"}
+		return []string{"-test.run=^(" + strings.Join(labTests, "|") + ")$"}
 	}
 	return []string{"-test.skip=^TestExec$"}
 }
@@ -256,12 +261,30 @@ func (m *machine) result(name string) *result {
 	return m.open[key]
 }
 
+// untested names the packages that did not end or of which no test passed, and
+// the tests that must have run and did not: one that was renamed, say.
+func (m *machine) untested() (missing []string) {
+	passed := map[string]bool{}
+	for _, r := range m.results {
+		passed[r.folder] = passed[r.folder] || r.outcome == "PASS"
+	}
+	for _, p := range packages {
+		if !m.ended[p.name] || !passed[p.name] {
+			missing = append(missing, p.name)
+		}
+		for _, test := range p.tests {
+			if m.open[p.name+" "+test] == nil {
+				missing = append(missing, p.name+" "+test)
+			}
+		}
+	}
+	return missing
+}
+
 // report makes each test on the other kernel a test of this one.
 func (m *machine) report() {
-	for _, p := range packages {
-		if !m.ended[p.name] {
-			m.t.Errorf("the machine did not test %s", p.name)
-		}
+	for _, what := range m.untested() {
+		m.t.Errorf("the machine did not test %s", what)
 	}
 	for _, r := range m.results {
 		m.t.Run(r.folder+"/"+r.name, func(t *testing.T) {
@@ -280,6 +303,28 @@ func (m *machine) report() {
 		m.t.Errorf("tests of %s", line)
 	}
 	m.t.Logf("%d tests of %d packages in %v", len(m.results), len(m.ended), time.Since(m.begun).Round(time.Second))
+}
+
+// A console on which packages end well, and yet not all was tested.
+func TestWhatWasNotTestedIsNoticed(t *testing.T) {
+	all := "@@ begin layer/service\n--- PASS: TestDataPath (0.1s)\n@@ end layer/service passed\n@@ begin lab\n"
+	for _, name := range labTests {
+		all += "--- PASS: " + name + " (0.1s)\n"
+	}
+	all += "@@ end lab passed\n@@ done\n"
+	for console, want := range map[string][]string{
+		all: nil,
+		strings.ReplaceAll(all, "PASS: TestDataPath", "SKIP: TestDataPath"):           {"layer/service"},
+		strings.ReplaceAll(all, "--- PASS: TestDataPath", "testing: no tests to run"): {"layer/service"},
+		strings.ReplaceAll(all, "TestScale", "TestScaling"):                           {"lab TestScale"},
+		strings.ReplaceAll(all, "@@ end lab passed", ""):                              {"lab"},
+	} {
+		m := &machine{t: t, begun: time.Now()}
+		m.follow(strings.NewReader(console), func() {})
+		if got := m.untested(); !slices.Equal(got, want) {
+			t.Errorf("not tested is %q, want %q; the console:\n%s", got, want, console)
+		}
+	}
 }
 
 // archive is a cpio archive in the form the kernel unpacks
