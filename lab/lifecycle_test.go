@@ -118,6 +118,26 @@ func TestStatefulSetKeepsItsNames(t *testing.T) {
 	})
 }
 
+func TestHostNetworkPodsAreReplacedOnTheirPort(t *testing.T) {
+	s := shop(1)
+	edge := deployment("edge", 2, model.ContainerPort{Protocol: model.TCP, Port: 7777})
+	edge.Template.HostNetwork = true
+	s.Workloads = append(s.Workloads, edge)
+	l := up(t, "edge", s, func(c *Config) { c.Drain = 10 * time.Millisecond })
+	old := l.await("up", func(s *Status) bool { return s.Up }).podsOf("edge")[0]
+	next, err := l.Replace(l.ctx, old.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := l.await("replaced", func(*Status) bool { return true }).Pod(next)
+	if err != nil || p.Node != old.Node {
+		t.Fatalf("%s on %s became %+v, %v", old, old.Node, p, err)
+	}
+	if a := l.call("client", ProtoTCP, net.JoinHostPort(old.Addresses[0].String(), "7777")); a.Pod != next {
+		t.Errorf("the new pod is %s, and this answers: %+v", next, a)
+	}
+}
+
 func TestKilledPodIsFollowedByAnother(t *testing.T) {
 	l := up(t, "kill", shop(2), func(c *Config) { c.Drain = time.Hour })
 	old := l.await("up", func(s *Status) bool { return s.Up }).podsOf("web")[0]

@@ -59,6 +59,7 @@ type planner struct {
 	load      map[string]int            // pods per node
 	owned     map[string][]member       // by owner, the leaving ones left out
 	nodes     map[string]*model.Node    // by name
+	leaving   map[string][]member       // by owner, those alone
 	spread    map[string]map[string]int // owner -> node -> pods
 }
 
@@ -78,8 +79,11 @@ func makePlan(s situation) plan {
 			p.ordered(w)
 		case w.PerNode:
 			p.perNode(w)
+		case w.Template.HostNetwork:
+			p.inPlace(w, p.owned[w.String()], p.leaving[w.String()], p.wantedReplicas(w), nil)
+			p.retireOutdated(w)
 		default:
-			p.replicas(w, p.owned[w.String()], p.wantedReplicas(w), nil)
+			p.replicas(w, p.owned[w.String()], p.wantedReplicas(w))
 		}
 	}
 	for _, owner := range slices.Sorted(maps.Keys(p.owned)) {
@@ -99,6 +103,7 @@ func newPlanner(s situation) *planner {
 		load:      map[string]int{},
 		owned:     map[string][]member{},
 		nodes:     map[string]*model.Node{},
+		leaving:   map[string][]member{},
 		spread:    map[string]map[string]int{},
 	}
 	if p.plan.Cursor == nil {
@@ -109,7 +114,9 @@ func newPlanner(s situation) *planner {
 	}
 	for _, m := range s.Members {
 		p.count(m)
-		if !m.Leaving {
+		if m.Leaving {
+			p.leaving[m.owner()] = append(p.leaving[m.owner()], m)
+		} else {
 			p.owned[m.owner()] = append(p.owned[m.owner()], m)
 		}
 	}
@@ -166,28 +173,65 @@ func (p *planner) wantedReplicas(w *model.Workload) int {
 
 // replicas plans for n equal pods out of those that exist. New ones come
 // first; outdated ones go only when enough new ones are ready.
-func (p *planner) replicas(w *model.Workload, have []member, n int, node *model.Node) {
+func (p *planner) replicas(w *model.Workload, have []member, n int) {
 	template := hash(&w.Template)
-	var current, outdated []member
+	current, outdated := byAge(have, template)
 	ready := 0
-	for _, m := range have {
-		switch {
-		case m.Outdated || m.Template != template:
-			outdated = append(outdated, m)
-		default:
-			current = append(current, m)
-			if m.Ready {
-				ready++
-			}
+	for _, m := range current {
+		if m.Ready {
+			ready++
 		}
 	}
 	for range n - len(current) {
-		if !p.create(p.newMember(w, template), nodeName(w, node)) {
+		if !p.create(p.newMember(w, template), w.Template.Node) {
 			break
 		}
 	}
 	p.retireSurplus(current, n)
 	p.retireSurplus(outdated, max(0, n-ready))
+}
+
+// byAge tells the members that are as the template wants them from those to be
+// replaced.
+func byAge(have []member, template uint64) (current, outdated []member) {
+	for _, m := range have {
+		if m.Outdated || m.Template != template {
+			outdated = append(outdated, m)
+		} else {
+			current = append(current, m)
+		}
+	}
+	return current, outdated
+}
+
+// inPlace plans for n equal pods whose successors cannot run beside them: a
+// new one is made only where an old one is gone for good, because until then
+// that one has the node's ports.
+func (p *planner) inPlace(w *model.Workload, have, leaving []member, n int, node *model.Node) {
+	template := hash(&w.Template)
+	for range n - len(have) - len(leaving) {
+		if !p.create(p.newMember(w, template), nodeName(w, node)) {
+			break
+		}
+	}
+	current, outdated := byAge(have, template)
+	p.retireSurplus(outdated, max(0, n-len(current)))
+	p.retireSurplus(current, n)
+}
+
+// retireOutdated makes room for the successors of a workload planned inPlace:
+// at once where somebody asked for it or nothing is lost, and otherwise, as in
+// Kubernetes, one pod at a time.
+func (p *planner) retireOutdated(w *model.Workload) {
+	current, outdated := byAge(p.owned[w.String()], hash(&w.Template))
+	starting := func(m member) bool { return m.owner() == w.String() && !m.Ready }
+	settled := len(p.leaving[w.String()]) == 0 && !slices.ContainsFunc(slices.Concat(current, p.Create), starting)
+	for _, m := range outdated {
+		if m.Outdated || !m.Ready || settled {
+			p.retire(m)
+			settled = settled && !m.Ready
+		}
+	}
 }
 
 // retireSurplus retires all but keep pods: those that are not ready first,
@@ -211,13 +255,18 @@ func (p *planner) retireSurplus(members []member, keep int) {
 
 // perNode plans for one pod on each node.
 func (p *planner) perNode(w *model.Workload) {
-	byNode := map[string][]member{}
-	for _, m := range p.owned[w.String()] {
-		byNode[m.Pod.Node] = append(byNode[m.Pod.Node], m)
-	}
 	for _, node := range p.Nodes {
-		p.replicas(w, byNode[node.Name], 1, node)
+		here := func(all []member) (some []member) {
+			for _, m := range all {
+				if m.Pod.Node == node.Name {
+					some = append(some, m)
+				}
+			}
+			return some
+		}
+		p.inPlace(w, here(p.owned[w.String()]), here(p.leaving[w.String()]), 1, node)
 	}
+	p.retireOutdated(w)
 }
 
 // ordered plans for the numbered pods of a StatefulSet. A pod is replaced by

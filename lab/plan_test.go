@@ -195,6 +195,45 @@ func TestNewPodsComeBeforeOldOnesGo(t *testing.T) {
 	}
 }
 
+// TestWhatHoldsTheNodesPortsGoesFirst changes the template of pods whose
+// successors cannot listen beside them.
+func TestWhatHoldsTheNodesPortsGoesFirst(t *testing.T) {
+	agent, edge := deployment("agent", 0), deployment("edge", 2)
+	agent.Kind, agent.PerNode = "DaemonSet", true
+	edge.Template.HostNetwork = true
+	for _, w := range []*model.Workload{agent, edge} {
+		b := newBox(t, 2, &model.Snapshot{Workloads: []*model.Workload{w}}).settle(t)
+		changed := *w
+		changed.Template.Labels = map[string]string{"version": "2"}
+		b.Snapshot = &model.Snapshot{Workloads: []*model.Workload{&changed}}
+		for round := range 2 {
+			p := makePlan(b.situation)
+			if len(p.Retire) != 1 || len(p.Create) != 0 {
+				t.Fatalf("%s, round %d: want one retired before any is made: %+v", w, round, p)
+			}
+			i := slices.IndexFunc(b.Members, func(m member) bool { return m.Pod.Name == p.Retire[0] })
+			old := b.Members[i]
+			b.Members[i].Leaving = true
+			if p := makePlan(b.situation); len(p.Create)+len(p.Retire) > 0 {
+				t.Errorf("%s, while the old pod drains: %+v", w, p)
+			}
+			b.Members = slices.Delete(b.Members, i, i+1)
+			p = b.apply()
+			if len(p.Create) != 1 || len(p.Retire) != 0 || p.Create[0].Pod.Node != old.Pod.Node {
+				t.Fatalf("%s, after the pod on %s is gone: %+v", w, old.Pod.Node, p)
+			}
+		}
+		if p := makePlan(b.situation); len(p.Create)+len(p.Retire) > 0 {
+			t.Errorf("%s, all are new, and yet: %+v", w, p)
+		}
+		b.Members[0].Outdated = true
+		b.Members[1].Ready = false
+		if p := makePlan(b.situation); !slices.Equal(p.Retire, []model.Name{b.Members[0].Pod.Name}) {
+			t.Errorf("%s, asked to replace one pod while another is not ready: %+v", w, p)
+		}
+	}
+}
+
 func TestStatefulSetReplacesInPlaceAndOneAtATime(t *testing.T) {
 	w := deployment("db", 3)
 	w.Kind = "StatefulSet"
