@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -123,7 +124,11 @@ func (c *cluster) scale(ctx context.Context, o order) (told, error) {
 	if err != nil {
 		return told{}, err
 	}
-	return told{}, c.reach(ctx, func() bool { return c.hasReady(w.String(), o.Count) })
+	err = c.reachFor(ctx, w.String(), func() bool { return c.hasReady(w.String(), o.Count) })
+	if err != nil {
+		return told{}, fmt.Errorf("scale %s to %d: %w", w, o.Count, err)
+	}
+	return told{}, nil
 }
 
 // hasReady reports whether a workload has n pods, all ready, and none that is
@@ -192,7 +197,7 @@ func (c *cluster) replace(ctx context.Context, o order) (told, error) {
 	if err != nil {
 		return told{}, err
 	}
-	err = c.reach(ctx, func() bool {
+	err = c.reachFor(ctx, old.owner(), func() bool {
 		if next == nil || c.pods[next.Pod.Name] != next {
 			next = c.successor(old, mark)
 		}
@@ -225,6 +230,120 @@ func (c *cluster) reach(ctx context.Context, condition func() bool) error {
 		}
 		return reached > 0 && c.shown >= reached
 	})
+}
+
+// reachFor is reach for a condition about the pods of one owner. It ends with
+// an error when the lab can do no more for them, or when for too long none of
+// them has become ready or gone.
+func (c *cluster) reachFor(ctx context.Context, owner string, condition func() bool) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	late := errors.New("late")
+	limit := c.cfg.patience + c.cfg.Drain // a pod that drains is no sign of trouble
+	timer := time.AfterFunc(limit, func() { cancel(late) })
+	defer timer.Stop()
+	stuck, last := "", [2]int{}
+	err := c.reach(ctx, func() bool {
+		if now := c.progress(owner); now != last {
+			last = now
+			timer.Reset(limit)
+		}
+		if condition() {
+			return true
+		}
+		if stuck = c.stuck(owner); stuck != "" {
+			cancel(late)
+		}
+		return false
+	})
+	if err == nil || !errors.Is(err, late) {
+		return err
+	}
+	if stuck != "" {
+		return errors.New(stuck)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return fmt.Errorf("%s after %s without progress", c.missing(owner), limit)
+}
+
+// progress counts an owner's pods and those that are ready. The lock is held.
+func (c *cluster) progress(owner string) (count [2]int) {
+	for _, p := range c.pods {
+		if p.owner() == owner {
+			count[0]++
+			if p.Ready {
+				count[1]++
+			}
+		}
+	}
+	return count
+}
+
+// crashLoop is how often in a row a pod's process must have died before it
+// became ready for the lab to expect nothing of it any more.
+const crashLoop = 3
+
+// stuck says why an owner's pods will not change any more by themselves; empty
+// while anything is in motion, or nothing is wrong. The lock is held.
+func (c *cluster) stuck(owner string) string {
+	text := ""
+	for _, name := range sortedNames(c.pods) {
+		p := c.pods[name]
+		switch {
+		case p.Leaving: // its address, name and ports become free
+			return ""
+		case p.owner() != owner || p.Ready:
+		case p.crashes < crashLoop:
+			return ""
+		case text == "":
+			text = c.failure(p)
+		}
+	}
+	if c.wishes == nil || len(c.nodes) == 0 {
+		return text
+	}
+	plan := makePlan(c.situation())
+	if len(plan.Create)+len(plan.Retire) > 0 {
+		return ""
+	}
+	for _, problem := range plan.Problems {
+		if problem.Object == owner {
+			return problem.Text
+		}
+	}
+	return text
+}
+
+// failure is what is wrong with a pod, or empty. The lock is held.
+func (c *cluster) failure(p *pod) string {
+	object := "Pod " + p.Pod.Name.String()
+	if problem, ok := c.happened[object]; ok {
+		return fmt.Sprintf("%s: %s", object, problem.Text)
+	}
+	return ""
+}
+
+// missing says what an owner's pods still lack. The lock is held.
+func (c *cluster) missing(owner string) string {
+	if refusal, ok := c.happened[publishing]; ok {
+		return "cannot publish the cluster: " + refusal.Text
+	}
+	for _, name := range sortedNames(c.pods) {
+		p := c.pods[name]
+		if p.owner() != owner || p.Ready && !p.Leaving {
+			continue
+		}
+		if text := c.failure(p); text != "" {
+			return text
+		}
+		if p.Leaving {
+			return fmt.Sprintf("Pod %s is not gone", name)
+		}
+		return fmt.Sprintf("Pod %s is not ready", name)
+	}
+	count := c.progress(owner)
+	return fmt.Sprintf("%s has %d pods, %d of them ready", owner, count[0], count[1])
 }
 
 // killAgent kills the agent of a node; it is started again at once.

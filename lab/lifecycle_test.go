@@ -40,6 +40,55 @@ func TestScale(t *testing.T) {
 	}
 }
 
+func TestWhatCannotSucceedSaysWhy(t *testing.T) {
+	s := shop(1)
+	s.Nodes = []*model.Node{{Name: "small", PodCIDRs: prefixes("10.9.8.0/29", "fd00:9::/64")}}
+	edge := deployment("edge", 1, model.ContainerPort{Protocol: model.TCP, Port: 7777})
+	edge.Template.HostNetwork = true
+	s.Workloads = append(s.Workloads, edge)
+	l := up(t, "stuck", s, func(c *Config) { c.Drain, c.patience = time.Millisecond, time.Hour })
+	for _, c := range []struct {
+		workload string
+		pods     int
+		want     string
+	}{
+		{"web", 9, "scale Deployment default/web to 9: node small has no pod address left"},
+		{"edge", 2, "address already in use"},
+	} {
+		if err := l.Scale(l.ctx, c.workload, c.pods); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("scale %s to %d: %v, want %q", c.workload, c.pods, err, c.want)
+		}
+	}
+	if _, err := l.Replace(l.ctx, "web"); err == nil || !strings.Contains(err.Error(), "begin so") {
+		t.Errorf("replace one of many: %v", err)
+	}
+	web := l.await("four are ready", func(s *Status) bool { return len(s.podsOf("web")) == 4 }).podsOf("web")
+	if _, err := l.Replace(l.ctx, web[0].String()); err == nil || !strings.Contains(err.Error(), "no pod address left") {
+		t.Errorf("replace where there is no room for another: %v", err)
+	}
+	for _, workload := range []string{"web", "edge"} {
+		if err := l.Scale(l.ctx, workload, 1); err != nil {
+			t.Errorf("scale back what could not succeed: %v", err)
+		}
+	}
+}
+
+func TestAStoreThatRefusesEndsTheWait(t *testing.T) {
+	l := up(t, "refused", shop(1), func(c *Config) {
+		c.AgentCommand = nil // agents need more patience
+		c.Drain, c.patience = time.Millisecond, 100*time.Millisecond
+	})
+	l.store.mu.Lock()
+	l.store.fail = errors.New("no space left on device")
+	l.store.mu.Unlock()
+	if err := l.Scale(l.ctx, "web", 2); err == nil || !strings.Contains(err.Error(), "no space left on device") {
+		t.Errorf("scale while nothing can be published: %v", err)
+	}
+	l.store.mu.Lock()
+	l.store.fail = nil
+	l.store.mu.Unlock()
+}
+
 func TestReplacedPodServesUntilItIsDrained(t *testing.T) {
 	l := up(t, "replace", shop(2), func(c *Config) { c.Drain = time.Hour })
 	s := l.await("up", func(s *Status) bool { return s.Up })

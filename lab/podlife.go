@@ -22,6 +22,7 @@ type pod struct {
 	member
 	pid      int
 	restarts int
+	crashes  int // in a row, without having been ready in between
 	// gone: no longer published; its process is about to end. killed: it was
 	// asked to end at once.
 	gone, killed bool
@@ -155,6 +156,7 @@ func (c *cluster) serve(ctx context.Context, p *pod, at place) {
 			p.Ready, p.pid = false, 0
 			if err != nil {
 				p.restarts++
+				p.crashes++
 				c.happenLocked(object, err.Error())
 			}
 		})
@@ -176,7 +178,7 @@ func (c *cluster) attend(ctx context.Context, p *pod, process *podProcess) error
 			}
 			listening = nil
 			c.change(func() {
-				p.Ready = true
+				p.Ready, p.crashes = true, 0
 				c.happenLocked("Pod "+p.Pod.Name.String(), "")
 			})
 		case <-process.exited:
