@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/millrace/millrace/kernel/cgroup"
@@ -138,7 +139,7 @@ func (p paths) claimRanges(s *model.Snapshot, count int) (Ranges, []*model.Node,
 		return Ranges{}, nil, err
 	}
 	mine := given(s)
-	r, err := chooseRanges(used, mine)
+	r, err := chooseRanges(slices.Concat(used, endpoints(s)), mine)
 	if err != nil {
 		return Ranges{}, nil, err
 	}

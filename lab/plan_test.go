@@ -375,6 +375,32 @@ func TestRangesAvoidWhatIsInUse(t *testing.T) {
 	}
 }
 
+func TestRangesAvoidEndpointsOfTheManifests(t *testing.T) {
+	free, err := chooseRanges(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var named []netip.Addr
+	for _, r := range free.all() {
+		named = append(named, offset(r, 2))
+	}
+	external := service("external", model.ServicePort{Protocol: model.TCP, Port: 80})
+	for _, addr := range named {
+		external.Ports[0].Backends = append(external.Ports[0].Backends, model.Backend{Address: netip.AddrPortFrom(addr, 80)})
+	}
+	chosen, err := chooseRanges(endpoints(&model.Snapshot{Services: []*model.Service{external}}), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range chosen.all() {
+		for _, addr := range named {
+			if r.Contains(addr) {
+				t.Errorf("%s holds the endpoint %s", r, addr)
+			}
+		}
+	}
+}
+
 func TestNodesFromManifests(t *testing.T) {
 	r, _ := chooseRanges(nil, nil)
 	for _, c := range []struct {

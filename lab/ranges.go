@@ -115,6 +115,20 @@ func given(s *model.Snapshot) []netip.Prefix {
 	return claimed
 }
 
+// endpoints lists the addresses that EndpointSlices of the manifests name:
+// nothing of the lab may answer there.
+func endpoints(s *model.Snapshot) []netip.Prefix {
+	var named []netip.Prefix
+	for _, service := range s.Services {
+		for _, port := range service.Ports {
+			for _, b := range port.Backends {
+				named = append(named, netip.PrefixFrom(b.Address.Addr(), b.Address.Addr().BitLen()))
+			}
+		}
+	}
+	return named
+}
+
 // planNodes names the nodes and gives them addresses and pod ranges. Node
 // objects of the manifests keep their names, labels and pod ranges; their
 // addresses are the lab's. Without Node objects there are count nodes, node-1
