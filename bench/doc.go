@@ -46,9 +46,9 @@
 // # What it writes, what it costs
 //
 // Namespaces bound below /run/millrace/bench/PID, cgroups below
-// <cgroup2>/millrace-bench-PID, both removed at the end; a run that was killed
-// is removed by the next one; the empty /run/millrace/bench stays. Nothing in the host's own network namespace. The
-// kernel may load modules of netfilter by itself when rules ask for them. One
-// core is busy for as long as it measures, with about 15 MB of processes for
-// each bed.
+// <cgroup2>/millrace-bench-PID, both removed at the end with the
+// folders above them that are then empty; a run that was killed is removed by the
+// next one. Nothing in the host's own network namespace. The kernel may load
+// modules of netfilter by itself when rules ask for them. One core is busy for as
+// long as it measures, with about 15 MB of processes for each bed.
 package bench

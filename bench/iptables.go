@@ -9,7 +9,7 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// largeCluster is the number of endpoints from which kube-proxy leaves the
+// largeCluster is the number of endpoints above which kube-proxy leaves the
 // comments in Service and endpoint chains away (--help of kube-proxy does not
 // say so; its largeClusterEndpointsThreshold does).
 const largeCluster = 1000
@@ -27,7 +27,7 @@ const largeCluster = 1000
 func iptablesRules(services []*model.Service) string {
 	var rules strings.Builder
 	rules.WriteString(iptablesFrame)
-	commented := countBackends(services) < largeCluster
+	commented := countBackends(services) <= largeCluster
 	var chains, portals, bodies strings.Builder
 	for _, service := range services {
 		for _, port := range service.Ports {

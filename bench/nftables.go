@@ -9,9 +9,13 @@ import (
 
 // nftablesRules is the input of `nft -f -` that has the shape kube-proxy 1.36
 // gives its rules in its nftables mode: one verdict map from address, protocol
-// and port to the Service's chain, which draws an endpoint by number; the same
-// base chains at the same priorities, so that a packet meets as many as on a
-// node. What no Service here has (node ports, source ranges, Services without
+// and port to the Service's chain, which draws an endpoint by number. The
+// base chains are those of nftablesFrame: nat at prerouting, output and
+// postrouting; filter ahead of the translation at prerouting and output, and
+// after it at input, forward and output. A connection that is measured passes
+// four of them: both at prerouting, forward, and postrouting. Which filter
+// chains there are, and at which priority, differs between the versions of
+// kube-proxy: take this as the shape, not as a copy. What no Service here has (node ports, source ranges, Services without
 // endpoints) is present as the empty sets and maps that kube-proxy makes.
 // kube-proxy drops no invalid packets in this mode.
 func nftablesRules(services []*model.Service) string {

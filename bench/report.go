@@ -100,6 +100,14 @@ func (s Skipped) String() string {
 	return name + " left out: " + s.Reason
 }
 
+// Failed says that connections of millrace went wrong: the command shall not end
+// as if all were well.
+func (r *Report) Failed() bool {
+	return slices.ContainsFunc(r.Rows, func(row Row) bool {
+		return row.Variant == Millrace && row.Metric == MetricErrors && row.Max > 0
+	})
+}
+
 // Row finds a row, nil if there is none. An empty position finds any.
 func (r *Report) Row(variant string, services int, position, metric string) *Row {
 	for i := range r.Rows {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // example is a report with a bit of everything.
@@ -94,6 +95,19 @@ func TestReportInJSON(t *testing.T) {
 	}
 }
 
+// One connection of millrace that went wrong is a failure; one of a peer is a
+// warning.
+func TestFailedConnectionsOfMillraceFailTheReport(t *testing.T) {
+	report := example()
+	if !report.Failed() {
+		t.Error("a connection of millrace went wrong, and the report has not failed")
+	}
+	report.Row(Millrace, 10, "", MetricErrors).Variant = Nftables
+	if report.Failed() {
+		t.Error("a connection of nftables went wrong, and the report has failed")
+	}
+}
+
 func TestTables(t *testing.T) {
 	var text strings.Builder
 	if err := example().WriteTable(&text); err != nil {
@@ -124,12 +138,14 @@ func TestTablesSayThatTheyCouldNotBeWritten(t *testing.T) {
 func TestWrongOptionsAreNamed(t *testing.T) {
 	for want, o := range map[string]Options{
 		"0 Services":                {Services: []int{0}},
+		"-5 Services":               {Services: []int{10, -5}},
+		"rounds of -1s":             {RoundTime: -time.Second},
 		"1 endpoints":               {Endpoints: 1},
 		"unknown position \"lost\"": {Positions: []string{"lost"}},
 		"unknown variant \"ipvs\"":  {Variants: []string{"ipvs"}},
 		"-1 rounds":                 {Rounds: -1},
 	} {
-		if _, err := o.withDefaults(); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := o.withDefaults(); !errors.Is(err, ErrOptions) || !strings.Contains(err.Error(), want) {
 			t.Errorf("options %+v gave the error %v, want one that says %q", o, err, want)
 		}
 	}

@@ -95,15 +95,15 @@ func TestEndpointsAreDrawnEvenly(t *testing.T) {
 }
 
 func TestLargeClustersHaveFewerComments(t *testing.T) {
-	small, large := iptablesRules(cluster(499, 2, 0)), iptablesRules(cluster(500, 2, 0))
+	small, large := iptablesRules(cluster(500, 2, 0)), iptablesRules(cluster(1001, 1, 0))
 	if !strings.Contains(small, `--comment "bench/service-7:http"`) {
-		t.Error("998 endpoints: endpoint chains have no comments")
+		t.Error("1000 endpoints: endpoint chains have no comments")
 	}
 	if strings.Contains(large, `--comment "bench/service-7:http"`) {
-		t.Error("1000 endpoints: endpoint chains have comments")
+		t.Error("1001 endpoints: endpoint chains have comments")
 	}
 	if !strings.Contains(large, `--comment "bench/service-7:http cluster IP"`) {
-		t.Error("1000 endpoints: the rules that pick a Service have no comment")
+		t.Error("1001 endpoints: the rules that pick a Service have no comment")
 	}
 }
 

@@ -41,17 +41,27 @@ func openRun() (*run, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(runsFolder, 0o700); err != nil {
-		return nil, fmt.Errorf("make folder of runs: %w", err)
-	}
 	// One run at a time sweeps and opens, or a folder could be swept between
 	// its making and its locking.
-	door, err := lockFolder(runsFolder, unix.LOCK_EX)
+	door, err := openDoor(runsFolder)
 	if err != nil {
 		return nil, err
 	}
-	defer door.Close()
-	if err := sweep(root); err != nil {
+	r, err := newRun(root)
+	door.Close()
+	if err != nil {
+		return nil, err
+	}
+	if err := cgroup.Create(r.group); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
+	return r, nil
+}
+
+// newRun makes the folder of this run, behind the door.
+func newRun(root string) (*run, error) {
+	err := sweep(root)
+	if err != nil {
 		return nil, err
 	}
 	name := strconv.Itoa(os.Getpid())
@@ -65,14 +75,79 @@ func openRun() (*run, error) {
 	if r.lock, err = lockFolder(r.folder, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, err
 	}
-	return r, cgroup.Create(r.group)
+	return r, nil
 }
 
 // close removes the run's folders. Its beds must be closed before.
 func (r *run) close() error {
-	err := errors.Join(cgroup.Remove(r.group), removeRun(r.folder))
-	r.lock.Close()
+	defer r.lock.Close()
+	err := cgroup.Remove(r.group)
+	door, failed := openDoor(runsFolder)
+	if failed != nil {
+		return errors.Join(err, failed)
+	}
+	defer door.Close()
+	return errors.Join(err, removeRun(r.folder), removeEmpty(runsFolder))
+}
+
+// openDoor makes the folder of the runs if it is missing, and locks it. Only who
+// holds the lock makes and removes what is in it, and the folder itself. Who
+// meets a folder that was removed meanwhile tries again, within reason.
+func openDoor(folder string) (door *os.File, err error) {
+	for range 1000 {
+		door, err = tryDoor(folder)
+		// MkdirAll says "exists" of what went after it had been there.
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrExist) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open folder of runs: %w", err)
+	}
+	return door, nil
+}
+
+func tryDoor(folder string) (*os.File, error) {
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return nil, err
+	}
+	door, err := lockFolder(folder, unix.LOCK_EX)
+	if err != nil {
+		return nil, err
+	}
+	if err := stillNamed(folder, door); err != nil {
+		door.Close()
+		return nil, err
+	}
+	return door, nil
+}
+
+// stillNamed returns fs.ErrNotExist if path is not, or no longer, the open file.
+func stillNamed(path string, open *os.File) error {
+	have, err := open.Stat()
+	if err != nil {
+		return err
+	}
+	named, err := os.Stat(path)
+	if err == nil && !os.SameFile(have, named) {
+		return fs.ErrNotExist
+	}
 	return err
+}
+
+// removeEmpty removes the folder of the runs and the one above, each if nothing
+// is in it: labs and agents have theirs there too.
+func removeEmpty(folder string) error {
+	for _, path := range []string{folder, filepath.Dir(folder)} {
+		err := unix.Rmdir(path)
+		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EBUSY) { // busy: something is mounted on it
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove folder %s: %w", path, err)
+		}
+	}
+	return nil
 }
 
 // sweep removes the runs whose process is gone: those with a folder that nobody

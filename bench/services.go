@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/need"
 )
 
 // Options are what a person can choose. The zero value is the default of each.
@@ -32,7 +34,7 @@ type Options struct {
 	// RoundTime is how long a turn lasts; DefaultRoundTime.
 	RoundTime time.Duration
 	// Millrace attaches the variant under test. Without it the variant is left
-	// out, and the report says so.
+	// out, and the report says so; with it, it must work.
 	Millrace Attach
 	// WorkerCommand is the command that runs WorkerMain, to which its arguments are
 	// appended; this program with "bench-worker".
@@ -40,6 +42,9 @@ type Options struct {
 	// Progress receives a line for everything that takes time; nothing.
 	Progress io.Writer
 }
+
+// ErrOptions is wrapped by the error of Services when its Options make no sense.
+var ErrOptions = errors.New("choose what to measure")
 
 // Defaults of Options. 20 rounds put the 95 % interval between the 6th and the
 // 15th of the ordered ratios.
@@ -86,7 +91,10 @@ func (o Options) withDefaults() (Options, error) {
 		}
 		o.WorkerCommand = []string{self, "bench-worker"}
 	}
-	return o, o.check()
+	if err := o.check(); err != nil {
+		return o, fmt.Errorf("%w: %w", ErrOptions, err)
+	}
+	return o, nil
 }
 
 // once leaves away what was named before.
@@ -101,6 +109,9 @@ func once[T comparable](named []T) []T {
 }
 
 func (o Options) check() error {
+	if o.Endpoints < 2 || o.Endpoints > 200 { // first, for it is multiplied with
+		return fmt.Errorf("%d endpoints a Service: use 2 to 200", o.Endpoints)
+	}
 	for _, count := range o.Services {
 		if count < 1 || count > 1_000_000 {
 			return fmt.Errorf("%d Services: use 1 to 1,000,000", count)
@@ -108,9 +119,6 @@ func (o Options) check() error {
 		if count*o.Endpoints > 8_000_000 {
 			return fmt.Errorf("%d Services with %d endpoints: use at most 8,000,000 endpoints", count, o.Endpoints)
 		}
-	}
-	if o.Endpoints < 2 || o.Endpoints > 200 {
-		return fmt.Errorf("%d endpoints a Service: use 2 to 200", o.Endpoints)
 	}
 	if o.Rounds < 1 || o.RoundTime < time.Millisecond {
 		return fmt.Errorf("%d rounds of %s: use at least one round of a millisecond", o.Rounds, o.RoundTime)
@@ -130,15 +138,16 @@ func (o Options) check() error {
 
 // Services compares what a connection costs with each variant, for each number
 // of Services. It needs root. It ends early, and leaves nothing, when ctx ends.
-// A variant that this machine cannot run is left out and named in the report;
-// an error means that there is no report.
+// A peer that this machine cannot run is left out and named in the report. An
+// error means that there is no report: it wraps [ErrOptions], a [need.Privilege],
+// or the reason why millrace does not work here.
 func Services(ctx context.Context, opts Options) (*Report, error) {
 	opts, err := opts.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	if os.Geteuid() != 0 {
-		return nil, errors.New("make network namespaces: this needs root: run it with sudo")
+	if err := need.Check("make network namespaces", "CAP_SYS_ADMIN", "CAP_NET_ADMIN"); err != nil {
+		return nil, err
 	}
 	cpu, err := lastProcessor()
 	if err != nil {
@@ -251,8 +260,8 @@ func (s *session) prepare(ctx context.Context) error {
 	return nil
 }
 
-// prepareCell loads the Services into a bed of their own. What the machine
-// refuses to load, or does not translate once loaded, is left out.
+// prepareCell loads the Services into a bed of their own. Of the peers, what the
+// machine refuses to load, or does not translate once loaded, is left out.
 func (s *session) prepareCell(ctx context.Context, v variant, count int, position string) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -281,9 +290,10 @@ func (s *session) prepareCell(ctx context.Context, v variant, count int, positio
 }
 
 // admit takes a cell in, or leaves it out because of err. Without native there
-// is nothing to compare with.
+// is nothing to compare with, and without millrace nothing to compare.
 func (s *session) admit(ctx context.Context, c *cell, err error) error {
-	if err != nil && (c.variant == Native || ctx.Err() != nil) {
+	needed := c.variant == Native || c.variant == Millrace && s.Millrace != nil
+	if err != nil && (needed || ctx.Err() != nil) {
 		return fmt.Errorf("prepare %s: %w", c, err)
 	}
 	if err != nil {

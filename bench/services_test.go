@@ -8,15 +8,19 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -325,17 +329,85 @@ func TestRefusingToolIsQuoted(t *testing.T) {
 	left(t, Options{Variants: []string{IptablesLegacy}}, "exit status 3", "Table does not exist")
 }
 
-func TestFailingAttachIsNamed(t *testing.T) {
+func TestFailingAttachEndsTheRun(t *testing.T) {
 	needRoot(t)
-	refuse := func(AttachSpec) (Attached, error) { return Attached{}, errors.New("load program connect4: no BTF") }
-	left(t, Options{Variants: []string{Millrace}, Millrace: refuse}, "load program connect4: no BTF")
+	errNoBTF := errors.New("no BTF")
+	refuse := func(AttachSpec) (Attached, error) {
+		return Attached{}, fmt.Errorf("load program connect4: %w", errNoBTF)
+	}
+	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Millrace: refuse})
+	if !errors.Is(err, errNoBTF) || !strings.Contains(err.Error(), "prepare millrace, 3 Services") {
+		t.Errorf("the run returned %v, want the error of the variant under test", err)
+	}
 }
 
 // What is attached and does not translate must not be measured.
-func TestAServiceThatDoesNotAnswerIsLeftOut(t *testing.T) {
+func TestAServiceThatDoesNotAnswerEndsTheRun(t *testing.T) {
 	needRoot(t)
-	idle := func(AttachSpec) (Attached, error) { return Attached{Close: func() error { return nil }}, nil }
-	left(t, Options{Variants: []string{Millrace}, Millrace: idle}, "connect to 10.96.0.", "connect: ")
+	closed := 0
+	idle := func(AttachSpec) (Attached, error) { return Attached{Close: func() error { closed++; return nil }}, nil }
+	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Millrace: idle})
+	if err == nil || !strings.Contains(err.Error(), "connect to 10.96.0.") || closed != maxLoads {
+		t.Errorf("the run returned %v and detached %d times, want that it could not connect, and %d", err, closed, maxLoads)
+	}
+}
+
+func TestMissingPrivilegeIsNamed(t *testing.T) {
+	failed := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and this thread ends with its goroutine
+		header, none := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, [2]unix.CapUserData{}
+		err := unix.Capset(&header, &none[0])
+		if err == nil {
+			_, err = Services(t.Context(), Options{})
+		}
+		failed <- err
+	}()
+	var privilege *need.Privilege
+	if err := <-failed; !errors.As(err, &privilege) || !slices.Contains(privilege.Capabilities, "CAP_SYS_ADMIN") {
+		t.Errorf("without privileges the run returned %v, want that it lacks CAP_SYS_ADMIN", err)
+	}
+}
+
+// Runs that begin and end at the same time lose no folder, and the last one
+// leaves none.
+func TestEmptyFoldersGoWithTheLastRun(t *testing.T) {
+	above := filepath.Join(t.TempDir(), "millrace")
+	folder := filepath.Join(above, "bench")
+	var inside atomic.Int32
+	// last may remove the folder, and with it the door that others wait at.
+	behindDoor := func(act func(string) error, own string, last func(string) error) {
+		door, err := openDoor(folder)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer door.Close()
+		if inside.Add(1) != 1 {
+			t.Error("two are behind the door")
+		}
+		err = act(own)
+		inside.Add(-1)
+		if err := errors.Join(err, last(folder)); err != nil {
+			t.Error(err)
+		}
+	}
+	makeOwn := func(path string) error { return os.Mkdir(path, 0o700) }
+	stay := func(string) error { return nil }
+	var runs sync.WaitGroup
+	for i := range 4 {
+		own := filepath.Join(folder, strconv.Itoa(i))
+		runs.Go(func() {
+			for range 300 {
+				behindDoor(makeOwn, own, stay)
+				behindDoor(os.Remove, own, removeEmpty)
+			}
+		})
+	}
+	runs.Wait()
+	if _, err := os.Stat(above); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s stays (%v)", above, err)
+	}
 }
 
 // whenMeasuring calls f once, in the first round.

@@ -9,6 +9,15 @@ import (
 	"text/tabwriter"
 )
 
+// footnote says what the columns mean.
+const footnote = `To native: the median of the ratios to native in the same round.
+Rule: where the tested Service stands among the rules of a variant that searches
+them in order. last is the worst case for it; kube-proxy's own order is random.
+Load: best of few, from nothing to every Service answering. millrace: loading and
+attaching its programs, planning and filling its maps. iptables, nftables: the
+whole run of iptables-restore or nft; what kube-proxy does before is not in it.
+`
+
 // WriteTable prints the report for people: a header, one line a variant for
 // each number of Services, and what a reader must know beside it.
 func (r *Report) WriteTable(w io.Writer) error {
@@ -22,7 +31,7 @@ func (r *Report) WriteTable(w io.Writer) error {
 		out.printf("\n%d Services\n", services)
 		r.writeVariants(out, services)
 	}
-	out.printf("\nTo native: the median of the ratios to native in the same round. Load: best of few.\n")
+	out.printf("\n%s", footnote)
 	out.printf("%.0f connections, %.0f went wrong.\n", r.sum(MetricConnections), r.sum(MetricErrors))
 	for _, skipped := range r.Skipped {
 		out.printf("%s\n", skipped)

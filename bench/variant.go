@@ -44,8 +44,8 @@ type AttachSpec struct {
 
 // Attached is the variant under test, at work.
 type Attached struct {
-	// LoadTime is how long it took to bring all Services into the kernel,
-	// programs and their attachment not included.
+	// LoadTime is from nothing to every Service answering: loading and attaching
+	// the programs included.
 	LoadTime time.Duration
 	// MapBytes is the memory of the maps, 0 if it is not known.
 	MapBytes uint64
@@ -53,7 +53,8 @@ type Attached struct {
 	Close func() error
 }
 
-// Attach loads the Services and attaches the programs. An error leaves nothing.
+// Attach loads the Services and attaches the programs. An error leaves nothing,
+// and ends the run.
 type Attach func(AttachSpec) (Attached, error)
 
 // loaded is what bringing Services into the kernel cost.
