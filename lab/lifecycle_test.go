@@ -239,6 +239,17 @@ func TestPodThatCannotListenIsAProblem(t *testing.T) {
 	})
 }
 
+func TestAPortMayHaveTwoNames(t *testing.T) {
+	s := shop(1)
+	ports := append(slices.Clone(webPorts), model.ContainerPort{Name: "metrics", Protocol: model.TCP, Port: 8080},
+		model.ContainerPort{Name: "dns-too", Protocol: model.UDP, Port: 8080})
+	s.Workloads[1] = deployment("web", 1, ports...)
+	l := up(t, "names", s)
+	if s := l.await("up", func(s *Status) bool { return s.Up }); !s.podsOf("web")[0].Ready || len(s.Problems) > 0 {
+		t.Errorf("a pod with two names for a port: %+v, %v", s.podsOf("web"), s.Problems)
+	}
+}
+
 func TestManifestsChangeLive(t *testing.T) {
 	first := shop(2)
 	l := up(t, "live", first)

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"time"
 
@@ -78,12 +79,24 @@ func servePod(spec *podSpec) error {
 		return err
 	}
 	a := newAnswerer(spec)
-	for _, port := range spec.Ports {
+	for _, port := range listenPorts(spec.Ports) {
 		if err := servePort(spec, a, port); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// listenPorts leaves out ports that come again under another name.
+func listenPorts(ports []model.ContainerPort) []model.ContainerPort {
+	var once []model.ContainerPort
+	for _, p := range ports {
+		p.Name = ""
+		if !slices.Contains(once, p) {
+			once = append(once, p)
+		}
+	}
+	return once
 }
 
 // serveWork takes client work on the pod's unix socket.
