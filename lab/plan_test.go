@@ -365,13 +365,29 @@ func TestRangesAvoidWhatIsInUse(t *testing.T) {
 			t.Errorf("%s overlaps with %s, which is in use", r, used[i])
 		}
 	}
-	if _, err := chooseRanges(prefixes("10.0.0.0/8"), nil); !errors.Is(err, ErrRange) {
+	if _, err := chooseRanges(prefixes("10.0.0.0/9", "10.128.0.0/9"), nil); !errors.Is(err, ErrRange) {
 		t.Errorf("no room left gives %v", err)
+	}
+	if _, err := chooseRanges(nil, prefixes("10.0.0.0/8")); !errors.Is(err, ErrRange) {
+		t.Errorf("no room left by the manifests gives %v", err)
 	}
 	// A ClusterIP named in the manifests may lie in the service range only.
 	named, err := chooseRanges(nil, prefixes("10.96.0.10/32", "10.244.0.1/32"))
 	if err != nil || named.Services[0] != free.Services[0] || named.Pods[0] == free.Pods[0] {
 		t.Errorf("with ClusterIPs 10.96.0.10 and 10.244.0.1: %v, %v", named, err)
+	}
+}
+
+func TestWideRoutesOfTheHostTakeNothing(t *testing.T) {
+	for _, c := range []struct{ inUse, pods string }{
+		{"10.0.0.0/8", "10.244.0.0/16"},
+		{"0.0.0.0/1 128.0.0.0/1 ::/1 8000::/1 10.0.0.0/8 fc00::/7", "10.244.0.0/16"},
+		{"10.0.0.0/8 10.244.7.0/24", "10.245.0.0/16"},
+	} {
+		r, err := chooseRanges(prefixes(strings.Fields(c.inUse)...), nil)
+		if err != nil || r.Pods[0].String() != c.pods {
+			t.Errorf("on a host that routes %s: %v, %v, want pods in %s", c.inUse, r, err, c.pods)
+		}
 	}
 }
 
@@ -421,6 +437,8 @@ func TestNodesFromManifests(t *testing.T) {
 			problem: "the pod range 10.7.1.0/24 of node b overlaps with 10.7.0.0/20 of node a"},
 		{what: "the host's", used: prefixes("10.7.1.2/32"), s: model.Snapshot{Nodes: []*model.Node{{Name: "a", PodCIDRs: prefixes("10.7.0.0/20")}}},
 			problem: "the pod range 10.7.0.0/20 of node a overlaps with 10.7.1.2/32, which this host or another lab uses"},
+		{what: "a wide route", used: prefixes("10.0.0.0/8"), s: model.Snapshot{Nodes: []*model.Node{{Name: "a", PodCIDRs: prefixes("10.7.0.0/20")}}},
+			want: "a 10.7.0.0/20"},
 		{what: "too many pods", count: 1, s: model.Snapshot{Workloads: []*model.Workload{deployment("web", 40000)}},
 			problem: "40000 pods on 1 nodes need more than the /16"},
 		{what: "too many nodes", count: 201, problem: "a lab has 1 to 200 nodes, not 201"},

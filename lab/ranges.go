@@ -14,7 +14,7 @@ import (
 var ErrRange = errors.New("address ranges")
 
 // Ranges are the address ranges of one lab, which overlap neither with the
-// host's nor with another lab's.
+// host's, routes of /8 and wider aside, nor with another lab's.
 type Ranges struct {
 	// Pods holds the pod range of every node, Services the ClusterIPs that the
 	// lab allocates, Nodes the nodes' own addresses; IPv4 first, then IPv6.
@@ -58,15 +58,15 @@ func chooseRanges(inUse, given []netip.Prefix) (Ranges, error) {
 			return fmt.Sprintf("172.%d.%d.0/24", 16+(14+i/256)%16, i%256), i < 16*256
 		}, &r.Nodes[1], "fd6d:6c72:%x::/64"},
 	} {
-		used := slices.Concat(inUse, given)
+		claimed := given
 		if choice.what == "service" {
-			used = slices.Concat(inUse, whole)
+			claimed = whole
 		}
 		var err error
-		if *choice.range4, err = firstFree(choice.what, used, choice.candidates); err != nil {
+		if *choice.range4, err = firstFree(choice.what, inUse, claimed, choice.candidates); err != nil {
 			return r, err
 		}
-		*choice.range6, err = firstFree(choice.what, used, func(i int) (string, bool) {
+		*choice.range6, err = firstFree(choice.what, inUse, claimed, func(i int) (string, bool) {
 			return fmt.Sprintf(choice.ipv6, i), i < 1<<16
 		})
 		if err != nil {
@@ -76,18 +76,34 @@ func chooseRanges(inUse, given []netip.Prefix) (Ranges, error) {
 	return r, nil
 }
 
-// firstFree is the first candidate that overlaps with nothing in use.
-func firstFree(what string, used []netip.Prefix, candidate func(i int) (string, bool)) (netip.Prefix, error) {
-	for i := 0; ; i++ {
-		text, ok := candidate(i)
-		if !ok {
-			return netip.Prefix{}, fmt.Errorf("%w: no free %s range: the host or other labs use every candidate", ErrRange, what)
-		}
-		p := netip.MustParsePrefix(text)
-		if overlapping(used, p) < 0 {
-			return p, nil
+// firstFree is the first candidate that overlaps with nothing in use or claimed
+// or, where there is none, the first that overlaps with wide routes alone.
+func firstFree(what string, inUse, claimed []netip.Prefix, candidate func(i int) (string, bool)) (netip.Prefix, error) {
+	for _, used := range [][]netip.Prefix{inUse, withoutWide(inUse)} {
+		used = slices.Concat(used, claimed)
+		for i := 0; ; i++ {
+			text, ok := candidate(i)
+			if !ok {
+				break
+			}
+			p := netip.MustParsePrefix(text)
+			if overlapping(used, p) < 0 {
+				return p, nil
+			}
 		}
 	}
+	return netip.Prefix{}, fmt.Errorf("%w: no free %s range: the host or other labs use every candidate", ErrRange, what)
+}
+
+// wideRoute is the longest prefix that says where the rest of the world is
+// rather than what the host uses: 10.0.0.0/8 of a company's network, or the
+// two halves of everything that a VPN takes. The lab is not connected to the
+// host, so it can do with a part of such a route.
+const wideRoute = 8
+
+// withoutWide leaves wide routes out.
+func withoutWide(inUse []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(inUse), func(p netip.Prefix) bool { return p.Bits() <= wideRoute })
 }
 
 // overlapping is the index of the first range that overlaps with p, or -1.
@@ -159,7 +175,7 @@ func planNodes(s *model.Snapshot, count int, r Ranges, used []netip.Prefix) ([]*
 		}
 		nodes[i] = &node
 	}
-	return nodes, checkNodeRanges(nodes, used)
+	return nodes, checkNodeRanges(nodes, withoutWide(used))
 }
 
 // checkNodeRanges refuses pod ranges that overlap with one another's or with
