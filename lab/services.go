@@ -167,10 +167,25 @@ func publishService(s *model.Service, ips []netip.Addr, pods podIndex, zones map
 		for _, m := range matched {
 			backends = append(backends, podBackends(&out, port, m, zones[m.Pod.Node])...)
 		}
-		slices.SortStableFunc(backends, func(a, b model.Backend) int { return a.Address.Compare(b.Address) })
+		slices.SortStableFunc(backends, compareBackends)
 		port.Backends = slices.CompactFunc(backends, func(a, b model.Backend) bool { return a.Address == b.Address })
 	}
 	return &out
+}
+
+// compareBackends sorts by address and, where pods share one on their node,
+// the one first that most likely answers there.
+func compareBackends(a, b model.Backend) int {
+	better := func(x, y bool) int {
+		switch {
+		case x == y:
+			return 0
+		case x:
+			return -1
+		}
+		return 1
+	}
+	return cmp.Or(a.Address.Compare(b.Address), better(a.Ready, b.Ready), better(a.Serving, b.Serving), a.Pod.Compare(b.Pod))
 }
 
 // podBackends are the endpoints of one pod behind one port: one for each

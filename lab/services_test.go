@@ -174,6 +174,32 @@ func endpointText(backends []model.Backend) string {
 	return strings.Join(lines, ", ")
 }
 
+// TestOfPodsWithOneAddressTheBestIsListed lists pods on a node's own network in
+// every order.
+func TestOfPodsWithOneAddressTheBestIsListed(t *testing.T) {
+	pod := func(name string, ready, leaving bool) member {
+		return member{Ready: ready, Leaving: leaving, Pod: &model.Pod{Name: model.Name{Namespace: "default", Name: name},
+			Labels: map[string]string{"app": "web"}, Node: "n1", Addresses: addrs("10.1.0.2")}}
+	}
+	s := service("web", model.ServicePort{Protocol: model.TCP, Port: 80})
+	for _, c := range []struct {
+		pods []member
+		want string
+	}{
+		{[]member{pod("a", false, false), pod("b", true, true), pod("c", true, false)}, "c"},
+		{[]member{pod("a", false, false), pod("b", true, true), pod("c", false, true)}, "b"},
+		{[]member{pod("a", true, false), pod("b", true, false), pod("c", true, false)}, "a"},
+	} {
+		for range c.pods {
+			c.pods = append(c.pods[1:], c.pods[0])
+			got := publishService(s, nil, indexPods(c.pods), nil).Ports[0].Backends
+			if len(got) != 1 || got[0].Pod.Name != c.want {
+				t.Errorf("of %v: %+v, want %s", c.pods, got, c.want)
+			}
+		}
+	}
+}
+
 func TestEndpointsNameWhereTheyAre(t *testing.T) {
 	m := member{Ready: true, Pod: &model.Pod{Name: model.Name{Namespace: "default", Name: "web-1"},
 		Labels: map[string]string{"app": "web"}, Node: "n1", Addresses: addrs("10.1.0.2")}}
