@@ -20,35 +20,52 @@ type agent struct {
 	node     *node
 	pid      int
 	ready    bool
+	killed   bool // by killAgent, which wants it back at once
 	restarts int
 }
 
-// tend keeps the agent of one node running until ctx ends. One that was ready
-// is started again at once, one that never was after growing pauses.
+// tend keeps the agent of one node running until ctx ends, with the pauses of
+// agentPause.
 func (c *cluster) tend(ctx context.Context, a *agent) {
 	object := "agent of node " + a.node.Name
 	for pauses := newBackoff(); ; {
+		started := time.Now()
 		err := c.runAgent(ctx, a)
 		if ctx.Err() != nil {
 			return
 		}
-		worked := false
+		var ready, killed bool
 		c.change(func() {
-			worked = a.ready
-			a.pid, a.ready = 0, false
+			ready, killed = a.ready, a.killed
+			a.pid, a.ready, a.killed = 0, false, false
 			a.restarts++
 			c.happenLocked(object, fmt.Sprintf("%v: it is started again; its log is %s", err, c.agentLog(a)))
 		})
-		if worked {
-			pauses = newBackoff()
-			continue
-		}
 		select {
-		case <-time.After(pauses.next(0)):
+		case <-time.After(agentPause(pauses, time.Since(started), ready, killed)):
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// agentPause is how long an agent that died rests before it is started again:
+// not at all where it was killed through the lab, or was ready and died for the
+// first time in a while; up to a second where it was ready; and as long as the
+// back-off says where it never was.
+func agentPause(pauses *backoff, ran time.Duration, ready, killed bool) time.Duration {
+	if killed {
+		return 0
+	}
+	first := pauses.fresh(ran)
+	pause := pauses.next(ran)
+	switch {
+	case ready && first:
+		return 0
+	case ready:
+		return min(pause, time.Second)
+	}
+	return pause
 }
 
 func (c *cluster) agentLog(a *agent) string { return c.paths.log("agent-" + a.node.Name) }

@@ -360,6 +360,7 @@ func (c *cluster) killAgent(_ context.Context, o order) (told, error) {
 		if err := unix.Kill(agent.pid, unix.SIGKILL); err != nil {
 			return told{}, fmt.Errorf("kill agent of node %s: %w", o.Name, err)
 		}
+		agent.killed = true
 		return told{}, nil
 	}
 	return told{}, fmt.Errorf("kill agent of node %s: lab %s has no such node, or no agents", o.Name, c.cfg.Name)

@@ -330,6 +330,33 @@ func TestAgentsAreRestarted(t *testing.T) {
 	}
 }
 
+// TestAnAgentThatDiesAgainAndAgainRests tells the pauses after each death of
+// one agent.
+func TestAnAgentThatDiesAgainAndAgainRests(t *testing.T) {
+	const soon, late = time.Millisecond, 11 * time.Second
+	pauses := newBackoff()
+	for i, c := range []struct {
+		ran           time.Duration
+		ready, killed bool
+		want          time.Duration
+	}{
+		{soon, true, false, 0},
+		{soon, true, false, 200 * time.Millisecond},
+		{soon, true, true, 0},
+		{soon, true, false, 400 * time.Millisecond},
+		{soon, true, false, 800 * time.Millisecond},
+		{soon, true, false, time.Second},
+		{soon, false, false, 3200 * time.Millisecond},
+		{late, true, false, 0},
+		{late, false, false, 100 * time.Millisecond},
+		{soon, false, false, 200 * time.Millisecond},
+	} {
+		if got := agentPause(pauses, c.ran, c.ready, c.killed); got != c.want {
+			t.Errorf("death %d, %+v: rests for %s", i+1, c, got)
+		}
+	}
+}
+
 func TestTwoLabsDoNotCollide(t *testing.T) {
 	folder := filepath.Join("/run", unique("millrace"))
 	one := up(t, "left", shop(1))

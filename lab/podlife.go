@@ -229,8 +229,11 @@ type backoff struct{ pause time.Duration }
 
 func newBackoff() *backoff { return &backoff{} }
 
+// fresh reports whether the next pause is the first of its row.
+func (b *backoff) fresh(ran time.Duration) bool { return ran > 10*time.Second || b.pause == 0 }
+
 func (b *backoff) next(ran time.Duration) time.Duration {
-	if ran > 10*time.Second || b.pause == 0 {
+	if b.fresh(ran) {
 		b.pause = 50 * time.Millisecond
 	}
 	b.pause = min(2*b.pause, 10*time.Second)
