@@ -392,26 +392,29 @@ func TestWideRoutesOfTheHostTakeNothing(t *testing.T) {
 }
 
 func TestRangesAvoidEndpointsOfTheManifests(t *testing.T) {
-	free, err := chooseRanges(nil, nil)
+	needRoot(t)
+	p, err := newPaths(unique("claim"), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
-	}
-	var named []netip.Addr
-	for _, r := range free.all() {
-		named = append(named, offset(r, 2))
 	}
 	external := service("external", model.ServicePort{Protocol: model.TCP, Port: 80})
-	for _, addr := range named {
-		external.Ports[0].Backends = append(external.Ports[0].Backends, model.Backend{Address: netip.AddrPortFrom(addr, 80)})
-	}
-	chosen, err := chooseRanges(endpoints(&model.Snapshot{Services: []*model.Service{external}}), nil)
+	s := &model.Snapshot{Services: []*model.Service{external}}
+	free, _, err := p.claimRanges(s, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, r := range chosen.all() {
-		for _, addr := range named {
-			if r.Contains(addr) {
-				t.Errorf("%s holds the endpoint %s", r, addr)
+	for _, r := range free.all() {
+		b := model.Backend{Address: netip.AddrPortFrom(offset(r, 2), 80)}
+		external.Ports[0].Backends = append(external.Ports[0].Backends, b)
+	}
+	chosen, _, err := p.claimRanges(s, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range external.Ports[0].Backends {
+		for _, r := range chosen.all() {
+			if r.Contains(b.Address.Addr()) {
+				t.Errorf("%s holds the endpoint %s", r, b.Address)
 			}
 		}
 	}
