@@ -51,10 +51,24 @@
 // # Watching
 //
 // Changes come from inotify: a file is read when its writer closes it, renames
-// it into place, links it or removes it, never half-written, and no other file
-// is read again. A lost event (queue overflow) or a change of folders has the
-// folders walked again. It is inotify and not a portable library because only
-// inotify's close event tells a finished file from a truncated one.
+// it into place, links it or removes it, and no other file is read again. A lost
+// event (queue overflow) or a change of folders has the folders walked again, and
+// what changed in them is read then.
+//
+// A file that is being written is not read, neither for an event nor by a walk:
+// from when the kernel tells that it was created, emptied or written to until it
+// tells that one who writes to it has closed it, or that its name was moved or
+// removed. What the file said before stays in force; a file that said nothing yet
+// counts as unread. If nobody closes it, it is read 5 s after the last write. So
+// half a file is read only where the kernel cannot tell: it was begun before its
+// folder was watched (the first look at a path or at a new folder) and nothing
+// was written since, it has several writers, its writer pauses for 5 s, writes
+// through mmap or closes it after each piece, it is renamed before it is whole,
+// its events were lost, or it is emptied and filled again during the read itself.
+// An empty file that nobody is writing is one that says nothing.
+//
+// It is inotify and not a portable library because only inotify's close event
+// tells a finished file from a truncated one.
 //
 // # Costs and limits
 //

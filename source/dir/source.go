@@ -74,7 +74,7 @@ func (s *Source) Run(ctx context.Context, deliver func(*model.Snapshot)) error {
 // apply reads what changed.
 func (s *Source) apply(c changes, w *watch) {
 	for path := range c.files {
-		s.load(path)
+		s.load(path, w)
 	}
 	for path := range c.left {
 		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {

@@ -73,7 +73,7 @@ func (s *Source) scan(w *watch) {
 		look.links()
 	} else {
 		look.found[s.path] = true
-		s.load(s.path)
+		s.load(s.path, w)
 	}
 	w.finish()
 	look.forget()
@@ -182,19 +182,35 @@ func (l *walk) file(path string, linked bool, now stamp) {
 		l.follow(path)
 	}
 	if known := l.source.files.byPath[path]; linked || known == nil || now == (stamp{}) || known.stamp != now {
-		l.source.load(path)
+		l.source.load(path, l.watch)
 	}
 }
 
-// follow watches for path itself, and what it links to, being put elsewhere.
+// maxLinks is how many links in a row are followed; the kernel allows as many.
+const maxLinks = 40
+
+// follow watches for path itself, and what it links to, being put elsewhere. Where
+// that is gone, each step that the links still name is watched for its return.
 func (l *walk) follow(path string) {
-	if abs, err := filepath.Abs(path); err == nil {
-		l.watch.name(abs)
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return
 	}
-	if real, err := filepath.EvalSymlinks(path); err == nil && real != path {
-		if abs, err := filepath.Abs(real); err == nil {
-			l.watch.name(abs)
+	l.watch.name(path)
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		l.watch.name(real)
+		return
+	}
+	for range maxLinks {
+		target, err := os.Readlink(path)
+		if err != nil {
+			return
 		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(filepath.Dir(path), target)
+		}
+		path = target
+		l.watch.name(path)
 	}
 }
 
@@ -208,16 +224,31 @@ func (l *walk) unseen(path string) bool {
 	return false
 }
 
-// load reads a file. One that is gone is forgotten, unless it is the root.
-func (s *Source) load(path string) {
+// load reads a file. One that is gone is forgotten, unless it is the root, and
+// one that is being written is left for later.
+func (s *Source) load(path string, w *watch) {
+	if w.drafted(path) {
+		s.unfinished(path)
+		return
+	}
 	data, at, err := read(path)
 	switch {
+	case w.drafted(path): // began while it was read
+		s.unfinished(path)
 	case errors.Is(err, fs.ErrNotExist) && path != s.path && !isLink(path):
 		s.files.remove(path)
 	case err != nil:
 		s.files.unreadable(path, fmt.Sprintf("cannot be read, what it said before stays in force: %v", cause(err)))
 	default:
 		s.files.put(path, data, at)
+	}
+}
+
+// unfinished leaves in force what a file said before it is being written. If that
+// is not known, as after a restart, it counts as unread.
+func (s *Source) unfinished(path string) {
+	if s.files.byPath[path] == nil {
+		s.files.unreadable(path, "is being written, and is read when its writer closes it")
 	}
 }
 

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,25 +25,47 @@ type watch struct {
 	wake chan struct{}
 
 	mu      sync.Mutex
+	buffer  []byte
 	places  map[int32]*place
 	round   int
 	pending changes
 	// moves are the files moved away within the last grace, by the number that
 	// the kernel gives both halves of a move.
 	moves map[uint32]string
+	// drafts are the files that are being written.
+	drafts map[spot]*draft
 }
+
+// spot is a name in a folder that is watched. It stays the same when the folder
+// gets another path.
+type spot struct {
+	wd   int32
+	name string
+}
+
+// draft is a file that is being written.
+type draft struct {
+	// last is when something was last written.
+	last time.Time
+	// asked are the paths by which it was to be read meanwhile.
+	asked map[string]bool
+}
+
+// patience is how long after its last write a file is read that nobody closes.
+const patience = 5 * time.Second
 
 // grace is how long a file that was moved away counts as still there. Editors
 // move the old file aside before they write the new one, and the objects in it
 // must not vanish for these milliseconds.
 const grace = 100 * time.Millisecond
 
-// place is a folder that is watched: all of it, or certain names in it.
+// place is a folder that is watched: all of it, or certain names in it. The
+// numbers are the rounds in which each was last asked for, 0 for never; what is
+// older is given up when a round is over, so that nothing is missed during it.
 type place struct {
 	path  string
-	all   bool
-	names map[string]bool
-	// round is when it was last asked for; older ones are given up.
+	all   int
+	names map[string]int
 	round int
 }
 
@@ -58,8 +82,10 @@ type changes struct {
 }
 
 // written comes when a file is whole: closed by its writer or moved into place.
+// writing comes before that.
 const (
 	written = unix.IN_CLOSE_WRITE | unix.IN_MOVED_TO | unix.IN_MOVED_FROM | unix.IN_DELETE | unix.IN_CREATE
+	writing = unix.IN_MODIFY
 	moved   = unix.IN_DELETE_SELF | unix.IN_MOVE_SELF
 )
 
@@ -73,10 +99,15 @@ func newWatch() (*watch, error) {
 	}
 	w := &watch{
 		fd: fd, file: os.NewFile(uintptr(fd), "inotify"),
-		wake: make(chan struct{}, 1), places: map[int32]*place{},
-		pending: noChanges(), moves: map[uint32]string{},
+		wake: make(chan struct{}, 1), buffer: make([]byte, 64<<10), places: map[int32]*place{},
+		pending: noChanges(), moves: map[uint32]string{}, drafts: map[spot]*draft{},
 	}
-	go w.listen()
+	conn, err := w.file.SyscallConn()
+	if err != nil {
+		w.close()
+		return nil, err
+	}
+	go w.listen(conn)
 	return w, nil
 }
 
@@ -103,6 +134,10 @@ func (w *watch) finish() {
 			unix.InotifyRmWatch(w.fd, uint32(wd)) // gone already, or going now
 			delete(w.places, wd)
 		}
+		maps.DeleteFunc(p.names, func(_ string, round int) bool { return round != w.round })
+		if p.all != w.round {
+			p.all = 0
+		}
 	}
 }
 
@@ -110,7 +145,7 @@ func (w *watch) finish() {
 func (w *watch) folder(path string) error {
 	p, err := w.place(path)
 	if p != nil {
-		p.path, p.all = path, true
+		p.path, p.all = path, w.round
 		w.mu.Unlock()
 	}
 	return err
@@ -121,7 +156,7 @@ func (w *watch) folder(path string) error {
 // or of a link's target as a whole goes unnoticed then.
 func (w *watch) name(path string) {
 	if p, _ := w.place(filepath.Dir(path)); p != nil {
-		p.names[filepath.Base(path)] = true
+		p.names[filepath.Base(path)] = w.round
 		w.mu.Unlock()
 	}
 }
@@ -132,15 +167,18 @@ func (w *watch) place(path string) (*place, error) {
 		return nil, nil
 	}
 	w.mu.Lock()
-	wd, err := unix.InotifyAddWatch(w.fd, path, written|moved|unix.IN_ONLYDIR)
+	wd, err := unix.InotifyAddWatch(w.fd, path, written|writing|moved|unix.IN_ONLYDIR)
 	if err != nil {
 		w.mu.Unlock()
 		return nil, err
 	}
 	p := w.places[int32(wd)]
-	if p == nil || p.round != w.round {
-		p = &place{path: path, names: map[string]bool{}, round: w.round}
+	if p == nil {
+		p = &place{names: map[string]int{}}
 		w.places[int32(wd)] = p
+	}
+	if p.round != w.round {
+		p.path, p.round = path, w.round
 	}
 	return p, nil
 }
@@ -157,21 +195,28 @@ func (w *watch) take() changes {
 func noChanges() changes { return changes{files: map[string]bool{}, left: map[string]bool{}} }
 
 // listen reads events until the watch is closed.
-func (w *watch) listen() {
-	buffer := make([]byte, 64<<10)
-	for {
-		n, err := w.file.Read(buffer)
-		if err != nil {
-			return
-		}
-		w.note(buffer[:n])
+func (w *watch) listen(conn syscall.RawConn) {
+	for conn.Read(func(uintptr) bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.hear()
+	}) == nil {
 	}
 }
 
-// note adds events to what is pending.
+// hear takes events from the kernel, false if there are none. It holds w.mu from
+// before the read, so that they are noted in the order in which they came.
+func (w *watch) hear() bool {
+	n, err := unix.Read(w.fd, w.buffer)
+	if err != nil {
+		return err == unix.EINTR
+	}
+	w.note(w.buffer[:n])
+	return true
+}
+
+// note adds events to what is pending. It is called with w.mu held.
 func (w *watch) note(events []byte) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	for len(events) >= unix.SizeofInotifyEvent {
 		wd := int32(binary.NativeEndian.Uint32(events))
 		mask := binary.NativeEndian.Uint32(events[4:])
@@ -199,18 +244,21 @@ func (w *watch) ring() {
 
 func (w *watch) event(wd int32, mask, cookie uint32, name string) {
 	p := w.places[wd]
+	if p != nil && p.file(name, mask) && w.write(spot{wd, name}, filepath.Join(p.path, name), mask) {
+		return
+	}
 	switch {
 	case mask&unix.IN_Q_OVERFLOW != 0:
 		w.pending.everything = true
 	case p == nil:
 	case mask&unix.IN_IGNORED != 0:
 		delete(w.places, wd)
-	case p.names[name]:
+	case p.names[name] > 0:
 		w.pending.everything = true
 	case strings.HasPrefix(name, "..") && mask&(unix.IN_MOVED_TO|unix.IN_CREATE) != 0:
 		// A mounted ConfigMap changes by moving a new link over ..data.
 		w.pending.everything = true
-	case !p.all:
+	case p.all == 0:
 	case mask&moved != 0 || mask&unix.IN_ISDIR != 0 && !hidden(name):
 		w.pending.everything = true
 	case manifestName(name):
@@ -218,14 +266,96 @@ func (w *watch) event(wd int32, mask, cookie uint32, name string) {
 	}
 }
 
+// file says whether an event is about a file that may be read.
+func (p *place) file(name string, mask uint32) bool {
+	return mask&unix.IN_ISDIR == 0 && (p.names[name] > 0 || p.all > 0 && manifestName(name))
+}
+
+// write notes whether a file is being written. It is called for each piece of a
+// large file and so does next to nothing then.
+func (w *watch) write(at spot, path string, mask uint32) bool {
+	d := w.drafts[at]
+	switch {
+	case mask&writing == 0 && (mask&unix.IN_CREATE == 0 || linked(path)):
+		if mask&written != 0 && d != nil {
+			w.settle(at, d)
+		}
+		return false
+	case d == nil:
+		w.drafts[at] = &draft{last: time.Now(), asked: map[string]bool{}}
+		time.AfterFunc(patience, func() { w.tire(at) })
+	default:
+		d.last = time.Now()
+	}
+	return true
+}
+
+// settle ends a draft, and has it read where that was put off.
+func (w *watch) settle(at spot, d *draft) {
+	delete(w.drafts, at)
+	for path := range d.asked {
+		w.pending.files[path] = true
+	}
+}
+
+// tire has a draft read that nobody wrote to for long.
+func (w *watch) tire(at spot) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d := w.drafts[at]
+	if d == nil {
+		return
+	}
+	if rest := patience - time.Since(d.last); rest > 0 {
+		time.AfterFunc(rest, func() { w.tire(at) })
+		return
+	}
+	w.settle(at, d)
+	switch p := w.places[at.wd]; {
+	case p == nil:
+	case p.names[at.name] > 0:
+		w.pending.everything = true
+	default:
+		w.pending.files[filepath.Join(p.path, at.name)] = true
+	}
+	w.ring()
+}
+
+// drafted says whether the file at path, by whatever path it is written, is being
+// written as far as the kernel has told. If so, it is among the changes later.
+func (w *watch) drafted(path string) bool {
+	if w == nil {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.hear() {
+	}
+	if len(w.drafts) == 0 {
+		return false
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	for at, d := range w.drafts {
+		p := w.places[at.wd]
+		if p == nil {
+			continue
+		}
+		if other, err := os.Stat(filepath.Join(p.path, at.name)); err == nil && os.SameFile(info, other) {
+			d.asked[path] = true
+			return true
+		}
+	}
+	return false
+}
+
 // change notes what happened to a manifest.
 func (w *watch) change(path string, mask, cookie uint32) {
-	switch {
-	case mask&unix.IN_MOVED_FROM != 0:
+	if mask&unix.IN_MOVED_FROM != 0 {
 		w.moves[cookie] = path
 		time.AfterFunc(grace, func() { w.leave(path, cookie) })
-		return
-	case mask&unix.IN_CREATE != 0 && !linked(path):
 		return
 	}
 	w.pending.files[path] = true

@@ -226,6 +226,126 @@ func TestHalfWritten(t *testing.T) {
 	f.always("a ClusterIP")
 }
 
+// TestHalfWrittenRoot removes the only file and writes it slowly anew, through
+// each way that leads to it.
+func TestHalfWrittenRoot(t *testing.T) {
+	t.Chdir(t.TempDir())
+	link(t, "shop.yaml", "link.yaml")
+	for _, path := range []string{"shop.yaml", "link.yaml"} {
+		t.Run(path, func(t *testing.T) {
+			write(t, "shop.yaml", svc("a", 1))
+			f := watchOver(t, path)
+			f.until("a ClusterIP", "1/tcp", "no problem")
+			if err := os.Remove("shop.yaml"); err != nil {
+				t.Fatal(err)
+			}
+			f.until("problem " + path + ": ")
+			file, err := os.Create("shop.yaml")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			rescan(t, f, path)
+			if _, err := file.WriteString(svc("a", 22) + next + svc("b", 22)); err != nil {
+				t.Fatal(err)
+			}
+			if err := file.Close(); err != nil {
+				t.Fatal(err)
+			}
+			f.until("a ClusterIP", "b ClusterIP", "22/tcp", "no problem")
+			f.always("a ClusterIP", "no unread")
+		})
+	}
+}
+
+// rescan has a watched root that is missing or unfinished looked at, and waits
+// until it was: the remark that it is missing goes.
+func rescan(t *testing.T, f *follower, path string) {
+	t.Helper()
+	link(t, "nowhere", ".new")
+	if err := os.Rename(".new", "..data"); err != nil {
+		t.Fatal(err)
+	}
+	f.until("no problem " + path)
+	if err := os.Remove("..data"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// begin empties or creates a file and writes half of it. What it returns writes
+// the rest.
+func begin(t *testing.T, path, content string) (finish func()) {
+	t.Helper()
+	file, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	half := len(content) / 2
+	if _, err := file.WriteString(content[:half]); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if _, err := file.WriteString(content[half:]); err != nil {
+			t.Fatal(err)
+		}
+		if err := file.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestHalfWrittenWhileWalked has folders walked while files in them are emptied,
+// half-written, known under a second name, or new.
+func TestHalfWrittenWhileWalked(t *testing.T) {
+	t.Chdir(t.TempDir())
+	write(t, "in/a.yaml", svc("a", 1)+next+svc("b", 1))
+	write(t, "in/c.yaml", svc("c", 1))
+	write(t, "far/d.yaml", svc("d", 1))
+	link(t, "../far/d.yaml", "in/d.yaml")
+	words := []string{"a ClusterIP", "b ClusterIP", "c ClusterIP", "d ClusterIP"}
+	f := watchOver(t, "in")
+	f.until(append(words, "no problem")...)
+	a := begin(t, "in/a.yaml", svc("a", 22)+next+svc("b", 22))
+	d := begin(t, "far/d.yaml", svc("d", 44))
+	c, err := os.Create("in/c.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := os.Link("in/c.yaml", "in/sub.yaml"); err != nil {
+		t.Fatal(err)
+	}
+	write(t, "out/m.yaml", svc("m", 1))
+	if err := os.Rename("out", "in/sub"); err != nil {
+		t.Fatal(err)
+	}
+	f.until(append(words, "m ClusterIP")...) // known from a walk alone
+	a()
+	d()
+	f.until(append(words, "22/tcp", "44/tcp")...)
+	f.always(words...)
+	// c.yaml stays open and empty, so that it says nothing after all.
+	f.until("no c ClusterIP", "no problem", "a ClusterIP", "b ClusterIP", "d ClusterIP")
+}
+
+// TestHalfWrittenAtStart begins with a file that is being written: a restart must
+// not take it for all there is.
+func TestHalfWrittenAtStart(t *testing.T) {
+	t.Chdir(t.TempDir())
+	write(t, "b.yaml", svc("b", 1))
+	f := watchOver(t, ".")
+	f.until("b ClusterIP", "no unread")
+	finish := begin(t, "a.yaml", svc("a", 1))
+	write(t, ".out/m.yaml", svc("m", 1))
+	if err := os.Rename(".out", "sub"); err != nil {
+		t.Fatal(err)
+	}
+	f.until("m ClusterIP", "unread 1", "problem a.yaml: is being written")
+	finish()
+	f.until("a ClusterIP", "no unread", "no problem")
+}
+
 // TestEditorMovesAside saves as editors do that move the old file to a backup
 // before they write the new one.
 func TestEditorMovesAside(t *testing.T) {
@@ -370,7 +490,9 @@ func TestOverflow(t *testing.T) {
 	overflow := make([]byte, unix.SizeofInotifyEvent)
 	binary.NativeEndian.PutUint32(overflow, ^uint32(0))
 	binary.NativeEndian.PutUint32(overflow[4:], unix.IN_Q_OVERFLOW)
+	w.mu.Lock()
 	w.note(overflow)
+	w.mu.Unlock()
 	<-w.wake
 	s.apply(w.take(), w)
 	if got := s.files.cluster.Snapshot(); !says(got, []string{"2/tcp", "c ClusterIP", "no b ClusterIP", "no problem"}) {
