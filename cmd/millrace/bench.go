@@ -47,14 +47,18 @@ the report says so.`,
 			return err
 		}
 		if s.json() {
-			return printJSON(report)
+			err = printJSON(report)
+		} else {
+			err = report.WriteTable(os.Stdout)
 		}
-		err = report.WriteTable(os.Stdout)
-		if rounds {
+		if rounds && !s.json() {
 			err = errors.Join(err, report.WriteRounds(os.Stdout))
 		}
+		if err == nil && report.Failed() {
+			return &failure{exitFindings, errors.New("connections through millrace failed: the figures do not count")}
+		}
 		return err
-	}, exitUnavailable, exitPrivilege)
+	}, exitFindings, exitUnavailable, exitPrivilege)
 	c.Flags().IntSliceVar(&options.Services, "services", []int{10, 1000}, "how many Services there are, one table for each number")
 	c.Flags().StringSliceVar(&options.Variants, "variants", bench.DefaultVariants, "what to compare; native-again shows how finely this machine can measure")
 	c.Flags().StringSliceVar(&options.Positions, "positions", []string{bench.Last}, "where in the rules the tested Service stands: first, middle, last")

@@ -125,6 +125,7 @@ func (d *demonstration) measure(ctx context.Context, p *progress, s *settings) e
 		return err
 	}
 	d.Bench = report
+	d.OK = d.OK && !report.Failed()
 	if s.json() {
 		return nil
 	}

@@ -122,7 +122,7 @@ func statusOf(err error) int {
 		return failed.status
 	case errors.As(err, &privilege), errors.Is(err, lab.ErrPrivilege), errors.Is(err, fs.ErrPermission):
 		return exitPrivilege
-	case errors.Is(err, lab.ErrName):
+	case errors.Is(err, lab.ErrName), errors.Is(err, bench.ErrOptions):
 		return exitUsage
 	case errors.Is(err, lab.ErrRange):
 		return exitData

@@ -110,6 +110,8 @@ func TestExitStatuses(t *testing.T) {
 		{[]string{"lab", "up"}, exitUsage, "-f is missing"},
 		{[]string{"lab", "up", "-f", broken, "--name", "Bad_Name"}, exitUsage, "bad lab name"},
 		{[]string{"lab", "up", "-f", broken, "--nodes", "500"}, exitUsage, "--nodes 500: use 1 to 200"},
+		{[]string{"bench", "services", "--variants", "foo"}, exitUsage, "foo"},
+		{[]string{"bench", "services", "--services", "0"}, exitUsage, "0 Services: use 1 to"},
 		{[]string{"lab", "exec", "pod"}, exitUsage, "say POD -- COMMAND"},
 	} {
 		stdout, stderr, status := millrace(t, row.args...)
