@@ -8,8 +8,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
@@ -255,14 +253,16 @@ type orphans struct {
 
 // read learns what is in the maps and changes nothing in them.
 func (t *tables) read() (*Picture, orphans, error) {
-	var services map[datapathServiceKey]datapathService
-	var slots map[datapathSlotKey]uint32
-	var backends map[uint32]datapathBackend
-	var all errgroup.Group
-	all.Go(func() (err error) { services, err = t.services.All(); return err })
-	all.Go(func() (err error) { slots, err = t.slots.All(); return err })
-	all.Go(func() (err error) { backends, err = t.backends.All(); return err })
-	if err := all.Wait(); err != nil {
+	services, err := t.services.All()
+	if err != nil {
+		return nil, orphans{}, err
+	}
+	slots, err := t.slots.All()
+	if err != nil {
+		return nil, orphans{}, err
+	}
+	backends, err := t.backends.All()
+	if err != nil {
 		return nil, orphans{}, err
 	}
 	for number := range backends {
