@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/millrace/millrace/kernel/netns"
@@ -46,11 +45,6 @@ func startWorker(ctx context.Context, what string, worker []string, namespace, g
 }
 
 func (p *process) start(ctx context.Context, worker []string, namespace, group string, args []string) error {
-	folder, err := os.Open(group)
-	if err != nil {
-		return err
-	}
-	defer folder.Close()
 	childIn, in, err := os.Pipe()
 	if err != nil {
 		return err
@@ -69,12 +63,7 @@ func (p *process) start(ctx context.Context, worker []string, namespace, group s
 	// No preemption by signals, which would interrupt system calls; the second
 	// of the two processors is for the goroutine that waits for the end of input.
 	p.command.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1", "GOMAXPROCS=2")
-	p.command.SysProcAttr = &syscall.SysProcAttr{
-		UseCgroupFD: true,
-		CgroupFD:    int(folder.Fd()),
-		Setpgid:     true, // Ctrl-C is for the benchmark, which then stops its workers
-	}
-	if err := netns.Do(namespace, p.command.Start); err != nil {
+	if err := netns.Start(namespace, group, p.command); err != nil {
 		in.Close()
 		out.Close()
 		return err

@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"time"
+
+	"github.com/millrace/millrace/kernel/netns"
 )
 
 // agent is the agent of one node: a program that the lab starts, restarts when
@@ -85,7 +87,7 @@ func (c *cluster) runAgent(ctx context.Context, a *agent) error {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := startInside(cmd, a.node.info.Netns, filepath.Join(a.node.info.Cgroup, "agent")); err != nil {
+	if err := netns.Start(a.node.info.Netns, filepath.Join(a.node.info.Cgroup, "agent"), cmd); err != nil {
 		return fmt.Errorf("start %s: %w", argv[0], err)
 	}
 	c.change(func() { a.pid = cmd.Process.Pid })

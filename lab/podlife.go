@@ -13,7 +13,6 @@ import (
 
 	"github.com/millrace/millrace/kernel/cgroup"
 	"github.com/millrace/millrace/kernel/netns"
-	"golang.org/x/sys/unix"
 )
 
 // pod is a member and the process behind it. What the member holds, and pid,
@@ -289,7 +288,7 @@ func (q *podProcess) start(p *pod, at place) error {
 	}
 	defer stdout.Close()
 	q.input, q.cmd.Stdin, q.cmd.Stdout = input, stdin, stdout
-	if err := startInside(q.cmd, at.netns, at.cgroup); err != nil {
+	if err := netns.Start(at.netns, at.cgroup, q.cmd); err != nil {
 		input.Close()
 		output.Close()
 		return err
@@ -332,18 +331,6 @@ func (q *podProcess) end() {
 	q.cmd.Process.Kill()
 	<-q.exited
 	q.input.Close()
-}
-
-// startInside starts a command born in a cgroup and a network namespace, in a
-// process group of its own, so that a person's Ctrl-C is for the daemon alone.
-func startInside(cmd *exec.Cmd, namespace, group string) error {
-	fd, err := unix.Open(group, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open cgroup %s: %w", group, err)
-	}
-	defer unix.Close(fd)
-	cmd.SysProcAttr = &unix.SysProcAttr{UseCgroupFD: true, CgroupFD: fd, Setpgid: true}
-	return netns.Do(namespace, cmd.Start)
 }
 
 // appendLog opens a log file, which later is cut by trimLogs while it is open.

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -72,6 +73,19 @@ func Do(path string, f func() error) error {
 		}
 		return f()
 	})
+}
+
+// Start starts a command inside the namespace at path and born in the cgroup2
+// group, so that every socket it ever makes belongs to both. It has a process
+// group of its own: a person's Ctrl-C is for whoever started it.
+func Start(path, group string, cmd *exec.Cmd) error {
+	fd, err := unix.Open(group, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open cgroup %s: %w", group, err)
+	}
+	defer unix.Close(fd)
+	cmd.SysProcAttr = &unix.SysProcAttr{UseCgroupFD: true, CgroupFD: fd, Setpgid: true}
+	return Do(path, cmd.Start)
 }
 
 // Enter moves the calling thread into the namespace at path for good. The

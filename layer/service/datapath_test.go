@@ -113,19 +113,8 @@ func TestOtherLayoutIsReplacedWithoutAGap(t *testing.T) {
 		serviceOf("web", model.TCP, 80, []string{"10.96.0.1"}, 8080, "127.0.0.1")}}
 	s := newStreet(t, web)
 	serve(t, s.Bed, "tcp", "127.0.0.1:8080")
-	pin := s.layer.datapath.pin(datapathMapSlots)
-	if err := os.Remove(pin); err != nil {
-		t.Fatal(err)
-	}
-	older, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := older.Pin(pin); err != nil {
-		t.Fatal(err)
-	}
-	older.Close()
 	s.layer.Close()
+	s.layOtherwise(datapathMapSlots)
 
 	next := New(s.layer.settings)
 	if err := next.Open(); err != nil {
@@ -157,6 +146,24 @@ func TestOtherLayoutIsReplacedWithoutAGap(t *testing.T) {
 	read, err := New(s.layer.settings).Look()
 	if err != nil || read.Len() != 1 {
 		t.Errorf("the pins hold %d Services, %v", read.Len(), err)
+	}
+}
+
+// layOtherwise pins a map of another layout in the place of one of ours, as
+// another version would have.
+func (s *street) layOtherwise(name string) {
+	s.t.Helper()
+	pin := filepath.Join(s.layer.settings.Pins, name)
+	if err := os.Remove(pin); err != nil {
+		s.t.Fatal(err)
+	}
+	other, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer other.Close()
+	if err := other.Pin(pin); err != nil {
+		s.t.Fatal(err)
 	}
 }
 

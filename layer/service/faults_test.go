@@ -9,7 +9,6 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -208,18 +207,7 @@ func TestUpgradeKeepsTheFlowsOfSockets(t *testing.T) {
 	}
 	s.layer.Close()
 	for _, name := range []string{datapathMapReasons, datapathMapSlots} {
-		pin := s.layer.datapathPin(name)
-		if err := os.Remove(pin); err != nil {
-			t.Fatal(err)
-		}
-		older, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := older.Pin(pin); err != nil {
-			t.Fatal(err)
-		}
-		older.Close()
+		s.layOtherwise(name)
 	}
 	if err := s.layer.Open(); err != nil {
 		t.Fatal(err)
@@ -235,8 +223,6 @@ func TestUpgradeKeepsTheFlowsOfSockets(t *testing.T) {
 	}
 	s.whoAnswers(unconnected, to) // checks where the answer seems to come from
 }
-
-func (l *Layer) datapathPin(name string) string { return filepath.Join(l.settings.Pins, name) }
 
 // Two Services with one endpoint: the answer comes from the one that was asked.
 func TestTwoServicesWithOneEndpoint(t *testing.T) {
