@@ -15,6 +15,9 @@ import (
 	"github.com/millrace/millrace/kernel/netns"
 )
 
+// clientLink is the node's side of the veth pair to the client.
+const clientLink = "c0"
+
 // bed is the three namespaces of one variant, the cgroups of its two processes,
 // and the processes.
 type bed struct {
@@ -79,10 +82,10 @@ func settings() error {
 // join makes the two veth pairs, addresses and routes.
 func (b *bed) join(backends int) error {
 	addresses := []netip.Prefix{}
-	for _, backend := range liveBackends(backends) {
+	for _, backend := range liveBackends(backends + 1) { // and the spare one
 		addresses = append(addresses, netip.PrefixFrom(backend.Addr(), backendBase.Bits()))
 	}
-	if err := b.connect(b.client, "c0", []netip.Prefix{clientAddress}, clientGateway); err != nil {
+	if err := b.connect(b.client, clientLink, []netip.Prefix{clientAddress}, clientGateway); err != nil {
 		return err
 	}
 	return b.connect(b.backend, "b0", addresses, backendGateway)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/millrace/millrace/model"
 )
@@ -48,7 +49,8 @@ func testedIndex(position string, count int) (int, error) {
 	return 0, fmt.Errorf("unknown position %q: use first, middle or last", position)
 }
 
-// liveBackends are the endpoints that answer, behind the tested Service.
+// liveBackends are endpoints that answer. Those behind the tested Service are
+// the first, and the one after them is the spare.
 func liveBackends(count int) []netip.AddrPort {
 	live := make([]netip.AddrPort, count)
 	for i := range live {
@@ -82,6 +84,31 @@ func cluster(count, endpoints, tested int) []*model.Service {
 		}
 	}
 	return services
+}
+
+// inNameOrder are the Services as a model.Snapshot has them: by name.
+func inNameOrder(services []*model.Service) []*model.Service {
+	return slices.SortedFunc(slices.Values(services), func(a, b *model.Service) int { return a.Name.Compare(b.Name) })
+}
+
+// withReplacedEndpoint is a Service of cluster whose last endpoint went and the
+// spare one came, the one that lives and is behind none at first.
+func withReplacedEndpoint(service *model.Service) *model.Service {
+	changed := *service
+	changed.Ports = slices.Clone(service.Ports)
+	port := &changed.Ports[0]
+	port.Backends = slices.Clone(port.Backends)
+	last := len(port.Backends) - 1
+	port.Backends[last].Address = liveBackends(last + 2)[last+1]
+	return &changed
+}
+
+// addresses are those of the endpoints of a Service, in their order.
+func addresses(service *model.Service) (all []netip.AddrPort) {
+	for _, backend := range service.Ports[0].Backends {
+		all = append(all, backend.Address)
+	}
+	return all
 }
 
 // serviceAddress is where a client finds a Service.

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/millrace/millrace/model"
@@ -35,11 +36,37 @@ func nftablesRules(services []*model.Service) string {
 	return rules.String()
 }
 
+// nftablesChange is the input that replaces from by to, which have the same
+// addresses and ports: the chains of the Service and of its endpoints are
+// emptied and written again, those of endpoints that went are emptied, as
+// kube-proxy does (it deletes them a while later, because kernels before 6.2
+// notice late that nothing leads there any more). All else stays.
+func nftablesChange(_ []*model.Service, from, to *model.Service) string {
+	var chains, rules strings.Builder
+	empty := func(chain string) {
+		fmt.Fprintf(&chains, "add chain ip kube-proxy %[1]s\nflush chain ip kube-proxy %[1]s\n", chain)
+	}
+	for i, port := range to.Ports {
+		chain := nftablesChain("service", to, port, "")
+		empty(chain)
+		for _, backend := range port.Backends {
+			empty(nftablesEndpoint(to, port, backend))
+		}
+		for _, backend := range from.Ports[i].Backends {
+			if !slices.Contains(port.Backends, backend) {
+				empty(nftablesEndpoint(from, port, backend))
+			}
+		}
+		writeNftablesPort(&rules, chain, to, port)
+	}
+	return chains.String() + rules.String()
+}
+
 func writeNftablesPort(rules *strings.Builder, chain string, service *model.Service, port model.ServicePort) {
 	draws := make([]string, len(port.Backends))
 	for i, backend := range port.Backends {
 		to := backend.Address
-		endpoint := nftablesChain("endpoint", service, port, fmt.Sprintf("__%s/%d", to.Addr(), to.Port()))
+		endpoint := nftablesEndpoint(service, port, backend)
 		draws[i] = fmt.Sprintf("%d : goto %s", i, endpoint)
 		fmt.Fprintf(rules, "add chain ip kube-proxy %s\n", endpoint)
 		fmt.Fprintf(rules, "add rule ip kube-proxy %s ip saddr %s jump mark-for-masquerade\n", endpoint, to.Addr())
@@ -57,6 +84,10 @@ func writeNftablesPort(rules *strings.Builder, chain string, service *model.Serv
 func nftablesChain(kind string, service *model.Service, port model.ServicePort, suffix string) string {
 	readable := fmt.Sprintf("%s/%s/%s/%s%s", service.Namespace, service.Name.Name, port.Protocol, port.Name, suffix)
 	return fmt.Sprintf("%s-%s-%s", kind, chainHash(readable)[:8], readable)
+}
+
+func nftablesEndpoint(service *model.Service, port model.ServicePort, backend model.Backend) string {
+	return nftablesChain("endpoint", service, port, fmt.Sprintf("__%s/%d", backend.Address.Addr(), backend.Address.Port()))
 }
 
 // nftablesFrame has what does not depend on Services. New connections to a

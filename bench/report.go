@@ -32,17 +32,6 @@ type Header struct {
 	Settings map[string]string `json:"settings"`
 }
 
-// The metrics of the connection benchmark.
-const (
-	MetricP50         = "connection p50"
-	MetricP99         = "connection p99"
-	MetricCPU         = "cpu per connection"
-	MetricConnections = "connections"
-	MetricErrors      = "connection errors"
-	MetricLoad        = "load time"
-	MetricMaps        = "map memory"
-)
-
 // Row is one metric of one variant.
 type Row struct {
 	Variant string `json:"variant"`
@@ -62,11 +51,15 @@ type Row struct {
 	// Ratio is that to native in the same rounds; null where native has no
 	// such figure.
 	Ratio *Ratio `json:"ratio"`
+	// Growth is the ratio to the same variant and position with the fewest
+	// Services of this run, in the same rounds; null for that one itself, and
+	// where there is none.
+	Growth *Ratio `json:"growth"`
 	// Samples are the figures of the rounds, in their order.
 	Samples []float64 `json:"samples"`
 }
 
-// Ratio is the median of the ratios to native of each round.
+// Ratio is the median of the ratios of each round.
 type Ratio struct {
 	Median float64 `json:"median"`
 	// Low and High bound the 95 % interval of MedianInterval; null with Note
@@ -100,11 +93,13 @@ func (s Skipped) String() string {
 	return name + " left out: " + s.Reason
 }
 
-// Failed says that connections of millrace went wrong: the command shall not end
+// Failed says that operations of millrace went wrong: the command shall not end
 // as if all were well.
 func (r *Report) Failed() bool {
 	return slices.ContainsFunc(r.Rows, func(row Row) bool {
-		return row.Variant == Millrace && row.Metric == MetricErrors && row.Max > 0
+		ours := row.Variant == Millrace || row.Variant == MillracePacket
+		errors := row.Metric == MetricErrors(Connection) || row.Metric == MetricErrors(Request)
+		return ours && errors && row.Max > 0
 	})
 }
 
@@ -120,30 +115,33 @@ func (r *Report) Row(variant string, services int, position, metric string) *Row
 	return nil
 }
 
-// summarize fills in what follows from the samples. native are those of the
-// native variant in the same rounds, nil where there are none to compare with.
-func summarize(row Row, samples, native []float64) Row {
+// summarize fills in what follows from the samples. native and fewest are those
+// of the native variant and of the same variant with the fewest Services, in the
+// same rounds; nil where there is nothing to compare with.
+func summarize(row Row, samples, native, fewest []float64) Row {
 	row.Samples = samples
 	row.Rounds = len(samples)
 	row.Median = Median(samples)
 	if len(samples) > 0 {
 		row.Min, row.Max = slices.Min(samples), slices.Max(samples)
 	}
-	if len(native) == len(samples) && len(native) > 0 {
-		row.Ratio = ratioOf(samples, native)
-	}
+	row.Ratio, row.Growth = ratioOf(samples, native), ratioOf(samples, fewest)
 	return row
 }
 
-// ratioOf compares round by round. A round in which native counted nothing has
-// no ratio, and then the whole row has none: the lists would not match.
-func ratioOf(samples, native []float64) *Ratio {
+// ratioOf compares round by round; nil where the lists do not match. A round in
+// which the reference counted nothing has no ratio, and then the whole row has
+// none.
+func ratioOf(samples, reference []float64) *Ratio {
+	if len(samples) == 0 || len(reference) != len(samples) {
+		return nil
+	}
 	ratio := &Ratio{Samples: make([]float64, len(samples))}
 	for i := range samples {
-		if native[i] == 0 {
+		if reference[i] == 0 {
 			return nil
 		}
-		ratio.Samples[i] = samples[i] / native[i]
+		ratio.Samples[i] = samples[i] / reference[i]
 	}
 	ratio.Median = Median(ratio.Samples)
 	low, high, ok := MedianInterval(ratio.Samples)

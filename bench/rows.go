@@ -1,20 +1,10 @@
 package bench
 
-import "fmt"
-
-// figures are the metrics of a turn: name, unit, value, and whether a ratio to
-// native means anything.
-var figures = []struct {
-	metric, unit string
-	compared     bool
-	of           func(outcome) float64
-}{
-	{MetricP50, "us", true, func(o outcome) float64 { return float64(o.P50) / 1e3 }},
-	{MetricP99, "us", true, func(o outcome) float64 { return float64(o.P99) / 1e3 }},
-	{MetricCPU, "us", true, func(o outcome) float64 { return float64(o.CPU) / 1e3 / float64(max(o.Connections, 1)) }},
-	{MetricConnections, "count", false, func(o outcome) float64 { return float64(o.Connections) }},
-	{MetricErrors, "count", false, func(o outcome) float64 { return float64(o.Errors) }},
-}
+import (
+	"fmt"
+	"slices"
+	"time"
+)
 
 // summarize turns what the rounds brought into rows.
 func (s *session) summarize() {
@@ -28,42 +18,75 @@ func (s *session) summarize() {
 
 func (s *session) summarizeCell(c, native *cell) {
 	row := Row{Variant: c.variant, Services: c.services, Position: c.position}
-	for _, figure := range figures {
-		row.Metric, row.Unit = figure.metric, figure.unit
-		var reference []float64
-		if figure.compared {
-			reference = native.samples(figure.of)
+	for _, operation := range s.Operations {
+		for _, figure := range figures {
+			row.Metric, row.Unit = figure.metric(operation), figure.unit
+			var reference, fewest []float64
+			if figure.compared {
+				reference, fewest = native.samples(operation, figure.of), s.fewest(c).samples(operation, figure.of)
+			}
+			s.report.Rows = append(s.report.Rows, summarize(row, c.samples(operation, figure.of), reference, fewest))
 		}
-		s.report.Rows = append(s.report.Rows, summarize(row, c.samples(figure.of), reference))
+		s.warn(c, operation)
 	}
-	if len(c.loaded.times) > 0 {
-		times := make([]float64, len(c.loaded.times))
-		for i, t := range c.loaded.times {
-			times[i] = t.Seconds() * 1e3
-		}
-		row.Metric, row.Unit = MetricLoad, "ms"
-		s.report.Rows = append(s.report.Rows, summarize(row, times, nil))
-	}
-	if c.loaded.mapBytes > 0 {
-		row.Metric, row.Unit = MetricMaps, "bytes"
-		s.report.Rows = append(s.report.Rows, summarize(row, []float64{float64(c.loaded.mapBytes)}, nil))
-	}
-	s.warn(c)
+	s.addOthers(row, MetricLoad, "ms", milliseconds(c.loaded.times))
+	s.addOthers(row, MetricChange, "ms", milliseconds(c.changes))
+	s.addOthers(row, MetricKernel, "bytes", known(c.loaded.kernelBytes))
+	s.addOthers(row, MetricResident, "bytes", known(c.loaded.residentBytes))
 }
 
-func (c *cell) samples(of func(outcome) float64) []float64 {
-	samples := make([]float64, len(c.outcomes))
-	for i, o := range c.outcomes {
+// addOthers adds a row that compares with nothing, if there are samples.
+func (s *session) addOthers(row Row, metric, unit string, samples []float64) {
+	if len(samples) > 0 {
+		row.Metric, row.Unit = metric, unit
+		s.report.Rows = append(s.report.Rows, summarize(row, samples, nil, nil))
+	}
+}
+
+func milliseconds(times []time.Duration) (samples []float64) {
+	for _, t := range times {
+		samples = append(samples, t.Seconds()*1e3)
+	}
+	return samples
+}
+
+// known is a figure that is 0 where nobody knows it.
+func known(bytes uint64) []float64 {
+	if bytes == 0 {
+		return nil
+	}
+	return []float64{float64(bytes)}
+}
+
+// fewest is the cell of the same variant with the fewest Services, nil if c is
+// that one or it was left out.
+func (s *session) fewest(c *cell) *cell {
+	fewest := slices.Min(s.Services)
+	i := slices.IndexFunc(s.cells, func(o *cell) bool {
+		return o.services == fewest && o.variant == c.variant && o.position == c.position
+	})
+	if i < 0 || s.cells[i] == c {
+		return nil
+	}
+	return s.cells[i]
+}
+
+func (c *cell) samples(operation string, of func(outcome) float64) []float64 {
+	if c == nil {
+		return nil
+	}
+	samples := make([]float64, len(c.outcomes[operation]))
+	for i, o := range c.outcomes[operation] {
 		samples[i] = of(o)
 	}
 	return samples
 }
 
-// warn says in a sentence that connections of a cell went wrong.
-func (s *session) warn(c *cell) {
+// warn says in a sentence that operations of a cell went wrong.
+func (s *session) warn(c *cell, operation string) {
 	wrong, made, first := 0, 0, ""
-	for _, o := range c.outcomes {
-		made += o.Connections + o.Errors
+	for _, o := range c.outcomes[operation] {
+		made += o.Count + o.Errors
 		wrong += o.Errors
 		if first == "" {
 			first = o.FirstError
@@ -71,6 +94,6 @@ func (s *session) warn(c *cell) {
 	}
 	if wrong > 0 {
 		s.report.Warnings = append(s.report.Warnings, fmt.Sprintf(
-			"%s: %d of %d connections went wrong, the first with %q: do not use its figures", c, wrong, made, first))
+			"%s: %d of %d %ss went wrong, the first with %q: do not use its figures", c, wrong, made, operation, first))
 	}
 }

@@ -44,6 +44,32 @@ func TestRuleSets(t *testing.T) {
 	services := cluster(2, 3, 1)
 	golden(t, "iptables.rules", iptablesRules(services))
 	golden(t, "nftables.rules", nftablesRules(services))
+	changed := withReplacedEndpoint(services[1])
+	golden(t, "iptables-change.rules", iptablesChange(services, services[1], changed))
+	golden(t, "nftables-change.rules", nftablesChange(services, services[1], changed))
+}
+
+// A change writes a rule for each Service where kube-proxy does, and chains of
+// the one that changed alone.
+func TestAChangeIsOfOneService(t *testing.T) {
+	services := cluster(500, 2, 499)
+	changed := withReplacedEndpoint(services[499])
+	rules := iptablesChange(services, services[499], changed)
+	if got := len(portals(rules)); got != 500 {
+		t.Errorf("%d of 500 Services have a rule in KUBE-SERVICES", got)
+	}
+	for what, want := range map[string]int{":KUBE-SVC-": 1, ":KUBE-SEP-": 2, "-A PREROUTING": 0, "-A INPUT": 0, "10.244.2.3:8080": 0, "DNAT --to-destination 10.244.2.4:8080": 1} {
+		if got := strings.Count(rules, what); got != want {
+			t.Errorf("%q is in the change %d times, want %d", what, got, want)
+		}
+	}
+	if services[499].Ports[0].Backends[1].Address.String() != "10.244.2.3:8080" {
+		t.Error("the Service that was there before the change has changed")
+	}
+	rules = nftablesChange(services, services[499], changed)
+	if lines := strings.Count(rules, "\n"); lines > 20 || strings.Contains(rules, "add element") {
+		t.Errorf("the change of one Service has %d lines:\n%s", lines, rules)
+	}
 }
 
 // portals are the addresses in the rules that pick a Service, in their order.

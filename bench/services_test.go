@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +24,7 @@ import (
 	"github.com/millrace/millrace/kernel/cgroup"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/model"
 )
 
 // needRoot skips without root, and checks at the end that this process left no
@@ -120,59 +123,120 @@ func TestServices(t *testing.T) {
 	var progress strings.Builder
 	variants := append(slices.Clone(DefaultVariants), NativeAgain)
 	report, err := Services(t.Context(), Options{
-		Services: []int{2, 40, 2}, Variants: variants, Rounds: 2, RoundTime: 40 * time.Millisecond, Progress: &progress,
+		Services: []int{40, 2, 40}, Variants: variants, Rounds: 2, RoundTime: 40 * time.Millisecond, Progress: &progress,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, services := range []int{2, 40} {
 		for _, name := range []string{Native, NativeAgain, IptablesNft, IptablesLegacy, Nftables} {
-			checkMeasured(t, report, name, services)
+			for _, operation := range DefaultOperations {
+				checkMeasured(t, report, operation, name, services)
+			}
+			checkCosts(t, report, name, services)
 		}
-		if report.Row(Millrace, services, "", MetricP50) != nil {
+		if report.Row(Millrace, services, "", MetricP50(Connection)) != nil {
 			t.Errorf("millrace has figures with %d Services, though nothing was attached", services)
 		}
 	}
 	if len(report.Warnings) > 0 {
 		t.Errorf("warnings: %s", report.Warnings)
 	}
-	want := "millrace with 40 Services left out: nothing was given to attach (bench.Options.Millrace)"
-	if len(report.Skipped) != 2 || report.Skipped[1].String() != want {
-		t.Errorf("left out: %v, want for each number of Services: %s", report.Skipped, want)
+	want := `millrace with 40 Services left out: nothing was given to attach (bench.Options.Attach["millrace"])`
+	if len(report.Skipped) != 4 || report.Skipped[1].String() != want {
+		t.Errorf("left out: %v, want both paths for each number of Services, and: %s", report.Skipped, want)
 	}
 	if !strings.Contains(progress.String(), "prepare nftables, 40 Services\n") || !strings.Contains(progress.String(), "round 1 of 2\n") {
 		t.Errorf("progress does not tell what it does:\n%s", &progress)
 	}
 }
 
-// checkMeasured wants all figures of a variant, from both rounds, in their units.
-func checkMeasured(t *testing.T, report *Report, name string, services int) {
+// checkMeasured wants all figures of an operation, from both rounds, in their
+// units; and that beds with many Services compare to those with few.
+func checkMeasured(t *testing.T, report *Report, operation, name string, services int) {
 	t.Helper()
+	who := fmt.Sprintf("%s with %d Services", name, services)
 	get := func(metric string) Row {
 		row := report.Row(name, services, "", metric)
 		if row == nil {
-			t.Fatalf("%s with %d Services has no %s; left out: %v", name, services, metric, report.Skipped)
+			t.Fatalf("%s has no %s; left out: %v", who, metric, report.Skipped)
 		}
 		return *row
 	}
-	for _, metric := range []string{MetricP50, MetricP99, MetricCPU} {
+	for _, metric := range []string{MetricP50(operation), MetricP99(operation), MetricCPU(operation)} {
 		row := get(metric)
 		if row.Unit != "us" || row.Rounds != 2 || row.Min < 1 || row.Max > 1e6 || row.Ratio == nil || len(row.Ratio.Samples) != 2 {
-			t.Errorf("%s with %d Services: %s is %+v", name, services, metric, row)
+			t.Errorf("%s: %s is %+v", who, metric, row)
+		}
+		if (row.Growth != nil) != (services == 40) {
+			t.Errorf("%s: %s compares to 2 Services with %+v", who, metric, row.Growth)
 		}
 	}
-	if p50, p99 := get(MetricP50), get(MetricP99); p50.Min > p99.Min {
-		t.Errorf("%s: p50 %v us is above p99 %v us", name, p50.Min, p99.Min)
+	if p50, p99 := get(MetricP50(operation)), get(MetricP99(operation)); p50.Min > p99.Min {
+		t.Errorf("%s: p50 %v us is above p99 %v us", who, p50.Min, p99.Min)
 	}
-	if row := get(MetricConnections); row.Min < 5 {
-		t.Errorf("%s with %d Services: only %v connections in a round", name, services, row.Min)
+	if row := get(MetricCount(operation)); row.Min < 5 {
+		t.Errorf("%s: only %v %s in a round", who, row.Min, row.Metric)
 	}
-	if row := get(MetricErrors); row.Max > 0 {
-		t.Errorf("%s with %d Services: %v connections went wrong", name, services, row.Max)
+	if row := get(MetricErrors(operation)); row.Max > 0 {
+		t.Errorf("%s: %v %s", who, row.Max, row.Metric)
 	}
-	if name != Native && name != NativeAgain {
-		if row := get(MetricLoad); row.Unit != "ms" || row.Rounds != maxLoads || row.Min <= 0 {
-			t.Errorf("%s with %d Services: load time is %+v", name, services, row)
+}
+
+// checkCosts wants what loading and changing took, and the memory where the kernel
+// says it; native has none of it.
+func checkCosts(t *testing.T, report *Report, name string, services int) {
+	t.Helper()
+	for metric, unit := range map[string]string{MetricLoad: "ms", MetricChange: "ms", MetricKernel: "bytes"} {
+		row := report.Row(name, services, "", metric)
+		wanted := name == IptablesLegacy || metric != MetricKernel && name != Native && name != NativeAgain
+		switch {
+		case (row != nil) != wanted:
+			t.Errorf("%s with %d Services: %s is %+v", name, services, metric, row)
+		case row != nil && (row.Unit != unit || row.Min <= 0):
+			t.Errorf("%s with %d Services: %s is %+v", name, services, metric, row)
+		case metric == MetricChange && row != nil && (row.Rounds < 2 || row.Rounds > 2*maxReplacements):
+			t.Errorf("%s with %d Services: %d changes", name, services, row.Rounds)
+		}
+	}
+}
+
+// An endpoint is replaced in the kernel and not on paper: connections reach the
+// new one and no longer the old one, and after changing back it is the other way.
+func TestRuleSetsChange(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	s := openSession(t, Options{Services: []int{9}, Endpoints: 3, Positions: []string{First, Last},
+		Variants: []string{IptablesNft, IptablesLegacy, Nftables}})
+	if err := s.prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(s.cells) != 1+2+2+1 {
+		t.Fatalf("%d beds, want native, nftables and two by two of iptables; left out: %v", len(s.cells), s.report.Skipped)
+	}
+	for _, c := range s.cells[1:] {
+		tested, _ := testedIndex(c.position, 9)
+		before := cluster(9, 3, tested)[tested]
+		after := withReplacedEndpoint(before)
+		for _, step := range [][2]*model.Service{{before, after}, {after, before}} {
+			if _, err := c.loaded.change(t.Context(), step[0], step[1]); err != nil {
+				t.Fatalf("%s: %v", c, err)
+			}
+			answered := map[string]bool{}
+			for range 100 {
+				answer, err := c.bed.clientProcess.tell(command{Targets: c.targets})
+				if err != nil || answer.Errors > 0 {
+					t.Fatalf("%s: connect: %s %v", c, answer.FirstError, err)
+				}
+				answered[answer.Backend] = true
+			}
+			var want []string
+			for _, address := range addresses(step[1]) {
+				want = append(want, address.String())
+			}
+			if got := slices.Sorted(maps.Keys(answered)); !slices.Equal(got, want) {
+				t.Errorf("%s: after the change %v answer, want %v", c, got, want)
+			}
 		}
 	}
 }
@@ -251,45 +315,125 @@ func checkPosition(t *testing.T, c *cell, tested int, vip string) {
 	}
 }
 
-// An Attach that works: nft's rules, and what it was given to work with.
-func TestVariantUnderTestIsAttached(t *testing.T) {
+// nftAttach is an Attach that works: nft's rules.
+func nftAttach(t *testing.T, attached, closed *int) Attach {
+	tool := ruleTool{program: "nft", packageName: "nftables", rules: nftablesRules, arguments: []string{"-f", "-"}}
+	return func(spec AttachSpec) (Attached, error) {
+		took, err := tool.restore(t.Context(), spec.NetNS, "nft", []byte(nftablesRules(spec.Services)))
+		*attached++
+		tested := spec.Services[slices.IndexFunc(spec.Services, func(s *model.Service) bool {
+			return podRange.Contains(s.Ports[0].Backends[0].Address.Addr())
+		})]
+		return Attached{
+			LoadTime: took, KernelBytes: 4096, ResidentBytes: 8192,
+			Change: func(to *model.Service) (time.Duration, error) {
+				return tool.restore(t.Context(), spec.NetNS, "nft", []byte(nftablesChange(nil, tested, to)))
+			},
+			Close: func() error {
+				*closed++
+				return netns.Do(spec.NetNS, exec.Command("nft", "flush", "ruleset").Run)
+			},
+		}, err
+	}
+}
+
+// Both variants under test get what they need to work with, and are measured.
+func TestVariantsUnderTestAreAttached(t *testing.T) {
 	needRoot(t)
 	needTools(t)
 	var attached, closed int
+	work := nftAttach(t, &attached, &closed)
 	attach := func(spec AttachSpec) (Attached, error) {
 		processes, err := cgroup.Processes(spec.Cgroup)
 		if err != nil || len(processes) != 1 {
 			t.Errorf("the client's cgroup has the processes %v, want the client alone (%v)", processes, err)
 		}
-		if len(spec.Services) != 5 {
-			t.Errorf("%d Services to attach, want 5", len(spec.Services))
+		if err := netns.Do(spec.NetNS, func() error { _, err := net.InterfaceByName(spec.ClientLink); return err }); err != nil {
+			t.Errorf("the node has no link %s: %v", spec.ClientLink, err)
 		}
-		tool := ruleTool{program: "nft", packageName: "nftables", rules: nftablesRules, arguments: []string{"-f", "-"}}
-		took, err := tool.restore(t.Context(), spec.NetNS, "nft", []byte(nftablesRules(spec.Services)))
-		attached++
-		return Attached{LoadTime: took, MapBytes: 4096, Close: func() error {
-			closed++
-			return netns.Do(spec.NetNS, exec.Command("nft", "flush", "ruleset").Run)
-		}}, err
+		byName := func(a, b *model.Service) int { return a.Name.Compare(b.Name) }
+		if len(spec.Services) != 15 || !slices.IsSortedFunc(spec.Services, byName) {
+			t.Errorf("%d Services to attach, want 15 in the order of their names", len(spec.Services))
+		}
+		return work(spec)
 	}
 	report, err := Services(t.Context(), Options{
-		Services: []int{5}, Variants: []string{Millrace}, Rounds: 1, RoundTime: 20 * time.Millisecond, Millrace: attach,
+		Services: []int{15}, Variants: []string{Millrace, MillracePacket}, Rounds: 1, RoundTime: 20 * time.Millisecond,
+		Attach: map[string]Attach{Millrace: attach, MillracePacket: attach},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	checkAttached := report.Row(Millrace, 5, "", MetricP50)
-	if checkAttached == nil || checkAttached.Ratio == nil {
-		t.Fatalf("no figures; left out: %v", report.Skipped)
+	for _, name := range []string{Millrace, MillracePacket} {
+		if row := report.Row(name, 15, "", MetricP50(Request)); row == nil || row.Ratio == nil {
+			t.Fatalf("%s: no figures; left out: %v", name, report.Skipped)
+		}
+		for metric, want := range map[string]float64{MetricKernel: 4096, MetricResident: 8192} {
+			if row := report.Row(name, 15, "", metric); row == nil || row.Median != want || row.Unit != "bytes" {
+				t.Errorf("%s: %s is %+v, want %v bytes", name, metric, row, want)
+			}
+		}
+		if row := report.Row(name, 15, "", MetricLoad); row == nil || row.Rounds != maxLoads {
+			t.Errorf("%s: load time is %+v, want the best of %d", name, row, maxLoads)
+		}
+		if row := report.Row(name, 15, "", MetricChange); row == nil || row.Rounds < 2 {
+			t.Errorf("%s: change time is %+v, want at least that of there and back", name, row)
+		}
 	}
-	if row := report.Row(Millrace, 5, "", MetricMaps); row == nil || row.Median != 4096 || row.Unit != "bytes" {
-		t.Errorf("map memory is %+v, want 4096 bytes", row)
+	if attached != 2*maxLoads || closed != attached {
+		t.Errorf("attached %d times and closed %d times, want %d", attached, closed, 2*maxLoads)
 	}
-	if load := report.Row(Millrace, 5, "", MetricLoad); load == nil || load.Rounds != attached || attached != maxLoads {
-		t.Errorf("attached %d times, load time is %+v, want the best of %d", attached, load, maxLoads)
+}
+
+// A change that takes no time because it does nothing must not be reported.
+func TestAChangeThatDoesNothingEndsTheRun(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	var attached, closed int
+	work := nftAttach(t, &attached, &closed)
+	attach := func(spec AttachSpec) (Attached, error) {
+		result, err := work(spec)
+		result.Change = func(*model.Service) (time.Duration, error) { return time.Nanosecond, nil }
+		return result, err
 	}
-	if closed != attached {
-		t.Errorf("attached %d times and closed %d times", attached, closed)
+	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Attach: map[string]Attach{Millrace: attach}})
+	if err == nil || !strings.Contains(err.Error(), "change an endpoint: connect to 10.96.0.12:80: 10.244.2.3:8080 answered, which is not behind it") &&
+		!strings.Contains(err.Error(), "of 2 backends never answered") {
+		t.Errorf("the run returned %v, want that the endpoint that went still answers", err)
+	}
+}
+
+// What takes very long to load is left out, unless somebody insists.
+func TestLargeRuleSetsAreLeftOut(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	s := openSession(t, Options{Services: []int{3, 1001, 10_001}, Variants: []string{Nftables, IptablesLegacy}})
+	if err := s.prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, skipped := range s.report.Skipped {
+		out = append(out, skipped.String())
+	}
+	want := []string{
+		"nftables with 1001 Services left out: loading more than 1000 takes it very long: say --all-sizes to have it all the same",
+		"nftables with 10001 Services left out: loading more than 1000 takes it very long: say --all-sizes to have it all the same",
+		"iptables-legacy with 10001 Services (last) left out: loading more than 10000 takes it very long: say --all-sizes to have it all the same",
+	}
+	if !slices.Equal(out, want) {
+		t.Errorf("left out: %q, want %q", out, want)
+	}
+}
+
+func TestInsistingLoadsLargeRuleSets(t *testing.T) {
+	needRoot(t)
+	needTools(t)
+	s := openSession(t, Options{Services: []int{1001}, Variants: []string{Nftables}, AllSizes: true})
+	if err := s.prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(s.cells) != 2 || len(s.report.Skipped) > 0 {
+		t.Errorf("%d beds, left out %v, want native and nftables with 1001 Services", len(s.cells), s.report.Skipped)
 	}
 }
 
@@ -301,7 +445,7 @@ func left(t *testing.T, o Options, want ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(report.Skipped) != 1 || report.Row(Native, 3, "", MetricP50) == nil {
+	if len(report.Skipped) != 1 || report.Row(Native, 3, "", MetricP50(Connection)) == nil {
 		t.Fatalf("left out %v, want one variant; and native measured", report.Skipped)
 	}
 	for _, part := range want {
@@ -335,7 +479,7 @@ func TestFailingAttachEndsTheRun(t *testing.T) {
 	refuse := func(AttachSpec) (Attached, error) {
 		return Attached{}, fmt.Errorf("load program connect4: %w", errNoBTF)
 	}
-	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Millrace: refuse})
+	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Attach: map[string]Attach{Millrace: refuse}})
 	if !errors.Is(err, errNoBTF) || !strings.Contains(err.Error(), "prepare millrace, 3 Services") {
 		t.Errorf("the run returned %v, want the error of the variant under test", err)
 	}
@@ -346,7 +490,7 @@ func TestAServiceThatDoesNotAnswerEndsTheRun(t *testing.T) {
 	needRoot(t)
 	closed := 0
 	idle := func(AttachSpec) (Attached, error) { return Attached{Close: func() error { closed++; return nil }}, nil }
-	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Millrace: idle})
+	_, err := Services(t.Context(), Options{Services: []int{3}, Variants: []string{Millrace}, Attach: map[string]Attach{Millrace: idle}})
 	if err == nil || !strings.Contains(err.Error(), "connect to 10.96.0.") || closed != maxLoads {
 		t.Errorf("the run returned %v and detached %d times, want that it could not connect, and %d", err, closed, maxLoads)
 	}

@@ -5,21 +5,29 @@ import (
 	"io"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 )
 
 // footnote says what the columns mean.
-const footnote = `To native: the median of the ratios to native in the same round.
+const footnote = `To native, to %s: the median of the ratios in the same round, and its
+95 %% interval. Read a difference below one percent as none.
 Rule: where the tested Service stands among the rules of a variant that searches
 them in order. last is the worst case for it; kube-proxy's own order is random.
 Load: best of few, from nothing to every Service answering. millrace: loading and
 attaching its programs, planning and filling its maps. iptables, nftables: the
 whole run of iptables-restore or nft; what kube-proxy does before is not in it.
+Change: median, one endpoint of the tested Service replaced, each proved by
+connections. millrace: from the Snapshot to what was read back. iptables, nftables:
+the run of iptables-restore or nft with what kube-proxy writes for that.
+Kernel: what its maps hold as the kernel counts it; of iptables-legacy its tables.
+Resident: the process that serves. - is not known, or nothing.
 `
 
-// WriteTable prints the report for people: a header, one line a variant for
-// each number of Services, and what a reader must know beside it.
+// WriteTable prints the report for people: a header, for each operation and for
+// what is beside it one line a variant and number of Services, and what a reader
+// must know.
 func (r *Report) WriteTable(w io.Writer) error {
 	out := &printer{w: w}
 	out.printf("%s; kernel %s; %d CPUs; load average %.2f; %s\n",
@@ -27,12 +35,17 @@ func (r *Report) WriteTable(w io.Writer) error {
 	for _, key := range sortedKeys(r.Header.Settings) {
 		out.printf("  %s: %s\n", key, r.Header.Settings[key])
 	}
-	for _, services := range r.serviceCounts() {
-		out.printf("\n%d Services\n", services)
-		r.writeVariants(out, services)
+	made, wrong := []string{}, 0.0
+	for _, operation := range r.operations() {
+		out.printf("\n%s\n", titles[operation])
+		r.writeOperation(out, operation)
+		made = append(made, fmt.Sprintf("%.0f %s", r.sum(MetricCount(operation)), MetricCount(operation)))
+		wrong += r.sum(MetricErrors(operation))
 	}
-	out.printf("\n%s", footnote)
-	out.printf("%.0f connections, %.0f went wrong.\n", r.sum(MetricConnections), r.sum(MetricErrors))
+	out.printf("\nLoading all, changing one, and memory\n")
+	r.writeCosts(out)
+	out.printf("\n"+footnote, r.fewestText())
+	out.printf("%s, %.0f went wrong.\n", strings.Join(made, " and "), wrong)
 	for _, skipped := range r.Skipped {
 		out.printf("%s\n", skipped)
 	}
@@ -42,24 +55,103 @@ func (r *Report) WriteTable(w io.Writer) error {
 	return out.err
 }
 
-func (r *Report) writeVariants(out *printer, services int) {
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "variant\trule\tp50 us\tto native [95 % interval]\tp99 us\tto native\tCPU us\tto native\tload ms")
+// titles are those of the operations' tables.
+var titles = map[string]string{
+	Connection: "A connection: connect, 64 bytes there, 64 bytes back, close",
+	Request:    "A request on an open connection: 64 bytes there, 64 bytes back",
+}
+
+// operations are those that were measured, in their usual order.
+func (r *Report) operations() (measured []string) {
+	for _, operation := range DefaultOperations {
+		if slices.ContainsFunc(r.Rows, func(row Row) bool { return row.Metric == MetricP50(operation) }) {
+			measured = append(measured, operation)
+		}
+	}
+	return measured
+}
+
+// subjects has one row of every variant, number of Services and position.
+func (r *Report) subjects() (subjects []Row) {
 	for _, row := range r.Rows {
-		if row.Services != services || row.Metric != MetricP50 {
+		if !slices.ContainsFunc(subjects, func(s Row) bool {
+			return s.Variant == row.Variant && s.Services == row.Services && s.Position == row.Position
+		}) {
+			subjects = append(subjects, Row{Variant: row.Variant, Services: row.Services, Position: row.Position})
+		}
+	}
+	return subjects
+}
+
+func (r *Report) writeOperation(out *printer, operation string) {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	head := []string{"services", "variant", "rule", "p50 us", "to native [95 %]", "to " + r.fewestText() + " [95 %]", "CPU us", "to native"}
+	growth := len(r.serviceCounts()) > 1
+	if !growth {
+		head = slices.Delete(head, 5, 6)
+	}
+	fmt.Fprintln(table, strings.Join(head, "\t"))
+	last := 0
+	for _, s := range r.subjects() {
+		p50, cpu := r.figure(s, MetricP50(operation)), r.figure(s, MetricCPU(operation))
+		if p50 == nil {
 			continue
 		}
-		figure := func(metric string) *Row { return r.Row(row.Variant, services, row.Position, metric) }
-		p99, cpu := figure(MetricP99), figure(MetricCPU)
-		fmt.Fprintln(table, strings.Join([]string{
-			row.Variant, orDash(row.Position),
-			row.median(), row.ratio(true),
-			p99.median(), p99.ratio(false),
-			cpu.median(), cpu.ratio(false),
-			figure(MetricLoad).best(),
-		}, "\t"))
+		cells := []string{newOnly(s.Services, &last), s.Variant, orDash(s.Position),
+			p50.median(), p50.ratio(true), p50.growth(), cpu.median(), cpu.ratio(false)}
+		if !growth {
+			cells = slices.Delete(cells, 5, 6)
+		}
+		fmt.Fprintln(table, strings.Join(cells, "\t"))
 	}
 	_ = table.Flush() // the printer keeps the error
+}
+
+// writeCosts prints what a variant costs beside its operations; native has none.
+func (r *Report) writeCosts(out *printer) {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "services\tvariant\trule\tload ms\tchange ms\tkernel MB\tresident MB")
+	last := 0
+	for _, s := range r.subjects() {
+		load := r.figure(s, MetricLoad)
+		if load == nil {
+			continue
+		}
+		change, kernel, resident := r.figure(s, MetricChange), r.figure(s, MetricKernel), r.figure(s, MetricResident)
+		fmt.Fprintln(table, strings.Join([]string{newOnly(s.Services, &last), s.Variant, orDash(s.Position),
+			digits(load, load.best()), digits(change, change.middle()),
+			digits(kernel, kernel.middle()/1e6), digits(resident, resident.middle()/1e6)}, "\t"))
+	}
+	_ = table.Flush() // the printer keeps the error
+}
+
+// newOnly is a number if it is another than in the line above.
+func newOnly(services int, last *int) string {
+	if services == *last {
+		return ""
+	}
+	*last = services
+	return strconv.Itoa(services)
+}
+
+// figure is a row of the same variant, number of Services and position.
+func (r *Report) figure(of Row, metric string) *Row {
+	for i := range r.Rows {
+		row := &r.Rows[i]
+		if row.Metric == metric && row.Variant == of.Variant && row.Services == of.Services && row.Position == of.Position {
+			return row
+		}
+	}
+	return nil
+}
+
+// fewestText is "10 Services".
+func (r *Report) fewestText() string {
+	counts := r.serviceCounts()
+	if len(counts) == 0 {
+		return "none"
+	}
+	return fmt.Sprintf("%d Services", slices.Min(counts))
 }
 
 func (row *Row) median() string {
@@ -69,11 +161,41 @@ func (row *Row) median() string {
 	return fmt.Sprintf("%.1f", row.Median)
 }
 
-func (row *Row) best() string {
+// middle and best are the median and the smallest sample, 0 where there is none.
+func (row *Row) middle() float64 {
+	if row == nil {
+		return 0
+	}
+	return row.Median
+}
+
+func (row *Row) best() float64 {
+	if row == nil {
+		return 0
+	}
+	return row.Min
+}
+
+// digits is a value of a row with three digits that count, or a dash.
+func digits(row *Row, value float64) string {
 	if row == nil {
 		return "-"
 	}
-	return fmt.Sprintf("%.1f", row.Min)
+	return threeDigits(value)
+}
+
+// threeDigits writes a number so that a person can compare it with its
+// neighbours: 1234, 56.7, 8.90, 0.123.
+func threeDigits(value float64) string {
+	switch {
+	case value >= 100:
+		return fmt.Sprintf("%.0f", value)
+	case value >= 10:
+		return fmt.Sprintf("%.1f", value)
+	case value >= 1:
+		return fmt.Sprintf("%.2f", value)
+	}
+	return fmt.Sprintf("%.3f", value)
 }
 
 // ratio is that to native, with its interval if it is asked for.
@@ -89,6 +211,14 @@ func (row *Row) ratio(interval bool) string {
 	return row.Ratio.String()
 }
 
+// growth is the ratio to the fewest Services.
+func (row *Row) growth() string {
+	if row == nil {
+		return "-"
+	}
+	return row.Growth.String()
+}
+
 // String is "1.352 [1.341, 1.360]", or why there is no interval.
 func (r *Ratio) String() string {
 	switch {
@@ -100,24 +230,37 @@ func (r *Ratio) String() string {
 	return fmt.Sprintf("%.3f [%.3f, %.3f]", r.Median, *r.Low, *r.High)
 }
 
-// WriteRounds prints, for the ratio of each variant's connection p50 to native,
-// what it was in every round.
+// WriteRounds prints what the ratios of each variant's p50 to native, and to the
+// fewest Services, were in every round.
 func (r *Report) WriteRounds(w io.Writer) error {
 	out := &printer{w: w}
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "variant\tservices\trule\tp50 to native, round by round")
-	for _, row := range r.Rows {
-		if row.Metric != MetricP50 || row.Ratio == nil || row.Variant == Native {
-			continue
+	fmt.Fprintln(table, "p50 of a\tvariant\tservices\trule\tto\tround by round")
+	for _, operation := range r.operations() {
+		for _, row := range r.Rows {
+			if row.Metric != MetricP50(operation) {
+				continue
+			}
+			if row.Variant != Native {
+				writeRounds(table, operation, row, "native", row.Ratio)
+			}
+			writeRounds(table, operation, row, r.fewestText(), row.Growth)
 		}
-		rounds := make([]string, len(row.Ratio.Samples))
-		for i, ratio := range row.Ratio.Samples {
-			rounds[i] = fmt.Sprintf("%.3f", ratio)
-		}
-		fmt.Fprintf(table, "%s\t%d\t%s\t%s\n", row.Variant, row.Services, orDash(row.Position), strings.Join(rounds, " "))
 	}
 	_ = table.Flush() // the printer keeps the error
 	return out.err
+}
+
+func writeRounds(table io.Writer, operation string, row Row, to string, ratio *Ratio) {
+	if ratio == nil {
+		return
+	}
+	rounds := make([]string, len(ratio.Samples))
+	for i, ratio := range ratio.Samples {
+		rounds[i] = fmt.Sprintf("%.3f", ratio)
+	}
+	fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\n",
+		operation, row.Variant, row.Services, orDash(row.Position), to, strings.Join(rounds, " "))
 }
 
 // sum adds up a metric over all rows and rounds.

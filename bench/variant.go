@@ -13,7 +13,7 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// The variants of the connection benchmark.
+// The variants of the Services benchmark.
 const (
 	// Native is routed to the backend's own address: no Service, no netfilter
 	// hook, no program.
@@ -21,8 +21,10 @@ const (
 	// NativeAgain is a second native bed. Its ratio to native should be 1 and
 	// shows how finely this machine can measure; only measured when asked for.
 	NativeAgain = "native-again"
-	// Millrace is what Options.Millrace attaches.
-	Millrace = "millrace"
+	// Millrace and MillracePacket are what Options.Attach has under these names:
+	// translated at connect(), and packet by packet at the client's veth.
+	Millrace       = "millrace"
+	MillracePacket = "millrace-packet"
 	// IptablesNft, IptablesLegacy and Nftables are kube-proxy's rule sets.
 	IptablesNft    = "iptables-nft"
 	IptablesLegacy = "iptables-legacy"
@@ -30,44 +32,22 @@ const (
 )
 
 // DefaultVariants are those measured when none are named.
-var DefaultVariants = []string{Native, Millrace, IptablesNft, IptablesLegacy, Nftables}
+var DefaultVariants = []string{Native, Millrace, MillracePacket, IptablesNft, IptablesLegacy, Nftables}
 
-// AttachSpec is what the variant under test works with.
-type AttachSpec struct {
-	// NetNS is the path of the node's network namespace.
-	NetNS string
-	// Cgroup is the cgroup2 folder of the client, and of no other process.
-	Cgroup string
-	// Services are all to be loaded, before Attach returns.
-	Services []*model.Service
-}
-
-// Attached is the variant under test, at work.
-type Attached struct {
-	// LoadTime is from nothing to every Service answering: loading and attaching
-	// the programs included.
-	LoadTime time.Duration
-	// MapBytes is the memory of the maps, 0 if it is not known.
-	MapBytes uint64
-	// Close takes everything away again.
-	Close func() error
-}
-
-// Attach loads the Services and attaches the programs. An error leaves nothing,
-// and ends the run.
-type Attach func(AttachSpec) (Attached, error)
-
-// loaded is what bringing Services into the kernel cost.
+// loaded is what bringing Services into the kernel cost, and what is there then.
 type loaded struct {
 	// times are those of each load, empty for native.
-	times    []time.Duration
-	mapBytes uint64
-	detach   func() error
+	times []time.Duration
+	// kernelBytes and residentBytes are 0 where nobody knows.
+	kernelBytes, residentBytes uint64
+	// change puts the Service to in force in the place of from; nil for native.
+	change func(ctx context.Context, from, to *model.Service) (time.Duration, error)
+	detach func() error
 	// by is the program that loaded them and its version, if there is one.
 	by string
 }
 
-// loader brings Services into a bed. services is empty for native.
+// loader brings Services into a bed.
 type loader func(ctx context.Context, b *bed, services []*model.Service) (loaded, error)
 
 // variant is one way to reach a backend.
@@ -78,25 +58,35 @@ type variant struct {
 	// ordered says that the rules are searched in order, so that the position
 	// of the tested Service matters.
 	ordered bool
-	load    loader
+	// needed says that without it there is no report.
+	needed bool
+	// most is the largest number of Services that is loaded without
+	// Options.AllSizes, 0 for any.
+	most int
+	load loader
 }
 
-// variantNamed finds a variant. attach is that of millrace and may be nil.
-func variantNamed(name string, attach Attach) (variant, error) {
+// variantNamed finds a variant. attach are those of millrace.
+func variantNamed(name string, attach map[string]Attach) (variant, error) {
 	switch name {
 	case Native, NativeAgain:
-		return variant{name: name, direct: true, load: loadNothing}, nil
-	case Millrace:
-		return variant{name: name, load: loadAttached(attach)}, nil
+		return variant{name: name, direct: true, needed: name == Native, load: loadNothing}, nil
+	case Millrace, MillracePacket:
+		return variant{name: name, needed: attach[name] != nil, load: loadAttached(name, attach[name])}, nil
 	case IptablesNft, IptablesLegacy:
-		tool := ruleTool{program: name + "-restore", packageName: "iptables", rules: iptablesRules,
+		tool := ruleTool{program: name + "-restore", packageName: "iptables", rules: iptablesRules, changed: iptablesChange,
 			// As kube-proxy calls it, each time. With the nft backend
 			// --noflush costs the square of the number of new chains.
 			arguments: []string{"-w", "5", "--noflush", "--counters"}}
-		return variant{name: name, ordered: true, load: tool.load}, nil
+		if name == IptablesLegacy {
+			tool.memory = legacyTables
+		}
+		return variant{name: name, ordered: true, most: 10_000, load: tool.load}, nil
 	case Nftables:
-		tool := ruleTool{program: "nft", packageName: "nftables", rules: nftablesRules, arguments: []string{"-f", "-"}}
-		return variant{name: name, load: tool.load}, nil
+		tool := ruleTool{program: "nft", packageName: "nftables", rules: nftablesRules, changed: nftablesChange,
+			arguments: []string{"-f", "-"}}
+		// 10,000 take a minute of system time: it grows with the square.
+		return variant{name: name, most: 1000, load: tool.load}, nil
 	}
 	return variant{}, fmt.Errorf("unknown variant %q: use %s", name, strings.Join(append(DefaultVariants, NativeAgain), ", "))
 }
@@ -109,31 +99,6 @@ const (
 	maxLoads = 3
 	loadTime = 1500 * time.Millisecond
 )
-
-// loadAttached is the loader of the variant under test.
-func loadAttached(attach Attach) loader {
-	return func(_ context.Context, b *bed, services []*model.Service) (loaded, error) {
-		var result loaded
-		if attach == nil {
-			return result, errors.New("nothing was given to attach (bench.Options.Millrace)")
-		}
-		spec := AttachSpec{NetNS: b.node, Cgroup: b.clientGroup, Services: services}
-		for {
-			attached, err := attach(spec)
-			if err != nil {
-				return result, err
-			}
-			result.times = append(result.times, attached.LoadTime)
-			result.mapBytes, result.detach = attached.MapBytes, attached.Close
-			if !again(result.times) {
-				return result, nil
-			}
-			if err := attached.Close(); err != nil {
-				return result, err
-			}
-		}
-	}
-}
 
 // again says whether one more load pays.
 func again(times []time.Duration) bool {
@@ -149,6 +114,10 @@ type ruleTool struct {
 	program, packageName string
 	arguments            []string
 	rules                func([]*model.Service) string
+	// changed is the input for one Service of them that changed.
+	changed func(services []*model.Service, from, to *model.Service) string
+	// memory is what the kernel holds, where it can be asked for that.
+	memory func(namespace string) (uint64, error)
 }
 
 // load fills the bed's node, and namespaces that are thrown away before it, for
@@ -172,7 +141,13 @@ func (r ruleTool) load(ctx context.Context, b *bed, services []*model.Service) (
 		}
 		result.times = append(result.times, took)
 	}
-	return result, nil
+	result.change = func(ctx context.Context, from, to *model.Service) (time.Duration, error) {
+		return r.restore(ctx, b.node, path, []byte(r.changed(services, from, to)))
+	}
+	if r.memory != nil {
+		result.kernelBytes, err = r.memory(b.node)
+	}
+	return result, err
 }
 
 // practise loads the rules into a namespace of their own.

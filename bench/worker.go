@@ -23,9 +23,10 @@ const messageSize = 64
 
 // The first byte of a request says what the server shall do.
 const (
-	askEcho = 'e' // answer, and look for the next connection at once
-	askName = 'n' // answer with the address that the request arrived at, and go to sleep
-	askLast = 'l' // answer, and go to sleep: no connection follows soon
+	askEcho = 'e' // answer, close, and look for the next connection at once
+	askMore = 'm' // answer, and wait for the next request on this connection
+	askName = 'n' // answer with the address that the request arrived at, close, and go to sleep
+	askLast = 'l' // answer, close, and go to sleep: no connection follows soon
 )
 
 // maxSamples bounds what a client remembers of one command.
@@ -36,13 +37,11 @@ type command struct {
 	// Targets are connected to at random; the same for every connection of a
 	// variant that translates.
 	Targets []netip.AddrPort `json:"targets"`
-	// Nanoseconds is how long to measure. 0 asks for the backend's name only.
+	// Operation is what to measure; empty asks for a backend's name only.
+	Operation string `json:"operation"`
+	// Nanoseconds is how long to measure.
 	Nanoseconds int64 `json:"nanoseconds"`
-	// First forgets what earlier commands measured, Last asks for the quantiles
-	// of everything since the First.
-	First bool `json:"first"`
-	Last  bool `json:"last"`
-	// WarmUp is how many connections to make before anything is counted.
+	// WarmUp is how many operations to do before anything is counted.
 	WarmUp int `json:"warm_up"`
 	// Server is the server's process, whose processor time is counted too.
 	Server int `json:"server"`
@@ -50,11 +49,12 @@ type command struct {
 
 // outcome is what a client answers, one JSON object a line.
 type outcome struct {
-	Connections int `json:"connections"`
-	Errors      int `json:"errors"`
+	// Count is how many operations went well.
+	Count  int `json:"count"`
+	Errors int `json:"errors"`
 	// FirstError is the first of the errors, in words.
 	FirstError string `json:"first_error,omitempty"`
-	// P50 and P99 are nanoseconds, 0 before the last command of a turn.
+	// P50 and P99 are nanoseconds.
 	P50 uint32 `json:"p50"`
 	P99 uint32 `json:"p99"`
 	// CPU is the processor time of client and server, in nanoseconds.
@@ -139,15 +139,23 @@ func (c *client) run(in io.Reader, out io.Writer) error {
 		if err := json.Unmarshal(commands.Bytes(), &do); err != nil {
 			return fmt.Errorf("read command %q: %w", commands.Text(), err)
 		}
-		result := c.name(do)
-		if do.Nanoseconds > 0 {
-			result = c.measure(do)
-		}
+		result := c.perform(do)
 		if err := answers.Encode(result); err != nil {
 			return fmt.Errorf("write outcome: %w", err)
 		}
 	}
 	return commands.Err()
+}
+
+func (c *client) perform(do command) outcome {
+	c.samples = c.samples[:0]
+	switch do.Operation {
+	case Connection:
+		return c.measureConnections(do)
+	case Request:
+		return c.measureRequests(do)
+	}
+	return c.name(do)
 }
 
 // name asks once which backend answers.
@@ -158,29 +166,64 @@ func (c *client) name(do command) outcome {
 		return outcome{Errors: 1, FirstError: describe(errno, step)}
 	}
 	length := slices.Index(c.answer[:], 0)
-	return outcome{Connections: 1, Backend: string(c.answer[:max(length, 0)])}
+	return outcome{Count: 1, Backend: string(c.answer[:max(length, 0)])}
 }
 
-// measure makes connections one after another for the time it is given.
-func (c *client) measure(do command) outcome {
+// measureConnections makes connections one after another for the time it is
+// given.
+func (c *client) measureConnections(do command) outcome {
 	targets := make([]unix.RawSockaddrInet4, len(do.Targets))
 	for i, target := range do.Targets {
 		targets[i] = rawAddress(target)
 	}
-	if do.First {
-		c.samples = c.samples[:0]
-	}
-	had := len(c.samples)
-	c.request[0] = askEcho
 	var result outcome
+	c.request[0] = askEcho
+	c.repeat(do, &result, func() (unix.Errno, string) {
+		return c.connection(&targets[c.draw(len(targets))])
+	})
+	c.request[0] = askLast
+	result.note(c.connection(&targets[0]))
+	return result
+}
+
+// measureRequests opens one connection and sends requests over it, one after
+// another, for the time it is given. A connection that fails is not opened
+// again: the requests that were not made count as one error.
+func (c *client) measureRequests(do command) outcome {
+	target := rawAddress(do.Targets[c.draw(len(do.Targets))])
+	var result outcome
+	fd, errno, step := open(&target)
+	if step != "" {
+		result.note(errno, step)
+		return result
+	}
+	result.note(withoutDelay(fd))
+	c.request[0] = askMore
+	c.repeat(do, &result, func() (unix.Errno, string) { return c.roundTrip(fd) })
+	c.request[0] = askLast
+	if errno, step = c.roundTrip(fd); step == "" {
+		errno, step = toTheEnd(fd)
+	}
+	result.note(errno, step)
+	result.note(closeSocket(fd))
+	return result
+}
+
+// repeat does an operation until the time is over, and takes its times. It gives
+// up at the first error of a request, and after 1,000 of connections.
+func (c *client) repeat(do command, result *outcome, operation func() (unix.Errno, string)) {
+	patience := 1000
+	if do.Operation == Request {
+		patience = 1
+	}
 	for i := 0; i < do.WarmUp && result.Errors == 0; i++ {
-		result.note(c.connection(&targets[c.draw(len(targets))]))
+		result.note(operation())
 	}
 	cpu := processTime(0) + processTime(do.Server)
 	start := time.Now()
 	before := time.Duration(0)
-	for before < time.Duration(do.Nanoseconds) && len(c.samples) < cap(c.samples) && result.Errors < 1000 {
-		errno, step := c.connection(&targets[c.draw(len(targets))])
+	for before < time.Duration(do.Nanoseconds) && len(c.samples) < cap(c.samples) && result.Errors < patience {
+		errno, step := operation()
 		after := time.Since(start) // the vDSO's monotonic clock
 		if step == "" {
 			c.samples = append(c.samples, uint32(min(after-before, 1<<32-1)))
@@ -189,26 +232,9 @@ func (c *client) measure(do command) outcome {
 		before = after
 	}
 	result.CPU = processTime(0) + processTime(do.Server) - cpu
-	c.request[0] = askLast
-	result.note(c.connection(&targets[0]))
-	result.Connections = len(c.samples) - had
-	if do.Last {
-		slices.Sort(c.samples)
-		result.P50, result.P99 = quantile(c.samples, 0.50), quantile(c.samples, 0.99)
-	}
-	return result
-}
-
-// add brings the outcome of one more command into that of a turn. The
-// quantiles are those of the last one, which knows all samples.
-func (o *outcome) add(more outcome) {
-	o.Connections += more.Connections
-	o.Errors += more.Errors
-	o.CPU += more.CPU
-	o.P50, o.P99 = more.P50, more.P99
-	if o.FirstError == "" {
-		o.FirstError = more.FirstError
-	}
+	slices.Sort(c.samples)
+	result.Count = len(c.samples)
+	result.P50, result.P99 = quantile(c.samples, 0.50), quantile(c.samples, 0.99)
 }
 
 func (o *outcome) note(errno unix.Errno, step string) {
@@ -241,21 +267,35 @@ func quantile(sorted []uint32, q float64) uint32 {
 // connection makes one connection from socket to close. step is empty if it
 // went well, or names what did not; errno is its cause, if the kernel gave one.
 func (c *client) connection(target *unix.RawSockaddrInet4) (errno unix.Errno, step string) {
-	fd, _, errno := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if errno != 0 {
-		return errno, "socket"
+	fd, errno, step := open(target)
+	if step != "" {
+		return errno, step
 	}
-	errno, step = c.exchange(fd, target)
-	if _, _, failed := unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0); failed != 0 && step == "" {
-		return failed, "close"
+	if errno, step = c.roundTrip(fd); step == "" {
+		errno, step = toTheEnd(fd)
+	}
+	if failed, at := closeSocket(fd); step == "" {
+		return failed, at
 	}
 	return errno, step
 }
 
-func (c *client) exchange(fd uintptr, target *unix.RawSockaddrInet4) (unix.Errno, string) {
-	if _, _, errno := unix.RawSyscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(target)), unsafe.Sizeof(*target)); errno != 0 {
-		return errno, "connect"
+// open makes a connected socket, or none.
+func open(target *unix.RawSockaddrInet4) (fd uintptr, errno unix.Errno, step string) {
+	fd, _, errno = unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if errno != 0 {
+		return 0, errno, "socket"
 	}
+	_, _, errno = unix.RawSyscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(target)), unsafe.Sizeof(*target))
+	if errno != 0 {
+		closeSocket(fd)
+		return 0, errno, "connect"
+	}
+	return fd, 0, ""
+}
+
+// roundTrip sends the request and reads the answer.
+func (c *client) roundTrip(fd uintptr) (unix.Errno, string) {
 	if _, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&c.request)), messageSize); errno != 0 {
 		return errno, "write"
 	}
@@ -270,10 +310,32 @@ func (c *client) exchange(fd uintptr, target *unix.RawSockaddrInet4) (unix.Errno
 		}
 		got += n
 	}
+	return 0, ""
+}
+
+// toTheEnd reads the end of the stream, so that the server closes first.
+func toTheEnd(fd uintptr) (unix.Errno, string) {
 	var more byte
 	n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&more)), 1)
 	if errno != 0 || n != 0 {
 		return errno, "read to the end"
+	}
+	return 0, ""
+}
+
+func closeSocket(fd uintptr) (unix.Errno, string) {
+	if _, _, errno := unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0); errno != 0 {
+		return errno, "close"
+	}
+	return 0, ""
+}
+
+// withoutDelay sets TCP_NODELAY, as every client of a request protocol does.
+func withoutDelay(fd uintptr) (unix.Errno, string) {
+	on := int32(1)
+	_, _, errno := unix.RawSyscall6(unix.SYS_SETSOCKOPT, fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, uintptr(unsafe.Pointer(&on)), 4, 0)
+	if errno != 0 {
+		return errno, "set TCP_NODELAY"
 	}
 	return 0, ""
 }
@@ -327,7 +389,6 @@ func serve(listen string) error {
 // answerAll answers one connection after another until it can accept no more.
 // What goes wrong with one of them the client sees and counts.
 func answerAll(listener int) unix.Errno {
-	var message [messageSize]byte
 	asleep := true
 	for {
 		if asleep {
@@ -339,15 +400,27 @@ func answerAll(listener int) unix.Errno {
 		if errno != 0 {
 			return errno
 		}
-		_, _, errno = unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&message)), messageSize)
-		asleep = message[0] != askEcho
-		if message[0] == askName {
+		asleep = answer(fd) != askEcho
+		closeSocket(fd)
+	}
+}
+
+// answer answers the requests of one connection and returns what the last asked.
+func answer(fd uintptr) byte {
+	var message [messageSize]byte
+	for {
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&message)), messageSize)
+		if errno != 0 || n == 0 {
+			return askLast // the client went away
+		}
+		asked := message[0]
+		if asked == askName {
 			nameOf(int(fd), &message)
 		}
-		if errno == 0 {
-			_, _, _ = unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&message)), messageSize)
+		_, _, errno = unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&message)), messageSize)
+		if asked != askMore || errno != 0 {
+			return asked
 		}
-		_, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0)
 	}
 }
 
@@ -360,6 +433,10 @@ func listenOn(address netip.AddrPort) (int, error) {
 		return -1, err
 	}
 	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(address.Port()), Addr: address.Addr().As4()}); err != nil {
+		return -1, err
+	}
+	// Sockets that are accepted inherit it.
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
 		return -1, err
 	}
 	return fd, unix.Listen(fd, 128)

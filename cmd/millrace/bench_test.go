@@ -1,0 +1,111 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/millrace/millrace/bench"
+	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/model"
+)
+
+// The benchmark with the real layer: it is loaded, one endpoint is changed in it
+// and back while connections prove it, and every figure is there.
+func TestBenchServicesOfMillrace(t *testing.T) {
+	needsRoot(t)
+	stdout, stderr, status := millrace(t, "bench", "services", "--services", "5,200", "--variants", "native,millrace",
+		"--rounds", "2", "--round-time", "20ms", "-o", "json")
+	var report bench.Report
+	if err := json.Unmarshal([]byte(stdout), &report); err != nil || status != exitOK {
+		t.Fatalf("exit status %d, %v:\n%s\n%s", status, err, stdout, stderr)
+	}
+	if len(report.Skipped) > 0 || len(report.Warnings) > 0 {
+		t.Errorf("left out: %v; warnings: %v", report.Skipped, report.Warnings)
+	}
+	for _, services := range []int{5, 200} {
+		for _, metric := range []string{
+			bench.MetricP50(bench.Connection), bench.MetricP50(bench.Request), bench.MetricLoad, bench.MetricChange,
+			bench.MetricKernel, bench.MetricResident,
+		} {
+			row := report.Row(bench.Millrace, services, "", metric)
+			if row == nil || row.Min <= 0 {
+				t.Errorf("%d Services: %s is %+v", services, metric, row)
+			}
+		}
+	}
+	if row := report.Row(bench.Millrace, 200, "", bench.MetricP50(bench.Connection)); row == nil || row.Growth == nil {
+		t.Errorf("200 Services do not compare to 5: %+v", row)
+	}
+}
+
+// What the process that serves says, its parent says, with the same exit status;
+// and closing ends the process.
+func TestBenchServesInAProcessOfItsOwn(t *testing.T) {
+	needsRoot(t)
+	service := &model.Service{Name: model.Name{Namespace: "bench", Name: "a"}, Type: model.ClusterIP}
+	spec := bench.AttachSpec{Cgroup: "/absent", Services: []*model.Service{service}}
+	_, err := attachLayer(bench.Millrace, spec)
+	var failed *failure
+	if !errors.As(err, &failed) || !strings.Contains(err.Error(), "/absent") {
+		t.Errorf("a cgroup that is absent: %v", err)
+	}
+	if _, err := attachLayer("ipvs", spec); err == nil || !strings.Contains(err.Error(), `serve variant "ipvs": no layer does that`) {
+		t.Errorf("a variant that no layer serves: %v", err)
+	}
+
+	spec.Cgroup = benchGroup(t)
+	attached, err := attachLayer(bench.Millrace, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if attached.LoadTime <= 0 || attached.KernelBytes == 0 || attached.ResidentBytes < 1<<20 {
+		t.Errorf("loaded in %s, %d bytes of maps, %d resident", attached.LoadTime, attached.KernelBytes, attached.ResidentBytes)
+	}
+	if took, err := attached.Change(service); err != nil || took <= 0 {
+		t.Errorf("a change took %s: %v", took, err)
+	}
+	stranger := &model.Service{Name: model.Name{Namespace: "bench", Name: "b"}}
+	if _, err := attached.Change(stranger); err == nil || !strings.Contains(err.Error(), "change Service bench/b: it is not served") {
+		t.Errorf("a change of what is not there: %v", err)
+	}
+	if err := attached.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := attached.Change(service); err == nil || !strings.Contains(err.Error(), "the process that serves ended") {
+		t.Errorf("a change after the end: %v", err)
+	}
+}
+
+// The process that serves does not outlive what feeds it, and takes no nonsense.
+func TestBenchServeEndsWithItsInput(t *testing.T) {
+	c := exec.Command(product().Path, "bench", "serve")
+	c.Stdin = strings.NewReader("nonsense")
+	if _, stderr, status := finish(t, c); status != exitFailed || !strings.Contains(stderr, "read what to serve") {
+		t.Errorf("exit status %d, says %q", status, stderr)
+	}
+}
+
+// benchGroup is a cgroup of this test.
+func benchGroup(t *testing.T) string {
+	t.Helper()
+	root, err := cgroup.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	group := filepath.Join(root, fmt.Sprintf("millrace-test-bench-%d", os.Getpid()))
+	if err := cgroup.Create(group); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cgroup.Remove(group); err != nil {
+			t.Error(err)
+		}
+	})
+	return group
+}
