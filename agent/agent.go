@@ -57,7 +57,9 @@ type Agent struct {
 	config Config
 	parts  []*part
 	// newest is the last Snapshot delivered and not yet taken.
-	newest   chan *model.Snapshot
+	newest chan *model.Snapshot
+	// changed says that a layer is to be refreshed.
+	changed  chan struct{}
 	metrics  *metrics
 	attached time.Duration
 	// litter: much memory became garbage just now.
@@ -94,7 +96,7 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer unlock()
-	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), metrics: newMetrics()}
+	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), changed: make(chan struct{}, 1), metrics: newMetrics()}
 	defer a.close()
 	listeners, err := a.listen() // before anything is changed
 	if err != nil {
@@ -113,6 +115,9 @@ func Run(ctx context.Context, config Config) error {
 	var sources sync.WaitGroup
 	defer sources.Wait()
 	sources.Go(func() { a.watch(ctx) })
+	for _, p := range a.parts {
+		sources.Go(func() { a.watchLayer(ctx, p) })
+	}
 	a.loop(ctx)
 	return nil
 }
@@ -182,6 +187,19 @@ func (a *Agent) deliver(s *model.Snapshot) {
 	a.newest <- s
 }
 
+// watchLayer tells the loop that a layer's kernel objects changed under it.
+func (a *Agent) watchLayer(ctx context.Context, p *part) {
+	err := p.Watch(ctx, func() {
+		select {
+		case a.changed <- struct{}{}:
+		default: // the loop has yet to look at an earlier change
+		}
+	})
+	if err != nil {
+		a.config.Log.Error("watch the kernel: changes are seen once a minute only", "layer", p.Name(), "error", err)
+	}
+}
+
 // loop is the one goroutine that calls the layers' verbs.
 func (a *Agent) loop(ctx context.Context) {
 	drift := time.NewTicker(driftEvery)
@@ -201,6 +219,9 @@ func (a *Agent) loop(ctx context.Context) {
 			clean = a.applyAll()
 		case <-drift.C:
 			a.findDrift()
+			clean = a.applyAll()
+		case <-a.changed:
+			a.refresh()
 			clean = a.applyAll()
 		}
 		if a.litter {
@@ -290,6 +311,20 @@ func (a *Agent) report(p *part, done layer.Changes, err error) {
 	}
 	for _, change := range done {
 		a.config.Log.Info(change.String(), "layer", p.Name())
+	}
+}
+
+// refresh looks again at what others change.
+func (a *Agent) refresh() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.parts {
+		found, err := p.Refresh(p.have)
+		if err != nil {
+			a.config.Log.Error("look at the kernel again", "layer", p.Name(), "error", err)
+			continue
+		}
+		p.have = found
 	}
 }
 

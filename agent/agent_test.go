@@ -98,6 +98,10 @@ func (p *pond) Apply(_, _ layer.Picture, changes layer.Changes) (layer.Picture, 
 	}
 	return words(maps.Clone(p.kernel)), done, errors.Join(failures...)
 }
+func (p *pond) Refresh(have layer.Picture) (layer.Picture, error) { return have, nil }
+
+func (p *pond) Watch(ctx context.Context, _ func()) error { <-ctx.Done(); return nil }
+
 func (p *pond) Settle() error { p.settled++; return nil }
 func (p *pond) Describe() (layer.Description, error) {
 	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7},

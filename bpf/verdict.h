@@ -16,6 +16,10 @@ enum reason {
 	REASON_NO_BACKEND,     /* the Service has no endpoint that serves */
 	REASON_UNSETTLED,      /* the Service changed three times during one look-up */
 	REASON_FLOW_FORGOTTEN, /* a UDP socket talks to more Services than it has flow places: the oldest gave way */
-	REASON_NO_STORAGE,     /* the kernel gave no memory for the socket's flow */
+	REASON_NO_STORAGE,     /* the kernel gave no memory for the flow */
+	REASON_FLOWS_FULL,     /* the table of translated flows is full of flows that live: see --flows */
+	REASON_FLOW_CLASH,     /* no free source port was found towards an endpoint that the client reaches in two ways */
+	REASON_FLOW_CUT,       /* a flow that was closing or never answered gave way in a full table */
+	REASON_UNWRITABLE,     /* the packet could not be rewritten */
 	REASON_COUNT,
 };

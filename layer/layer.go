@@ -6,6 +6,7 @@
 package layer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,12 @@ type Layer interface {
 	// Read says what the kernel holds now, and clears away what a writer that
 	// died halfway left there. The layer must be open.
 	Read() (Picture, error)
+	// Refresh looks again at what others change all the time, such as devices
+	// that come and go, and returns have, altered. It costs little.
+	Refresh(have Picture) (Picture, error)
+	// Watch calls changed when Refresh would find something else, until ctx
+	// ends. A layer that depends on nothing of the kind waits for that.
+	Watch(ctx context.Context, changed func()) error
 	// Look says what the kernel holds now and changes nothing. The layer need
 	// not be open, and another process may have it open.
 	Look() (Picture, error)

@@ -13,7 +13,7 @@ import (
 
 func agentCommand(s *settings) *cobra.Command {
 	var at place
-	var source, node, metrics string
+	var source, metrics string
 	var dryRun bool
 	c := command(&cobra.Command{
 		Use:   "agent --source dir:PATH",
@@ -21,7 +21,9 @@ func agentCommand(s *settings) *cobra.Command {
 		Long: `
 Runs until it is stopped. What it has put into the kernel stays in force
 without it, and the next agent takes it over: stopping, restarting and
-upgrading lose no packet. Needs CAP_BPF and CAP_NET_ADMIN.`,
+upgrading lose no packet. Needs CAP_BPF and CAP_NET_ADMIN; where pods ask for a
+path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
+namespaces.`,
 	}, changesHost, func(ctx context.Context, _ []string) error {
 		if dryRun {
 			return plan(ctx, s, &at, source)
@@ -38,7 +40,7 @@ upgrading lose no packet. Needs CAP_BPF and CAP_NET_ADMIN.`,
 		// often keeps the resident set near what is live.
 		debug.SetGCPercent(50)
 		return agent.Run(ctx, agent.Config{
-			Node: node, Version: version, Source: from, SourceName: source, Layers: layers,
+			Node: at.node, Version: version, Source: from, SourceName: source, Layers: layers,
 			RunFolder: at.run, Metrics: metrics, Log: logger(s), Started: started,
 		})
 	}, exitData, exitUnavailable, exitPrivilege)
@@ -46,7 +48,9 @@ upgrading lose no packet. Needs CAP_BPF and CAP_NET_ADMIN.`,
 	at.flagPins(c)
 	at.flagRun(c)
 	flagSource(c, &source)
-	c.Flags().StringVar(&node, "node", hostname(), "this node's name in the cluster")
+	at.flagNode(c)
+	at.flagPath(c)
+	at.flagFlows(c)
 	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus and /healthz; empty for none")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, change nothing and end")
 	return c

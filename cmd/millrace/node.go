@@ -18,6 +18,10 @@ import (
 // of a lab) do not meet.
 type place struct {
 	cgroup, pins, run string
+	// node is this node's name in the cluster; path and flows are the service
+	// layer's settings.
+	node, path string
+	flows      int
 }
 
 func (p *place) flagRun(c *cobra.Command) {
@@ -32,6 +36,19 @@ func (p *place) flagCgroup(c *cobra.Command) {
 	c.Flags().StringVar(&p.cgroup, "cgroup", "", "cgroup2 folder whose processes are served (default: the root of the hierarchy)")
 }
 
+func (p *place) flagNode(c *cobra.Command) {
+	c.Flags().StringVar(&p.node, "node", hostname(), "this node's name in the cluster")
+}
+
+func (p *place) flagPath(c *cobra.Command) {
+	c.Flags().StringVar(&p.path, "path", string(service.PathSocket),
+		"where Services are served for pods that do not ask (annotation "+service.PathAnnotation+"): socket or packet")
+}
+
+func (p *place) flagFlows(c *cobra.Command) {
+	c.Flags().IntVar(&p.flows, "flows", service.DefaultFlows, "how many flows of the packet path are remembered at once")
+}
+
 // layers are all that there are, in the order in which they are applied. This
 // list is the only place that knows them.
 func (p *place) layers() ([]layer.Layer, error) {
@@ -42,6 +59,12 @@ func (p *place) layers() ([]layer.Layer, error) {
 		}
 		p.cgroup = root
 	}
+	if _, err := service.ParsePath(p.path); err != nil {
+		return nil, usage("--path: %v", err)
+	}
+	if p.flows < 0 || p.flows > service.MostFlows {
+		return nil, usage("--flows %d: use 1 to %d", p.flows, service.MostFlows)
+	}
 	return p.pinned(), nil
 }
 
@@ -49,7 +72,10 @@ func (p *place) layers() ([]layer.Layer, error) {
 // takes no cgroup.
 func (p *place) pinned() []layer.Layer {
 	return []layer.Layer{
-		service.New(service.Settings{Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service")}),
+		service.New(service.Settings{
+			Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
+			Node: p.node, Path: service.Path(p.path), Flows: p.flows,
+		}),
 	}
 }
 

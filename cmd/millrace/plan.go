@@ -26,6 +26,8 @@ pinned everything is new.`,
 		return plan(ctx, s, &at, source)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)
+	at.flagNode(c)
+	at.flagPath(c)
 	flagSource(c, &source)
 	return c
 }

@@ -8,10 +8,9 @@
  * IPv4 and IPv6 differ only in where the context keeps the address. An IPv6
  * socket that talks to ::ffff:a.b.c.d meets the same keys.
  */
+#include "../../bpf/packet.h"
 #include "service.h"
 
-#define IPPROTO_TCP   6
-#define IPPROTO_UDP   17
 #define IPPROTO_MPTCP 262
 #define ECONNREFUSED  111
 
@@ -20,6 +19,41 @@ enum { REFUSED = 0, ALLOWED = 1 };
 /* bpf_set_retval came with Linux 5.18. Without it a refused call ends with
  * EPERM instead of ECONNREFUSED. */
 const volatile bool can_set_error = true;
+
+/* Which path serves where neither the Service nor the namespace asks for one. */
+const volatile __u8 default_path = PATH_SOCKET;
+
+/* The namespace of the node itself. Its processes have no pod's veth, so their
+ * sockets are always served here. */
+const volatile __u64 node_cookie = 0;
+
+/* Network namespaces that ask for a path: their cookie -> enum service_path. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u64);
+	__type(value, __u8);
+	__uint(max_entries, 4096); /* pods of one node; Kubernetes plans for 110 */
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} paths SEC(".maps");
+
+/* left_to_packets says that this socket is not served for a Service, because its
+ * packets are: a sidecar that asks for the original destination must find the
+ * Service, and a virtual machine's sockets are not ours to see. If the Service
+ * and the namespace disagree, packets win: somebody needs them. */
+static __always_inline bool left_to_packets(struct bpf_sock_addr *ctx, __u8 asked)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+
+	if (cookie == node_cookie)
+		return false;
+	if (asked == PATH_PACKET)
+		return true;
+	__u8 *path = bpf_map_lookup_elem(&paths, &cookie);
+
+	if (path)
+		return *path == PATH_PACKET;
+	return asked == PATH_DEFAULT && default_path == PATH_PACKET;
+}
 
 /* Where a socket was steered: the answer to getpeername() and recvmsg(). */
 struct flow {
@@ -92,6 +126,8 @@ static __always_inline void make_flow(struct flow *flow, const struct service_ke
 static __always_inline int steer(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
 {
 	decide(key, to);
+	if (to->verdict != VERDICT_NOT_A_SERVICE && left_to_packets(ctx, to->path))
+		to->verdict = VERDICT_NOT_A_SERVICE;
 	if (to->verdict == VERDICT_NOT_A_SERVICE) {
 		/* a UDP socket may have been connected to a Service before */
 		bpf_sk_storage_delete(&connected, ctx->sk);
@@ -218,7 +254,7 @@ static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struc
 	struct flow flow = {};
 	struct service service = {};
 
-	if (!read_service(key, &service))
+	if (!read_service(key, &service) || left_to_packets(ctx, service.path))
 		return ALLOWED;
 	struct sent_flows *flows = bpf_sk_storage_get(&sent, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
@@ -345,6 +381,3 @@ int getpeername6(struct bpf_sock_addr *ctx)
 {
 	return show_service6(ctx);
 }
-
-/* The kernel gives some of its helpers to GPL-compatible programs only. */
-char __license[] SEC("license") = "Dual MIT/GPL";

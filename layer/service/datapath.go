@@ -14,30 +14,18 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
 )
 
-// hooks are where each program of connect.bpf.c is attached.
-var hooks = []struct {
-	name   string
-	attach ebpf.AttachType
-}{
-	{datapathProgConnect4, ebpf.AttachCGroupInet4Connect},
-	{datapathProgConnect6, ebpf.AttachCGroupInet6Connect},
-	{datapathProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
-	{datapathProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
-	{datapathProgRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg},
-	{datapathProgRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg},
-	{datapathProgGetpeername4, ebpf.AttachCgroupInet4GetPeername},
-	{datapathProgGetpeername6, ebpf.AttachCgroupInet6GetPeername},
-}
-
 // tableMaps belong together and grow with the cluster.
 var tableMaps = []string{datapathMapServices, datapathMapSlots, datapathMapBackends}
+
+// flowMaps belong together and hold what the packet path knows of its flows.
+var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapFlowUsage}
 
 const (
 	linkPrefix = "link_"
@@ -48,16 +36,24 @@ const (
 type datapath struct {
 	settings Settings
 	// maps are used by the programs in force, or by those that wait.
-	maps  map[string]*ebpf.Map
-	links map[string]link.Link
+	maps map[string]*ebpf.Map
+	// veths are the devices of pods at which the packet path is to be in force:
+	// index -> name.
+	veths    map[int]string
+	attached map[string]attachment // by the name of the hook
+	// tcx says that this kernel has it.
+	tcx bool
 	// programs are in force; nil before this process has put its own there.
 	programs map[string]*ebpf.Program
 	// waiting are loaded programs that replace those of an earlier process once
 	// the tables are filled (see settle).
-	waiting  map[string]*ebpf.Program
-	lock     *os.File
-	reasons  []string
-	degraded []string
+	waiting map[string]*ebpf.Program
+	lock    *os.File
+	// node is the cookie of the node's own network namespace.
+	node        uint64
+	noSetRetval bool
+	reasons     []string
+	degraded    []string
 }
 
 // capacity is how many frontends and backends the maps must be able to hold.
@@ -86,7 +82,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := ready(settings); err != nil {
 		return nil, err
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, err
@@ -98,13 +94,17 @@ func (d *datapath) open() (err error) {
 	if d.lock, err = lockFolder(d.settings.Pins); err != nil {
 		return err
 	}
-	spec, err := loadDatapath()
+	spec, err := liveSpec()
 	if err != nil {
-		return fmt.Errorf("read embedded programs: %w", err)
+		return err
 	}
 	if d.reasons, err = reasonNames(spec); err != nil {
 		return err
 	}
+	if d.node, err = netns.Cookie(d.settings.Netns); err != nil {
+		return err
+	}
+	d.probe()
 	if err := d.adoptMaps(spec); err != nil {
 		return err
 	}
@@ -114,10 +114,10 @@ func (d *datapath) open() (err error) {
 		return err
 	}
 	d.maps, d.waiting = loaded.maps, loaded.programs
-	if err := d.openLinks(); err != nil {
+	if err := d.openAttachments(); err != nil {
 		return err
 	}
-	if adopted || len(d.links) == 0 {
+	if adopted || len(d.attached) == 0 {
 		return d.settle()
 	}
 	return nil
@@ -215,17 +215,17 @@ func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) error {
 		}
 		d.maps[name] = pinned
 	}
-	for _, name := range tableMaps {
-		if d.maps[name] == nil {
-			d.dropTables()
-			return nil
+	for _, together := range [][]string{tableMaps, flowMaps} {
+		if slices.ContainsFunc(together, func(name string) bool { return d.maps[name] == nil }) {
+			d.drop(together)
 		}
 	}
 	return nil
 }
 
-func (d *datapath) dropTables() {
-	for _, name := range tableMaps {
+// drop lets go of maps that belong together.
+func (d *datapath) drop(names []string) {
+	for _, name := range names {
 		if m := d.maps[name]; m != nil {
 			m.Close()
 			delete(d.maps, name)
@@ -236,7 +236,12 @@ func (d *datapath) dropTables() {
 func sameLayout(have *ebpf.Map, want *ebpf.MapSpec) bool {
 	return have.Type() == want.Type && have.KeySize() == want.KeySize &&
 		have.ValueSize() == want.ValueSize && have.Flags() == want.Flags &&
-		(slices.Contains(tableMaps, want.Name) || want.Type == ebpf.SkStorage || have.MaxEntries() == want.MaxEntries)
+		(sizedHere(want.Name) || want.Type == ebpf.SkStorage || have.MaxEntries() == want.MaxEntries)
+}
+
+// sizedHere says that a map's size is a setting, not part of its layout.
+func sizedHere(name string) bool {
+	return slices.Contains(tableMaps, name) || slices.Contains(flowMaps, name)
 }
 
 // loaded is a set of programs and all the maps they use.
@@ -248,13 +253,19 @@ type loaded struct {
 // load loads the programs over the maps that are there and makes the others. It
 // changes nothing that is in force.
 func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error) {
-	spec, err := loadDatapath()
+	spec, err := liveSpec()
 	if err != nil {
-		return loaded{}, fmt.Errorf("read embedded programs: %w", err)
-	}
-	if err := d.adapt(spec); err != nil {
 		return loaded{}, err
 	}
+	places := flowPlaces(d.settings.Flows)
+	if m := have[datapathMapPlaces]; m != nil {
+		places = int(m.MaxEntries())
+	}
+	if err := d.adapt(spec, places); err != nil {
+		return loaded{}, err
+	}
+	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2 * places)
+	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
 	spec.Maps[datapathMapServices].MaxEntries = uint32(room.services)
 	spec.Maps[datapathMapSlots].MaxEntries = uint32(room.backends)
 	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
@@ -280,16 +291,42 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	return result, nil
 }
 
-// adapt turns off what this kernel lacks.
-func (d *datapath) adapt(spec *ebpf.CollectionSpec) error {
-	d.degraded = nil
-	err := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
-	if !errors.Is(err, ebpf.ErrNotSupported) {
-		return nil // there, or not known: loading will tell
+// liveSpec is the embedded object without what only `explain` runs.
+func liveSpec() (*ebpf.CollectionSpec, error) {
+	spec, err := loadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read embedded programs: %w", err)
 	}
-	d.degraded = []string{"a Service without endpoints is refused with EPERM, not ECONNREFUSED: bpf_set_retval needs Linux 5.18"}
-	if err := spec.Variables["can_set_error"].Set(false); err != nil {
-		return fmt.Errorf("turn off can_set_error: %w", err)
+	delete(spec.Programs, datapathProgExplain)
+	delete(spec.Maps, datapathMapExplained)
+	return spec, nil
+}
+
+// probe finds out what this kernel lacks.
+func (d *datapath) probe() {
+	d.tcx = haveTCX()
+	if !d.tcx {
+		d.degraded = append(d.degraded, "the packet path is attached by clsact filters: tcx needs Linux 6.6")
+	}
+	err := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
+	if errors.Is(err, ebpf.ErrNotSupported) { // what is not known, loading will tell
+		d.noSetRetval = true
+		d.degraded = append(d.degraded, "a Service without endpoints is refused with EPERM, not ECONNREFUSED: bpf_set_retval needs Linux 5.18")
+	}
+}
+
+// adapt gives the programs their read-only settings.
+func (d *datapath) adapt(spec *ebpf.CollectionSpec, places int) error {
+	settings := map[string]any{
+		"can_set_error": !d.noSetRetval,
+		"default_path":  uint8(d.settings.Path.number()),
+		"node_cookie":   d.node,
+		"places_mask":   uint32(places - 1),
+	}
+	for name, value := range settings {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s of the service programs: %w", name, err)
+		}
 	}
 	return nil
 }
@@ -306,24 +343,6 @@ func loadError(err error) error {
 			Since: "Linux 5.15 with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"}
 	}
 	return fmt.Errorf("%s: %w", act, err)
-}
-
-// openLinks opens the attachments of an earlier process.
-func (d *datapath) openLinks() error {
-	if d.settings.Pins == "" {
-		return nil
-	}
-	for _, hook := range hooks {
-		pinned, err := link.LoadPinnedLink(d.pin(linkPrefix+hook.name), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("open pinned link %s: %w", hook.name, err)
-		}
-		d.links[hook.name] = pinned
-	}
-	return nil
 }
 
 // settle puts waiting programs in force. Calling it again does nothing.
@@ -348,11 +367,12 @@ func (d *datapath) putInForce(next loaded) error {
 		d.unpinBeside(fresh)
 		return err
 	}
+	hooks := d.hooks()
 	for i, hook := range hooks {
-		if err := d.attach(hook.name, hook.attach, next.programs[hook.name]); err != nil {
+		if err := d.attach(hook, next.programs[hook.program]); err != nil {
 			for _, switched := range hooks[:i] {
-				if before := d.programs[switched.name]; before != nil {
-					err = errors.Join(err, d.links[switched.name].Update(before))
+				if before := d.programs[switched.program]; before != nil {
+					err = errors.Join(err, d.attached[switched.name].run(before))
 				}
 			}
 			d.unpinBeside(fresh)
@@ -416,65 +436,10 @@ func (d *datapath) isPinned(name string, m *ebpf.Map) bool {
 	return thereID == hereID
 }
 
-// attach makes a hook run a program: by switching the link that is there, else
-// by a new link.
-func (d *datapath) attach(name string, where ebpf.AttachType, program *ebpf.Program) error {
-	if have := d.links[name]; have != nil && d.aliveOnCgroup(have) {
-		if err := have.Update(program); err != nil {
-			return fmt.Errorf("switch %s to the new program: %w", name, err)
-		}
-		return d.pinLink(name, have)
-	}
-	d.letGo(name) // the cgroup it was attached to is gone, or somebody detached it
-	made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: where, Program: program})
-	if err != nil {
-		return fmt.Errorf("attach %s to cgroup %s: %w", name, d.settings.Cgroup, err)
-	}
-	d.links[name] = made
-	return d.pinLink(name, made)
-}
-
-// letGo forgets a link, and takes it away if nobody else holds it.
-func (d *datapath) letGo(name string) {
-	if l := d.links[name]; l != nil {
-		_ = l.Unpin()
-		l.Close()
-		delete(d.links, name)
-	}
-}
-
-// pinLink makes sure that a link's pin is there.
-func (d *datapath) pinLink(name string, l link.Link) error {
-	path := d.pin(linkPrefix + name)
+// lostPins lists the maps' pins that should be there and are not.
+func (d *datapath) lostPins() (gone []lost) {
 	if d.settings.Pins == "" {
 		return nil
-	}
-	if _, err := os.Stat(path); err == nil {
-		return nil
-	}
-	_ = l.Unpin() // it may remember a pin that somebody removed
-	if err := l.Pin(path); err != nil {
-		return fmt.Errorf("pin link %s: %w", name, err)
-	}
-	return nil
-}
-
-// lost lists the programs and pins that should be there and are not.
-func (d *datapath) lost() []lost {
-	if d.waiting != nil {
-		return nil
-	}
-	var gone []lost
-	for _, hook := range hooks {
-		l := d.links[hook.name]
-		if l == nil || !d.aliveOnCgroup(l) {
-			gone = append(gone, lost("program "+hook.name))
-		} else if _, err := os.Stat(d.pin(linkPrefix + hook.name)); d.settings.Pins != "" && err != nil {
-			gone = append(gone, lost("pin "+linkPrefix+hook.name))
-		}
-	}
-	if d.settings.Pins == "" {
-		return gone
 	}
 	for _, name := range slices.Sorted(maps.Keys(d.maps)) {
 		if !d.isPinned(name, d.maps[name]) {
@@ -500,18 +465,6 @@ func (d *datapath) restore() error {
 		return err
 	}
 	return nil
-}
-
-// aliveOnCgroup says whether a link is still attached to the settings' cgroup:
-// its id is the inode number of the cgroup's folder.
-func (d *datapath) aliveOnCgroup(l link.Link) bool {
-	info, err := l.Info()
-	if err != nil {
-		return false
-	}
-	cgroup := info.Cgroup()
-	var folder unix.Stat_t
-	return cgroup != nil && unix.Stat(d.settings.Cgroup, &folder) == nil && cgroup.CgroupId == folder.Ino
 }
 
 // grow moves the tables into larger maps: these are filled while the old ones
@@ -543,7 +496,7 @@ func (d *datapath) grow(t *tables, room capacity) error {
 		closePrograms(d.waiting)
 		d.waiting = next.programs
 	}
-	d.dropTables()
+	d.drop(tableMaps)
 	d.maps = next.maps
 	t.use(d.maps)
 	return nil
@@ -577,8 +530,8 @@ func (d *datapath) close() {
 	for _, m := range d.maps {
 		m.Close()
 	}
-	for _, l := range d.links {
-		l.Close()
+	for _, a := range d.attached {
+		a.close()
 	}
 	closePrograms(d.programs)
 	closePrograms(d.waiting)

@@ -24,6 +24,41 @@ type datapathBackend struct {
 	Service uint32
 }
 
+type datapathExplanation struct {
+	_      structs.HostLayout
+	Packet struct {
+		_           structs.HostLayout
+		Tuple       datapathTuple
+		OuterSource struct {
+			_    structs.HostLayout
+			Word [4]uint32
+		}
+		OuterDestination struct {
+			_    structs.HostLayout
+			Word [4]uint32
+		}
+		Fragment     uint32
+		Network      uint16
+		Transport    uint16
+		OuterNetwork uint16
+		Icmp         uint16
+		Shape        datapathShape
+		Ip4          uint8
+		TcpFlags     uint8
+		Zero         [2]uint8
+	}
+	Decision struct {
+		_       structs.HostLayout
+		Verdict datapathVerdict
+		Reason  datapathReason
+		Service uint32
+		Slots   uint32
+		Number  uint32
+		Path    datapathServicePath
+		Backend datapathBackend
+	}
+}
+
 type datapathFlow struct {
 	_       structs.HostLayout
 	Service struct {
@@ -39,6 +74,28 @@ type datapathFlow struct {
 	Number      uint32
 }
 
+type datapathFragment struct {
+	_               structs.HostLayout
+	SourcePort      uint16
+	DestinationPort uint16
+}
+
+type datapathFragmentKey struct {
+	_      structs.HostLayout
+	Source struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Destination struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Id       uint32
+	Protocol uint8
+	ToPod    uint8
+	Zero     [2]uint8
+}
+
 type datapathReason uint32
 
 const (
@@ -47,7 +104,19 @@ const (
 	datapathReasonREASON_UNSETTLED      datapathReason = 2
 	datapathReasonREASON_FLOW_FORGOTTEN datapathReason = 3
 	datapathReasonREASON_NO_STORAGE     datapathReason = 4
-	datapathReasonREASON_COUNT          datapathReason = 5
+	datapathReasonREASON_FLOWS_FULL     datapathReason = 5
+	datapathReasonREASON_FLOW_CLASH     datapathReason = 6
+	datapathReasonREASON_FLOW_CUT       datapathReason = 7
+	datapathReasonREASON_UNWRITABLE     datapathReason = 8
+	datapathReasonREASON_COUNT          datapathReason = 9
+)
+
+type datapathRole uint32
+
+const (
+	datapathRoleROLE_FROM_POD datapathRole = 1
+	datapathRoleROLE_TO_POD   datapathRole = 2
+	datapathRoleROLE_HAIRPIN  datapathRole = 3
 )
 
 type datapathSentFlows struct {
@@ -66,6 +135,8 @@ type datapathService struct {
 	_     structs.HostLayout
 	Id    uint32
 	Slots uint32
+	Path  uint8
+	Zero  [7]uint8
 }
 
 type datapathServiceKey struct {
@@ -79,11 +150,74 @@ type datapathServiceKey struct {
 	Zero     uint8
 }
 
+type datapathServicePath uint32
+
+const (
+	datapathServicePathPATH_DEFAULT datapathServicePath = 0
+	datapathServicePathPATH_SOCKET  datapathServicePath = 1
+	datapathServicePathPATH_PACKET  datapathServicePath = 2
+)
+
+type datapathShape uint32
+
+const (
+	datapathShapeSHAPE_OTHER      datapathShape = 0
+	datapathShapeSHAPE_WHOLE      datapathShape = 1
+	datapathShapeSHAPE_FIRST      datapathShape = 2
+	datapathShapeSHAPE_LATER      datapathShape = 3
+	datapathShapeSHAPE_ERROR      datapathShape = 4
+	datapathShapeSHAPE_UNREADABLE datapathShape = 5
+)
+
 type datapathSlotKey struct {
 	_       structs.HostLayout
 	Service uint32
 	Slot    uint32
 }
+
+type datapathTranslation struct {
+	_       structs.HostLayout
+	To      datapathTuple
+	Was     uint64
+	Service uint32
+	Number  uint32
+	Seen    uint32
+	Flags   uint32
+	Role    datapathRole
+	Zero    uint32
+}
+
+type datapathTuple struct {
+	_      structs.HostLayout
+	Source struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Destination struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	SourcePort      uint16
+	DestinationPort uint16
+	Protocol        uint8
+	Zero            [3]uint8
+}
+
+type datapathUsage struct {
+	_     structs.HostLayout
+	Hand  uint32
+	Zero  uint32
+	Flows int64
+}
+
+type datapathVerdict uint32
+
+const (
+	datapathVerdictVERDICT_NOT_A_SERVICE datapathVerdict = 0
+	datapathVerdictVERDICT_FORWARD       datapathVerdict = 1
+	datapathVerdictVERDICT_REFUSE        datapathVerdict = 2
+	datapathVerdictVERDICT_DROP          datapathVerdict = 3
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -91,19 +225,32 @@ type datapathSlotKey struct {
 const (
 	datapathMapBackends      = "backends"
 	datapathMapConnected     = "connected"
+	datapathMapExplained     = "explained"
+	datapathMapFlowUsage     = "flow_usage"
+	datapathMapFragments     = "fragments"
+	datapathMapPaths         = "paths"
+	datapathMapPlaces        = "places"
 	datapathMapReasons       = "reasons"
 	datapathMapSent          = "sent"
 	datapathMapServices      = "services"
 	datapathMapSlots         = "slots"
+	datapathMapTranslations  = "translations"
 	datapathProgConnect4     = "connect4"
 	datapathProgConnect6     = "connect6"
+	datapathProgExplain      = "explain"
+	datapathProgFromPod      = "from_pod"
 	datapathProgGetpeername4 = "getpeername4"
 	datapathProgGetpeername6 = "getpeername6"
 	datapathProgRecvmsg4     = "recvmsg4"
 	datapathProgRecvmsg6     = "recvmsg6"
 	datapathProgSendmsg4     = "sendmsg4"
 	datapathProgSendmsg6     = "sendmsg6"
+	datapathProgSweep        = "sweep"
+	datapathProgToPod        = "to_pod"
 	datapathVarCanSetError   = "can_set_error"
+	datapathVarDefaultPath   = "default_path"
+	datapathVarNodeCookie    = "node_cookie"
+	datapathVarPlacesMask    = "places_mask"
 )
 
 // loadDatapath returns the embedded CollectionSpec for datapath.
@@ -150,24 +297,34 @@ type datapathSpecs struct {
 type datapathProgramSpecs struct {
 	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
+	Explain      *ebpf.ProgramSpec `ebpf:"explain"`
+	FromPod      *ebpf.ProgramSpec `ebpf:"from_pod"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.ProgramSpec `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.ProgramSpec `ebpf:"recvmsg6"`
 	Sendmsg4     *ebpf.ProgramSpec `ebpf:"sendmsg4"`
 	Sendmsg6     *ebpf.ProgramSpec `ebpf:"sendmsg6"`
+	Sweep        *ebpf.ProgramSpec `ebpf:"sweep"`
+	ToPod        *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
 
 // datapathMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathMapSpecs struct {
-	Backends  *ebpf.MapSpec `ebpf:"backends"`
-	Connected *ebpf.MapSpec `ebpf:"connected"`
-	Reasons   *ebpf.MapSpec `ebpf:"reasons"`
-	Sent      *ebpf.MapSpec `ebpf:"sent"`
-	Services  *ebpf.MapSpec `ebpf:"services"`
-	Slots     *ebpf.MapSpec `ebpf:"slots"`
+	Backends     *ebpf.MapSpec `ebpf:"backends"`
+	Connected    *ebpf.MapSpec `ebpf:"connected"`
+	Explained    *ebpf.MapSpec `ebpf:"explained"`
+	FlowUsage    *ebpf.MapSpec `ebpf:"flow_usage"`
+	Fragments    *ebpf.MapSpec `ebpf:"fragments"`
+	Paths        *ebpf.MapSpec `ebpf:"paths"`
+	Places       *ebpf.MapSpec `ebpf:"places"`
+	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
+	Sent         *ebpf.MapSpec `ebpf:"sent"`
+	Services     *ebpf.MapSpec `ebpf:"services"`
+	Slots        *ebpf.MapSpec `ebpf:"slots"`
+	Translations *ebpf.MapSpec `ebpf:"translations"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -175,6 +332,9 @@ type datapathMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathVariableSpecs struct {
 	CanSetError *ebpf.VariableSpec `ebpf:"can_set_error"`
+	DefaultPath *ebpf.VariableSpec `ebpf:"default_path"`
+	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
+	PlacesMask  *ebpf.VariableSpec `ebpf:"places_mask"`
 }
 
 // datapathObjects contains all objects after they have been loaded into the kernel.
@@ -197,22 +357,34 @@ func (o *datapathObjects) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathMaps struct {
-	Backends  *ebpf.Map `ebpf:"backends"`
-	Connected *ebpf.Map `ebpf:"connected"`
-	Reasons   *ebpf.Map `ebpf:"reasons"`
-	Sent      *ebpf.Map `ebpf:"sent"`
-	Services  *ebpf.Map `ebpf:"services"`
-	Slots     *ebpf.Map `ebpf:"slots"`
+	Backends     *ebpf.Map `ebpf:"backends"`
+	Connected    *ebpf.Map `ebpf:"connected"`
+	Explained    *ebpf.Map `ebpf:"explained"`
+	FlowUsage    *ebpf.Map `ebpf:"flow_usage"`
+	Fragments    *ebpf.Map `ebpf:"fragments"`
+	Paths        *ebpf.Map `ebpf:"paths"`
+	Places       *ebpf.Map `ebpf:"places"`
+	Reasons      *ebpf.Map `ebpf:"reasons"`
+	Sent         *ebpf.Map `ebpf:"sent"`
+	Services     *ebpf.Map `ebpf:"services"`
+	Slots        *ebpf.Map `ebpf:"slots"`
+	Translations *ebpf.Map `ebpf:"translations"`
 }
 
 func (m *datapathMaps) Close() error {
 	return _DatapathClose(
 		m.Backends,
 		m.Connected,
+		m.Explained,
+		m.FlowUsage,
+		m.Fragments,
+		m.Paths,
+		m.Places,
 		m.Reasons,
 		m.Sent,
 		m.Services,
 		m.Slots,
+		m.Translations,
 	)
 }
 
@@ -221,6 +393,9 @@ func (m *datapathMaps) Close() error {
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathVariables struct {
 	CanSetError *ebpf.Variable `ebpf:"can_set_error"`
+	DefaultPath *ebpf.Variable `ebpf:"default_path"`
+	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`
+	PlacesMask  *ebpf.Variable `ebpf:"places_mask"`
 }
 
 // datapathPrograms contains all programs after they have been loaded into the kernel.
@@ -229,24 +404,32 @@ type datapathVariables struct {
 type datapathPrograms struct {
 	Connect4     *ebpf.Program `ebpf:"connect4"`
 	Connect6     *ebpf.Program `ebpf:"connect6"`
+	Explain      *ebpf.Program `ebpf:"explain"`
+	FromPod      *ebpf.Program `ebpf:"from_pod"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
 	Recvmsg4     *ebpf.Program `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.Program `ebpf:"recvmsg6"`
 	Sendmsg4     *ebpf.Program `ebpf:"sendmsg4"`
 	Sendmsg6     *ebpf.Program `ebpf:"sendmsg6"`
+	Sweep        *ebpf.Program `ebpf:"sweep"`
+	ToPod        *ebpf.Program `ebpf:"to_pod"`
 }
 
 func (p *datapathPrograms) Close() error {
 	return _DatapathClose(
 		p.Connect4,
 		p.Connect6,
+		p.Explain,
+		p.FromPod,
 		p.Getpeername4,
 		p.Getpeername6,
 		p.Recvmsg4,
 		p.Recvmsg6,
 		p.Sendmsg4,
 		p.Sendmsg6,
+		p.Sweep,
+		p.ToPod,
 	)
 }
 

@@ -111,7 +111,7 @@ func TestWhatIsTakenAwayIsBroughtBack(t *testing.T) {
 		{"a link's pin is removed", func(s *street) error { return os.Remove(s.layer.datapath.pin(linkPrefix + "connect4")) }, 1},
 		{"the pin folder is emptied", func(s *street) error {
 			return errors.Join(os.RemoveAll(s.layer.settings.Pins), os.Mkdir(s.layer.settings.Pins, 0o700))
-		}, len(hooks) + 6},
+		}, len(cgroupHooks) + 11},
 	} {
 		t.Run(theft.name, func(t *testing.T) {
 			s := newStreet(t, oneWeb())
@@ -157,7 +157,7 @@ func TestNewCgroupOfTheSameNameIsNoticed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cgroup.Add(bed.Cgroup, 0)
-	s.mended(len(hooks))
+	s.mended(len(cgroupHooks))
 }
 
 // mended reads, expects so many losses, applies, and expects the Service to work

@@ -109,7 +109,7 @@ func observe(t *testing.T, bed *layertest.Bed) string {
 		t.Fatal(err)
 	}
 	defer cgroup.Close()
-	for _, hook := range hooks {
+	for _, hook := range cgroupHooks {
 		found, err := link.QueryPrograms(link.QueryOptions{Target: int(cgroup.Fd()), Attach: hook.attach})
 		if err != nil {
 			t.Fatal(err)
@@ -169,6 +169,11 @@ type fakeTables struct {
 func (f *fakeTables) settle() error  { return nil }
 func (f *fakeTables) restore() error { return nil }
 func (f *fakeTables) lost() []lost   { return nil }
+
+func (f *fakeTables) findVeths() ([]veth, error)  { return nil, nil }
+func (f *fakeTables) readAsks() ([]*wish, error)  { return nil, nil }
+func (f *fakeTables) sweep(int, int) error        { return nil }
+func (f *fakeTables) carryOut(layer.Change) error { return nil }
 
 func (f *fakeTables) grow(_ *tables, room capacity) error {
 	f.grown = room

@@ -1,17 +1,19 @@
 package service
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 
 	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -22,6 +24,18 @@ type Settings struct {
 	// Cgroup is the cgroup2 folder whose processes, and those of all groups
 	// below it, are served.
 	Cgroup string
+	// Netns is the path of the node's network namespace; empty for this
+	// process's own.
+	Netns string
+	// Path serves where neither a Service nor a pod asks for one; empty is
+	// PathSocket.
+	Path Path
+	// Flows is how many flows of the packet path are remembered at once; 0 is
+	// DefaultFlows. A flow takes about 350 bytes of kernel memory.
+	Flows int
+	// Node is this node's name: its own addresses and pods are those of the
+	// Snapshot's node and pods of that name.
+	Node string
 	// Pins is the folder in a bpf file system for maps and links; it is the
 	// layer's alone. Empty pins nothing: all ends with this process.
 	Pins string
@@ -34,6 +48,9 @@ type Layer struct {
 	datapath *datapath
 	tables   *tables
 	room     room
+	// swept is when flows were last swept, part what part of them.
+	swept time.Time
+	part  int
 }
 
 // room is what Apply needs of the datapath.
@@ -45,6 +62,13 @@ type room interface {
 	// lost lists what somebody took away; restore attaches and pins it again.
 	lost() []lost
 	restore() error
+	// findVeths lists the node's devices, readAsks the namespaces that ask for a
+	// path; carryOut changes one of them.
+	findVeths() ([]veth, error)
+	readAsks() ([]*wish, error)
+	// sweep clears expired flows away, one of so many parts.
+	sweep(part, parts int) error
+	carryOut(layer.Change) error
 }
 
 var _ layer.Layer = (*Layer)(nil)
@@ -56,7 +80,9 @@ func New(settings Settings) *Layer { return &Layer{settings: settings} }
 func (l *Layer) Name() string { return "service" }
 
 // Plan implements layer.Layer.
-func (l *Layer) Plan(snapshot *model.Snapshot) layer.Picture { return l.planner.plan(snapshot) }
+func (l *Layer) Plan(snapshot *model.Snapshot) layer.Picture {
+	return l.planner.plan(l.settings, snapshot)
+}
 
 // Diff implements layer.Layer.
 func (l *Layer) Diff(have, want layer.Picture, prune bool) layer.Changes {
@@ -89,8 +115,51 @@ func (l *Layer) Read() (layer.Picture, error) {
 	if err != nil {
 		return nil, err
 	}
+	if picture.asks, err = l.room.readAsks(); err != nil {
+		return nil, fmt.Errorf("read whose paths are asked for: %w", err)
+	}
+	return l.Refresh(picture)
+}
+
+// Refresh implements layer.Layer: which devices are there, and what of the
+// programs and pins is missing.
+func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
+	picture := have.(*Picture)
+	veths, err := l.room.findVeths()
+	if err != nil {
+		return nil, fmt.Errorf("find the devices of pods: %w", err)
+	}
+	picture.veths = veths
 	picture.lost = l.room.lost()
+	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
+		l.swept = now
+		l.part = (l.part + 1) % sweepParts
+		return picture, l.room.sweep(l.part, sweepParts)
+	}
 	return picture, nil
+}
+
+// sweepEvery is how often a part of the flows that have expired is cleared away,
+// and sweepParts how many parts there are.
+const (
+	sweepEvery = 10 * time.Second
+	sweepParts = 6
+)
+
+// Watch implements layer.Layer: devices come and go with pods, flows expire.
+func (l *Layer) Watch(ctx context.Context, changed func()) error {
+	go func() {
+		for tick := time.NewTicker(sweepEvery); ; {
+			select {
+			case <-ctx.Done():
+				tick.Stop()
+				return
+			case <-tick.C:
+				changed()
+			}
+		}
+	}()
+	return link.Watch(ctx, l.settings.Netns, changed)
 }
 
 // Settle implements layer.Layer.
@@ -104,7 +173,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	known := picture.agrees != nil
 	picture.agrees = nil
 	inForce := picture.index()
-	lost, rows := partition(changes)
+	lost, first, rows, last := partition(changes)
 	var done layer.Changes
 	var failures []error
 	if len(lost) > 0 {
@@ -114,6 +183,17 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 			picture.lost, done = nil, lost
 		}
 	}
+	each := func(changes layer.Changes) {
+		for _, change := range changes {
+			if err := l.room.carryOut(change); err != nil {
+				failures = append(failures, fmt.Errorf("%c %s: %w", change.Op, change.Subject.Object(), err))
+				continue
+			}
+			picture.note(change)
+			done = append(done, change)
+		}
+	}
+	each(first)
 	if services, backends := l.tables.need(rows); l.tables.full(services, backends) {
 		failures = appendError(failures, l.room.grow(l.tables, roomFor(services, backends)))
 	}
@@ -137,23 +217,34 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		read, err := l.tables.adopt()
 		failures = appendError(failures, err)
 		if err == nil {
-			read.lost, picture = picture.lost, read
+			read.lost, read.veths, read.asks, picture = picture.lost, picture.veths, picture.asks, read
 		}
 	}
+	each(last)
 	if len(failures) == 0 {
 		picture.agree(want.(*Picture), known)
 	}
 	return picture, done, errors.Join(failures...)
 }
 
-// partition tells what was lost from rows.
-func partition(changes layer.Changes) (losses, rows layer.Changes) {
-	for i, change := range changes {
-		if _, row := change.Subject.(*Row); row {
-			return changes[:i], changes[i:] // diff puts losses first
+// partition tells what was lost, what comes before the rows, the rows, and what
+// comes after them, in the order in which diff puts them.
+func partition(changes layer.Changes) (losses, first, rows, last layer.Changes) {
+	for _, change := range changes {
+		switch change.Subject.(type) {
+		case lost:
+			losses = append(losses, change)
+		case *Row:
+			rows = append(rows, change)
+		default:
+			if change.Op == layer.Remove {
+				last = append(last, change)
+			} else {
+				first = append(first, change)
+			}
 		}
 	}
-	return changes, nil
+	return losses, first, rows, last
 }
 
 func appendError(all []error, err error) []error {
@@ -178,16 +269,23 @@ func (l *Layer) Describe() (layer.Description, error) {
 		m := l.datapath.maps[name]
 		d.Maps = append(d.Maps, layer.Map{Name: name, Entries: entries[name], Capacity: int(m.MaxEntries()), Bytes: bpfmap.Bytes(m)})
 	}
-	for _, hook := range hooks {
-		if attached := l.datapath.links[hook.name]; attached != nil && l.datapath.aliveOnCgroup(attached) {
-			program := layer.Program{Name: hook.name, Hook: hook.attach.String() + " " + l.settings.Cgroup}
-			if info, err := attached.Info(); err == nil {
-				program.Link = uint32(info.ID)
+	flows, err := l.datapath.flowCount()
+	if err != nil {
+		return d, err
+	}
+	d.Maps = append(d.Maps, layer.Map{
+		Name: datapathMapTranslations, Entries: flows, Capacity: int(l.datapath.maps[datapathMapPlaces].MaxEntries()),
+		Bytes: bpfmap.Bytes(l.datapath.maps[datapathMapTranslations]) + bpfmap.Bytes(l.datapath.maps[datapathMapPlaces]),
+	})
+	for _, hook := range l.datapath.hooks() {
+		if attached := l.datapath.attached[hook.name]; attached != nil && attached.alive() {
+			at := l.settings.Cgroup
+			if hook.device > 0 {
+				at = l.datapath.veths[hook.device]
 			}
-			d.Programs = append(d.Programs, program)
+			d.Programs = append(d.Programs, layer.Program{Name: hook.name, Hook: hook.attach.String() + " " + at, Link: attached.id()})
 		}
 	}
-	var err error
 	d.Reasons, err = l.datapath.readReasons()
 	return d, err
 }
@@ -283,18 +381,7 @@ func (p pinned) Object() string { return "pin " + string(p) }
 // Detail implements layer.Subject.
 func (p pinned) Detail() string { return "" }
 
-func (p pinned) remove() error {
-	if strings.HasPrefix(filepath.Base(string(p)), linkPrefix) {
-		if attached, err := link.LoadPinnedLink(string(p), nil); err == nil {
-			_ = attached.Detach() // also from processes that still hold it; Linux 5.9
-			attached.Close()
-		}
-	}
-	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", string(p), err)
-	}
-	return nil
-}
+func (p pinned) remove() error { return removePinned(string(p)) }
 
 // Look implements layer.Layer: it reads the pinned maps. A pin folder that does
 // not exist is an empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.

@@ -37,6 +37,8 @@ type Row struct {
 	// knows no names.
 	Service model.Name `json:"service"`
 	Port    string     `json:"port,omitempty"`
+	// Path is what the Service asks for; empty where the setting decides.
+	Path Path `json:"path,omitempty"`
 	// Backends are sorted, and no two are equal.
 	Backends []netip.AddrPort `json:"backends"`
 	// torn: read from the kernel, where a writer died in the middle of it.
@@ -48,6 +50,14 @@ func (r *Row) Object() string { return "service " + r.Frontend.String() }
 
 // Detail implements layer.Subject. A Service without backends refuses.
 func (r *Row) Detail() string {
+	by := ""
+	if r.Path != "" {
+		by = " by " + string(r.Path)
+	}
+	return r.leads() + by
+}
+
+func (r *Row) leads() string {
 	if len(r.Backends) == 0 {
 		return "-> refused, no endpoint serves"
 	}
@@ -69,6 +79,12 @@ type Picture struct {
 	// plans are in the order of the Services' names; nil in a picture in force.
 	plans []*plan
 	index func() map[Frontend]*Row
+	// paths is what a plan says of the packet path.
+	paths paths
+	// veths are the node's devices and asks the namespaces that ask for a path,
+	// in a picture in force.
+	veths []veth
+	asks  []*wish
 	// lost are the programs and pins that somebody else took away.
 	lost []lost
 	// agrees is the plan that a picture in force holds exactly, if that is known.

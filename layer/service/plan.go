@@ -14,7 +14,7 @@ import (
 // answers depends on the Snapshot alone.
 type planner struct{ last []*plan }
 
-func (p *planner) plan(snapshot *model.Snapshot) *Picture {
+func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	services := inNameOrder(snapshot.Services)
 	plans := make([]*plan, len(services))
 	old := p.last
@@ -29,7 +29,9 @@ func (p *planner) plan(snapshot *model.Snapshot) *Picture {
 		}
 	}
 	p.last = plans
-	return wanted(plans)
+	picture := wanted(plans)
+	picture.paths = pathsOf(settings, snapshot)
+	return picture
 }
 
 // inNameOrder returns services sorted by name; sources deliver them so.
@@ -56,6 +58,7 @@ func rowsOf(service *model.Service) []*Row {
 				Frontend: Frontend{netip.AddrPortFrom(address.Unmap(), port.Port), port.Protocol},
 				Service:  service.Name,
 				Port:     port.Name,
+				Path:     askedPath(service.Annotations),
 				Backends: chosen(port.Backends, address.Unmap().Is4()),
 			})
 		}
@@ -83,8 +86,9 @@ func chosen(backends []model.Backend, ip4 bool) []netip.AddrPort {
 	return pick(func(b model.Backend) bool { return b.Serving && b.Terminating })
 }
 
-// diff says what leads from have to want: first what was lost, then the rows in
-// the order of the frontends. Without prune no Service is removed, and none
+// diff says what leads from have to want: first what was lost, then ports and
+// namespaces that get the packet path, then the rows in the order of the
+// frontends, then ports and namespaces that lose it. Without prune no Service is removed, and none
 // loses its last endpoint.
 func diff(have, want *Picture, prune bool) layer.Changes {
 	changes, ok := layer.Changes(nil), false
@@ -97,11 +101,12 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 	slices.SortFunc(changes, func(a, b layer.Change) int {
 		return a.Subject.(*Row).compare(b.Subject.(*Row).Frontend)
 	})
-	var back layer.Changes
+	var all layer.Changes
 	for _, what := range have.lost {
-		back = append(back, layer.Change{Op: layer.Add, Subject: what})
+		all = append(all, layer.Change{Op: layer.Add, Subject: what})
 	}
-	return append(back, changes...)
+	first, last := diffPaths(have, want.paths, prune)
+	return append(append(append(all, first...), changes...), last...)
 }
 
 // diffAll compares every frontend.
@@ -194,5 +199,5 @@ func changedPlans(before, after []*plan) iter.Seq2[*plan, *plan] {
 }
 
 func (r *Row) differs(other *Row) bool {
-	return r.torn || r != other && !slices.Equal(r.Backends, other.Backends)
+	return r.torn || r != other && (r.Path != other.Path || !slices.Equal(r.Backends, other.Backends))
 }

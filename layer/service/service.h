@@ -21,9 +21,18 @@ struct service_key {
 	__u8 zero;
 };
 
+/* Which path serves, as far as a Service or a network namespace asks for one. */
+enum service_path {
+	PATH_DEFAULT, /* the setting default_path */
+	PATH_SOCKET,  /* at connect() and sendmsg() */
+	PATH_PACKET,  /* each packet, at the pod's veth */
+};
+
 struct service {
 	__u32 id;
 	__u32 slots; /* how many backends; 0: refuse */
+	__u8 path;   /* enum service_path */
+	__u8 zero[7];
 } __attribute__((aligned(8)));
 
 struct slot_key {
@@ -83,7 +92,10 @@ static __always_inline void count(enum reason reason)
 struct decision {
 	enum verdict verdict;
 	enum reason reason;
-	__u32 number; /* of the backend */
+	__u32 service;          /* struct service.id; 0 where it is nobody's */
+	__u32 slots;            /* of the Service */
+	__u32 number;           /* of the backend */
+	enum service_path path; /* as the Service asks */
 	struct backend backend;
 };
 
@@ -101,8 +113,9 @@ static __always_inline bool read_service(const struct service_key *key, struct s
 
 	if (!found)
 		return false;
-	/* both halves in one load */
+	/* id and slots in one load */
 	*(__u64 *)copy = *(volatile __u64 *)found;
+	copy->path = found->path;
 	return true;
 }
 
@@ -117,22 +130,29 @@ static __always_inline bool read_backend(__u32 number, __u32 service, struct bac
 }
 
 /* decide chooses a backend for a new flow to key, each with the same
- * probability. to->backend is only valid if the verdict is VERDICT_FORWARD. */
-static __always_inline void decide(const struct service_key *key, struct decision *to)
+ * probability. to->backend is only valid if the verdict is VERDICT_FORWARD. It
+ * is the one place where this is decided: a global function, verified by itself,
+ * that the programs of both paths and of `explain` call. It returns the verdict. */
+__noinline int decide(const struct service_key *key, struct decision *to)
 {
 	struct service service = {}, again = {};
 
+	if (!key || !to) /* for the verifier, who sees no caller */
+		return VERDICT_NOT_A_SERVICE;
 	to->verdict = VERDICT_REFUSE;
 	to->reason = REASON_UNSETTLED;
 #pragma unroll
 	for (int round = 0; round < DECIDE_ROUNDS; round++) {
 		if (!read_service(key, &service)) {
 			to->verdict = VERDICT_NOT_A_SERVICE;
-			return;
+			break;
 		}
+		to->service = service.id;
+		to->slots = service.slots;
+		to->path = service.path;
 		if (service.slots == 0) {
 			to->reason = REASON_NO_BACKEND;
-			return;
+			break;
 		}
 		struct slot_key slot = {
 			.service = service.id,
@@ -150,6 +170,7 @@ static __always_inline void decide(const struct service_key *key, struct decisio
 			continue;
 		to->verdict = VERDICT_FORWARD;
 		to->reason = REASON_FORWARDED;
-		return;
+		break;
 	}
+	return to->verdict;
 }

@@ -32,6 +32,7 @@ type tables struct {
 // are holes: they are missing, or lead nowhere.
 type entry struct {
 	id    uint32
+	path  Path
 	slots []slot
 	// torn: a writer died in the middle; the Service is written anew.
 	torn bool
@@ -76,6 +77,7 @@ func (t *tables) apply(changes layer.Changes) []error {
 			continue
 		}
 		after[i] = t.arrange(before, row.Backends)
+		after[i].path = row.Path
 		w.write(i, row.Frontend, before, after[i])
 	}
 	w.run(t)
@@ -146,7 +148,7 @@ func (e *entry) equal(other *entry) bool {
 	if e == nil || other == nil {
 		return e == other
 	}
-	return e.id == other.id && !e.torn && slices.Equal(e.slots, other.slots)
+	return e.id == other.id && e.path == other.path && !e.torn && slices.Equal(e.slots, other.slots)
 }
 
 func (t *tables) settle(frontend Frontend, now *entry) {
@@ -276,7 +278,7 @@ func (t *tables) read() (*Picture, orphans, error) {
 		now := left.take(service)
 		frontend := frontendOf(key)
 		t.settle(frontend, now)
-		rows[frontend] = &Row{Frontend: frontend, Backends: now.addresses(), torn: now.torn}
+		rows[frontend] = &Row{Frontend: frontend, Path: now.path, Backends: now.addresses(), torn: now.torn}
 	}
 	return inForce(rows), left, nil
 }
@@ -285,7 +287,7 @@ func (t *tables) read() (*Picture, orphans, error) {
 // slot that leads nowhere, or where another slot leads already, stays a hole, and
 // the Service is torn: the next diff mends it.
 func (o orphans) take(service datapathService) *entry {
-	now := &entry{id: service.Id, slots: make([]slot, service.Slots)}
+	now := &entry{id: service.Id, path: pathOf(service.Path), slots: make([]slot, service.Slots)}
 	for i := range now.slots {
 		at := datapathSlotKey{Service: service.Id, Slot: uint32(i)}
 		number, ok := o.slots[at]
@@ -364,8 +366,8 @@ func (w *writing) write(change int, frontend Frontend, before, now *entry) {
 			w.slots.add(change, datapathSlotKey{Service: now.id, Slot: uint32(i)}, s.number)
 		}
 	}
-	if before == nil || before.torn || len(old) != len(now.slots) {
-		w.services.add(change, keyOf(frontend), datapathService{Id: now.id, Slots: uint32(len(now.slots))})
+	if before == nil || before.torn || before.path != now.path || len(old) != len(now.slots) {
+		w.services.add(change, keyOf(frontend), datapathService{Id: now.id, Slots: uint32(len(now.slots)), Path: uint8(now.path.number())})
 	}
 	w.drop(change, now.id, old, len(now.slots), had)
 }

@@ -1,0 +1,114 @@
+package link
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// Device is a network device and what tells a pod's from a node's own.
+type Device struct {
+	Index int
+	Name  string
+	// Kind is the kernel's word: "veth", "bridge"; empty for hardware.
+	Kind string
+	// PeerElsewhere says that the far end is in another network namespace.
+	PeerElsewhere bool
+	// DefaultRoute says that a default route leaves by it.
+	DefaultRoute bool
+	Addresses    []netip.Addr
+}
+
+// Devices lists the devices of the namespace, by index.
+func (n *Net) Devices() ([]Device, error) {
+	links, err := n.handle.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	addrs, err := n.handle.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	routes, err := n.handle.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	devices := make([]Device, len(links))
+	at := make(map[int]*Device, len(links))
+	for i, l := range links {
+		attrs := l.Attrs()
+		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0}
+		if _, hardware := l.(*netlink.Device); hardware {
+			devices[i].Kind = ""
+		}
+		at[attrs.Index] = &devices[i]
+	}
+	for _, addr := range addrs {
+		if p, ok := prefix(addr.IPNet); ok && at[addr.LinkIndex] != nil {
+			at[addr.LinkIndex].Addresses = append(at[addr.LinkIndex].Addresses, p.Addr())
+		}
+	}
+	for _, route := range routes {
+		if p, ok := prefix(route.Dst); ok && p.Bits() > 0 || route.Type != unix.RTN_UNICAST {
+			continue
+		}
+		for _, index := range append(nextHops(route), route.LinkIndex) {
+			if at[index] != nil {
+				at[index].DefaultRoute = true
+			}
+		}
+	}
+	return devices, nil
+}
+
+func nextHops(route netlink.Route) (indexes []int) {
+	for _, hop := range route.MultiPath {
+		indexes = append(indexes, hop.LinkIndex)
+	}
+	return indexes
+}
+
+// Watch calls changed when devices come, go or change in the namespace at path
+// (empty: that of this process), until ctx ends. It returns an error only where
+// it cannot begin; when messages were lost, it calls changed, too.
+func Watch(ctx context.Context, path string, changed func()) error {
+	updates := make(chan netlink.LinkUpdate, 64)
+	subscribe := func() error {
+		return netlink.LinkSubscribeWithOptions(updates, ctx.Done(), netlink.LinkSubscribeOptions{
+			ErrorCallback: func(error) {},
+		})
+	}
+	var err error
+	if path == "" {
+		err = subscribe()
+	} else {
+		err = netns.Do(path, subscribe)
+	}
+	if err != nil {
+		return fmt.Errorf("watch devices: %w", err)
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case _, open := <-updates:
+			changed()
+			if open {
+				continue
+			}
+		}
+		// The socket overflowed and was closed: begin again.
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(100 * time.Millisecond):
+			return Watch(ctx, path, changed)
+		}
+	}
+}

@@ -1,0 +1,336 @@
+package service
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// hook is a place where a program runs.
+type hook struct {
+	// name is that of its attachment and pin: "connect4", "from_pod_12".
+	name    string
+	program string
+	attach  ebpf.AttachType
+	// device is the index of a port's network device, 0 for the cgroup.
+	device int
+}
+
+// cgroupHooks are where the programs of connect.bpf.c run.
+var cgroupHooks = []hook{
+	{datapathProgConnect4, datapathProgConnect4, ebpf.AttachCGroupInet4Connect, 0},
+	{datapathProgConnect6, datapathProgConnect6, ebpf.AttachCGroupInet6Connect, 0},
+	{datapathProgSendmsg4, datapathProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg, 0},
+	{datapathProgSendmsg6, datapathProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg, 0},
+	{datapathProgRecvmsg4, datapathProgRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg, 0},
+	{datapathProgRecvmsg6, datapathProgRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg, 0},
+	{datapathProgGetpeername4, datapathProgGetpeername4, ebpf.AttachCgroupInet4GetPeername, 0},
+	{datapathProgGetpeername6, datapathProgGetpeername6, ebpf.AttachCgroupInet6GetPeername, 0},
+}
+
+// vethHooks are where the programs of packet.bpf.c run at one port. to_pod comes
+// first: a translated packet must never be answered without it.
+func vethHooks(device int) []hook {
+	return []hook{
+		{fmt.Sprintf("%s_%d", datapathProgToPod, device), datapathProgToPod, ebpf.AttachTCXEgress, device},
+		{fmt.Sprintf("%s_%d", datapathProgFromPod, device), datapathProgFromPod, ebpf.AttachTCXIngress, device},
+	}
+}
+
+// portOf reads the device from the name of a port's hook.
+func vethOfHook(name string) (device int, ok bool) {
+	for _, program := range []string{datapathProgToPod, datapathProgFromPod} {
+		if rest, found := strings.CutPrefix(name, program+"_"); found {
+			device, err := strconv.Atoi(rest)
+			return device, err == nil && device > 0
+		}
+	}
+	return 0, false
+}
+
+// hooks are all places where programs of this layer are to run now.
+func (d *datapath) hooks() []hook {
+	all := slices.Clone(cgroupHooks)
+	for device := range d.veths {
+		all = append(all, vethHooks(device)...)
+	}
+	slices.SortFunc(all[len(cgroupHooks):], func(a, b hook) int { return a.device - b.device })
+	return all
+}
+
+// attachment is a program in force at a hook. It outlives the process.
+type attachment interface {
+	// run makes the hook run another program, without a moment of none.
+	run(*ebpf.Program) error
+	// alive says whether it is still in force at its hook.
+	alive() bool
+	// keep makes sure that it outlives the process, and kept says whether it will.
+	keep() error
+	kept() bool
+	// id is the kernel's number of it.
+	id() uint32
+	// close lets go of it; detach takes it out of force.
+	close()
+	detach() error
+}
+
+// linked is an attachment that is a link of the kernel.
+type linked struct {
+	link.Link
+	pin   string // "" where nothing is pinned
+	place func(*link.Info) bool
+}
+
+func (l *linked) run(program *ebpf.Program) error { return l.Update(program) }
+
+func (l *linked) alive() bool {
+	info, err := l.Info()
+	return err == nil && l.place(info)
+}
+
+func (l *linked) id() uint32 {
+	info, err := l.Info()
+	if err != nil {
+		return 0
+	}
+	return uint32(info.ID)
+}
+
+func (l *linked) kept() bool {
+	if l.pin == "" {
+		return true
+	}
+	_, err := os.Stat(l.pin)
+	return err == nil
+}
+
+func (l *linked) keep() error {
+	if l.kept() {
+		return nil
+	}
+	_ = l.Unpin() // it may remember a pin that somebody removed
+	if err := l.Pin(l.pin); err != nil {
+		return fmt.Errorf("pin %s: %w", l.pin, err)
+	}
+	return nil
+}
+
+func (l *linked) close() { l.Link.Close() }
+
+func (l *linked) detach() error {
+	_ = l.Detach() // also from processes that still hold it; Linux 5.9
+	l.Link.Close()
+	if l.pin == "" {
+		return nil
+	}
+	if err := os.Remove(l.pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pin %s: %w", l.pin, err)
+	}
+	return nil
+}
+
+// inNetns runs f where the devices are.
+func (d *datapath) inNetns(f func() error) error {
+	if d.settings.Netns == "" {
+		return f()
+	}
+	return netns.Do(d.settings.Netns, f)
+}
+
+// pinOf is the path of a hook's pin; "" where nothing is pinned.
+func (d *datapath) pinOf(h hook) string {
+	if d.settings.Pins == "" {
+		return ""
+	}
+	return d.pin(linkPrefix + h.name)
+}
+
+// place says how a link of this hook is recognized: by the inode number of the
+// cgroup's folder, or by the device.
+func (d *datapath) place(h hook) func(*link.Info) bool {
+	if h.device > 0 {
+		return func(info *link.Info) bool {
+			tcx := info.TCX()
+			return tcx != nil && int(tcx.Ifindex) == h.device
+		}
+	}
+	return func(info *link.Info) bool {
+		cgroup := info.Cgroup()
+		var folder unix.Stat_t
+		return cgroup != nil && unix.Stat(d.settings.Cgroup, &folder) == nil && cgroup.CgroupId == folder.Ino
+	}
+}
+
+// attach makes a hook run a program: by switching the attachment that is there,
+// else by a new one.
+func (d *datapath) attach(h hook, program *ebpf.Program) error {
+	if have := d.attached[h.name]; have != nil {
+		if have.alive() {
+			if err := have.run(program); err != nil {
+				return fmt.Errorf("switch %s to the new program: %w", h.name, err)
+			}
+			return have.keep()
+		}
+		// Its cgroup or device is gone, or somebody detached it.
+		_ = have.detach()
+		delete(d.attached, h.name)
+	}
+	made, err := d.makeAttachment(h, program)
+	if err != nil {
+		return err
+	}
+	d.attached[h.name] = made
+	return made.keep()
+}
+
+func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attachment, error) {
+	if h.device == 0 {
+		made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: h.attach, Program: program})
+		if err != nil {
+			return nil, fmt.Errorf("attach %s to cgroup %s: %w", h.name, d.settings.Cgroup, err)
+		}
+		return &linked{made, d.pinOf(h), d.place(h)}, nil
+	}
+	if !d.tcx {
+		return d.makeFilter(h, program)
+	}
+	var made link.Link
+	err := d.inNetns(func() (err error) {
+		made, err = link.AttachTCX(link.TCXOptions{
+			Interface: h.device, Program: program, Attach: h.attach,
+			// Before other programs: they are to see what the host's stack sees.
+			Anchor: link.Head(),
+		})
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach %s to device %s: %w", h.program, d.veths[h.device], err)
+	}
+	return &linked{made, d.pinOf(h), d.place(h)}, nil
+}
+
+// openAttachments opens what an earlier process has in force. Links of devices
+// that are gone are cleared away.
+func (d *datapath) openAttachments() error {
+	if d.settings.Pins == "" {
+		return nil
+	}
+	for _, h := range cgroupHooks {
+		if err := d.openPinned(h); err != nil {
+			return err
+		}
+	}
+	found, err := os.ReadDir(d.settings.Pins)
+	if err != nil {
+		return fmt.Errorf("read pin folder: %w", err)
+	}
+	for _, entry := range found {
+		device, ok := vethOfHook(strings.TrimPrefix(entry.Name(), linkPrefix))
+		if !ok {
+			continue
+		}
+		d.veths[device] = fmt.Sprintf("device %d", device)
+		for _, h := range vethHooks(device) {
+			if err := d.openPinned(h); err != nil {
+				return err
+			}
+		}
+		d.dropDeadVeth(device)
+	}
+	if !d.tcx {
+		return d.openFilters()
+	}
+	return nil
+}
+
+// dropDeadVeth forgets a port whose device is gone.
+func (d *datapath) dropDeadVeth(device int) {
+	for _, h := range vethHooks(device) {
+		if have := d.attached[h.name]; have != nil && have.alive() {
+			return
+		}
+	}
+	_ = d.detachVeth(device)
+}
+
+func (d *datapath) openPinned(h hook) error {
+	pinned, err := link.LoadPinnedLink(d.pinOf(h), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned link %s: %w", h.name, err)
+	}
+	d.attached[h.name] = &linked{pinned, d.pinOf(h), d.place(h)}
+	return nil
+}
+
+// attachVeth puts the packet path in force at a device. Where programs wait to be
+// put in force, it is put in force with them.
+func (d *datapath) attachVeth(device int, name string) error {
+	d.veths[device] = name
+	if d.programs == nil {
+		return nil
+	}
+	for _, h := range vethHooks(device) {
+		if err := d.attach(h, d.programs[h.program]); err != nil {
+			return errors.Join(err, d.detachVeth(device))
+		}
+	}
+	return nil
+}
+
+// detachVeth takes the packet path away from a device, from_pod first.
+func (d *datapath) detachVeth(device int) error {
+	delete(d.veths, device)
+	var failures []error
+	for _, h := range slices.Backward(vethHooks(device)) {
+		if have := d.attached[h.name]; have != nil {
+			failures = append(failures, have.detach())
+			delete(d.attached, h.name)
+		}
+	}
+	return errors.Join(failures...)
+}
+
+// lost lists the programs and pins that should be there and are not.
+func (d *datapath) lost() []lost {
+	if d.waiting != nil {
+		return nil
+	}
+	var gone []lost
+	for _, h := range d.hooks() {
+		have := d.attached[h.name]
+		if have == nil || !have.alive() {
+			gone = append(gone, lost("program "+h.name))
+		} else if !have.kept() {
+			gone = append(gone, lost("pin "+linkPrefix+h.name))
+		}
+	}
+	return append(gone, d.lostPins()...)
+}
+
+// removePinned takes a pinned link out of force and removes its pin.
+func removePinned(path string) error {
+	if strings.HasPrefix(filepath.Base(path), linkPrefix) {
+		if attached, err := link.LoadPinnedLink(path, nil); err == nil {
+			_ = attached.Detach()
+			attached.Close()
+		}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pin %s: %w", path, err)
+	}
+	return nil
+}

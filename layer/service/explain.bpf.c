@@ -1,0 +1,44 @@
+//go:build ignore
+
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* Says what would happen to a packet, and changes nothing: run by
+ * BPF_PROG_TEST_RUN over the live Service tables and over maps of its own for all
+ * else. It reads and decides with the functions of the programs in force.
+ */
+#include "../../bpf/packet.h"
+#include "service.h"
+
+struct explanation {
+	struct packet packet;
+	struct decision decision;
+};
+
+/* The answer to the last run. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct explanation);
+	__uint(max_entries, 1);
+} explained SEC(".maps");
+
+SEC("tc")
+int explain(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct explanation *answer = bpf_map_lookup_elem(&explained, &zero);
+
+	if (!answer)
+		return -1;
+	__builtin_memset(answer, 0, sizeof(*answer));
+	read_packet(skb, &answer->packet);
+	if (answer->packet.shape != SHAPE_WHOLE && answer->packet.shape != SHAPE_FIRST)
+		return VERDICT_NOT_A_SERVICE;
+
+	struct service_key key = {
+		.address = answer->packet.tuple.destination,
+		.port = answer->packet.tuple.destination_port,
+		.protocol = answer->packet.tuple.protocol,
+	};
+
+	return decide(&key, &answer->decision);
+}

@@ -1,0 +1,415 @@
+//go:build ignore
+
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* The packet path: what a pod sends to a Service goes to a backend, and what
+ * the backend answers comes from the Service. It is complete by itself, for
+ * those whose sockets are not served: sidecars, virtual machines, raw sockets.
+ *
+ * from_pod sees what a pod sends, before routing and before netfilter; to_pod
+ * what a pod gets, after them. So the host's stack, connection tracking included,
+ * sees one consistent flow between the client and the backend, and no reply that
+ * it would call INVALID (kube-proxy drops those).
+ */
+#include "../../bpf/packet.h"
+#include "../../bpf/rewrite.h"
+#include "refuse.h"
+#include "service.h"
+#include "translation.h"
+
+/* Where the first fragment of a datagram went: the later ones have no ports.
+ * Linux sends the first one first, so an entry lives for microseconds. */
+struct fragment_key {
+	struct address source;
+	struct address destination;
+	__u32 id;
+	__u8 protocol;
+	__u8 to_pod; /* the direction: both have datagrams between the same two */
+	__u8 zero[2];
+};
+
+struct fragment {
+	__be16 source_port;
+	__be16 destination_port;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment);
+	__uint(max_entries, 4096);
+} fragments SEC(".maps");
+
+static __always_inline void fragment_key_of(const struct packet *p, bool to_pod, struct fragment_key *key)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->source = p->tuple.source;
+	key->destination = p->tuple.destination;
+	key->id = p->fragment;
+	key->protocol = p->tuple.protocol;
+	key->to_pod = to_pod;
+}
+
+static __noinline void keep_fragment(const struct packet *p, bool to_pod)
+{
+	struct fragment ports = { p->tuple.source_port, p->tuple.destination_port };
+	struct fragment_key key;
+
+	fragment_key_of(p, to_pod, &key);
+	bpf_map_update_elem(&fragments, &key, &ports, BPF_ANY);
+}
+
+/* find_fragment gives a later fragment the ports of the first. */
+static __noinline bool find_fragment(struct packet *p, bool to_pod)
+{
+	struct fragment_key key;
+
+	fragment_key_of(p, to_pod, &key);
+	struct fragment *ports = bpf_map_lookup_elem(&fragments, &key);
+
+	if (!ports)
+		return false;
+	p->tuple.source_port = ports->source_port;
+	p->tuple.destination_port = ports->destination_port;
+	return true;
+}
+
+/* note remembers what a packet says of its flow. Most packets write nothing. */
+static __always_inline void note(struct translation *entry, const struct packet *p)
+{
+	__u32 now = seconds();
+
+	if (entry->seen != now)
+		entry->seen = now;
+	if (p->tcp_flags & (TCP_FIN | TCP_RST)) {
+		if (p->tcp_flags & TCP_FIN)
+			__sync_fetch_and_or(&entry->flags, SEEN_FIN);
+		if (p->tcp_flags & TCP_RST)
+			__sync_fetch_and_or(&entry->flags, SEEN_RST);
+	}
+}
+
+/* answered notes in a reply's entry that there are replies. */
+static __always_inline void answered(const struct tuple *reply)
+{
+	struct translation *entry = bpf_map_lookup_elem(&translations, reply);
+
+	if (entry)
+		__sync_fetch_and_or(&entry->flags, SEEN_REPLY);
+}
+
+/* find_translation copies the entry for a tuple, and notes the packet in it. */
+static __always_inline bool find_translation(const struct packet *p, struct translation *copy)
+{
+	struct translation *entry = bpf_map_lookup_elem(&translations, &p->tuple);
+
+	if (!entry)
+		return false;
+	*copy = *entry;
+	if (!is_for(copy, &p->tuple))
+		return false;
+	note(entry, p);
+	return true;
+}
+
+/* How many source ports are tried where the client's own leads to a clash. */
+#define CLASH_TRIES 4
+
+#define ENOENT 2
+#define EEXIST 17
+
+/* make_reply makes the entry for the replies. A client may reach one endpoint
+ * through two Services from one port: then the endpoint would take two flows for
+ * one. Another source port parts them. */
+__noinline int make_reply(const struct tuple *from, struct translation *client)
+{
+	struct translation reply = {};
+	struct tuple back;
+	int error = -EEXIST;
+
+	if (!from || !client)
+		return -1;
+	reply.service = client->service;
+	reply.number = client->number;
+	reply.seen = client->seen;
+	reply.role = client->role == ROLE_HAIRPIN ? ROLE_HAIRPIN : ROLE_TO_POD;
+	reply.flags = client->role == ROLE_HAIRPIN ? SEEN_REPLY : 0;
+	reverse(from, &reply.to);
+	for (int i = 0; i < CLASH_TRIES && error == -EEXIST; i++) {
+		if (i > 0)
+			client->to.source_port = __builtin_bswap16(1024 + bpf_get_prandom_u32() % (65536 - 1024));
+		reverse(&client->to, &back);
+		reply.was = short_of(&back);
+		error = bpf_map_update_elem(&translations, &back, &reply, BPF_NOEXIST);
+		if (error != -EEXIST)
+			break;
+		struct translation *other = bpf_map_lookup_elem(&translations, &back);
+
+		/* ours, of the same two before */
+		if (other && tuple_equal(&other->to, &reply.to))
+			error = bpf_map_update_elem(&translations, &back, &reply, BPF_ANY);
+	}
+	return error;
+}
+
+/* drop_reply takes back what make_reply made. */
+__noinline int drop_reply(const struct translation *client)
+{
+	struct tuple back;
+
+	if (!client)
+		return 0;
+	reverse(&client->to, &back);
+	return bpf_map_delete_elem(&translations, &back);
+}
+
+/* make_client makes the entry for the client's packets. With again it takes the
+ * place of the one that is there. */
+__noinline int make_client(const struct tuple *from, const struct translation *client, int again)
+{
+	int error = -ENOENT;
+
+	if (!from || !client)
+		return -1;
+	if (again)
+		error = bpf_map_update_elem(&translations, from, client, BPF_EXIST);
+	if (error != -ENOENT)
+		return error;
+	if (!take_place(from))
+		return -1;
+	error = bpf_map_update_elem(&translations, from, client, BPF_NOEXIST);
+	if (!error)
+		count_flow(1);
+	return error;
+}
+
+/* begin_flow makes both entries of a flow. It returns VERDICT_FORWARD, or
+ * VERDICT_DROP. Replies come first: none may pass untranslated. */
+__noinline int begin_flow(const struct tuple *from, struct translation *client, int again)
+{
+	if (!from || !client)
+		return VERDICT_DROP;
+	client->seen = seconds();
+	client->was = short_of(from);
+	int error = make_reply(from, client);
+
+	if (error) {
+		count(error == -EEXIST ? REASON_FLOW_CLASH : REASON_NO_STORAGE);
+		return VERDICT_DROP;
+	}
+	error = make_client(from, client, again);
+	if (!error) {
+		count(REASON_FORWARDED);
+		return VERDICT_FORWARD;
+	}
+	struct translation *other = bpf_map_lookup_elem(&translations, from);
+
+	if (error == -EEXIST && other) {
+		/* The same flow's next packet was faster, on another CPU. */
+		if (!tuple_equal(&other->to, &client->to))
+			drop_reply(client);
+		*client = *other;
+		return VERDICT_FORWARD;
+	}
+	drop_reply(client);
+	count(error == -1 ? REASON_FLOWS_FULL : REASON_NO_STORAGE);
+	return VERDICT_DROP;
+}
+
+/* open_flow decides for a packet without a flow, or whose flow must begin anew. */
+__noinline int open_flow(const struct packet *p, struct translation *client, int again)
+{
+	struct service_key key = {};
+
+	if (!p || !client)
+		return VERDICT_NOT_A_SERVICE;
+	key.address = p->tuple.destination;
+	key.port = p->tuple.destination_port;
+	key.protocol = p->tuple.protocol;
+
+	struct decision decision = {};
+	int verdict = decide(&key, &decision);
+
+	if (verdict != VERDICT_FORWARD) {
+		if (verdict == VERDICT_REFUSE)
+			count(decision.reason);
+		return verdict;
+	}
+	__builtin_memset(client, 0, sizeof(*client));
+	client->to = p->tuple;
+	client->to.destination = decision.backend.address;
+	client->to.destination_port = decision.backend.port;
+	client->service = decision.service;
+	client->number = decision.number;
+	client->role = ROLE_FROM_POD;
+	if (address_equal(&decision.backend.address, &p->tuple.source)) {
+		/* The pod itself. It would not take a packet from its own address, so
+		 * this one comes from the Service. */
+		client->to.source = p->tuple.destination;
+		client->role = ROLE_HAIRPIN;
+	}
+	return begin_flow(&p->tuple, client, again);
+}
+
+/* serves says whether a backend is there. Here an entry that was replaced while
+ * it was read does no harm: the next datagram is asked again. */
+static __always_inline bool serves(__u32 number, __u32 service)
+{
+	struct backend *backend = bpf_map_lookup_elem(&backends, &number);
+
+	return backend && backend->service == service;
+}
+
+/* begins_anew says whether a packet of a known flow is the first of another:
+ * a SYN after the end, or of a backend that is gone; a datagram whose backend is
+ * gone. */
+static __always_inline bool begins_anew(const struct packet *p, const struct translation *client)
+{
+	if (client->role == ROLE_TO_POD)
+		return false;
+	if (p->tuple.protocol == IPPROTO_UDP)
+		return !serves(client->number, client->service);
+	if ((p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return false;
+	return client->flags & (SEEN_FIN | SEEN_RST) || !serves(client->number, client->service);
+}
+
+/* client_flow finds or makes the flow of a packet that a pod sends. */
+static __always_inline int client_flow(const struct packet *p, struct translation *to)
+{
+	bool found = find_translation(p, to);
+
+	if (found && !begins_anew(p, to))
+		return to->role == ROLE_TO_POD ? VERDICT_NOT_A_SERVICE : VERDICT_FORWARD;
+	/* Without a flow only a SYN begins one: what else comes belongs to a
+	 * connection that somebody else translates, or nobody. */
+	if (p->tuple.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return VERDICT_NOT_A_SERVICE;
+	return open_flow(p, to, found);
+}
+
+/* error_from_pod translates an ICMP error about a reply: the pod got it from the
+ * Service, the backend sent it. */
+__noinline int error_from_pod(struct __sk_buff *skb, const struct packet *p)
+{
+	struct tuple client, inner;
+
+	if (!p)
+		return TC_ACT_UNSPEC;
+	reverse(&p->tuple, &client);
+	struct translation *entry = bpf_map_lookup_elem(&translations, &client);
+
+	if (!entry || entry->role == ROLE_TO_POD)
+		return TC_ACT_UNSPEC;
+	struct translation to = *entry;
+
+	if (!is_for(&to, &client))
+		return TC_ACT_UNSPEC;
+	reverse(&to.to, &inner);
+	if (!rewrite_error(skb, p, &inner, to.role == ROLE_HAIRPIN ? &to.to.source : &p->outer_source,
+			   address_equal(&p->outer_destination, &p->tuple.source) ? &inner.source
+										  : &p->outer_destination))
+		return TC_ACT_SHOT;
+	return to.role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+}
+
+/* error_to_pod translates an ICMP error about what the pod sent: a router's, or
+ * the backend's own. */
+__noinline int error_to_pod(struct __sk_buff *skb, const struct packet *p)
+{
+	struct tuple reply, inner;
+
+	if (!p)
+		return TC_ACT_UNSPEC;
+	reverse(&p->tuple, &reply);
+	struct translation *entry = bpf_map_lookup_elem(&translations, &reply);
+
+	if (!entry || entry->role != ROLE_TO_POD)
+		return TC_ACT_UNSPEC;
+	struct translation to = *entry;
+
+	if (!is_for(&to, &reply))
+		return TC_ACT_UNSPEC;
+	reverse(&to.to, &inner);
+	if (!rewrite_error(skb, p, &inner,
+			   address_equal(&p->outer_source, &p->tuple.destination) ? &inner.destination
+										  : &p->outer_source,
+			   &p->outer_destination))
+		return TC_ACT_SHOT;
+	return TC_ACT_UNSPEC;
+}
+
+static __always_inline int unwritable(void)
+{
+	count(REASON_UNWRITABLE);
+	return TC_ACT_SHOT;
+}
+
+SEC("tcx/ingress")
+int from_pod(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	struct translation to = {};
+
+	read_packet(skb, &p);
+	if (p.shape == SHAPE_ERROR)
+		return error_from_pod(skb, &p);
+	if (p.shape == SHAPE_LATER && !find_fragment(&p, false))
+		return TC_ACT_UNSPEC;
+	if (p.shape != SHAPE_WHOLE && p.shape != SHAPE_FIRST && p.shape != SHAPE_LATER)
+		return TC_ACT_UNSPEC;
+
+	int verdict = client_flow(&p, &to);
+
+	if (verdict == VERDICT_NOT_A_SERVICE)
+		return TC_ACT_UNSPEC;
+	if (verdict == VERDICT_REFUSE)
+		return refuse_packet(skb, &p);
+	if (verdict == VERDICT_DROP)
+		return TC_ACT_SHOT;
+	if (p.shape == SHAPE_FIRST)
+		keep_fragment(&p, false);
+	if (!rewrite(skb, &p, &to.to))
+		return unwritable();
+	return to.role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+}
+
+SEC("tcx/egress")
+int to_pod(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	struct translation to = {};
+
+	read_packet(skb, &p);
+	if (p.shape == SHAPE_ERROR)
+		return error_to_pod(skb, &p);
+	if (p.shape == SHAPE_LATER && !find_fragment(&p, true))
+		return TC_ACT_UNSPEC;
+	if (p.shape != SHAPE_WHOLE && p.shape != SHAPE_FIRST && p.shape != SHAPE_LATER)
+		return TC_ACT_UNSPEC;
+	if (!find_translation(&p, &to) || to.role != ROLE_TO_POD)
+		return TC_ACT_UNSPEC;
+	if (!(to.flags & SEEN_REPLY))
+		answered(&p.tuple);
+	if (p.shape == SHAPE_FIRST)
+		keep_fragment(&p, true);
+	return rewrite(skb, &p, &to.to) ? TC_ACT_UNSPEC : unwritable();
+}
+
+/* sweep clears expired flows away, from one place on: its number is the packet's
+ * first four bytes after the Ethernet header, the next one is written there. It is
+ * run by the agent, never attached. */
+#define SWEEP_PLACES 1024
+
+SEC("tc")
+int sweep(struct __sk_buff *skb)
+{
+	__u32 *place = (void *)(long)skb->data + ETHERNET_LENGTH;
+
+	if ((void *)(place + 1) > (void *)(long)skb->data_end)
+		return -1;
+	__u32 at = *place;
+
+	for (int i = 0; i < SWEEP_PLACES; i++)
+		vacate((at + i) & places_mask, false);
+	return 0;
+}

@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* The flows of the packet path: what becomes of the addresses of each packet.
+ *
+ * A flow has two entries in translations, one for the packets of each direction,
+ * and each says what the other is: the reply's key is the reverse of what the
+ * first packet became, and becomes the reverse of what the first packet was.
+ *
+ * places is the order in which flows came. It bounds them, and it is walked in
+ * circles by those who need a place: what has expired on the way is cleared
+ * away. So the table lives without the agent, and costs a few look-ups for each
+ * new flow. The agent clears, too (sweep), so that memory is given back.
+ *
+ * A flow's entry exists only while its place holds its key. Hence an entry is
+ * replaced, never removed and made again, when its flow begins anew.
+ */
+#pragma once
+
+#include "../../bpf/packet.h"
+#include "service.h"
+
+enum role {
+	ROLE_FROM_POD = 1, /* the client's packets, at from_pod */
+	ROLE_TO_POD = 2,   /* the replies, at to_pod */
+	ROLE_HAIRPIN = 3,  /* both directions, at from_pod: a pod that meets itself */
+};
+
+enum {
+	SEEN_FIN = 1,
+	SEEN_RST = 2,
+	SEEN_REPLY = 4, /* in the client's entry: a reply has passed */
+};
+
+struct translation {
+	struct tuple to; /* what the packet becomes */
+	__u64 was;       /* short_of() the key */
+	__u32 service;   /* struct service.id */
+	__u32 number;    /* of the backend */
+	__u32 seen;      /* seconds since boot of the last packet */
+	__u32 flags;     /* SEEN_... */
+	enum role role;
+	__u32 zero;
+};
+
+/* Both sizes are set before load; places has a power of two. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct tuple);
+	__type(value, struct translation);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} translations SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct tuple);
+	__uint(max_entries, 1);
+} places SEC(".maps");
+
+/* The next place to be looked at, growing for ever; and how many entries there
+ * are and were. */
+struct usage {
+	__u32 hand;
+	__u32 zero;
+	__s64 flows;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct usage);
+	__uint(max_entries, 1);
+} flow_usage SEC(".maps");
+
+const volatile __u32 places_mask = 0;
+
+/* How long a silent flow is kept, in seconds. */
+enum {
+	KEEP_OPEN = 86400,       /* kube-proxy's conntrack.tcpEstablishedTimeout; RFC 5382, REQ-5 asks for 7440 */
+	KEEP_HALF_CLOSED = 3600, /* kube-proxy's conntrack.tcpCloseWaitTimeout */
+	KEEP_CLOSED = 60,        /* TCP_TIMEWAIT_LEN of linux/tcp.h */
+	KEEP_RESET = 10,         /* nf_conntrack_tcp_timeout_close */
+	KEEP_OPENING = 120,      /* nf_conntrack_tcp_timeout_syn_sent */
+	KEEP_UDP = 120,          /* RFC 4787, REQ-5 */
+	KEEP_UDP_ONE_WAY = 30,   /* nf_conntrack_udp_timeout */
+	KEEP_LEAST = 1,          /* also in a full table */
+};
+
+static __always_inline __u32 seconds(void)
+{
+	return bpf_ktime_get_coarse_ns() / 1000000000;
+}
+
+static __always_inline void reverse(const struct tuple *of, struct tuple *to)
+{
+	to->source = of->destination;
+	to->destination = of->source;
+	to->source_port = of->destination_port;
+	to->destination_port = of->source_port;
+	to->protocol = of->protocol;
+	to->zero[0] = to->zero[1] = to->zero[2] = 0;
+}
+
+static __always_inline bool tuple_equal(const struct tuple *a, const struct tuple *b)
+{
+	return address_equal(&a->source, &b->source) && address_equal(&a->destination, &b->destination) &&
+	       a->source_port == b->source_port && a->destination_port == b->destination_port &&
+	       a->protocol == b->protocol;
+}
+
+/* short_of is enough of a key to tell that an entry found under it was given to
+ * another flow while it was read (service.h says why): the ports, and one word
+ * of each address. */
+static __always_inline __u64 short_of(const struct tuple *key)
+{
+	return ((__u64)key->source_port << 48 | (__u64)key->destination_port << 32) ^ (__u64)key->source.word[3] << 16 ^
+	       key->destination.word[3];
+}
+
+/* is_for says that what was read of an entry belongs to this key. */
+static __always_inline bool is_for(const struct translation *entry, const struct tuple *key)
+{
+	return entry->was == short_of(key);
+}
+
+enum state { STATE_ALIVE, STATE_SPARE, STATE_EXPIRED };
+
+/* state_of says whether a flow can go: STATE_EXPIRED at once, STATE_SPARE in a
+ * full table: closed, or never answered. */
+static __always_inline enum state state_of(const struct translation *client, const struct translation *reply,
+					   __u8 protocol, __u32 now)
+{
+	__u32 client_idle = now - client->seen, reply_idle = now - reply->seen;
+	__u32 idle = client_idle < reply_idle ? client_idle : reply_idle;
+	__u32 both = client->flags & reply->flags, any = client->flags | reply->flags;
+	bool answered = any & SEEN_REPLY, spare = !answered;
+	__u32 keep;
+
+	if (protocol == IPPROTO_UDP) {
+		keep = answered ? KEEP_UDP : KEEP_UDP_ONE_WAY;
+	} else if (any & SEEN_RST) {
+		keep = KEEP_RESET;
+		spare = true;
+	} else if (both & SEEN_FIN) {
+		keep = KEEP_CLOSED;
+		spare = true;
+	} else if (any & SEEN_FIN) {
+		keep = KEEP_HALF_CLOSED;
+	} else {
+		keep = answered ? KEEP_OPEN : KEEP_OPENING;
+	}
+	if ((__s32)idle > (__s32)keep)
+		return STATE_EXPIRED;
+	return spare && (__s32)idle > KEEP_LEAST ? STATE_SPARE : STATE_ALIVE;
+}
+
+static __always_inline void count_flow(int by)
+{
+	__u32 zero = 0;
+	struct usage *usage = bpf_map_lookup_elem(&flow_usage, &zero);
+
+	if (usage)
+		__sync_fetch_and_add(&usage->flows, by);
+}
+
+/* vacate makes a place free if the flow in it can go, and says whether it is. It
+ * and those below are global functions, so that each is verified once. */
+__noinline int vacate(__u32 place, int pressed)
+{
+	struct tuple *held = bpf_map_lookup_elem(&places, &place);
+	struct tuple key, back, origin;
+
+	if (!held)
+		return false;
+	key = *held;
+	if (!key.protocol)
+		return true;
+	struct translation *client = bpf_map_lookup_elem(&translations, &key);
+
+	if (!client)
+		return true;
+	reverse(&client->to, &back);
+	struct translation *reply = bpf_map_lookup_elem(&translations, &back);
+	enum state state = state_of(client, reply ? reply : client, key.protocol, seconds());
+
+	if (state == STATE_ALIVE || (state == STATE_SPARE && !pressed))
+		return false;
+	if (state == STATE_SPARE)
+		count(REASON_FLOW_CUT);
+	if (reply) {
+		reverse(&reply->to, &origin);
+		if (tuple_equal(&origin, &key))
+			bpf_map_delete_elem(&translations, &back);
+	}
+	if (!bpf_map_delete_elem(&translations, &key))
+		count_flow(-1);
+	return true;
+}
+
+/* How many places a new flow looks at. Half of them are given up only by flows
+ * that have expired, the others also by those that can be spared. */
+#define TRIES 16
+
+/* take_place finds a place for a key; false if every flow on the way lives. */
+__noinline int take_place(const struct tuple *key)
+{
+	__u32 zero = 0;
+	struct usage *usage = bpf_map_lookup_elem(&flow_usage, &zero);
+
+	if (!usage || !key)
+		return false;
+	for (int i = 0; i < TRIES; i++) {
+		__u32 place = __sync_fetch_and_add(&usage->hand, 1) & places_mask;
+
+		if (!vacate(place, i >= TRIES / 2))
+			continue;
+		bpf_map_update_elem(&places, &place, key, BPF_ANY);
+		return true;
+	}
+	return false;
+}
