@@ -230,8 +230,11 @@ static __always_inline void transport_header(struct __sk_buff *skb, __u32 at, st
 		p->shape = SHAPE_OTHER;
 		return;
 	}
-	if (p->shape == SHAPE_LATER)
+	if (p->shape == SHAPE_LATER) {
+		if (at > skb->len) /* its options are cut off */
+			p->shape = SHAPE_OTHER;
 		return;
+	}
 	if ((const void *)ports + need > end || (const void *)ports + 8 > end) {
 		p->shape = SHAPE_UNREADABLE;
 		return;

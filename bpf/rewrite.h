@@ -144,6 +144,18 @@ static __noinline bool rewrite_error(struct __sk_buff *skb, const struct packet 
 	       rewrite_ip(skb, p->outer_network, p->ip4, source, destination);
 }
 
+struct tcp_header {
+	__be16 source_port;
+	__be16 destination_port;
+	__be32 sequence;
+	__be32 acknowledgement;
+	__u8 length; /* in the upper half, in words */
+	__u8 flags;
+	__be16 window;
+	__u16 checksum;
+	__be16 urgent;
+};
+
 /* send_back swaps the Ethernet addresses and sends the packet out of the device
  * it came in by. It returns what the program is to return. */
 static __always_inline int send_back(struct __sk_buff *skb)

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Refusing a packet: the sender is told at once, as the Service's own host would
- * tell it, by "port unreachable" (RFC 792, RFC 4443 3.1). connect() then ends with
- * ECONNREFUSED, and so does the next send() of a connected UDP socket.
+ * tell it. A SYN gets a reset (RFC 9293, 3.10.7.1), so that connect() ends with
+ * ECONNREFUSED; a datagram "port unreachable" (RFC 792; RFC 4443, 3.1), so that the
+ * next send() of a connected socket does. A SYN gets no ICMP, for Linux forgets
+ * one that comes while the socket is still in connect(), and waits a second.
  */
 #pragma once
 
 #include "../../bpf/rewrite.h"
+#include "translation.h"
 
 #define ICMP_UNREACHABLE  3
 #define ICMP_PORT         3
@@ -14,9 +17,9 @@
 #define ICMP_HEADER       8
 #define HOPS              64
 
-/* The refused packet's headers are quoted without its payload, and must be without
- * options: Linux sends none. */
-#define QUOTE_LONGEST (sizeof(struct ip6_header) + 20)
+/* The refused datagram's headers are quoted without its payload, and must be
+ * without options: Linux sends none. */
+#define QUOTE_LONGEST (sizeof(struct ip6_header) + 8)
 
 struct icmp_header {
 	__u8 type;
@@ -41,13 +44,14 @@ static __always_inline bool sum_of(struct __sk_buff *skb, __u32 at, __u32 length
 	return true;
 }
 
-__noinline int refuse_packet(struct __sk_buff *skb, const struct packet *p)
+/* refuse_datagram makes an ICMP error of a datagram. */
+__noinline int refuse_datagram(struct __sk_buff *skb, const struct packet *p)
 {
 	if (!p)
 		return TC_ACT_SHOT;
 
 	__u32 address_length = p->ip4 ? sizeof(struct ip4_header) : sizeof(struct ip6_header);
-	__u32 quote = p->transport - p->network + (p->tuple.protocol == IPPROTO_TCP ? 20 : 8);
+	__u32 quote = p->transport - p->network + 8;
 	__u32 room = address_length + ICMP_HEADER;
 	struct icmp_header icmp = {
 		.type = p->ip4 ? ICMP_UNREACHABLE : ICMP6_UNREACHABLE,
@@ -95,4 +99,54 @@ __noinline int refuse_packet(struct __sk_buff *skb, const struct packet *p)
 			return TC_ACT_SHOT;
 	}
 	return send_back(skb);
+}
+
+/* set_length writes how long the IP packet is now. */
+static __always_inline bool set_length(struct __sk_buff *skb, const struct packet *p, __u32 transport)
+{
+	__u32 headers = p->transport - p->network;
+	__be16 was, is;
+
+	if (!p->ip4) {
+		is = __builtin_bswap16(headers - sizeof(struct ip6_header) + transport);
+		return !bpf_skb_store_bytes(skb, p->network + 4, &is, sizeof(is), 0);
+	}
+	is = __builtin_bswap16(headers + transport);
+	return !bpf_skb_load_bytes(skb, p->network + 2, &was, sizeof(was)) &&
+	       !bpf_l3_csum_replace(skb, p->network + IP4_CHECKSUM, was, is, sizeof(is)) &&
+	       !bpf_skb_store_bytes(skb, p->network + 2, &is, sizeof(is), 0);
+}
+
+/* reset makes a reset of a SYN. */
+__noinline int reset(struct __sk_buff *skb, const struct packet *p)
+{
+	struct tcp_header syn, tcp = {};
+	struct tuple back;
+	__u64 sum;
+
+	if (!p || p->shape != SHAPE_WHOLE || bpf_skb_load_bytes(skb, p->transport, &syn, sizeof(syn)))
+		return TC_ACT_SHOT;
+	tcp.source_port = syn.destination_port;
+	tcp.destination_port = syn.source_port;
+	tcp.acknowledgement = __builtin_bswap32(__builtin_bswap32(syn.sequence) + 1);
+	tcp.length = sizeof(tcp) / 4 << 4;
+	tcp.flags = TCP_RST | TCP_ACK;
+	sum = __builtin_bswap32(sizeof(tcp)) + __builtin_bswap32(IPPROTO_TCP);
+	sum = sum_words(sum, &p->tuple.source);
+	sum = sum_words(sum, &p->tuple.destination);
+	if (p->ip4) /* the pseudo header has no ::ffff: (RFC 9293, 3.1) */
+		sum += 2 * (__u64)(__u32)~MAPPED_PREFIX;
+	tcp.checksum = ~fold16(sum + (__u32)bpf_csum_diff(0, 0, (__be32 *)&tcp, sizeof(tcp), 0));
+	if (bpf_skb_change_tail(skb, p->transport + sizeof(tcp), 0) ||
+	    bpf_skb_store_bytes(skb, p->transport, &tcp, sizeof(tcp), 0) || !set_length(skb, p, sizeof(tcp)))
+		return TC_ACT_SHOT;
+	reverse(&p->tuple, &back);
+	if (!rewrite_ip(skb, p->network, p->ip4, &back.source, &back.destination))
+		return TC_ACT_SHOT;
+	return send_back(skb);
+}
+
+static __always_inline int refuse_packet(struct __sk_buff *skb, const struct packet *p)
+{
+	return p->tuple.protocol == IPPROTO_TCP ? reset(skb, p) : refuse_datagram(skb, p);
 }
