@@ -1,0 +1,234 @@
+package service
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/model"
+)
+
+// ServedAt is where a client's traffic to Services is decided about.
+type ServedAt string
+
+// The places.
+const (
+	// AtSocket: at connect() and sendmsg() of a process in a pod.
+	AtSocket ServedAt = "socket"
+	// AtPod: packet by packet, where the pod's packets enter the node.
+	AtPod ServedAt = "from_pod"
+	// FromWire: nowhere on this node, the packet comes from another.
+	FromWire ServedAt = "from_wire"
+	// AtHost: at connect() and sendmsg() of a process of the node itself.
+	AtHost ServedAt = "host"
+)
+
+// owners say whose an address is.
+type owners struct {
+	node string
+	// pods have an address of their own; nodes' are their names.
+	pods      map[netip.Addr]*model.Pod
+	endpoints map[netip.Addr]model.Backend
+	nodes     map[netip.Addr]string
+	// ranges are those from which the node's pods take their addresses.
+	ranges []netip.Prefix
+}
+
+func ownersOf(node string, snapshot *model.Snapshot) owners {
+	o := owners{
+		node: node, pods: map[netip.Addr]*model.Pod{},
+		endpoints: map[netip.Addr]model.Backend{}, nodes: map[netip.Addr]string{},
+	}
+	for _, service := range snapshot.Services {
+		for _, port := range service.Ports {
+			for _, backend := range port.Backends {
+				if address := backend.Address.Addr().Unmap(); o.endpoints[address].Node == "" {
+					o.endpoints[address] = backend
+				}
+			}
+		}
+	}
+	for _, pod := range snapshot.Pods {
+		for _, address := range pod.Addresses {
+			if pod.HostNetwork {
+				o.nodes[address.Unmap()] = pod.Node
+			} else {
+				o.pods[address.Unmap()] = pod
+			}
+		}
+	}
+	for _, n := range snapshot.Nodes {
+		for _, address := range n.Addresses {
+			o.nodes[address.Unmap()] = n.Name
+		}
+		if n.Name == node {
+			o.ranges = n.PodCIDRs
+		}
+	}
+	return o
+}
+
+// nodeOf is the node on which an address is; empty if that is not known.
+func (o *owners) nodeOf(address netip.Addr) string {
+	if node, known := o.nodes[address]; known {
+		return node
+	}
+	if pod := o.pods[address]; pod != nil {
+		return pod.Node
+	}
+	return o.endpoints[address].Node
+}
+
+// origin is who sends, as far as that is known.
+type origin struct {
+	// what names it in a sentence: "pod shop/client-1 of this node".
+	what string
+	// wire: its packets come by the wire; host: it is the node itself; else it is
+	// a pod of this node.
+	wire, host bool
+	// asked is the path that the pod asks for; empty for none.
+	asked Path
+	// unknown: nothing is known of the address, and it is taken for a stranger's.
+	unknown bool
+}
+
+func (o *owners) origin(address netip.Addr) origin {
+	node, isNode := o.nodes[address]
+	pod, endpoint := o.pods[address], o.endpoints[address]
+	switch {
+	case address.IsLoopback():
+		return origin{host: true, what: "a loopback address: a process of the node itself"}
+	case isNode && node == o.node:
+		return origin{host: true, what: "an address of the node itself: a process of it, or of a pod with hostNetwork"}
+	case isNode:
+		return origin{wire: true, what: "an address of node " + node}
+	case pod != nil && pod.Node == o.node:
+		return origin{what: "pod " + pod.Name.String() + " of this node", asked: askedPath(pod.Annotations)}
+	case pod != nil:
+		return origin{wire: true, what: fmt.Sprintf("pod %s of node %s", pod.Name, pod.Node)}
+	case endpoint.Node != "" && endpoint.Node == o.node:
+		return origin{what: "an endpoint on this node"}
+	case endpoint.Node != "":
+		return origin{wire: true, what: "an endpoint on node " + endpoint.Node}
+	case slices.ContainsFunc(o.ranges, func(p netip.Prefix) bool { return p.Contains(address) }):
+		return origin{what: "in the range of this node's pods, though no pod is known that has it"}
+	}
+	return origin{wire: true, unknown: true, what: "neither a pod's of this node nor the node's own"}
+}
+
+// origin asks what is known, and where that knows nothing of an address and the
+// tables are an agent's, this host.
+func (x *Explainer) origin(address netip.Addr) origin {
+	from := x.owners.origin(address)
+	if !from.unknown || !x.live() {
+		return from
+	}
+	if slices.Contains(ownAddresses(), address) {
+		return origin{host: true, what: "an address of this host: a process of it, or of a pod with hostNetwork"}
+	}
+	spaces, _ := netns.Spaces() // what may not be looked into is not found
+	for _, space := range spaces {
+		if slices.Contains(space.Addresses, address) {
+			return origin{what: "in another network namespace of this host, as a pod's is", asked: x.askedBy(space.Cookie)}
+		}
+	}
+	return from
+}
+
+func ownAddresses() []netip.Addr {
+	var own []netip.Addr
+	found, _ := net.InterfaceAddrs()
+	for _, address := range found {
+		if prefix, err := netip.ParsePrefix(address.String()); err == nil {
+			own = append(own, prefix.Addr().Unmap())
+		}
+	}
+	return own
+}
+
+// askedBy is the path that a namespace asks for, from the pinned map.
+func (x *Explainer) askedBy(cookie uint64) Path {
+	asked, err := ebpf.LoadPinnedMap(filepath.Join(x.settings.Pins, datapathMapPaths), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return ""
+	}
+	defer asked.Close()
+	var number uint8
+	if asked.Lookup(cookie, &number) != nil {
+		return ""
+	}
+	return pathOf(number)
+}
+
+// servedAt says which path serves: what left_to_packets() of connect.bpf.c does.
+// If the Service and the pod disagree, packets win.
+func (o origin) servedAt(service, otherwise Path) ServedAt {
+	asked := otherwise
+	switch {
+	case o.wire:
+		return FromWire
+	case o.host:
+		return AtHost
+	case service == PathPacket || o.asked == PathPacket:
+		asked = PathPacket
+	case service == PathSocket || o.asked == PathSocket:
+		asked = PathSocket
+	}
+	if asked == PathPacket {
+		return AtPod
+	}
+	return AtSocket
+}
+
+// text says an answer in sentences.
+func (e *Explanation) text(from origin, held bool) string {
+	name := e.Service
+	if name == "" {
+		name = "a Service whose name is not known"
+	}
+	client := fmt.Sprintf("%s is %s.", e.Source.Addr(), from.what)
+	to := fmt.Sprintf("%s/%s", e.Destination, e.Protocol)
+	switch {
+	case !held && e.Protocol != model.TCP && e.Protocol != model.UDP:
+		return fmt.Sprintf("%s: only TCP and UDP are served. The packet is left alone.", to)
+	case !held:
+		return fmt.Sprintf("%s is no address of a Service. The packet is left alone.", to)
+	case e.Path == FromWire:
+		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone: "+
+			"a ClusterIP is served on the node of the client.", to, name, client)
+	case e.Verdict == Refuse && e.Path == AtPod:
+		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s Its packets get "+
+			"\"port unreachable\" for an answer.", to, name, client)
+	case e.Verdict == Refuse:
+		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s Its call ends with "+
+			"ECONNREFUSED.", to, name, client)
+	}
+	return fmt.Sprintf("%s is an address of %s. %s %s%s", to, name, client, e.chosen(), e.translated())
+}
+
+func (e *Explanation) chosen() string {
+	flow := "connection"
+	if e.Protocol == model.UDP {
+		flow = "flow"
+	}
+	if len(e.Backends) == 1 {
+		return fmt.Sprintf("Each %s goes to its only endpoint. ", flow)
+	}
+	return fmt.Sprintf("Each %s goes to one of %d endpoints. ", flow, len(e.Backends))
+}
+
+func (e *Explanation) translated() string {
+	switch {
+	case e.Path != AtPod:
+		return "The socket gets the endpoint's address before the first packet exists, so packets cost nothing."
+	case e.Masquerade:
+		return "Each packet is translated at the pod's veth. The pod is one of the endpoints itself: " +
+			"if it is chosen, the packet comes from the Service's address, for no pod takes one from its own."
+	}
+	return "Each packet is translated at the pod's veth."
+}
