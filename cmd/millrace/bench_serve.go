@@ -49,7 +49,7 @@ type serveAnswer struct {
 // attachers attach the layers under test.
 func attachers() map[string]bench.Attach {
 	attachers := map[string]bench.Attach{}
-	for _, variant := range []string{bench.Millrace} {
+	for _, variant := range []string{bench.Millrace, bench.MillracePacket} {
 		attachers[variant] = func(spec bench.AttachSpec) (bench.Attached, error) { return attachLayer(variant, spec) }
 	}
 	return attachers
@@ -58,8 +58,11 @@ func attachers() map[string]bench.Attach {
 // layerFor is the layer of a variant. Nothing is pinned: it ends with its
 // process, however that ends.
 func layerFor(variant string, spec bench.AttachSpec) (layer.Layer, error) {
-	if variant == bench.Millrace {
+	switch variant {
+	case bench.Millrace:
 		return service.New(service.Settings{Cgroup: spec.Cgroup}), nil
+	case bench.MillracePacket:
+		return service.New(service.Settings{Cgroup: spec.Cgroup, Netns: spec.NetNS, Path: service.PathPacket}), nil
 	}
 	return nil, fmt.Errorf("serve variant %q: no layer does that", variant)
 }

@@ -279,6 +279,9 @@ func (d *datapath) openPinned(h hook) error {
 // attachVeth puts the packet path in force at a device. Where programs wait to be
 // put in force, it is put in force with them.
 func (d *datapath) attachVeth(device int, name string) error {
+	if err := d.makeFlows(); err != nil {
+		return err
+	}
 	d.veths[device] = name
 	if d.programs == nil {
 		return nil

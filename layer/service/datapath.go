@@ -25,7 +25,7 @@ import (
 var tableMaps = []string{datapathMapServices, datapathMapSlots, datapathMapBackends}
 
 // flowMaps belong together and hold what the packet path knows of its flows.
-var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapFlowUsage}
+var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapVacant, datapathMapFlowUsage}
 
 const (
 	linkPrefix = "link_"
@@ -41,6 +41,8 @@ type datapath struct {
 	// index -> name.
 	veths    map[int]string
 	attached map[string]attachment // by the name of the hook
+	// packets says that the packet path's flows have their maps.
+	packets bool
 	// tcx says that this kernel has it.
 	tcx bool
 	// programs are in force; nil before this process has put its own there.
@@ -257,15 +259,21 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	if err != nil {
 		return loaded{}, err
 	}
-	places := flowPlaces(d.settings.Flows)
+	places := 1
+	if d.packets {
+		places = flowPlaces(d.settings.Flows)
+	}
 	if m := have[datapathMapPlaces]; m != nil {
 		places = int(m.MaxEntries())
+		d.packets = places > 1
 	}
 	if err := d.adapt(spec, places); err != nil {
 		return loaded{}, err
 	}
-	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2 * places)
+	// a flow's replies are written before its place is taken
+	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2*places + flowSlack)
 	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
+	spec.Maps[datapathMapVacant].MaxEntries = uint32(places)
 	spec.Maps[datapathMapServices].MaxEntries = uint32(room.services)
 	spec.Maps[datapathMapSlots].MaxEntries = uint32(room.backends)
 	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
@@ -472,43 +480,66 @@ func (d *datapath) restore() error {
 // The sockets' flows stay: backends keep their numbers. On an error everything
 // is as before.
 func (d *datapath) grow(t *tables, room capacity) error {
-	next, err := d.load(d.others(), room)
-	if err != nil {
-		return fmt.Errorf("enlarge maps: %w", err)
-	}
-	for _, name := range tableMaps {
-		if err == nil {
-			err = copyMap(d.maps[name], next.maps[name])
+	err := d.exchange(tableMaps, room, func(next map[string]*ebpf.Map) error {
+		for _, name := range tableMaps {
+			if err := copyMap(d.maps[name], next[name]); err != nil {
+				return err
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("enlarge maps to %d services and %d backends: %w", room.services, room.backends, err)
 	}
+	t.use(d.maps)
+	return nil
+}
+
+// makeFlows gives the flows of the packet path their maps, which have no room
+// until somebody needs it.
+func (d *datapath) makeFlows() error {
+	if d.packets {
+		return nil
+	}
+	d.packets = true
+	if err := d.exchange(flowMaps, capacity{1, 1}, func(map[string]*ebpf.Map) error { return nil }); err != nil {
+		d.packets = false
+		return fmt.Errorf("make the maps of the packet path: %w", err)
+	}
+	return nil
+}
+
+// exchange puts new maps of these names in force: they are filled while the old
+// ones serve, then each program is switched over. On an error everything is as
+// before.
+func (d *datapath) exchange(names []string, room capacity, fill func(next map[string]*ebpf.Map) error) error {
+	stay := maps.Clone(d.maps)
+	for _, name := range names {
+		delete(stay, name)
+	}
+	next, err := d.load(stay, room)
+	if err != nil {
+		return err
+	}
+	err = fill(next.maps)
 	// Programs that wait for their maps to be filled go on waiting.
 	if err == nil && d.waiting == nil {
 		err = d.putInForce(next)
 	}
 	if err != nil {
 		closePrograms(next.programs)
-		for _, name := range tableMaps {
+		for _, name := range names {
 			next.maps[name].Close()
 		}
-		return fmt.Errorf("enlarge maps to %d services and %d backends: %w", room.services, room.backends, err)
+		return err
 	}
 	if d.waiting != nil {
 		closePrograms(d.waiting)
 		d.waiting = next.programs
 	}
-	d.drop(tableMaps)
+	d.drop(names)
 	d.maps = next.maps
-	t.use(d.maps)
 	return nil
-}
-
-// others are the maps that stay when the tables grow.
-func (d *datapath) others() map[string]*ebpf.Map {
-	others := maps.Clone(d.maps)
-	for _, name := range tableMaps {
-		delete(others, name)
-	}
-	return others
 }
 
 // copyMap copies every entry, as bytes.

@@ -235,6 +235,7 @@ const (
 	datapathMapServices      = "services"
 	datapathMapSlots         = "slots"
 	datapathMapTranslations  = "translations"
+	datapathMapVacant        = "vacant"
 	datapathProgConnect4     = "connect4"
 	datapathProgConnect6     = "connect6"
 	datapathProgExplain      = "explain"
@@ -325,6 +326,7 @@ type datapathMapSpecs struct {
 	Services     *ebpf.MapSpec `ebpf:"services"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
 	Translations *ebpf.MapSpec `ebpf:"translations"`
+	Vacant       *ebpf.MapSpec `ebpf:"vacant"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -369,6 +371,7 @@ type datapathMaps struct {
 	Services     *ebpf.Map `ebpf:"services"`
 	Slots        *ebpf.Map `ebpf:"slots"`
 	Translations *ebpf.Map `ebpf:"translations"`
+	Vacant       *ebpf.Map `ebpf:"vacant"`
 }
 
 func (m *datapathMaps) Close() error {
@@ -385,6 +388,7 @@ func (m *datapathMaps) Close() error {
 		m.Services,
 		m.Slots,
 		m.Translations,
+		m.Vacant,
 	)
 }
 

@@ -25,6 +25,10 @@ func flowPlaces(flows int) int {
 	return powerOfTwo(flows, 1024)
 }
 
+// flowSlack is the room beside two entries for each place: for flows that are
+// being made, and because the kernel counts entries of a large map only roughly.
+const flowSlack = 4096
+
 // haveTCX finds out by asking for the tcx programs of the loopback device, which
 // every namespace has.
 func haveTCX() bool {
@@ -35,17 +39,32 @@ func haveTCX() bool {
 // sweepPlaces is SWEEP_PLACES of packet.bpf.c.
 const sweepPlaces = 1024
 
-// sweep clears a part of the flows that have expired away, the next part with
-// the next call, so that their memory is given back; a new flow that needs a
-// place does not wait for it.
+// sweep clears a part of the flows that have expired away, so that their memory
+// is given back and their places are found at once. In a table more than half
+// full it clears all parts, in one nearly full also flows that are closed or were
+// never answered.
 func (d *datapath) sweep(part, parts int) error {
 	program := d.programs[datapathProgSweep]
-	if program == nil {
-		return nil // not in force yet
+	if program == nil || !d.packets {
+		return nil // not in force
+	}
+	flows, err := d.flowCount()
+	if err != nil {
+		return err
 	}
 	places := int(d.maps[datapathMapPlaces].MaxEntries())
+	first, last := places/parts*part, places/parts*(part+1)
+	if flows > places/2 || part == parts-1 {
+		last = places
+	}
+	if flows > places/2 {
+		first = 0
+	}
 	frame := make([]byte, 64)
-	for at := places / parts * part; at < places/parts*(part+1); at += sweepPlaces {
+	if flows > places/10*9 {
+		frame[18] = 1 // pressed
+	}
+	for at := first; at < last; at += sweepPlaces {
 		binary.NativeEndian.PutUint32(frame[14:], uint32(at))
 		if _, err := program.Run(&ebpf.RunOptions{Data: frame}); err != nil {
 			return fmt.Errorf("sweep expired flows: %w", err)
@@ -54,7 +73,7 @@ func (d *datapath) sweep(part, parts int) error {
 	return nil
 }
 
-// usage is how many flows there are.
+// flowCount is how many flows there are.
 func (d *datapath) flowCount() (int, error) {
 	var usage datapathUsage
 	if err := d.maps[datapathMapFlowUsage].Lookup(uint32(0), &usage); err != nil {

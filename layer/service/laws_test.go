@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/layer"
@@ -91,6 +92,107 @@ func TestLaws(t *testing.T) {
 			},
 		}
 	})
+}
+
+// The same laws where the packet path serves at a pod's veth, with pods that ask
+// for paths.
+func TestLawsOfThePacketPath(t *testing.T) {
+	layertest.Laws(t, func(t *testing.T) layertest.Subject {
+		v := newVillage(t, Settings{Path: PathPacket, Node: "n1"})
+		client, server := v.pod(), v.pod()
+		t.Cleanup(client.stay())
+		for _, port := range []int{8080, 8081} {
+			server.serve("tcp", port, "server")
+		}
+		settings := v.layer.settings
+		settings.Pins = filepath.Join(v.BPF, "millrace", "service")
+		v.must(os.Mkdir(filepath.Dir(settings.Pins), 0o700))
+		var snapshots []*model.Snapshot
+		for _, s := range shops() {
+			for _, service := range s.Services {
+				if service.Name.Name == "echo" {
+					service.Ports = serviceOf("echo", model.TCP, 80, nil, 8080, server.addresses()...).Ports
+				}
+			}
+			s.Pods = []*model.Pod{{Name: model.Name{Namespace: "default", Name: "client"}, Node: "n1",
+				Annotations: map[string]string{PathAnnotation: "packet"}, Addresses: clientAddresses(client)}}
+			snapshots = append(snapshots, s)
+		}
+		snapshots[2].Pods = nil
+		return layertest.Subject{
+			New:       func() layer.Layer { return New(settings) },
+			Snapshots: snapshots,
+			Observe:   func() string { return observe(t, v.Bed) + v.observe() },
+			Stranger:  func() func() error { return v.stranger() },
+			Works: func() error {
+				_, _, err := client.call("tcp", "10.96.0.1:80", "hello")
+				return err
+			},
+		}
+	})
+}
+
+// observe prints the programs at the pods' devices.
+func (v *village) observe() (text string) {
+	v.t.Helper()
+	v.must(v.Inside(func() error {
+		links, err := netlink.LinkList()
+		for _, l := range links {
+			for _, attach := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+				found, err := link.QueryPrograms(link.QueryOptions{Target: l.Attrs().Index, Attach: attach})
+				if err != nil {
+					return err
+				}
+				for _, program := range found.Programs {
+					text += fmt.Sprintln("program", l.Attrs().Name, attach, program.ID)
+				}
+			}
+		}
+		return err
+	}))
+	return text
+}
+
+// stranger attaches a program of somebody else to every pod's device, and
+// returns what checks that it is still there.
+func (v *village) stranger() func() error {
+	v.t.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
+	v.must(err)
+	v.t.Cleanup(func() { program.Close() })
+	var made []link.Link
+	v.must(v.Inside(func() error {
+		for i := range v.pods {
+			device, err := netlink.LinkByName(fmt.Sprintf("veth%d", i+1))
+			if err != nil {
+				return err
+			}
+			l, err := link.AttachTCX(link.TCXOptions{Interface: device.Attrs().Index, Program: program, Attach: ebpf.AttachTCXIngress})
+			if err != nil {
+				return err
+			}
+			made = append(made, l)
+		}
+		return nil
+	}))
+	v.t.Cleanup(func() {
+		for _, l := range made {
+			l.Close()
+		}
+	})
+	return func() error {
+		for _, l := range made {
+			info, err := l.Info()
+			if err != nil {
+				return err
+			}
+			if tcx := info.TCX(); tcx == nil || tcx.Ifindex == 0 {
+				return errors.New("a stranger's program was detached")
+			}
+		}
+		return nil
+	}
 }
 
 // observe prints the pins and the programs on the cgroup.

@@ -269,14 +269,16 @@ func (l *Layer) Describe() (layer.Description, error) {
 		m := l.datapath.maps[name]
 		d.Maps = append(d.Maps, layer.Map{Name: name, Entries: entries[name], Capacity: int(m.MaxEntries()), Bytes: bpfmap.Bytes(m)})
 	}
-	flows, err := l.datapath.flowCount()
-	if err != nil {
-		return d, err
+	if l.datapath.packets {
+		flows, err := l.datapath.flowCount()
+		if err != nil {
+			return d, err
+		}
+		d.Maps = append(d.Maps, layer.Map{
+			Name: datapathMapTranslations, Entries: flows, Capacity: int(l.datapath.maps[datapathMapPlaces].MaxEntries()),
+			Bytes: bpfmap.Bytes(l.datapath.maps[datapathMapTranslations]) + bpfmap.Bytes(l.datapath.maps[datapathMapPlaces]),
+		})
 	}
-	d.Maps = append(d.Maps, layer.Map{
-		Name: datapathMapTranslations, Entries: flows, Capacity: int(l.datapath.maps[datapathMapPlaces].MaxEntries()),
-		Bytes: bpfmap.Bytes(l.datapath.maps[datapathMapTranslations]) + bpfmap.Bytes(l.datapath.maps[datapathMapPlaces]),
-	})
 	for _, hook := range l.datapath.hooks() {
 		if attached := l.datapath.attached[hook.name]; attached != nil && attached.alive() {
 			at := l.settings.Cgroup
@@ -286,6 +288,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 			d.Programs = append(d.Programs, layer.Program{Name: hook.name, Hook: hook.attach.String() + " " + at, Link: attached.id()})
 		}
 	}
+	var err error
 	d.Reasons, err = l.datapath.readReasons()
 	return d, err
 }

@@ -395,21 +395,25 @@ int to_pod(struct __sk_buff *skb)
 	return rewrite(skb, &p, &to.to) ? TC_ACT_UNSPEC : unwritable();
 }
 
-/* sweep clears expired flows away, from one place on: its number is the packet's
- * first four bytes after the Ethernet header, the next one is written there. It is
+/* sweep clears expired flows away. The frame holds, after the Ethernet header, the
+ * first place and whether flows that can be spared are cleared away, too. It is
  * run by the agent, never attached. */
 #define SWEEP_PLACES 1024
 
 SEC("tc")
 int sweep(struct __sk_buff *skb)
 {
-	__u32 *place = (void *)(long)skb->data + ETHERNET_LENGTH;
+	__u32 *order = (void *)(long)skb->data + ETHERNET_LENGTH;
 
-	if ((void *)(place + 1) > (void *)(long)skb->data_end)
+	if ((void *)(order + 2) > (void *)(long)skb->data_end)
 		return -1;
-	__u32 at = *place;
+	__u32 first = order[0], pressed = order[1];
 
-	for (int i = 0; i < SWEEP_PLACES; i++)
-		vacate((at + i) & places_mask, false);
+	for (__u32 i = 0; i < SWEEP_PLACES; i++) {
+		__u32 place = (first + i) & places_mask;
+
+		if (vacate(place, pressed) == PLACE_FREED)
+			bpf_map_push_elem(&vacant, &place, 0);
+	}
 	return 0;
 }

@@ -232,7 +232,7 @@ func (d *datapath) readAsks() ([]*wish, error) {
 	if err := entries.Err(); err != nil || len(asks) == 0 {
 		return asks, err
 	}
-	spaces, err := netns.Spaces()
+	spaces, refused := netns.Spaces()
 	for _, a := range asks {
 		for _, space := range spaces {
 			if space.Cookie == a.cookie {
@@ -240,7 +240,11 @@ func (d *datapath) readAsks() ([]*wish, error) {
 			}
 		}
 	}
-	return asks, err
+	if refused != nil {
+		// Whose they are that were not found, nobody knows: they stay.
+		asks = slices.DeleteFunc(asks, func(a *wish) bool { return len(a.addresses) == 0 })
+	}
+	return asks, nil
 }
 
 // carryOut makes one change of devices or wishes.

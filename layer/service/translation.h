@@ -5,10 +5,11 @@
  * and each says what the other is: the reply's key is the reverse of what the
  * first packet became, and becomes the reverse of what the first packet was.
  *
- * places is the order in which flows came. It bounds them, and it is walked in
- * circles by those who need a place: what has expired on the way is cleared
- * away. So the table lives without the agent, and costs a few look-ups for each
- * new flow. The agent clears, too (sweep), so that memory is given back.
+ * places bounds the flows: each has one. The agent walks over them, clears what
+ * has expired away and puts the places into vacant (sweep), where new flows take
+ * them. So memory is given back, and a new flow finds a place at once. Where
+ * vacant is empty, at first and without the agent, new flows walk themselves, in
+ * circles and a few steps each.
  *
  * A flow's entry exists only while its place holds its key. Hence an entry is
  * replaced, never removed and made again, when its flow begins anew.
@@ -56,6 +57,13 @@ struct {
 	__type(value, struct tuple);
 	__uint(max_entries, 1);
 } places SEC(".maps");
+
+/* Places that were made free. */
+struct {
+	__uint(type, BPF_MAP_TYPE_QUEUE);
+	__type(value, __u32);
+	__uint(max_entries, 1);
+} vacant SEC(".maps");
 
 /* The next place to be looked at, growing for ever; and how many entries there
  * are and were. */
@@ -163,7 +171,10 @@ static __always_inline void count_flow(int by)
 		__sync_fetch_and_add(&usage->flows, by);
 }
 
-/* vacate makes a place free if the flow in it can go, and says whether it is. It
+/* What vacate() found. */
+enum { PLACE_TAKEN, PLACE_FREE, PLACE_FREED };
+
+/* vacate makes a place free if the flow in it can go. It
  * and those below are global functions, so that each is verified once. */
 __noinline int vacate(__u32 place, int pressed)
 {
@@ -171,20 +182,20 @@ __noinline int vacate(__u32 place, int pressed)
 	struct tuple key, back, origin;
 
 	if (!held)
-		return false;
+		return PLACE_TAKEN;
 	key = *held;
 	if (!key.protocol)
-		return true;
+		return PLACE_FREE;
 	struct translation *client = bpf_map_lookup_elem(&translations, &key);
 
 	if (!client)
-		return true;
+		return PLACE_FREE;
 	reverse(&client->to, &back);
 	struct translation *reply = bpf_map_lookup_elem(&translations, &back);
 	enum state state = state_of(client, reply ? reply : client, key.protocol, seconds());
 
 	if (state == STATE_ALIVE || (state == STATE_SPARE && !pressed))
-		return false;
+		return PLACE_TAKEN;
 	if (state == STATE_SPARE)
 		count(REASON_FLOW_CUT);
 	if (reply) {
@@ -194,25 +205,29 @@ __noinline int vacate(__u32 place, int pressed)
 	}
 	if (!bpf_map_delete_elem(&translations, &key))
 		count_flow(-1);
-	return true;
+	return PLACE_FREED;
 }
 
-/* How many places a new flow looks at. Half of them are given up only by flows
- * that have expired, the others also by those that can be spared. */
-#define TRIES 16
+/* How many vacant places a new flow tries, for another may have walked there
+ * first; and how many places it walks over: half of them are given up only by
+ * flows that have expired, the others also by those that can be spared. */
+#define VACANT_TRIES 4
+#define WALK_TRIES   64
 
-/* take_place finds a place for a key; false if every flow on the way lives. */
+/* take_place finds a place for a key; false if there is none. */
 __noinline int take_place(const struct tuple *key)
 {
-	__u32 zero = 0;
+	__u32 zero = 0, place;
 	struct usage *usage = bpf_map_lookup_elem(&flow_usage, &zero);
 
 	if (!usage || !key)
 		return false;
-	for (int i = 0; i < TRIES; i++) {
-		__u32 place = __sync_fetch_and_add(&usage->hand, 1) & places_mask;
+	for (int i = 0; i < VACANT_TRIES + WALK_TRIES; i++) {
+		int pressed = i >= VACANT_TRIES + WALK_TRIES / 2;
 
-		if (!vacate(place, i >= TRIES / 2))
+		if (i >= VACANT_TRIES || bpf_map_pop_elem(&vacant, &place))
+			place = __sync_fetch_and_add(&usage->hand, 1) & places_mask;
+		if (vacate(place, pressed) == PLACE_TAKEN)
 			continue;
 		bpf_map_update_elem(&places, &place, key, BPF_ANY);
 		return true;

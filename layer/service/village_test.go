@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -271,3 +272,17 @@ func (v *village) setMTU(device string, mtu int) error {
 		return netlink.LinkSetMTU(l, mtu)
 	})
 }
+
+// stay keeps a process in the pod, as a container does, until the function it
+// returns is called: a namespace is found by its processes.
+func (p *pod) stay() (leave func()) {
+	p.v.t.Helper()
+	cmd := exec.Command("sleep", "600")
+	p.v.must(netns.Start(p.netns, p.v.Cgroup, cmd))
+	return func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+}
+
+func clientAddresses(p *pod) []netip.Addr { return []netip.Addr{p.ip4, p.ip6} }
