@@ -2,7 +2,6 @@ package bench
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"github.com/millrace/millrace/model"
@@ -45,12 +44,9 @@ type Attached struct {
 type Attach func(AttachSpec) (Attached, error)
 
 // loadAttached is the loader of a variant under test.
-func loadAttached(name string, attach Attach) loader {
+func loadAttached(attach Attach) loader {
 	return func(_ context.Context, b *bed, services []*model.Service) (loaded, error) {
 		var result loaded
-		if attach == nil {
-			return result, errors.New("nothing was given to attach (bench.Options.Attach[\"" + name + "\"])")
-		}
 		spec := AttachSpec{NetNS: b.node, ClientLink: clientLink, Cgroup: b.clientGroup, Services: inNameOrder(services)}
 		for {
 			attached, err := attach(spec)

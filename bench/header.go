@@ -3,9 +3,12 @@ package bench
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,6 +18,8 @@ import (
 func newHeader(benchmark string, settings map[string]string) Header {
 	return Header{
 		Benchmark:   benchmark,
+		Command:     commandLine(os.Args),
+		Time:        time.Now().Truncate(time.Second),
 		Machine:     machine(),
 		Kernel:      kernelRelease(),
 		CPUs:        runtime.NumCPU(),
@@ -22,6 +27,20 @@ func newHeader(benchmark string, settings map[string]string) Header {
 		Go:          runtime.Version(),
 		Settings:    settings,
 	}
+}
+
+// commandLine is what a person would type again: quoted for a shell where that
+// is needed, the program without its folder.
+func commandLine(args []string) string {
+	words := append([]string{filepath.Base(args[0])}, args[1:]...)
+	for i, word := range words {
+		if word == "" || strings.ContainsFunc(word, func(r rune) bool {
+			return !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("-_=.,:/%+@", r)
+		}) {
+			words[i] = "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+		}
+	}
+	return strings.Join(words, " ")
 }
 
 // machine is the processor's model and the memory, "AMD EPYC, 8.0 GiB".

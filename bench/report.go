@@ -3,6 +3,7 @@ package bench
 import (
 	"fmt"
 	"slices"
+	"time"
 )
 
 // Report is the outcome of one benchmark, in the form all of them share.
@@ -19,6 +20,9 @@ type Report struct {
 type Header struct {
 	// Benchmark is the sub-command: "services".
 	Benchmark string `json:"benchmark"`
+	// Command is the command line that asked for it, and Time when.
+	Command string    `json:"command"`
+	Time    time.Time `json:"time"`
 	// Machine is the processor and the memory.
 	Machine string `json:"machine"`
 	// Kernel is the kernel's release, as `uname -r` prints it.

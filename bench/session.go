@@ -67,20 +67,41 @@ func (s *session) prepare(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		positions := []string{""}
-		if v.ordered {
-			positions = s.Positions
-		}
-		for _, count := range s.Services {
-			for _, position := range positions {
-				if err := s.prepareCell(ctx, v, count, position); err != nil {
-					return err
-				}
-			}
+		if err := s.prepareVariant(ctx, v); err != nil {
+			return err
 		}
 	}
 	s.clusters = nil // who needs the Services still has them
 	return nil
+}
+
+func (s *session) prepareVariant(ctx context.Context, v variant) error {
+	if v.absent != "" {
+		s.skip(Skipped{Variant: v.name, Reason: v.absent})
+		return nil
+	}
+	positions := []string{""}
+	if v.ordered {
+		positions = s.Positions
+	}
+	for _, count := range s.Services {
+		if v.most > 0 && count > v.most && !s.AllSizes {
+			s.skip(Skipped{Variant: v.name, Services: count, Reason: fmt.Sprintf(
+				"more than %d take it very long to load: say --all-sizes to have it all the same", v.most)})
+			continue
+		}
+		for _, position := range positions {
+			if err := s.prepareCell(ctx, v, count, position); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *session) skip(skipped Skipped) {
+	s.report.Skipped = append(s.report.Skipped, skipped)
+	s.progress("%s", skipped)
 }
 
 // prepareCell loads the Services into a bed of their own. Of the peers, what the
@@ -94,10 +115,6 @@ func (s *session) prepareCell(ctx context.Context, v variant, count int, positio
 		return err
 	}
 	c := &cell{variant: v.name, services: count, position: position, outcomes: map[string][]outcome{}}
-	if v.most > 0 && count > v.most && !s.AllSizes {
-		return s.admit(ctx, c, v.needed, fmt.Errorf(
-			"loading more than %d takes it very long: say --all-sizes to have it all the same", v.most))
-	}
 	s.progress("prepare %s", c)
 	services := s.cluster(count, tested)
 	c.targets = []netip.AddrPort{serviceAddress(services[tested])}
@@ -138,9 +155,7 @@ func (s *session) admit(ctx context.Context, c *cell, needed bool, err error) er
 		return fmt.Errorf("prepare %s: %w", c, err)
 	}
 	if err != nil {
-		skipped := Skipped{Variant: c.variant, Services: c.services, Position: c.position, Reason: err.Error()}
-		s.report.Skipped = append(s.report.Skipped, skipped)
-		s.progress("%s", skipped)
+		s.skip(Skipped{Variant: c.variant, Services: c.services, Position: c.position, Reason: err.Error()})
 		return nil
 	}
 	if c.loaded.by != "" {

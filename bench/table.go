@@ -38,12 +38,12 @@ func (r *Report) WriteTable(w io.Writer) error {
 	made, wrong := []string{}, 0.0
 	for _, operation := range r.operations() {
 		out.printf("\n%s\n", titles[operation])
-		r.writeOperation(out, operation)
+		out.columns(r.operationCells(operation))
 		made = append(made, fmt.Sprintf("%.0f %s", r.sum(MetricCount(operation)), MetricCount(operation)))
 		wrong += r.sum(MetricErrors(operation))
 	}
 	out.printf("\nLoading all, changing one, and memory\n")
-	r.writeCosts(out)
+	out.columns(r.costCells())
 	out.printf("\n"+footnote, r.fewestText())
 	out.printf("%s, %.0f went wrong.\n", strings.Join(made, " and "), wrong)
 	for _, skipped := range r.Skipped {
@@ -83,14 +83,13 @@ func (r *Report) subjects() (subjects []Row) {
 	return subjects
 }
 
-func (r *Report) writeOperation(out *printer, operation string) {
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	head := []string{"services", "variant", "rule", "p50 us", "to native [95 %]", "to " + r.fewestText() + " [95 %]", "CPU us", "to native"}
+// operationCells are the cells of the table of one operation.
+func (r *Report) operationCells(operation string) (heads []string, rows [][]string) {
+	heads = []string{"services", "variant", "rule", "p50 us", "to native [95 %]", "to " + r.fewestText() + " [95 %]", "CPU us", "to native"}
 	growth := len(r.serviceCounts()) > 1
 	if !growth {
-		head = slices.Delete(head, 5, 6)
+		heads = slices.Delete(heads, 5, 6)
 	}
-	fmt.Fprintln(table, strings.Join(head, "\t"))
 	last := 0
 	for _, s := range r.subjects() {
 		p50, cpu := r.figure(s, MetricP50(operation)), r.figure(s, MetricCPU(operation))
@@ -102,15 +101,15 @@ func (r *Report) writeOperation(out *printer, operation string) {
 		if !growth {
 			cells = slices.Delete(cells, 5, 6)
 		}
-		fmt.Fprintln(table, strings.Join(cells, "\t"))
+		rows = append(rows, cells)
 	}
-	_ = table.Flush() // the printer keeps the error
+	return heads, rows
 }
 
-// writeCosts prints what a variant costs beside its operations; native has none.
-func (r *Report) writeCosts(out *printer) {
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "services\tvariant\trule\tload ms\tchange ms\tkernel MB\tresident MB")
+// costCells are the cells of the table of what a variant costs beside its
+// operations; native has none of it.
+func (r *Report) costCells() (heads []string, rows [][]string) {
+	heads = []string{"services", "variant", "rule", "load ms", "change ms", "kernel MB", "resident MB"}
 	last := 0
 	for _, s := range r.subjects() {
 		load := r.figure(s, MetricLoad)
@@ -118,9 +117,18 @@ func (r *Report) writeCosts(out *printer) {
 			continue
 		}
 		change, kernel, resident := r.figure(s, MetricChange), r.figure(s, MetricKernel), r.figure(s, MetricResident)
-		fmt.Fprintln(table, strings.Join([]string{newOnly(s.Services, &last), s.Variant, orDash(s.Position),
+		rows = append(rows, []string{newOnly(s.Services, &last), s.Variant, orDash(s.Position),
 			digits(load, load.best()), digits(change, change.middle()),
-			digits(kernel, kernel.middle()/1e6), digits(resident, resident.middle()/1e6)}, "\t"))
+			digits(kernel, kernel.middle()/1e6), digits(resident, resident.middle()/1e6)})
+	}
+	return heads, rows
+}
+
+// columns prints cells so that they stand below each other.
+func (p *printer) columns(heads []string, rows [][]string) {
+	table := tabwriter.NewWriter(p, 0, 0, 2, ' ', 0)
+	for _, cells := range append([][]string{heads}, rows...) {
+		fmt.Fprintln(table, strings.Join(cells, "\t"))
 	}
 	_ = table.Flush() // the printer keeps the error
 }
@@ -227,7 +235,7 @@ func (r *Ratio) String() string {
 	case r.Low == nil || r.High == nil:
 		return fmt.Sprintf("%.3f [too few rounds]", r.Median)
 	}
-	return fmt.Sprintf("%.3f [%.3f, %.3f]", r.Median, *r.Low, *r.High)
+	return fmt.Sprintf("%.3f %s", r.Median, r.interval())
 }
 
 // WriteRounds prints what the ratios of each variant's p50 to native, and to the

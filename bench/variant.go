@@ -63,7 +63,9 @@ type variant struct {
 	// most is the largest number of Services that is loaded without
 	// Options.AllSizes, 0 for any.
 	most int
-	load loader
+	// absent says why the variant cannot be measured at all; empty if it can.
+	absent string
+	load   loader
 }
 
 // variantNamed finds a variant. attach are those of millrace.
@@ -72,7 +74,10 @@ func variantNamed(name string, attach map[string]Attach) (variant, error) {
 	case Native, NativeAgain:
 		return variant{name: name, direct: true, needed: name == Native, load: loadNothing}, nil
 	case Millrace, MillracePacket:
-		return variant{name: name, needed: attach[name] != nil, load: loadAttached(name, attach[name])}, nil
+		if attach[name] == nil {
+			return variant{name: name, absent: "nothing was given to attach under that name (bench.Options.Attach)"}, nil
+		}
+		return variant{name: name, needed: true, load: loadAttached(attach[name])}, nil
 	case IptablesNft, IptablesLegacy:
 		tool := ruleTool{program: name + "-restore", packageName: "iptables", rules: iptablesRules, changed: iptablesChange,
 			// As kube-proxy calls it, each time. With the nft backend

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -16,15 +17,16 @@ func benchCommand(s *settings) *cobra.Command {
 		Short: "Measure, side by side, on this machine",
 		Long:  inOwnSpaces + "\n\nMeasures millrace beside what else could do the work.",
 		Args:  cobra.NoArgs,
-		RunE:  func(*cobra.Command, []string) error { return usage("say what to measure: services") },
+		RunE:  func(*cobra.Command, []string) error { return usage("say what to measure: services or program") },
 	}
-	c.AddCommand(benchServicesCommand(s), benchServeCommand())
+	c.AddCommand(benchServicesCommand(s), benchProgramCommand(s), benchServeCommand())
 	return c
 }
 
 func benchServicesCommand(s *settings) *cobra.Command {
 	var options bench.Options
 	var rounds bool
+	var html string
 	c := command(&cobra.Command{
 		Use:   "services",
 		Short: "What a connection to a Service costs, beside iptables and nftables",
@@ -38,11 +40,15 @@ confidence. Beside that: the time to load all and to change one endpoint, and
 memory. iptables and nftables are the rule sets that kube-proxy writes; where
 their tools are not installed they are left out, and the report says so.`,
 	}, inOwnSpaces, func(ctx context.Context, _ []string) error {
+		page, err := newPage(html) // before the measurement: it may take minutes
+		if err != nil {
+			return err
+		}
 		p := newProgress()
 		options.Progress, options.Attach = p, attachers()
 		report, err := bench.Services(ctx, options)
 		p.done()
-		if err != nil {
+		if err = page.finish(report, err); err != nil {
 			return err
 		}
 		if s.json() {
@@ -65,6 +71,48 @@ their tools are not installed they are left out, and the report says so.`,
 	c.Flags().StringSliceVar(&options.Positions, "positions", []string{bench.Last}, "where in the rules the tested Service stands: first, middle, last")
 	c.Flags().IntVar(&options.Rounds, "rounds", bench.DefaultRounds, "how often each variant has its turn; 6 or more give an interval")
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DefaultRoundTime, "how long a turn lasts, all operations together")
+	c.Flags().StringVar(&html, "html", "", "write the report to this file, too, as one page with plots that needs nothing else")
 	c.Flags().BoolVar(&rounds, "show-rounds", false, "print the ratios of every round, too")
 	return c
+}
+
+// page is the file that a report is drawn into: under another name until it is
+// whole, so that one that was there stays if the measurement fails.
+type page struct {
+	path string
+	file *os.File
+}
+
+// newPage makes the file; without a path there is none.
+func newPage(path string) (*page, error) {
+	if path == "" {
+		return &page{}, nil
+	}
+	file, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("write page: %w", err)
+	}
+	return &page{path, file}, nil
+}
+
+// finish writes the report, or takes the file away if there is none because of
+// failed, which it returns.
+func (p *page) finish(report *bench.Report, failed error) error {
+	if p.file == nil {
+		return failed
+	}
+	err := failed
+	if err == nil {
+		err = report.WriteHTML(p.file)
+	}
+	if closed := p.file.Close(); err == nil {
+		err = closed
+	}
+	if err == nil {
+		err = os.Rename(p.file.Name(), p.path)
+	}
+	if err != nil {
+		os.Remove(p.file.Name())
+	}
+	return err
 }

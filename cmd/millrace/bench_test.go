@@ -19,8 +19,9 @@ import (
 // and back while connections prove it, and every figure is there.
 func TestBenchServicesOfMillrace(t *testing.T) {
 	needsRoot(t)
+	page := filepath.Join(t.TempDir(), "page.html")
 	stdout, stderr, status := millrace(t, "bench", "services", "--services", "5,200", "--variants", "native,millrace",
-		"--rounds", "2", "--round-time", "20ms", "-o", "json")
+		"--rounds", "2", "--round-time", "20ms", "-o", "json", "--html", page)
 	var report bench.Report
 	if err := json.Unmarshal([]byte(stdout), &report); err != nil || status != exitOK {
 		t.Fatalf("exit status %d, %v:\n%s\n%s", status, err, stdout, stderr)
@@ -41,6 +42,39 @@ func TestBenchServicesOfMillrace(t *testing.T) {
 	}
 	if row := report.Row(bench.Millrace, 200, "", bench.MetricP50(bench.Connection)); row == nil || row.Growth == nil {
 		t.Errorf("200 Services do not compare to 5: %+v", row)
+	}
+	drawn, err := os.ReadFile(page)
+	if err != nil || !strings.Contains(string(drawn), "--html "+page) || !strings.Contains(string(drawn), "millrace, 200 Services") {
+		t.Errorf("the page holds neither the command nor millrace's figures (%v):\n%.2000s", err, drawn)
+	}
+	alone(t, page)
+}
+
+// A page that cannot be written is known before the measurement; a measurement
+// that fails leaves no page, and one that was there.
+func TestBenchPageIsWholeOrNot(t *testing.T) {
+	needsRoot(t)
+	_, stderr, status := millrace(t, "bench", "services", "--html", "/absent/page.html")
+	if status != exitFailed || !strings.Contains(stderr, "write page: open /absent/page.html") || strings.Contains(stderr, "prepare") {
+		t.Errorf("exit status %d, says %q", status, stderr)
+	}
+	page := filepath.Join(t.TempDir(), "page.html")
+	write(t, page, "an old page")
+	if _, stderr, status := millrace(t, "bench", "services", "--services", "0", "--html", page); status != exitUsage {
+		t.Errorf("exit status %d, says %q", status, stderr)
+	}
+	if kept, err := os.ReadFile(page); string(kept) != "an old page" {
+		t.Errorf("the old page is %q (%v)", kept, err)
+	}
+	alone(t, page)
+}
+
+// alone wants nothing beside a file in its folder.
+func alone(t *testing.T, path string) {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(entries) != 1 {
+		t.Errorf("beside %s are %v (%v)", path, entries, err)
 	}
 }
 
