@@ -5,6 +5,7 @@
  * decide(). Which of them are loaded is decided in Go. */
 #include "connect.bpf.c"
 #include "explain.bpf.c"
+#include "measure.bpf.c"
 #include "packet.bpf.c"
 
 /* The kernel gives some of its helpers to GPL-compatible programs only. */

@@ -270,13 +270,7 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	if err := d.adapt(spec, places); err != nil {
 		return loaded{}, err
 	}
-	// a flow's replies are written before its place is taken
-	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2*places + flowSlack)
-	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
-	spec.Maps[datapathMapVacant].MaxEntries = uint32(places)
-	spec.Maps[datapathMapServices].MaxEntries = uint32(room.services)
-	spec.Maps[datapathMapSlots].MaxEntries = uint32(room.backends)
-	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
+	sizeMaps(spec, room, places)
 	for name, m := range have {
 		spec.Maps[name].MaxEntries = m.MaxEntries() // it may be larger than the default
 	}
@@ -299,13 +293,26 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	return result, nil
 }
 
-// liveSpec is the embedded object without what only `explain` runs.
+// sizeMaps gives the maps their room.
+func sizeMaps(spec *ebpf.CollectionSpec, room capacity, places int) {
+	spec.Maps[datapathMapServices].MaxEntries = uint32(room.services)
+	spec.Maps[datapathMapSlots].MaxEntries = uint32(room.backends)
+	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
+	// a flow's replies are written before its place is taken
+	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2*places + flowSlack)
+	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
+	spec.Maps[datapathMapVacant].MaxEntries = uint32(places)
+}
+
+// liveSpec is the embedded object without what only `explain` and `bench` run.
 func liveSpec() (*ebpf.CollectionSpec, error) {
 	spec, err := loadDatapath()
 	if err != nil {
 		return nil, fmt.Errorf("read embedded programs: %w", err)
 	}
-	delete(spec.Programs, datapathProgExplain)
+	for _, name := range []string{datapathProgExplain, datapathProgNothing, datapathProgOneLookUp} {
+		delete(spec.Programs, name)
+	}
 	delete(spec.Maps, datapathMapExplained)
 	return spec, nil
 }

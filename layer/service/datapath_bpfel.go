@@ -242,6 +242,8 @@ const (
 	datapathProgFromPod      = "from_pod"
 	datapathProgGetpeername4 = "getpeername4"
 	datapathProgGetpeername6 = "getpeername6"
+	datapathProgNothing      = "nothing"
+	datapathProgOneLookUp    = "one_look_up"
 	datapathProgRecvmsg4     = "recvmsg4"
 	datapathProgRecvmsg6     = "recvmsg6"
 	datapathProgSendmsg4     = "sendmsg4"
@@ -302,6 +304,8 @@ type datapathProgramSpecs struct {
 	FromPod      *ebpf.ProgramSpec `ebpf:"from_pod"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
+	Nothing      *ebpf.ProgramSpec `ebpf:"nothing"`
+	OneLookUp    *ebpf.ProgramSpec `ebpf:"one_look_up"`
 	Recvmsg4     *ebpf.ProgramSpec `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.ProgramSpec `ebpf:"recvmsg6"`
 	Sendmsg4     *ebpf.ProgramSpec `ebpf:"sendmsg4"`
@@ -412,6 +416,8 @@ type datapathPrograms struct {
 	FromPod      *ebpf.Program `ebpf:"from_pod"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
+	Nothing      *ebpf.Program `ebpf:"nothing"`
+	OneLookUp    *ebpf.Program `ebpf:"one_look_up"`
 	Recvmsg4     *ebpf.Program `ebpf:"recvmsg4"`
 	Recvmsg6     *ebpf.Program `ebpf:"recvmsg6"`
 	Sendmsg4     *ebpf.Program `ebpf:"sendmsg4"`
@@ -428,6 +434,8 @@ func (p *datapathPrograms) Close() error {
 		p.FromPod,
 		p.Getpeername4,
 		p.Getpeername6,
+		p.Nothing,
+		p.OneLookUp,
 		p.Recvmsg4,
 		p.Recvmsg6,
 		p.Sendmsg4,

@@ -229,7 +229,10 @@ __noinline int take_place(const struct tuple *key)
 			place = __sync_fetch_and_add(&usage->hand, 1) & places_mask;
 		if (vacate(place, pressed) == PLACE_TAKEN)
 			continue;
-		bpf_map_update_elem(&places, &place, key, BPF_ANY);
+		struct tuple *held = bpf_map_lookup_elem(&places, &place);
+
+		if (held)
+			*held = *key;
 		return true;
 	}
 	return false;
