@@ -276,7 +276,8 @@ func shapes6(from, to netip.AddrPort) (all [][]byte) {
 	chains := [][]extension{nil,
 		{padded(protoHopByHop, 0)}, {padded(protoRouting, 2)}, {padded(protoDestination, 31)}, {authentication(6)},
 		{padded(protoHopByHop, 0), padded(protoDestination, 0), padded(protoRouting, 0), authentication(3), padded(protoDestination, 1)},
-		{padded(protoDestination, 127), padded(protoDestination, 0)},
+		{padded(protoDestination, 127), padded(protoDestination, 0)}, {padded(protoDestination, 119)},
+		{padded(protoDestination, 119), padded(protoDestination, 0)}, {padded(protoDestination, 119), padded(protoDestination, 1)},
 		{fragmentHeader(fragmented{id: 0xabcdef01})}, // an atomic fragment, RFC 6946
 		{fragmentHeader(fragmented{0, 0xabcdef01, true})},
 		{fragmentHeader(fragmented{3, 0xabcdef01, true})}, {fragmentHeader(fragmented{9, 0xabcdef01, false})},

@@ -49,9 +49,8 @@ func (k flowKey) String() string {
 
 func (k flowKey) back() flowKey { return flowKey{k.to, k.from, k.protocol} }
 
-func newRoad(t testing.TB, places uint32) *road {
+func newRoad(t testing.TB, a *asker, places uint32) *road {
 	t.Helper()
-	a := newAsker(t, &model.Snapshot{})
 	spec, err := liveSpec()
 	if err != nil {
 		t.Fatal(err)
@@ -593,7 +592,7 @@ func member(x *rand.Rand, family int) netip.Addr {
 // 100,000 packets of flows, both ways, whole and in fragments, with options and
 // extension headers, and errors about them, over fifty clusters.
 func TestPacketPathAgreesWithTheReference(t *testing.T) {
-	r := newRoad(t, 1<<17)
+	r := newRoad(t, newAsker(t, &model.Snapshot{}), 1<<17)
 	seed := seedOf(t)
 	const packets, clusters = 100_000, 50
 	for i := 0; r.packets < packets; i++ {
@@ -628,7 +627,7 @@ func TestPacketPathAgreesWithTheReference(t *testing.T) {
 // what is translated nothing changes but addresses, ports and checksums, which
 // stay as right or wrong as they were.
 func TestPacketPathOnDamagedFrames(t *testing.T) {
-	r := newRoad(t, 1<<17)
+	r := newRoad(t, newAsker(t, &model.Snapshot{}), 1<<17)
 	r.become(t, corner())
 	seed := seedOf(t)
 	corpus := slices.DeleteFunc(shapes(), func(f []byte) bool { return readFrame(f).shape == datapathShapeSHAPE_OTHER })
