@@ -150,6 +150,8 @@ type Description struct {
 	Name    string `json:"name"`
 	Objects int    `json:"objects"`
 	Maps    []Map  `json:"maps"`
+	// Settings are those in force, by the names of their flags.
+	Settings map[string]string `json:"settings,omitempty"`
 	// Reasons counts what the programs did, by the names of `enum reason`.
 	Reasons map[string]uint64 `json:"reasons"`
 	// Programs are attached, by name.
@@ -172,6 +174,8 @@ type Program struct {
 	Name string `json:"name"`
 	// Hook is where it is attached: "cgroup/connect4 /sys/fs/cgroup".
 	Hook string `json:"hook"`
+	// Device is the network device, where it is attached to one.
+	Device string `json:"device,omitempty"`
 	// Link is the kernel's id of the attachment.
 	Link uint32 `json:"link"`
 }

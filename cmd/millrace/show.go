@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -70,15 +69,33 @@ func rowsInForce(ctx context.Context, at *place) ([]*service.Row, error) {
 	for _, row := range wanted {
 		named[row.Frontend] = row
 	}
+	path := defaultPath(ctx, at)
 	var rows []*service.Row
 	for _, subject := range picture.Subjects() {
 		row := *subject.(*service.Row)
+		if row.Path == "" {
+			row.Path = path
+		}
 		if known := named[row.Frontend]; known != nil {
 			row.Service, row.Port = known.Service, known.Port
 		}
 		rows = append(rows, &row)
 	}
 	return rows, nil
+}
+
+// defaultPath is where Services are served that ask for no path; only the agent
+// knows.
+func defaultPath(ctx context.Context, at *place) service.Path {
+	var status agent.Status
+	if agent.Ask(ctx, at.run, "/status", &status) == nil {
+		for _, l := range status.Layers {
+			if path := l.Settings["path"]; path != "" {
+				return service.Path(path)
+			}
+		}
+	}
+	return ""
 }
 
 func printServices(s *settings, rows []*service.Row) error {
@@ -89,7 +106,7 @@ func printServices(s *settings, rows []*service.Row) error {
 	}
 	t := newTable(os.Stdout, "SERVICE", "PORT", "ADDRESS", "PATH", "BACKENDS")
 	for _, row := range rows {
-		t.row(nameOf(row), orDash(row.Port), row.Frontend.String(), "socket", strings.TrimPrefix(row.Detail(), "-> "))
+		t.row(nameOf(row), orDash(row.Port), row.Frontend.String(), orDash(string(row.Path)), row.Leads())
 	}
 	return t.print()
 }

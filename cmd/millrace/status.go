@@ -117,15 +117,34 @@ func printLayer(l agent.LayerStatus) {
 		reasons = append(reasons, fmt.Sprintf("%s %d", name, l.Reasons[name]))
 	}
 	fmt.Println("  events:", strings.Join(reasons, ", "))
-	var programs []string
-	for _, p := range l.Programs {
-		programs = append(programs, p.Name)
+	var settings []string
+	for _, name := range slices.Sorted(maps.Keys(l.Settings)) {
+		settings = append(settings, name+" "+l.Settings[name])
 	}
-	fmt.Println("  attached:", strings.Join(programs, ", "))
+	if len(settings) > 0 {
+		fmt.Println("  settings:", strings.Join(settings, ", "))
+	}
+	fmt.Println("  attached:", strings.Join(attachedTexts(l), ", "))
 	for _, text := range l.Degraded {
 		fmt.Println("  degraded:", text)
 	}
 	if l.LastError != "" {
 		fmt.Println("  last error:", l.LastError)
 	}
+}
+
+// attachedTexts name the programs, and for those at network devices how many.
+func attachedTexts(l agent.LayerStatus) (texts []string) {
+	devices := map[string]int{}
+	for _, p := range l.Programs {
+		if p.Device == "" {
+			texts = append(texts, p.Name)
+			continue
+		}
+		devices[p.Name]++
+	}
+	for _, name := range slices.Sorted(maps.Keys(devices)) {
+		texts = append(texts, fmt.Sprintf("%s at %d devices", name, devices[name]))
+	}
+	return texts
 }

@@ -3,6 +3,7 @@ package service
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -78,20 +79,62 @@ func (f *filter) id() uint32 {
 }
 
 func (f *filter) detach() error {
-	err := f.d.inNetns(func() error { return netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs()}) })
+	err := f.d.inNetns(func() error {
+		err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs()})
+		dropEmptyQdisc(f.hook.device)
+		return err
+	})
 	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
 		return nil // EINVAL: the device has no clsact qdisc
 	}
 	return fmt.Errorf("remove filter %s from device %d: %w", f.hook.program, f.hook.device, err)
 }
 
+// dropEmptyQdisc removes a device's clsact qdisc if nobody has a filter in it.
+func dropEmptyQdisc(device int) {
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		left, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: device}}, parent)
+		if err != nil || len(left) > 0 {
+			return
+		}
+	}
+	_ = netlink.QdiscDel(clsact(device)) // left behind it does nothing
+}
+
+func clsact(device int) *netlink.Clsact {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}
+}
+
+// filtersLeft are the filters of this layer at the node's devices.
+func filtersLeft(settings Settings) (left []*filter, err error) {
+	d := &datapath{settings: settings, veths: map[int]string{}, attached: map[string]attachment{}}
+	if err := d.openFilters(); err != nil {
+		return nil, err
+	}
+	for device := range d.veths {
+		for _, h := range vethHooks(device) {
+			if f, ok := d.attached[h.name].(*filter); ok {
+				left = append(left, f)
+			}
+		}
+	}
+	slices.SortFunc(left, func(a, b *filter) int { return strings.Compare(a.hook.name, b.hook.name) })
+	return left, nil
+}
+
+// Object implements layer.Subject: a filter that is to be removed.
+func (f *filter) Object() string { return "filter " + f.hook.name }
+
+// Detail implements layer.Subject.
+func (f *filter) Detail() string { return "" }
+
 // makeFilter attaches a program where there is no tcx.
 func (d *datapath) makeFilter(h hook, program *ebpf.Program) (attachment, error) {
 	made := &filter{d, h}
 	err := d.inNetns(func() error {
-		err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-			LinkIndex: h.device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-		}})
+		err := netlink.QdiscAdd(clsact(h.device))
 		if errors.Is(err, unix.EEXIST) {
 			return nil
 		}

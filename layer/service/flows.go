@@ -31,7 +31,7 @@ const flowSlack = 4096
 
 // haveTCX finds out by asking for the tcx programs of the loopback device, which
 // every namespace has.
-func haveTCX() bool {
+var haveTCX = func() bool {
 	_, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
 	return err == nil
 }

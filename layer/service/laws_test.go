@@ -157,10 +157,7 @@ func (v *village) observe() (text string) {
 // returns what checks that it is still there.
 func (v *village) stranger() func() error {
 	v.t.Helper()
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
-	v.must(err)
-	v.t.Cleanup(func() { program.Close() })
+	program := passing(v.t)
 	var made []link.Link
 	v.must(v.Inside(func() error {
 		for i := range v.pods {
@@ -193,6 +190,18 @@ func (v *village) stranger() func() error {
 		}
 		return nil
 	}
+}
+
+// passing is a program of somebody else, which lets every packet pass on.
+func passing(t *testing.T) *ebpf.Program {
+	t.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { program.Close() })
+	return program
 }
 
 // observe prints the pins and the programs on the cgroup.

@@ -41,6 +41,14 @@ type Settings struct {
 	Pins string
 }
 
+// path is the path of those who ask for none.
+func (s Settings) path() Path {
+	if s.Path == "" {
+		return PathSocket
+	}
+	return s.Path
+}
+
 // Layer is the service layer. It implements layer.Layer.
 type Layer struct {
 	settings Settings
@@ -260,6 +268,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 		return layer.Description{Name: l.Name()}, nil // not open
 	}
 	d := layer.Description{Name: l.Name(), Objects: len(l.tables.entries), Degraded: l.datapath.degraded}
+	d.Settings = map[string]string{"path": string(l.settings.path()), "flows": fmt.Sprint(flowPlaces(l.settings.Flows))}
 	entries := map[string]int{
 		datapathMapServices: len(l.tables.entries),
 		datapathMapSlots:    l.tables.slotCount,
@@ -281,11 +290,12 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	for _, hook := range l.datapath.hooks() {
 		if attached := l.datapath.attached[hook.name]; attached != nil && attached.alive() {
-			at := l.settings.Cgroup
+			program := layer.Program{Name: hook.program, Hook: hook.attach.String() + " " + l.settings.Cgroup, Link: attached.id()}
 			if hook.device > 0 {
-				at = l.datapath.veths[hook.device]
+				program.Device = l.datapath.veths[hook.device]
+				program.Hook = hook.attach.String() + " " + program.Device
 			}
-			d.Programs = append(d.Programs, layer.Program{Name: hook.name, Hook: hook.attach.String() + " " + at, Link: attached.id()})
+			d.Programs = append(d.Programs, program)
 		}
 	}
 	var err error
@@ -348,7 +358,15 @@ func (l *Layer) Removal() (layer.Changes, error) {
 	if len(changes) == len(found) {
 		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(l.settings.Pins)})
 	}
-	return changes, nil
+	if haveTCX() {
+		return changes, nil
+	}
+	filters, err := filtersLeft(l.settings)
+	var first layer.Changes
+	for _, f := range filters {
+		first = append(first, layer.Change{Op: layer.Remove, Subject: f})
+	}
+	return append(first, changes...), err
 }
 
 // Remove implements layer.Layer. It returns layer.ErrInUse while a process has
@@ -366,13 +384,20 @@ func (l *Layer) Remove() (layer.Changes, error) {
 	var done layer.Changes
 	var failures []error
 	for _, change := range changes {
-		if err := change.Subject.(pinned).remove(); err != nil {
+		if err := removeSubject(change.Subject); err != nil {
 			failures = append(failures, err)
 			continue
 		}
 		done = append(done, change)
 	}
 	return done, errors.Join(failures...)
+}
+
+func removeSubject(subject layer.Subject) error {
+	if f, ok := subject.(*filter); ok {
+		return f.detach()
+	}
+	return subject.(pinned).remove()
 }
 
 // pinned is a path below the pin folder, or the folder itself.

@@ -54,12 +54,13 @@ func (r *Row) Detail() string {
 	if r.Path != "" {
 		by = " by " + string(r.Path)
 	}
-	return r.leads() + by
+	return "-> " + r.Leads() + by
 }
 
-func (r *Row) leads() string {
+// Leads says where the frontend leads: its first backends, and how many more.
+func (r *Row) Leads() string {
 	if len(r.Backends) == 0 {
-		return "-> refused, no endpoint serves"
+		return "refused, no endpoint serves"
 	}
 	const shown = 8
 	names := make([]string, 0, shown)
@@ -70,7 +71,7 @@ func (r *Row) leads() string {
 		}
 		names = append(names, b.String())
 	}
-	return "-> " + strings.Join(names, ", ")
+	return strings.Join(names, ", ")
 }
 
 // Picture is the layer's state: planned, which lists the Services' plans, or in
