@@ -11,9 +11,6 @@ import (
 type AttachSpec struct {
 	// NetNS is the path of the node's network namespace.
 	NetNS string
-	// ClientLink is the name, in that namespace, of the veth whose other end is
-	// the client's.
-	ClientLink string
 	// Cgroup is the cgroup2 folder of the client, and of no other process.
 	Cgroup string
 	// Services are all to be loaded, before Attach returns, sorted by name as in
@@ -47,7 +44,7 @@ type Attach func(AttachSpec) (Attached, error)
 func loadAttached(attach Attach) loader {
 	return func(_ context.Context, b *bed, services []*model.Service) (loaded, error) {
 		var result loaded
-		spec := AttachSpec{NetNS: b.node, ClientLink: clientLink, Cgroup: b.clientGroup, Services: inNameOrder(services)}
+		spec := AttachSpec{NetNS: b.node, Cgroup: b.clientGroup, Services: inNameOrder(services)}
 		for {
 			attached, err := attach(spec)
 			if err != nil {

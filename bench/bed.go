@@ -15,9 +15,6 @@ import (
 	"github.com/millrace/millrace/kernel/netns"
 )
 
-// clientLink is the node's side of the veth pair to the client.
-const clientLink = "c0"
-
 // bed is the three namespaces of one variant, the cgroups of its two processes,
 // and the processes.
 type bed struct {
@@ -85,7 +82,7 @@ func (b *bed) join(backends int) error {
 	for _, backend := range liveBackends(backends + 1) { // and the spare one
 		addresses = append(addresses, netip.PrefixFrom(backend.Addr(), backendBase.Bits()))
 	}
-	if err := b.connect(b.client, clientLink, []netip.Prefix{clientAddress}, clientGateway); err != nil {
+	if err := b.connect(b.client, "c0", []netip.Prefix{clientAddress}, clientGateway); err != nil {
 		return err
 	}
 	return b.connect(b.backend, "b0", addresses, backendGateway)

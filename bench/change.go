@@ -13,7 +13,7 @@ import (
 // all changes together took less than the time.
 const (
 	maxReplacements = 10
-	changeTime      = 1500 * time.Millisecond
+	changeTime      = 600 * time.Millisecond
 )
 
 // change replaces one endpoint of the tested Service by the spare one, proves

@@ -119,7 +119,7 @@ func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s 
 }
 
 func (d *demonstration) measure(ctx context.Context, p *progress, s *settings) error {
-	report, err := bench.Services(ctx, bench.Options{Services: []int{10, 1000}, Attach: attachers(), Progress: p})
+	report, err := bench.Services(ctx, bench.Options{Services: []int{10, 1000}, Rounds: 30, Attach: attachers(), Progress: p})
 	p.done()
 	if err != nil {
 		return err
