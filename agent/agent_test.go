@@ -9,8 +9,10 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -332,5 +334,40 @@ func TestOnlyTheNewestSnapshotCounts(t *testing.T) {
 	s := <-a.newest
 	if s.Services[0].Name.Name != "c" || !s.Seen.Equal(first.Seen) {
 		t.Errorf("got %s seen %v, want c with the time of the oldest, %v", s.Services[0].Name.Name, s.Seen, first.Seen)
+	}
+}
+
+// Commands ask whose an address is.
+func TestPodsAndNodesAreTold(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{}})
+	ask := func(path string, into any) {
+		t.Helper()
+		if err := Ask(context.Background(), r.folder, path, into); err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+	}
+	var pods []*model.Pod
+	if ask("/pods", &pods); len(pods) != 0 {
+		t.Errorf("before the first picture there are pods: %v", pods)
+	}
+	picture := cluster(true, "a")
+	address := netip.MustParseAddr("10.244.1.4")
+	for i := range 3 {
+		picture.Pods = append(picture.Pods, &model.Pod{Name: model.Name{Namespace: "shop", Name: fmt.Sprint("web-", i)}, Node: "n1",
+			Addresses: []netip.Addr{address}, Labels: map[string]string{"app": "web"},
+			Annotations: map[string]string{"millrace.io/path": "packet", "example.org/note": "long"}})
+	}
+	picture.Nodes = []*model.Node{{Name: "n1", PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}}}
+	r.source.next <- picture
+	r.untilHolds("a")
+	ask("/pods", &pods)
+	want := model.Pod{Name: model.Name{Namespace: "shop", Name: "web-2"}, Node: "n1", Addresses: []netip.Addr{address},
+		Annotations: map[string]string{"millrace.io/path": "packet"}}
+	if len(pods) != 3 || !reflect.DeepEqual(*pods[2], want) {
+		t.Errorf("%d pods, the last is %+v, should be %+v", len(pods), pods[len(pods)-1], want)
+	}
+	var nodes []*model.Node
+	if ask("/nodes", &nodes); len(nodes) != 1 || !reflect.DeepEqual(nodes[0], picture.Nodes[0]) {
+		t.Errorf("nodes are %v, should be %v", nodes, picture.Nodes)
 	}
 }

@@ -189,6 +189,12 @@ func (l *listeners) serve(a *Agent) {
 	mux.HandleFunc("GET /wanted/{layer}", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, a.wanted(r.PathValue("layer")), nil)
 	})
+	mux.HandleFunc("GET /pods", func(w http.ResponseWriter, _ *http.Request) {
+		answerEach(w, a.picture().Pods, podOfInterest)
+	})
+	mux.HandleFunc("GET /nodes", func(w http.ResponseWriter, _ *http.Request) {
+		answerEach(w, a.picture().Nodes, func(n *model.Node) *model.Node { return n })
+	})
 	for i, handler := range []http.Handler{mux, a.metrics.handler(a)}[:len(l.open)] {
 		server := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 1 << 14}
 		l.servers = append(l.servers, server)
@@ -203,6 +209,49 @@ func answer(w http.ResponseWriter, value any, err error) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	json.NewEncoder(w).Encode(value)
+}
+
+// answerEach answers with an array, one element after the other: a large cluster's
+// pods are never in memory twice.
+func answerEach[T any](w http.ResponseWriter, all []T, of func(T) T) {
+	w.Header().Set("Content-Type", "application/json")
+	encoder, before := json.NewEncoder(w), "["
+	for _, one := range all {
+		io.WriteString(w, before)
+		before = ","
+		if encoder.Encode(of(one)) != nil {
+			return // who asked is gone
+		}
+	}
+	if len(all) == 0 {
+		io.WriteString(w, before)
+	}
+	io.WriteString(w, "]")
+}
+
+// podOfInterest is what commands ask of a pod: whose an address is, and what it
+// asks of millrace.
+func podOfInterest(pod *model.Pod) *model.Pod {
+	some := &model.Pod{Name: pod.Name, Node: pod.Node, Addresses: pod.Addresses, HostNetwork: pod.HostNetwork}
+	for name, value := range pod.Annotations {
+		if strings.HasPrefix(name, "millrace.io/") {
+			if some.Annotations == nil {
+				some.Annotations = map[string]string{}
+			}
+			some.Annotations[name] = value
+		}
+	}
+	return some
+}
+
+// picture is the Snapshot in force, an empty one at first.
+func (a *Agent) picture() *model.Snapshot {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.snapshot == nil {
+		return &model.Snapshot{}
+	}
+	return a.snapshot
 }
 
 // wanted are the objects of a layer's plan, with the names that the kernel does
@@ -221,8 +270,10 @@ func (a *Agent) wanted(name string) []layer.Subject {
 // askPatience is how long an agent may take to answer.
 const askPatience = 5 * time.Second
 
-// Ask reads from the agent of a run folder: path is "/status" (into a *Status)
-// or "/wanted/LAYER" (into a slice of the layer's subjects).
+// Ask reads from the agent of a run folder: path is "/status" (into a *Status),
+// "/wanted/LAYER" (into a slice of the layer's subjects), or "/pods" and "/nodes"
+// (into slices of model's; a pod has no labels and ports then, and of annotations
+// those of millrace.io).
 func Ask(ctx context.Context, folder, path string, into any) error {
 	ctx, cancel := context.WithTimeout(ctx, askPatience)
 	defer cancel()
