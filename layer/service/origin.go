@@ -2,6 +2,7 @@ package service
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -37,6 +38,8 @@ type owners struct {
 	nodes     map[netip.Addr]string
 	// ranges are those from which the node's pods take their addresses.
 	ranges []netip.Prefix
+	// nowhere: the cluster's manifests do not say where anything is.
+	nowhere bool
 }
 
 func ownersOf(node string, snapshot *model.Snapshot) owners {
@@ -70,6 +73,9 @@ func ownersOf(node string, snapshot *model.Snapshot) owners {
 			o.ranges = n.PodCIDRs
 		}
 	}
+	located := func(b model.Backend) bool { return b.Node != "" }
+	o.nowhere = len(o.nodes) == 0 && len(o.pods) == 0 && len(snapshot.Nodes) == 0 &&
+		!slices.ContainsFunc(slices.Collect(maps.Values(o.endpoints)), located)
 	return o
 }
 
@@ -93,7 +99,7 @@ type origin struct {
 	wire, host bool
 	// asked is the path that the pod asks for; empty for none.
 	asked Path
-	// unknown: nothing is known of the address, and it is taken for a stranger's.
+	// unknown: nothing is known of the address.
 	unknown bool
 }
 
@@ -117,6 +123,9 @@ func (o *owners) origin(address netip.Addr) origin {
 		return origin{wire: true, what: "an endpoint on node " + endpoint.Node}
 	case slices.ContainsFunc(o.ranges, func(p netip.Prefix) bool { return p.Contains(address) }):
 		return origin{what: "in the range of this node's pods, though no pod is known that has it"}
+	}
+	if o.nowhere {
+		return origin{unknown: true, what: "taken for a pod's of this node, for nothing is known of nodes and pods"}
 	}
 	return origin{wire: true, unknown: true, what: "neither a pod's of this node nor the node's own"}
 }
@@ -201,14 +210,21 @@ func (e *Explanation) text(from origin, held bool) string {
 	case e.Path == FromWire:
 		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone: "+
 			"a ClusterIP is served on the node of the client.", to, name, client)
-	case e.Verdict == Refuse && e.Path == AtPod:
-		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s Its packets get "+
-			"\"port unreachable\" for an answer.", to, name, client)
 	case e.Verdict == Refuse:
-		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s Its call ends with "+
-			"ECONNREFUSED.", to, name, client)
+		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s %s", to, name, client, e.told())
 	}
 	return fmt.Sprintf("%s is an address of %s. %s %s%s", to, name, client, e.chosen(), e.translated())
+}
+
+// told is how a client learns that it is refused.
+func (e *Explanation) told() string {
+	switch {
+	case e.Path != AtPod:
+		return "Its call ends at once with ECONNREFUSED."
+	case e.Protocol == model.TCP:
+		return "Its packet is answered with a reset, so that its call ends at once with ECONNREFUSED."
+	}
+	return "Its packet is answered with \"port unreachable\", so that its next call ends with ECONNREFUSED."
 }
 
 func (e *Explanation) chosen() string {

@@ -12,7 +12,7 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// anyPort stands for a source port that nobody asked for.
+// anyPort is the source port of packets where the question has none.
 const anyPort = 40000
 
 // Question reads what a person asks: a protocol, who sends, and where to. A
@@ -49,12 +49,12 @@ func (x *Explainer) Question(protocol, source, destination string) (Question, er
 
 func (x *Explainer) sources(text string) ([]netip.AddrPort, error) {
 	if address, err := netip.ParseAddr(strings.Trim(text, "[]")); err == nil {
-		return []netip.AddrPort{netip.AddrPortFrom(address.Unmap().WithZone(""), anyPort)}, nil
+		return []netip.AddrPort{netip.AddrPortFrom(address.Unmap().WithZone(""), 0)}, nil
 	}
 	if at, err := netip.ParseAddrPort(text); err == nil {
 		return []netip.AddrPort{unmapped(at)}, nil
 	}
-	name, port, number := text, "", uint64(anyPort)
+	name, port, number := text, "", uint64(0)
 	if i := strings.LastIndexByte(text, ':'); i >= 0 {
 		name, port = text[:i], text[i+1:]
 		var err error
@@ -169,7 +169,11 @@ func segmentOf(q Question) (segment []byte, checksumAt int) {
 	default:
 		segment = make([]byte, sctpLength)
 	}
-	binary.BigEndian.PutUint16(segment, q.Source.Port())
+	port := q.Source.Port()
+	if port == 0 {
+		port = anyPort
+	}
+	binary.BigEndian.PutUint16(segment, port)
 	binary.BigEndian.PutUint16(segment[2:], q.Destination.Port())
 	return segment, checksumAt
 }
