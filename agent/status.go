@@ -187,7 +187,7 @@ func (l *listeners) serve(a *Agent) {
 		answer(w, status, err)
 	})
 	mux.HandleFunc("GET /wanted/{layer}", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, a.wanted(r.PathValue("layer")), nil)
+		answerEach(w, a.wanted(r.PathValue("layer")), func(s layer.Subject) layer.Subject { return s })
 	})
 	mux.HandleFunc("GET /pods", func(w http.ResponseWriter, _ *http.Request) {
 		answerEach(w, a.picture().Pods, podOfInterest)
@@ -211,8 +211,8 @@ func answer(w http.ResponseWriter, value any, err error) {
 	json.NewEncoder(w).Encode(value)
 }
 
-// answerEach answers with an array, one element after the other: a large cluster's
-// pods are never in memory twice.
+// answerEach answers with an array, one element after the other: what a large
+// cluster has is never in memory twice.
 func answerEach[T any](w http.ResponseWriter, all []T, of func(T) T) {
 	w.Header().Set("Content-Type", "application/json")
 	encoder, before := json.NewEncoder(w), "["
