@@ -1,7 +1,9 @@
 package bench
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -63,6 +65,7 @@ type drawn struct {
 	Class, Dash, Path, Shape string
 	Marks                    []mark
 	Label                    label
+	last                     int // the number of Services of its last point
 }
 
 // mark is a point; Low and High are the ends of its whisker.
@@ -116,7 +119,7 @@ func (l line) draw(x, y scale, aside float64) drawn {
 		d.Marks = append(d.Marks, m)
 		fmt.Fprintf(&path, "%c%.1f %.1f", "ML"[min(i, 1)], m.X, m.Y)
 	}
-	d.Path = path.String()
+	d.Path, d.last = path.String(), l.points[len(l.points)-1].services
 	return d
 }
 
@@ -220,39 +223,73 @@ func (p plot) services(x scale) (ticks []tick) {
 	return ticks
 }
 
-// placeLabels puts the name of each line beside its last point, moved up or down
-// to where it covers least of other lines and no other name.
+// placeLabels puts the name of each line beside its last point. Names of lines
+// that end at one number of Services stand in a column, in the order of the
+// points, moved up or down to where they cover least of other lines and names.
 func placeLabels(drawing *picture) {
-	order := make([]int, len(drawing.Lines))
-	for i := range order {
-		order[i] = i
+	columns := map[int][]int{}
+	for i, l := range drawing.Lines {
+		columns[l.last] = append(columns[l.last], i)
 	}
-	last := func(i int) mark { return drawing.Lines[i].Marks[len(drawing.Lines[i].Marks)-1] }
-	slices.SortFunc(order, func(a, b int) int { return int(last(a).Y - last(b).Y) })
 	var taken []box
-	for _, i := range order {
-		l, end := &drawing.Lines[i], last(i)
-		left := end.X
-		for j := range drawing.Lines { // labels at one number of Services stand in a column
-			if other := last(j).X; other > left && other < end.X+labelWidth*5 {
-				left = other
+	for _, services := range slices.Backward(slices.Sorted(maps.Keys(columns))) {
+		taken = append(taken, placeColumn(drawing.Lines, columns[services], taken)...)
+	}
+}
+
+// row is how finely labels are moved.
+const row = 2.0
+
+// placeColumn places the names of some lines: of all ways to put them in rows in
+// their order, none less than labelHeight below another, that of the lowest cost.
+func placeColumn(lines []drawn, column []int, taken []box) (placed []box) {
+	end := func(i int) mark { return lines[i].Marks[len(lines[i].Marks)-1] }
+	slices.SortStableFunc(column, func(a, b int) int { return cmp.Compare(end(a).Y, end(b).Y) })
+	left := 0.0
+	for _, i := range column {
+		left = max(left, end(i).X+labelGap)
+	}
+	const rows, apart = int((axesBottom - labelHeight/2) / row), int(labelHeight / row)
+	// best[k][y] is the lowest cost of the first k names, the last of them in row
+	// y or above; at[k][y] is the row of that one.
+	best, at := make([][]float64, len(column)+1), make([][]int, len(column)+1)
+	best[0] = make([]float64, rows)
+	boxOf := func(i, y int) box {
+		middle := float64(y) * row
+		width := labelWidth * float64(len(lines[i].Label.Text))
+		return box{left, middle - labelHeight/2, left + width, middle + labelHeight/2}
+	}
+	for k, i := range column {
+		best[k+1], at[k+1] = make([]float64, rows), make([]int, rows)
+		for y := range rows {
+			cost := math.Inf(1)
+			if y >= (apart+1)/2+apart*k { // there is room for those above
+				above := best[k][max(y-apart, 0)]
+				cost = above + math.Abs(float64(y)*row-end(i).Y)/4 + boxOf(i, y).cost(lines, i, taken)
+			}
+			best[k+1][y], at[k+1][y] = cost, y
+			if y > 0 && best[k+1][y-1] <= cost {
+				best[k+1][y], at[k+1][y] = best[k+1][y-1], at[k+1][y-1]
 			}
 		}
-		left += labelGap
-		right := left + labelWidth*float64(len(l.Label.Text))
-		best, bestCost := box{}, math.Inf(1)
-		for shift := -40; shift <= 40; shift++ {
-			move := float64(shift) * labelHeight / 2
-			b := box{left, end.Y + move - labelHeight/2, right, end.Y + move + labelHeight/2}
-			if cost := math.Abs(move)/4 + b.cost(drawing.Lines, i, taken); cost < bestCost {
-				best, bestCost = b, cost
-			}
-		}
-		taken = append(taken, best)
-		l.Label.X, l.Label.Y = best.left, (best.top+best.bottom)/2
-		if move := l.Label.Y - end.Y; math.Abs(move) > labelHeight*0.7 {
-			l.Label.Leader = fmt.Sprintf("M%.1f %.1fL%.1f %.1f", end.X+3, end.Y+move*0.2, l.Label.X-1, l.Label.Y)
-		}
+	}
+	y := rows - 1
+	for k := len(column) - 1; k >= 0; k-- {
+		i := column[k]
+		y = at[k+1][max(y, 0)]
+		placed = append(placed, boxOf(i, y))
+		lines[i].Label.put(left, float64(y)*row, end(i))
+		y -= apart
+	}
+	return placed
+}
+
+// put gives a label its place, and a line that leads there if it is not beside
+// the last point.
+func (l *label) put(x, y float64, end mark) {
+	l.X, l.Y = x, y
+	if math.Abs(y-end.Y) > labelHeight/2 {
+		l.Leader = fmt.Sprintf("M%.1f %.1fL%.1f %.1f", end.X+3, end.Y+(y-end.Y)*0.15, x-2, y)
 	}
 }
 
@@ -264,9 +301,6 @@ func (b box) cost(lines []drawn, own int, taken []box) (cost float64) {
 		if b.left < t.right && t.left < b.right && b.top < t.bottom && t.top < b.bottom {
 			cost += 1000
 		}
-	}
-	if b.top < 0 || b.bottom > axesBottom {
-		cost += 3000
 	}
 	for i, line := range lines {
 		for j := range line.Marks {
