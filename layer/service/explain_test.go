@@ -456,3 +456,49 @@ func TestProbabilitiesAreTheKernelsWeights(t *testing.T) {
 		t.Errorf("probabilities %v, should be %v", got, want)
 	}
 }
+
+// While a Service changes every answer is one that some moment gave: there are
+// endpoints, of one cluster or the other, and their probabilities are whole.
+func TestExplainWhileServicesChange(t *testing.T) {
+	clusters := []*model.Snapshot{shop("127.0.0.1", "127.0.0.2", "127.0.0.3"), shop("127.0.0.3", "127.0.0.4"), shop("127.0.0.5")}
+	s := newStreet(t, clusters[0])
+	x, err := OpenExplainer(s.layer.settings, Known{Snapshot: clusters[0]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close()
+	done := make(chan string)
+	go func() { done <- x.askOften(t) }()
+	for n := 1; ; n++ {
+		s.become(clusters[n%len(clusters)])
+		select {
+		case asked := <-done:
+			t.Logf("%s during %d changes", asked, n)
+			return
+		default:
+		}
+	}
+}
+
+// askOften asks one question until every number of endpoints was seen.
+func (x *Explainer) askOften(t *testing.T) string {
+	seen := map[int]bool{}
+	asked := 0
+	for ; asked < 2000 || len(seen) < 3 && asked < 1_000_000; asked++ {
+		e, err := x.Explain(Question{model.TCP, netip.MustParseAddrPort("127.0.0.1:0"), netip.MustParseAddrPort("10.96.0.1:80")})
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		sum := 0.0
+		for _, b := range e.Backends {
+			sum += b.Probability
+		}
+		seen[len(e.Backends)] = true
+		if e.Verdict != Forward || sum < 0.999999 || sum > 1.000001 {
+			t.Errorf("%s, probabilities %v", e.row(), e.Backends)
+			break
+		}
+	}
+	return fmt.Sprintf("%d questions, %d numbers of endpoints,", asked, len(seen))
+}
