@@ -249,7 +249,7 @@ func placeColumn(lines []drawn, column []int, taken []box) (placed []box) {
 	for _, i := range column {
 		left = max(left, end(i).X+labelGap)
 	}
-	const rows, apart = int((axesBottom - labelHeight/2) / row), int(labelHeight / row)
+	rows, apart := int(math.Floor((axesBottom-labelHeight/2)/row)), int(labelHeight/row)
 	// best[k][y] is the lowest cost of the first k names, the last of them in row
 	// y or above; at[k][y] is the row of that one.
 	best, at := make([][]float64, len(column)+1), make([][]int, len(column)+1)
