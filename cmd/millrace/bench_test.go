@@ -50,6 +50,37 @@ func TestBenchServicesOfMillrace(t *testing.T) {
 	alone(t, page)
 }
 
+// What the number of Services and the path may cost, as ratios of one run: a
+// connection with 100,000 Services at most 1.05 of one with 10 on both paths, the
+// socket path at most 1.10 of native and the packet path through the host's stack
+// at most 1.20, all at the upper end of the 95 % interval.
+func TestBenchBudget(t *testing.T) {
+	if os.Getenv("MILLRACE_LONG") == "" {
+		t.Skip("set MILLRACE_LONG=1 to run it")
+	}
+	needsRoot(t)
+	variants := strings.Join([]string{bench.Native, bench.Millrace, bench.MillracePacket}, ",")
+	stdout, stderr, status := millrace(t, "bench", "services", "--services", "10,100000", "--variants", variants,
+		"--operations", "connection", "--rounds", "200", "--round-time", "20ms", "-o", "json")
+	var report bench.Report
+	if err := json.Unmarshal([]byte(stdout), &report); err != nil || status != exitOK {
+		t.Fatalf("exit status %d, %v:\n%s\n%s", status, err, stdout, stderr)
+	}
+	for variant, most := range map[string]float64{bench.Millrace: 1.10, bench.MillracePacket: 1.20} {
+		row := report.Row(variant, 100_000, "", bench.MetricP50(bench.Connection))
+		if row == nil || row.Ratio == nil || row.Growth == nil {
+			t.Fatalf("%s has no figures: %+v; left out: %v", variant, row, report.Skipped)
+		}
+		t.Logf("%s with 100,000 Services: %s of native, %s of itself with 10", variant, row.Ratio, row.Growth)
+		if *row.Ratio.High > most {
+			t.Errorf("%s: a connection is %s of native, more than %.2f", variant, row.Ratio, most)
+		}
+		if *row.Growth.High > 1.05 {
+			t.Errorf("%s: a connection with 100,000 Services is %s of one with 10, more than 1.05", variant, row.Growth)
+		}
+	}
+}
+
 // A page that cannot be written is known before the measurement; a measurement
 // that fails leaves no page, and one that was there.
 func TestBenchPageIsWholeOrNot(t *testing.T) {
