@@ -1,0 +1,77 @@
+package nft
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"os"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// legacy lists the tables of iptables-legacy that hold rules: what these do is
+// not read.
+func (n *Net) legacy() (uses []Use, err error) {
+	read := func() error {
+		for _, f := range []struct {
+			name, file    string
+			domain, level int
+		}{{"ip", "ip_tables_names", unix.AF_INET, unix.SOL_IP}, {"ip6", "ip6_tables_names", unix.AF_INET6, unix.SOL_IPV6}} {
+			names, err := os.ReadFile("/proc/thread-self/net/" + f.file)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // this kernel, or this namespace, has none
+			}
+			if err != nil {
+				return fmt.Errorf("read tables of iptables-legacy: %w", err)
+			}
+			for _, table := range strings.Fields(string(names)) {
+				if holdsRules(f.domain, f.level, table) {
+					uses = append(uses, Use{Family: f.name, Table: table, What: "is iptables-legacy's, whose rules cannot be read"})
+				}
+			}
+		}
+		return nil
+	}
+	if n.path == "" {
+		return uses, read()
+	}
+	err = netns.Do(n.path, read)
+	return uses, err
+}
+
+// tableInfo is struct ipt_getinfo of linux/netfilter_ipv4/ip_tables.h, which
+// ip6t_getinfo equals.
+type tableInfo struct {
+	name      [32]byte
+	hooks     uint32 // bits: the built-in chains there are
+	entries   [5]uint32
+	underflow [5]uint32
+	count     uint32 // of all entries
+	size      uint32
+}
+
+// holdsRules says whether there is more in a table than the policies of its
+// chains and its end. What cannot be told counts as rules.
+func holdsRules(domain, level int, table string) bool {
+	const getInfo = 64 // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
+	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	var info tableInfo
+	copy(info.name[:], table)
+	size := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), getInfo,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 || !bytes.HasPrefix(info.name[:], []byte(table)) {
+		return true
+	}
+	return int(info.count) > bits.OnesCount32(info.hooks)+1
+}
