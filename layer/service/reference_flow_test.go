@@ -632,33 +632,56 @@ func TestPacketPathOnDamagedFrames(t *testing.T) {
 	seed := seedOf(t)
 	corpus := slices.DeleteFunc(shapes(), func(f []byte) bool { return readFrame(f).shape == datapathShapeSHAPE_OTHER })
 	const packets = 50_000
-	changed := 0
 	for i := 0; r.packets < packets; i++ {
 		x := rand.New(rand.NewPCG(seed, uint64(i)))
 		in := mutated(x, corpus[x.IntN(len(corpus))])
 		if !runs(in) {
 			continue
 		}
-		result, out, err := r.send([]*ebpf.Program{r.fromPod, r.toPod}[x.IntN(2)], in)
-		was := readFrame(in)
-		switch {
-		case err != nil:
-		case was.shape == datapathShapeSHAPE_OTHER || bytes.Equal(in, out):
-			if result != dropped || was.shape == datapathShapeSHAPE_OTHER {
-				err = leave(in, result, out)
-			}
-		default:
-			changed++
-			err = r.unharmed(in, out, was, result)
-		}
-		if err != nil {
+		if err := r.survive([]*ebpf.Program{r.fromPod, r.toPod}[x.IntN(2)], in); err != nil {
 			t.Fatalf("frame %d of seed %d, %s: %v", i, seed, hexOf(in), err)
 		}
 	}
-	t.Logf("%d frames, %d of them translated or answered", r.packets, changed)
-	if changed < 1000 {
+	t.Logf("%d frames, %d of them translated or answered", r.packets, r.met["changed"])
+	if r.met["changed"] < 1000 {
 		t.Error("hardly any was translated: the test is half blind")
 	}
+}
+
+// FuzzTranslation runs from_pod and to_pod on any bytes.
+func FuzzTranslation(f *testing.F) {
+	r := newRoad(f, newAsker(f, &model.Snapshot{}), 1<<12)
+	r.become(f, corner())
+	for _, shape := range shapes() {
+		f.Add(shape)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if !runs(data) {
+			return
+		}
+		for _, program := range []*ebpf.Program{r.fromPod, r.toPod} {
+			if err := r.survive(program, data); err != nil {
+				t.Errorf("%v\n     frame %s", err, hexOf(data))
+			}
+		}
+	})
+}
+
+// survive sends whatever bytes. What cannot be read must be left alone; what was
+// changed is checked.
+func (r *road) survive(program *ebpf.Program, in []byte) error {
+	result, out, err := r.send(program, in)
+	was := readFrame(in)
+	switch {
+	case err != nil:
+		return err
+	case was.shape == datapathShapeSHAPE_OTHER || bytes.Equal(in, out) && result != dropped:
+		return leave(in, result, out)
+	case bytes.Equal(in, out):
+		return nil
+	}
+	r.met["changed"]++
+	return r.unharmed(in, out, was, result)
 }
 
 // unharmed checks a damaged frame that was translated.
