@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -294,13 +295,12 @@ func numberOf(raw []byte, kind uint16) uint32 {
 }
 
 // textOf reads a text; "" if it is missing.
-func textOf(raw []byte, kind uint16) string { return textIn(find(raw, kind)) }
+func textOf(raw []byte, kind uint16) string { return string(trim(find(raw, kind))) }
 
-func textIn(value []byte) string {
-	for i, c := range value {
-		if c == 0 {
-			return string(value[:i])
-		}
+// trim is a text without the zero that ends it.
+func trim(value []byte) []byte {
+	if end := bytes.IndexByte(value, 0); end >= 0 {
+		return value[:end]
 	}
-	return string(value)
+	return value
 }
