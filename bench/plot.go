@@ -38,7 +38,7 @@ type point struct {
 // The size of a picture and the place of its axes in it, in SVG's units.
 const (
 	pictureWidth, pictureHeight       = 580.0, 350.0
-	axesLeft, axesTop                 = 64.0, 14.0
+	axesLeft, axesTop                 = 72.0, 14.0
 	axesRight, axesBottom             = 424.0, 306.0
 	labelHeight, labelGap, labelWidth = 14.0, 9.0, 6.3
 )
