@@ -194,30 +194,36 @@ func (d *datapath) attach(h hook, program *ebpf.Program) error {
 	return made.keep()
 }
 
+// makeAttachment attaches a program to a hook that has none.
 func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attachment, error) {
+	// Before other programs: they are to see what the host's stack sees.
+	return d.makeAt(h, program, d.pinOf(h), link.Head(), filterPriority)
+}
+
+// makeAt attaches a program at a place among those of its hook: anchor where
+// there is tcx, priority where there are filters; on a cgroup it is the last.
+func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link.Anchor, priority uint16) (attachment, error) {
 	if h.device == 0 {
 		made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: h.attach, Program: program})
 		if err != nil {
 			return nil, fmt.Errorf("attach %s to cgroup %s: %w", h.name, d.settings.Cgroup, err)
 		}
-		return &linked{made, d.pinOf(h), d.place(h)}, nil
+		return &linked{made, pin, d.place(h)}, nil
 	}
 	if !d.tcx {
-		return d.makeFilter(h, program)
+		return d.makeFilter(h, program, priority)
 	}
 	var made link.Link
 	err := d.inNetns(func() (err error) {
 		made, err = link.AttachTCX(link.TCXOptions{
-			Interface: h.device, Program: program, Attach: h.attach,
-			// Before other programs: they are to see what the host's stack sees.
-			Anchor: link.Head(),
+			Interface: h.device, Program: program, Attach: h.attach, Anchor: anchor,
 		})
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("attach %s to device %s: %w", h.program, d.veths[h.device], err)
 	}
-	return &linked{made, d.pinOf(h), d.place(h)}, nil
+	return &linked{made, pin, d.place(h)}, nil
 }
 
 // openAttachments opens what an earlier process has in force. Links of devices
@@ -326,7 +332,7 @@ func (d *datapath) lost() []lost {
 
 // removePinned takes a pinned link out of force and removes its pin.
 func removePinned(path string) error {
-	if strings.HasPrefix(filepath.Base(path), linkPrefix) {
+	if strings.HasPrefix(strings.TrimPrefix(filepath.Base(path), nextPrefix), linkPrefix) {
 		if attached, err := link.LoadPinnedLink(path, nil); err == nil {
 			_ = attached.Detach()
 			attached.Close()

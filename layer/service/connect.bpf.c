@@ -126,7 +126,7 @@ static __always_inline void make_flow(struct flow *flow, const struct service_ke
 static __always_inline int steer(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
 {
 	decide(key, to);
-	if (to->verdict != VERDICT_NOT_A_SERVICE && left_to_packets(ctx, to->path))
+	if (to->verdict != VERDICT_NOT_A_SERVICE && (handed_over() || left_to_packets(ctx, to->path)))
 		to->verdict = VERDICT_NOT_A_SERVICE;
 	if (to->verdict == VERDICT_NOT_A_SERVICE) {
 		/* a UDP socket may have been connected to a Service before */
@@ -264,6 +264,8 @@ static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struc
 		to->backend.port = flow.backend_port;
 		return ALLOWED;
 	}
+	if (handed_over())
+		return ALLOWED;
 	decide(key, to);
 	if (to->verdict == VERDICT_NOT_A_SERVICE)
 		return ALLOWED;

@@ -3,7 +3,6 @@ package service
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -37,10 +36,17 @@ type datapath struct {
 	settings Settings
 	// maps are used by the programs in force, or by those that wait.
 	maps map[string]*ebpf.Map
+	// left are maps of another version, which are in force until what is in them
+	// has been carried over to those of this one.
+	left map[string]*ebpf.Map
 	// veths are the devices of pods at which the packet path is to be in force:
 	// index -> name.
 	veths    map[int]string
 	attached map[string]attachment // by the name of the hook
+	// lastID and lastNumber are the greatest that flows know.
+	lastID, lastNumber uint32
+	// carried is how many flows come from another version.
+	carried int
 	// packets says that the packet path's flows have their maps.
 	packets bool
 	// tcx says that this kernel has it.
@@ -84,7 +90,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := ready(settings); err != nil {
 		return nil, err
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, err
@@ -92,37 +98,61 @@ func open(settings Settings) (*datapath, error) {
 	return d, nil
 }
 
-func (d *datapath) open() (err error) {
+func (d *datapath) open() error {
+	whole, err := d.prepare()
+	if err == nil && (whole || len(d.attached) == 0) {
+		return d.settle()
+	}
+	return err
+}
+
+// prepare does all that changes nothing yet of what is in force. It says whether
+// the tables hold what they held before.
+func (d *datapath) prepare() (whole bool, err error) {
 	if d.lock, err = lockFolder(d.settings.Pins); err != nil {
-		return err
+		return false, err
 	}
 	spec, err := liveSpec()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if d.reasons, err = reasonNames(spec); err != nil {
-		return err
+		return false, err
 	}
 	if d.node, err = netns.Cookie(d.settings.Netns); err != nil {
-		return err
+		return false, err
 	}
 	d.probe()
-	if err := d.adoptMaps(spec); err != nil {
-		return err
+	if err := d.resume(); err != nil {
+		return false, err
 	}
+	if err := d.adoptMaps(spec); err != nil {
+		return false, err
+	}
+	if err := d.openAttachments(); err != nil {
+		return false, err
+	}
+	d.packets = len(d.veths) > 0
 	adopted := d.maps[datapathMapServices] != nil
-	loaded, err := d.load(d.maps, roomFor(0, 0))
+	room, err := d.roomForLeft()
 	if err != nil {
-		return err
+		return false, err
+	}
+	loaded, err := d.load(d.maps, room)
+	if err != nil {
+		return false, err
 	}
 	d.maps, d.waiting = loaded.maps, loaded.programs
-	if err := d.openAttachments(); err != nil {
-		return err
+	adopted = adopted || d.left[datapathMapServices] != nil
+	if err := d.carryTables(); err != nil {
+		return false, err
 	}
-	if adopted || len(d.attached) == 0 {
-		return d.settle()
+	if !adopted {
+		if err := d.findFloor(spec); err != nil {
+			return false, err
+		}
 	}
-	return nil
+	return adopted, nil
 }
 
 // lockFolder holds a pin folder for this process until the file is closed: the
@@ -193,38 +223,6 @@ func existing(path string) string {
 	}
 }
 
-// adoptMaps opens those maps of an earlier process whose layout is ours: the
-// tables all or none, each of the others by itself, so that sockets keep their
-// flows whatever else a new version changes.
-func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) error {
-	if d.settings.Pins == "" {
-		return nil
-	}
-	for name, want := range spec.Maps {
-		if isConstants(name) {
-			continue
-		}
-		pinned, err := ebpf.LoadPinnedMap(d.pin(name), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("open pinned map %s: %w", name, err)
-		}
-		if !sameLayout(pinned, want) {
-			pinned.Close()
-			continue
-		}
-		d.maps[name] = pinned
-	}
-	for _, together := range [][]string{tableMaps, flowMaps} {
-		if slices.ContainsFunc(together, func(name string) bool { return d.maps[name] == nil }) {
-			d.drop(together)
-		}
-	}
-	return nil
-}
-
 // drop lets go of maps that belong together.
 func (d *datapath) drop(names []string) {
 	for _, name := range names {
@@ -233,17 +231,6 @@ func (d *datapath) drop(names []string) {
 			delete(d.maps, name)
 		}
 	}
-}
-
-func sameLayout(have *ebpf.Map, want *ebpf.MapSpec) bool {
-	return have.Type() == want.Type && have.KeySize() == want.KeySize &&
-		have.ValueSize() == want.ValueSize && have.Flags() == want.Flags &&
-		(sizedHere(want.Name) || want.Type == ebpf.SkStorage || have.MaxEntries() == want.MaxEntries)
-}
-
-// sizedHere says that a map's size is a setting, not part of its layout.
-func sizedHere(name string) bool {
-	return slices.Contains(tableMaps, name) || slices.Contains(flowMaps, name)
 }
 
 // loaded is a set of programs and all the maps they use.
@@ -261,7 +248,7 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	}
 	places := 1
 	if d.packets {
-		places = flowPlaces(d.settings.Flows)
+		places = powerOfTwo(2*d.carried, flowPlaces(d.settings.Flows))
 	}
 	if m := have[datapathMapPlaces]; m != nil {
 		places = int(m.MaxEntries())
@@ -290,7 +277,7 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 		}
 	}
 	collection.Programs = nil
-	return result, nil
+	return result, writeVersions(result.maps[datapathMapSchema])
 }
 
 // sizeMaps gives the maps their room.
@@ -377,6 +364,11 @@ func (d *datapath) settle() error {
 // error the hooks go back to this process's last programs, if it had any; else
 // some run the new ones, over tables as whole as the old.
 func (d *datapath) putInForce(next loaded) error {
+	if d.leftFlows() {
+		if err := d.handOver(next); err != nil {
+			return err
+		}
+	}
 	fresh, err := d.pinBeside(next.maps)
 	if err != nil {
 		d.unpinBeside(fresh)
@@ -394,9 +386,12 @@ func (d *datapath) putInForce(next loaded) error {
 			return err
 		}
 	}
-	for _, name := range fresh {
-		if err := os.Rename(d.pin(nextPrefix+name), d.pin(name)); err != nil {
-			return fmt.Errorf("pin map %s: %w", name, err)
+	if len(fresh) > 0 {
+		if err := d.takeNames(); err != nil {
+			return err
+		}
+		if err := writeVersions(next.maps[datapathMapSchema]); err != nil {
+			return err
 		}
 	}
 	closePrograms(d.programs)
@@ -568,6 +563,7 @@ func (d *datapath) close() {
 	for _, m := range d.maps {
 		m.Close()
 	}
+	closeMaps(d.left)
 	for _, a := range d.attached {
 		a.close()
 	}

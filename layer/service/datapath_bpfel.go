@@ -119,6 +119,25 @@ const (
 	datapathRoleROLE_HAIRPIN  datapathRole = 3
 )
 
+type datapathSchemaGroup uint32
+
+const (
+	datapathSchemaGroupSCHEMA_TABLES    datapathSchemaGroup = 0
+	datapathSchemaGroupSCHEMA_SOCKETS   datapathSchemaGroup = 1
+	datapathSchemaGroupSCHEMA_FLOWS     datapathSchemaGroup = 2
+	datapathSchemaGroupSCHEMA_FRAGMENTS datapathSchemaGroup = 3
+	datapathSchemaGroupSCHEMA_COUNT     datapathSchemaGroup = 4
+)
+
+type datapathSchemaVersion uint32
+
+const (
+	datapathSchemaVersionVERSION_TABLES    datapathSchemaVersion = 1
+	datapathSchemaVersionVERSION_SOCKETS   datapathSchemaVersion = 1
+	datapathSchemaVersionVERSION_FLOWS     datapathSchemaVersion = 1
+	datapathSchemaVersionVERSION_FRAGMENTS datapathSchemaVersion = 1
+)
+
 type datapathSentFlows struct {
 	_    structs.HostLayout
 	Lock struct {
@@ -228,9 +247,11 @@ const (
 	datapathMapExplained     = "explained"
 	datapathMapFlowUsage     = "flow_usage"
 	datapathMapFragments     = "fragments"
+	datapathMapHandover      = "handover"
 	datapathMapPaths         = "paths"
 	datapathMapPlaces        = "places"
 	datapathMapReasons       = "reasons"
+	datapathMapSchema        = "schema"
 	datapathMapSent          = "sent"
 	datapathMapServices      = "services"
 	datapathMapSlots         = "slots"
@@ -323,9 +344,11 @@ type datapathMapSpecs struct {
 	Explained    *ebpf.MapSpec `ebpf:"explained"`
 	FlowUsage    *ebpf.MapSpec `ebpf:"flow_usage"`
 	Fragments    *ebpf.MapSpec `ebpf:"fragments"`
+	Handover     *ebpf.MapSpec `ebpf:"handover"`
 	Paths        *ebpf.MapSpec `ebpf:"paths"`
 	Places       *ebpf.MapSpec `ebpf:"places"`
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
+	Schema       *ebpf.MapSpec `ebpf:"schema"`
 	Sent         *ebpf.MapSpec `ebpf:"sent"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
@@ -368,9 +391,11 @@ type datapathMaps struct {
 	Explained    *ebpf.Map `ebpf:"explained"`
 	FlowUsage    *ebpf.Map `ebpf:"flow_usage"`
 	Fragments    *ebpf.Map `ebpf:"fragments"`
+	Handover     *ebpf.Map `ebpf:"handover"`
 	Paths        *ebpf.Map `ebpf:"paths"`
 	Places       *ebpf.Map `ebpf:"places"`
 	Reasons      *ebpf.Map `ebpf:"reasons"`
+	Schema       *ebpf.Map `ebpf:"schema"`
 	Sent         *ebpf.Map `ebpf:"sent"`
 	Services     *ebpf.Map `ebpf:"services"`
 	Slots        *ebpf.Map `ebpf:"slots"`
@@ -385,9 +410,11 @@ func (m *datapathMaps) Close() error {
 		m.Explained,
 		m.FlowUsage,
 		m.Fragments,
+		m.Handover,
 		m.Paths,
 		m.Places,
 		m.Reasons,
+		m.Schema,
 		m.Sent,
 		m.Services,
 		m.Slots,

@@ -17,14 +17,18 @@ const (
 	// filterPriority is the layer's own: filters with a smaller number run
 	// before it. Those of other programs are never touched.
 	filterPriority = 0x6d72
+	// besidePriority is where the next version's programs stand while they take
+	// over (handover.go).
+	besidePriority = filterPriority + 1
 	filterHandle   = 1
 	filterPrefix   = "millrace:"
 )
 
 // filter is an attachment to the clsact qdisc of a device.
 type filter struct {
-	d    *datapath
-	hook hook
+	d        *datapath
+	hook     hook
+	priority uint16
 }
 
 func (f *filter) attrs() netlink.FilterAttrs {
@@ -33,7 +37,7 @@ func (f *filter) attrs() netlink.FilterAttrs {
 		Parent:    netlink.HANDLE_MIN_INGRESS,
 		Handle:    netlink.MakeHandle(0, filterHandle),
 		Protocol:  unix.ETH_P_ALL,
-		Priority:  filterPriority,
+		Priority:  f.priority,
 	}
 	if f.hook.attach == ebpf.AttachTCXEgress {
 		attrs.Parent = netlink.HANDLE_MIN_EGRESS
@@ -54,7 +58,7 @@ func (f *filter) find() (id int, found bool) {
 	_ = f.d.inNetns(func() error {
 		filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: f.hook.device}}, f.attrs().Parent)
 		for _, there := range filters {
-			if ours, ok := there.(*netlink.BpfFilter); ok && ours.Attrs().Priority == filterPriority &&
+			if ours, ok := there.(*netlink.BpfFilter); ok && ours.Attrs().Priority == f.priority &&
 				strings.HasPrefix(ours.Name, filterPrefix+f.hook.program) {
 				id, found = ours.Id, true
 			}
@@ -131,8 +135,8 @@ func (f *filter) Object() string { return "filter " + f.hook.name }
 func (f *filter) Detail() string { return "" }
 
 // makeFilter attaches a program where there is no tcx.
-func (d *datapath) makeFilter(h hook, program *ebpf.Program) (attachment, error) {
-	made := &filter{d, h}
+func (d *datapath) makeFilter(h hook, program *ebpf.Program, priority uint16) (attachment, error) {
+	made := &filter{d, h, priority}
 	err := d.inNetns(func() error {
 		err := netlink.QdiscAdd(clsact(h.device))
 		if errors.Is(err, unix.EEXIST) {
@@ -157,7 +161,7 @@ func (d *datapath) openFilters() error {
 	}
 	for _, device := range devices {
 		for _, h := range vethHooks(device.Index) {
-			if left := (&filter{d, h}); left.alive() {
+			if left := (&filter{d, h, filterPriority}); left.alive() {
 				d.veths[device.Index] = device.Name
 				d.attached[h.name] = left
 			}

@@ -284,6 +284,11 @@ static __always_inline int client_flow(const struct packet *p, struct translatio
 	 * connection that somebody else translates, or nobody. */
 	if (p->tuple.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return VERDICT_NOT_A_SERVICE;
+	if (handed_over()) {
+		if (found && !bpf_map_delete_elem(&translations, &p->tuple))
+			count_flow(-1);
+		return VERDICT_NOT_A_SERVICE;
+	}
 	return open_flow(p, to, found);
 }
 

@@ -47,6 +47,51 @@ struct backend {
 	__u32 service; /* the struct service.id it belongs to; a number is never in two */
 };
 
+/* The groups of maps that are taken over together from another version of these
+ * programs (schema.go). */
+enum schema_group {
+	SCHEMA_TABLES,
+	SCHEMA_SOCKETS,
+	SCHEMA_FLOWS,
+	SCHEMA_FRAGMENTS,
+	SCHEMA_COUNT,
+};
+
+/* The version of each group, to be raised with every change of what its maps
+ * hold. Between versions, fields of one name are one thing: what changes its
+ * meaning changes its name. 0 is never a version. */
+enum schema_version {
+	VERSION_TABLES = 1,
+	VERSION_SOCKETS = 1,
+	VERSION_FLOWS = 1,
+	VERSION_FRAGMENTS = 1,
+};
+
+/* Which versions the maps pinned beside it have. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, enum schema_group);
+	__type(value, enum schema_version);
+	__uint(max_entries, SCHEMA_COUNT);
+} schema SEC(".maps");
+
+/* Not 0 once programs of another version stand behind these ones: they begin
+ * the new flows, those that are known here are still served here. Every version
+ * knows this map, as it is. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u32);
+	__uint(max_entries, 1);
+} handover SEC(".maps");
+
+static __always_inline bool handed_over(void)
+{
+	__u32 zero = 0, *value = bpf_map_lookup_elem(&handover, &zero);
+
+	return value && *value;
+}
+
 /* Sizes are set before load, from what the cluster needs (datapath.go). Nothing is
  * preallocated: an entry costs memory when it is there. */
 struct {

@@ -1,0 +1,123 @@
+package bpfmap
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoTypes says that a map's maker did not describe its types.
+var ErrNoTypes = errors.New("the map has no type information")
+
+// Types are the C types of a map's keys and values, as the program that made it
+// described them. The kernel gives them to CAP_SYS_ADMIN only.
+func Types(m *ebpf.Map) (key, value btf.Type, err error) {
+	ids, err := typeIDs(m)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read types of map %s: %w", m.String(), err)
+	}
+	handle, err := btf.NewHandleFromID(ids.btf)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read types of map %s: %w", m.String(), err)
+	}
+	defer handle.Close()
+	spec, err := handle.Spec(nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read types of map %s: %w", m.String(), err)
+	}
+	if key, err = typeOf(spec, ids.key); err == nil {
+		value, err = typeOf(spec, ids.value)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("read types of map %s: %w", m.String(), err)
+	}
+	return key, value, nil
+}
+
+type ids struct {
+	btf        btf.ID
+	key, value btf.TypeID
+}
+
+// mapInfo is the part of struct bpf_map_info of linux/bpf.h that says where the
+// types are.
+type mapInfo struct {
+	_          [64]byte
+	btf        btf.ID
+	key, value btf.TypeID
+	_          [4]byte
+}
+
+// typeIDs asks the kernel itself, for the library does not tell.
+func typeIDs(m *ebpf.Map) (ids, error) {
+	const objGetInfoByFD = 15 // BPF_OBJ_GET_INFO_BY_FD
+	var info mapInfo
+	attr := struct {
+		fd, length uint32
+		info       unsafe.Pointer
+	}{uint32(m.FD()), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
+	_, _, errno := unix.Syscall(unix.SYS_BPF, objGetInfoByFD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	if errno != 0 {
+		return ids{}, errno
+	}
+	if info.btf == 0 || info.value == 0 {
+		return ids{}, ErrNoTypes
+	}
+	return ids{info.btf, info.key, info.value}, nil
+}
+
+func typeOf(spec *btf.Spec, id btf.TypeID) (btf.Type, error) {
+	if id == 0 {
+		return (*btf.Void)(nil), nil
+	}
+	return spec.TypeByID(id)
+}
+
+// Walk calls f with the bytes of every entry of a map, whatever its layout, in no
+// order, until f returns an error. What f is given is its only until it returns.
+// Of a map that others change meanwhile, an entry can be left out or come twice.
+func Walk(m *ebpf.Map, f func(key, value []byte) error) error {
+	keys, values := rows(m.KeySize()), rows(m.ValueSize())
+	var cursor ebpf.MapBatchCursor
+	for begun := false; ; begun = true {
+		n, err := m.BatchLookup(&cursor, keys.Interface(), values.Interface(), nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) && !begun {
+			return walkEach(m, f)
+		}
+		for i := range n {
+			if err := f(keys.Index(i).Slice(0, int(m.KeySize())).Bytes(), values.Index(i).Slice(0, int(m.ValueSize())).Bytes()); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil // the end
+		}
+		if err != nil {
+			return fmt.Errorf("read map %s: %w", m.String(), err)
+		}
+	}
+}
+
+// rows is a slice of batch arrays of so many bytes.
+func rows(size uint32) reflect.Value {
+	return reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(int(size), reflect.TypeFor[byte]())), batch, batch)
+}
+
+func walkEach(m *ebpf.Map, f func(key, value []byte) error) error {
+	key, value := make([]byte, m.KeySize()), make([]byte, m.ValueSize())
+	entries := m.Iterate()
+	for entries.Next(&key, &value) {
+		if err := f(key, value); err != nil {
+			return err
+		}
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("read map %s: %w", m.String(), err)
+	}
+	return nil
+}

@@ -1,0 +1,346 @@
+package service
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+)
+
+// carryTables fills this version's Service tables from those of another one.
+// Nobody writes either meanwhile. Ids and numbers stay, so flows that know them
+// need no change.
+func (d *datapath) carryTables() error {
+	for _, name := range append([]string{datapathMapPaths}, tableMaps...) {
+		from, to := d.left[name], d.maps[name]
+		if from == nil {
+			continue
+		}
+		if err := carryMap(name, from, to); err != nil {
+			return fmt.Errorf("carry %s over from another version: %w", name, err)
+		}
+		from.Close()
+		delete(d.left, name)
+	}
+	return nil
+}
+
+func carryMap(name string, from, to *ebpf.Map) error {
+	t, err := translatorBetween(name, from, to)
+	if err != nil {
+		return err
+	}
+	key, value := make([]byte, to.KeySize()), make([]byte, to.ValueSize())
+	return bpfmap.Walk(from, func(k, v []byte) error {
+		carry(t.key, k, key)
+		carry(t.value, v, value)
+		return to.Put(key, value)
+	})
+}
+
+// flowCarrier carries the flows of the packet path over while packets pass: those
+// that the old programs know, who begin no new ones any more (handover), are
+// copied to where the new programs begin theirs.
+type flowCarrier struct {
+	from, to             map[string]*ebpf.Map
+	translations, places *translator
+	flags, flows         field
+	// free are places that no flow of the new programs will take for long: they
+	// begin with the first, and there are twice as many as flows (flowPlaces).
+	free []uint32
+}
+
+// newFlowCarrier looks which places are free. Without flows to carry it is nil.
+func newFlowCarrier(from, to map[string]*ebpf.Map) (*flowCarrier, error) {
+	if from[datapathMapTranslations] == nil || from[datapathMapPlaces] == nil {
+		return nil, nil
+	}
+	c := &flowCarrier{from: from, to: to}
+	var err error
+	if c.translations, err = c.translator(datapathMapTranslations); err != nil {
+		return nil, err
+	}
+	if c.places, err = c.translator(datapathMapPlaces); err != nil {
+		return nil, err
+	}
+	usage, err := layoutOf(to[datapathMapFlowUsage])
+	if err != nil {
+		return nil, err
+	}
+	c.flows = usage.value.find("flows")
+	c.flags = c.translations.to.value.find("flags")
+	protocol := c.places.to.value.find("protocol")
+	err = bpfmap.Walk(to[datapathMapPlaces], func(place, key []byte) error {
+		if key[protocol.at] == 0 {
+			c.free = append(c.free, binary.NativeEndian.Uint32(place))
+		}
+		return nil
+	})
+	return c, err
+}
+
+func (c *flowCarrier) translator(name string) (*translator, error) {
+	return translatorBetween(name, c.from[name], c.to[name])
+}
+
+// run carries what is there and not yet carried, and what was noted since of
+// flows that are. It can be run again.
+func (c *flowCarrier) run() error {
+	var keys [][]byte
+	protocol := c.places.from.value.find("protocol")
+	err := bpfmap.Walk(c.from[datapathMapPlaces], func(_, key []byte) error {
+		if key[protocol.at] != 0 {
+			keys = append(keys, bytes.Clone(key))
+		}
+		return nil
+	})
+	for _, key := range keys {
+		if err == nil {
+			err = c.flow(key)
+		}
+	}
+	if err == nil {
+		err = c.count()
+	}
+	if err != nil {
+		return fmt.Errorf("carry flows over from another version: %w", err)
+	}
+	return nil
+}
+
+// flow carries the flow with this key of a client, in its own layout.
+func (c *flowCarrier) flow(key []byte) error {
+	client, err := c.read(key)
+	if client == nil || err != nil {
+		return err
+	}
+	back := c.replyKey(client)
+	reply, err := c.read(back)
+	if reply == nil || err != nil {
+		return err
+	}
+	newKey, newClient := c.carried(key, client)
+	newBack, newReply := c.carried(back, reply)
+	if err := c.write(newBack, newReply, false); err != nil {
+		return err
+	}
+	return c.write(newKey, newClient, true)
+}
+
+// read reads an entry of the old programs; nil if there is none.
+func (c *flowCarrier) read(key []byte) ([]byte, error) {
+	value, err := c.from[datapathMapTranslations].LookupBytes(key)
+	return value, err
+}
+
+// carried is an entry in the new programs' layout.
+func (c *flowCarrier) carried(key, value []byte) (newKey, newValue []byte) {
+	newKey, newValue = make([]byte, c.to[datapathMapTranslations].KeySize()), make([]byte, c.to[datapathMapTranslations].ValueSize())
+	carry(c.translations.key, key, newKey)
+	carry(c.translations.value, value, newValue)
+	return newKey, newValue
+}
+
+// replyKey is reverse() of translation.h of what the client's packets become, in
+// the old programs' layout.
+func (c *flowCarrier) replyKey(client []byte) []byte {
+	key := make([]byte, c.from[datapathMapTranslations].KeySize())
+	to := c.translations.from.value.below("to")
+	for _, f := range c.translations.from.key {
+		name := f.name
+		if rest, ok := strings.CutPrefix(name, "source"); ok {
+			name = "destination" + rest
+		} else if rest, ok := strings.CutPrefix(name, "destination"); ok {
+			name = "source" + rest
+		}
+		if at := to.find(name); at.size == f.size {
+			copy(key[f.at:f.at+f.size], client[at.at:])
+		}
+	}
+	return key
+}
+
+// write makes an entry for the new programs, or notes in the one that is there
+// what the old ones have seen since. A client's entry gets a place first.
+func (c *flowCarrier) write(key, value []byte, client bool) error {
+	m := c.to[datapathMapTranslations]
+	there, err := m.LookupBytes(key)
+	if err != nil {
+		return err
+	}
+	if there != nil {
+		return c.note(key, there, value)
+	}
+	if client {
+		if len(c.free) == 0 {
+			return errors.New("there is no place for them")
+		}
+		place := c.free[len(c.free)-1]
+		c.free = c.free[:len(c.free)-1]
+		if err := c.to[datapathMapPlaces].Put(place, key); err != nil {
+			return err
+		}
+	}
+	if err = m.Update(key, value, ebpf.UpdateNoExist); errors.Is(err, ebpf.ErrKeyExist) {
+		return nil // the new programs began it just now
+	}
+	return err
+}
+
+// note adds what was seen of a flow to its entry, if that is the same flow.
+func (c *flowCarrier) note(key, there, seen []byte) error {
+	for _, f := range c.translations.to.value.below("to") {
+		if !bytes.Equal(there[f.at:f.at+f.size], seen[f.at:f.at+f.size]) {
+			return nil
+		}
+	}
+	flags := binary.NativeEndian.Uint32(there[c.flags.at:]) | binary.NativeEndian.Uint32(seen[c.flags.at:])
+	if flags == binary.NativeEndian.Uint32(there[c.flags.at:]) {
+		return nil
+	}
+	binary.NativeEndian.PutUint32(there[c.flags.at:], flags)
+	err := c.to[datapathMapTranslations].Update(key, there, ebpf.UpdateExist)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil // it has ended
+	}
+	return err
+}
+
+// count corrects the number of flows. The new programs count too, meanwhile, so
+// the difference is added by a program, at once.
+func (c *flowCarrier) count() error {
+	entries := 0
+	err := bpfmap.Walk(c.to[datapathMapTranslations], func(_, _ []byte) error {
+		entries++
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	usage := c.to[datapathMapFlowUsage]
+	value, err := usage.LookupBytes(uint32(0))
+	if err != nil {
+		return err
+	}
+	by := int64(entries/2) - int64(binary.NativeEndian.Uint64(value[c.flows.at:]))
+	add := asm.StoreXAdd(asm.R0, asm.R1, asm.DWord)
+	add.Offset = int16(c.flows.at)
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.SchedCLS, License: "Dual MIT/GPL",
+		Instructions: asm.Instructions{
+			asm.StoreImm(asm.RFP, -4, 0, asm.Word),
+			asm.LoadMapPtr(asm.R1, usage.FD()),
+			asm.Mov.Reg(asm.R2, asm.RFP),
+			asm.Add.Imm(asm.R2, -4),
+			asm.FnMapLookupElem.Call(),
+			asm.JEq.Imm(asm.R0, 0, "end"),
+			asm.LoadImm(asm.R1, by, asm.DWord),
+			add,
+			asm.Mov.Imm(asm.R0, 0).WithSymbol("end"),
+			asm.Return(),
+		},
+	})
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	_, err = program.Run(&ebpf.RunOptions{Data: make([]byte, 64)})
+	return err
+}
+
+// carrySockets copies what the sockets remember. Only the kernel can walk over
+// sockets, so a program does it, for each that has an entry of the old layout and
+// none of the new one.
+func carrySockets(name string, from, to *ebpf.Map) error {
+	t, err := translatorBetween(name, from, to)
+	if err != nil {
+		return err
+	}
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "carry", Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: "bpf_sk_storage_map",
+		License: "Dual MIT/GPL", Instructions: socketSteps(t.value, to),
+	})
+	runtime.KeepAlive(to) // the instructions know its descriptor only
+	if err != nil {
+		return fmt.Errorf("load the program that walks over sockets: %w", err)
+	}
+	defer program.Close()
+	walk, err := link.AttachIter(link.IterOptions{Program: program, Map: from})
+	if err != nil {
+		return fmt.Errorf("walk over sockets: %w", err)
+	}
+	defer walk.Close()
+	run, err := walk.Open()
+	if err != nil {
+		return fmt.Errorf("walk over sockets: %w", err)
+	}
+	defer run.Close()
+	if _, err := io.Copy(io.Discard, run); err != nil {
+		return fmt.Errorf("walk over sockets: %w", err)
+	}
+	return nil
+}
+
+// Where struct bpf_iter__bpf_sk_storage_map keeps the socket and its entry
+// (net/core/bpf_sk_storage.c).
+const (
+	iterSocket = 16
+	iterValue  = 24
+)
+
+// socketSteps is the program: it makes the new value on its stack and stores it
+// in the socket.
+func socketSteps(steps []step, to *ebpf.Map) asm.Instructions {
+	size := int(to.ValueSize()+7) &^ 7
+	code := asm.Instructions{
+		asm.LoadMem(asm.R6, asm.R1, iterSocket, asm.DWord),
+		asm.JEq.Imm(asm.R6, 0, "end"),
+		asm.LoadMem(asm.R7, asm.R1, iterValue, asm.DWord),
+		asm.JEq.Imm(asm.R7, 0, "end"),
+		asm.Mov.Imm(asm.R0, 0),
+	}
+	for at := 0; at < size; at += 8 {
+		code = append(code, asm.StoreMem(asm.RFP, int16(at-size), asm.R0, asm.DWord))
+	}
+	for _, s := range steps {
+		for done := 0; done < s.size; {
+			width, n := access(s.from+done, s.to+done, s.size-done)
+			code = append(code,
+				asm.LoadMem(asm.R0, asm.R7, int16(s.from+done), width),
+				asm.StoreMem(asm.RFP, int16(s.to+done-size), asm.R0, width))
+			done += n
+		}
+	}
+	return append(code,
+		asm.LoadMapPtr(asm.R1, to.FD()),
+		asm.Mov.Reg(asm.R2, asm.R6),
+		asm.Mov.Reg(asm.R3, asm.RFP),
+		asm.Add.Imm(asm.R3, int32(-size)),
+		asm.Mov.Imm(asm.R4, 1), // BPF_SK_STORAGE_GET_F_CREATE
+		asm.FnSkStorageGet.Call(),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol("end"),
+		asm.Return(),
+	)
+}
+
+// access is the widest one that is aligned at both ends.
+func access(from, to, left int) (asm.Size, int) {
+	for _, w := range []struct {
+		size asm.Size
+		n    int
+	}{{asm.DWord, 8}, {asm.Word, 4}, {asm.Half, 2}} {
+		if from%w.n == 0 && to%w.n == 0 && left >= w.n {
+			return w.size, w.n
+		}
+	}
+	return asm.Byte, 1
+}
