@@ -51,6 +51,7 @@ namespaces.`,
 	at.flagNode(c)
 	at.flagPath(c)
 	at.flagFlows(c)
+	at.flagConntrack(c)
 	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus and /healthz; empty for none")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, change nothing and end")
 	return c

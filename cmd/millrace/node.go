@@ -18,10 +18,10 @@ import (
 // of a lab) do not meet.
 type place struct {
 	cgroup, pins, run string
-	// node is this node's name in the cluster; path and flows are the service
-	// layer's settings.
-	node, path string
-	flows      int
+	// node is this node's name in the cluster; path, conntrack and flows are the
+	// service layer's settings.
+	node, path, conntrack string
+	flows                 int
 }
 
 func (p *place) flagRun(c *cobra.Command) {
@@ -45,6 +45,11 @@ func (p *place) flagPath(c *cobra.Command) {
 		"where Services are served for pods that do not ask (annotation "+service.PathAnnotation+"): socket or packet")
 }
 
+func (p *place) flagConntrack(c *cobra.Command) {
+	c.Flags().StringVar(&p.conntrack, "conntrack", string(service.ConntrackAuto),
+		"connections between pods in the conntrack table: auto leaves them out where nobody's rules need them, bypass always, keep never")
+}
+
 func (p *place) flagFlows(c *cobra.Command) {
 	c.Flags().IntVar(&p.flows, "flows", service.DefaultFlows, "how many flows of the packet path are remembered at once")
 }
@@ -62,6 +67,9 @@ func (p *place) layers() ([]layer.Layer, error) {
 	if _, err := service.ParsePath(p.path); err != nil {
 		return nil, usage("--path: %v", err)
 	}
+	if _, err := service.ParseConntrack(p.conntrack); err != nil {
+		return nil, usage("--conntrack: %v", err)
+	}
 	if p.flows < 0 || p.flows > service.MostFlows {
 		return nil, usage("--flows %d: use 1 to %d", p.flows, service.MostFlows)
 	}
@@ -74,7 +82,7 @@ func (p *place) pinned() []layer.Layer {
 	return []layer.Layer{
 		service.New(service.Settings{
 			Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
-			Node: p.node, Path: service.Path(p.path), Flows: p.flows,
+			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
 		}),
 	}
 }

@@ -28,6 +28,7 @@ pinned everything is new.`,
 	at.flagPins(c)
 	at.flagNode(c)
 	at.flagPath(c)
+	at.flagConntrack(c)
 	flagSource(c, &source)
 	return c
 }

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,22 +28,21 @@ import (
 // from several goroutines.
 type Net struct {
 	path string
+
+	mu sync.Mutex // guards what is remembered
+	// rules are those of the generation, if read.
+	rules      Tracking
+	generation uint32
+	read       bool
 }
 
-// Open gives a Net for the namespace bound to path; the empty path is the
-// namespace of the calling thread. It returns a *need.Feature where the kernel
-// has no nftables. The calls need CAP_NET_ADMIN.
-func Open(path string) (*Net, error) {
-	n := &Net{path}
-	_, err := n.Generation()
-	if err != nil {
-		return nil, err
-	}
-	return n, nil
-}
+// In gives a Net for the namespace bound to path; the empty path is the
+// namespace of the calling thread. The calls need CAP_NET_ADMIN; they return a
+// *need.Feature where the kernel has no nftables.
+func In(path string) *Net { return &Net{path: path} }
 
-// Generation is a number that changes whenever somebody changes any rule.
-func (n *Net) Generation() (uint32, error) {
+// now is the generation: a number that changes whenever somebody changes a rule.
+func (n *Net) now() (uint32, error) {
 	s, err := n.dial(0)
 	if err != nil {
 		return 0, err
@@ -65,7 +65,7 @@ func (n *Net) Generation() (uint32, error) {
 // (empty: that of the calling thread), at most once in every interval, until ctx
 // ends. It returns an error only where it cannot begin.
 func Watch(ctx context.Context, path string, every time.Duration, changed func()) error {
-	s, err := (&Net{path}).dial(1 << (unix.NFNLGRP_NFTABLES - 1))
+	s, err := In(path).dial(1 << (unix.NFNLGRP_NFTABLES - 1))
 	if err != nil {
 		return err
 	}

@@ -36,11 +36,7 @@ func newBed(t *testing.T) *bed {
 			t.Error(err)
 		}
 	})
-	n, err := Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &bed{n, t}
+	return &bed{In(path), t}
 }
 
 // run runs a program inside, with what it reads, and returns what it says.
@@ -207,17 +203,32 @@ func (b *bed) talkAndCount() (count string) {
 	return count
 }
 
-func TestAGenerationIsNewAfterAChange(t *testing.T) {
+// Rules are read again when somebody has changed one, and only then.
+func TestRulesAreReadAgainAfterAChange(t *testing.T) {
 	b := newBed(t)
-	first, err := b.Generation()
-	b.must(err)
-	again, err := b.Generation()
-	b.must(err)
-	b.run("add table ip other", "nft", "-f", "-")
-	other, err := b.Generation()
-	b.must(err)
-	if first != again || other == first {
-		t.Errorf("generations %d, %d without and %d with a change", first, again, other)
+	b.run("add table ip t\nadd chain ip t c { type filter hook output priority 0; }", "nft", "-f", "-")
+	for _, row := range []struct {
+		rules string
+		asked bool
+		uses  int
+	}{
+		{"add rule ip t c counter", false, 0},
+		{"add rule ip t c ct state invalid drop", true, 0},
+		{"add rule ip t c ct state new accept", true, 1},
+		{"flush ruleset", false, 0},
+	} {
+		b.run(row.rules, "nft", "-f", "-")
+		for range 2 {
+			got, err := b.Tracking()
+			b.must(err)
+			if got.Asked != row.asked || len(got.Uses) != row.uses {
+				t.Errorf("after %q: %+v", row.rules, got)
+			}
+		}
+	}
+	b.rules.Asked = true // as if remembered
+	if got, err := b.Tracking(); err != nil || !got.Asked {
+		t.Errorf("nobody changed anything, and the rules were read again: %+v, %v", got, err)
 	}
 }
 

@@ -31,6 +31,9 @@ var errOthers = errors.New("the table is not as it was written")
 // order of Merge; none if the table is not there. With whole false the table is
 // there but not as SetUntracked leaves it.
 func (n *Net) Untracked() (ranges []netip.Prefix, whole bool, err error) {
+	if _, err := n.now(); err != nil {
+		return nil, false, err
+	}
 	s, err := n.dial(0)
 	if err != nil {
 		return nil, false, err

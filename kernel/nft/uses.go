@@ -8,6 +8,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/need"
 )
 
 // Use is a rule of somebody that goes another way for a connection that is not
@@ -60,25 +62,37 @@ const mostUses = 1000
 // translate the source on the way out, for what is not tracked keeps its own.
 //
 // It stops at the first use that may be about any packet; otherwise it takes
-// about five microseconds a rule, and memory that does not grow with them.
+// about five microseconds a rule, and memory that does not grow with them. Rules
+// that nobody changed since the last call are not read again.
 func (n *Net) Tracking() (Tracking, error) {
-	var t Tracking
 	legacy, err := n.legacy()
 	if err != nil {
-		return t, err
+		return Tracking{}, err
 	}
 	if len(legacy) > 0 {
 		return Tracking{true, legacy}, nil
 	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	generation, err := n.now()
+	var absent *need.Feature
+	if errors.As(err, &absent) {
+		return Tracking{}, nil // then nobody has rules there
+	}
+	if err != nil || n.read && generation == n.generation {
+		return n.rules, err
+	}
+	var rules Tracking
 	for range 5 {
-		if t, err = n.readRules(); !errors.Is(err, errChanged) {
+		if rules, err = n.readRules(); !errors.Is(err, errChanged) {
 			break
 		}
 	}
 	if err != nil {
-		return t, fmt.Errorf("read the rules of nftables: %w", err)
+		return Tracking{}, fmt.Errorf("read the rules of nftables: %w", err)
 	}
-	return t, nil
+	n.rules, n.generation, n.read = rules, generation, true
+	return rules, nil
 }
 
 func (n *Net) readRules() (Tracking, error) {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 )
 
@@ -60,6 +61,11 @@ type datapath struct {
 	// node is the cookie of the node's own network namespace.
 	node        uint64
 	noSetRetval bool
+	// rules is nftables in the node's namespace; untrackable is why ours cannot
+	// be there, bypassing says that this process wrote them.
+	rules       *nft.Net
+	untrackable error
+	bypassing   bool
 	reasons     []string
 	degraded    []string
 }
@@ -90,7 +96,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := ready(settings); err != nil {
 		return nil, err
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
+	d := &datapath{settings: settings, rules: nft.In(settings.Netns), maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, err
@@ -256,6 +262,11 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	}
 	if err := d.adapt(spec, places); err != nil {
 		return loaded{}, err
+	}
+	if !d.packets { // verifying takes most of the time of a start
+		for _, name := range []string{datapathProgFromPod, datapathProgToPod, datapathProgSweep} {
+			delete(spec.Programs, name)
+		}
 	}
 	sizeMaps(spec, room, places)
 	for name, m := range have {

@@ -283,6 +283,7 @@ func (f *fakeTables) lost() []lost   { return nil }
 
 func (f *fakeTables) findVeths() ([]veth, error)  { return nil, nil }
 func (f *fakeTables) readAsks() ([]*wish, error)  { return nil, nil }
+func (f *fakeTables) readTracking() tracking      { return tracking{} }
 func (f *fakeTables) sweep(int, int) error        { return nil }
 func (f *fakeTables) carryOut(layer.Change) error { return nil }
 

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -30,6 +32,9 @@ type Settings struct {
 	// Path serves where neither a Service nor a pod asks for one; empty is
 	// PathSocket.
 	Path Path
+	// Conntrack says whether connections between pods are tracked; empty is
+	// ConntrackAuto.
+	Conntrack Conntrack
 	// Flows is how many flows of the packet path are remembered at once; 0 is
 	// DefaultFlows. A flow takes about 350 bytes of kernel memory.
 	Flows int
@@ -59,6 +64,10 @@ type Layer struct {
 	// swept is when flows were last swept, part what part of them.
 	swept time.Time
 	part  int
+	// bypassed are the ranges in force; whyTracked says why there are none where
+	// there should be some.
+	bypassed   bypass
+	whyTracked string
 }
 
 // room is what Apply needs of the datapath.
@@ -74,6 +83,8 @@ type room interface {
 	// path; carryOut changes one of them.
 	findVeths() ([]veth, error)
 	readAsks() ([]*wish, error)
+	// readTracking reads what there is of connection tracking.
+	readTracking() tracking
 	// sweep clears expired flows away, one of so many parts.
 	sweep(part, parts int) error
 	carryOut(layer.Change) error
@@ -139,6 +150,7 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	}
 	picture.veths = veths
 	picture.lost = l.room.lost()
+	picture.tracking = l.room.readTracking()
 	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
 		l.swept = now
 		l.part = (l.part + 1) % sweepParts
@@ -152,9 +164,12 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 const (
 	sweepEvery = 10 * time.Second
 	sweepParts = 6
+	// rulesAtMost is how often somebody's changed rules are looked at.
+	rulesAtMost = time.Second
 )
 
-// Watch implements layer.Layer: devices come and go with pods, flows expire.
+// Watch implements layer.Layer: devices come and go with pods, flows expire,
+// others change their rules.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
 	go func() {
 		for tick := time.NewTicker(sweepEvery); ; {
@@ -167,6 +182,10 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 			}
 		}
 	}()
+	if l.settings.Conntrack != ConntrackKeep {
+		// Where it cannot be watched, the tick finds it.
+		go nft.Watch(ctx, l.settings.Netns, rulesAtMost, changed)
+	}
 	return link.Watch(ctx, l.settings.Netns, changed)
 }
 
@@ -225,10 +244,13 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		read, err := l.tables.adopt()
 		failures = appendError(failures, err)
 		if err == nil {
-			read.lost, read.veths, read.asks, picture = picture.lost, picture.veths, picture.asks, read
+			read.lost, read.veths, read.asks, read.tracking, picture = picture.lost, picture.veths, picture.asks, picture.tracking, read
 		}
 	}
 	each(last)
+	picture.paths = want.(*Picture).paths // what a drift check compares with
+	l.bypassed = picture.tracking.inForce
+	_, l.whyTracked = picture.tracking.decide(picture.paths.untracked)
 	if len(failures) == 0 {
 		picture.agree(want.(*Picture), known)
 	}
@@ -267,8 +289,12 @@ func (l *Layer) Describe() (layer.Description, error) {
 	if l.datapath == nil {
 		return layer.Description{Name: l.Name()}, nil // not open
 	}
-	d := layer.Description{Name: l.Name(), Objects: len(l.tables.entries), Degraded: l.datapath.degraded}
-	d.Settings = map[string]string{"path": string(l.settings.path()), "flows": fmt.Sprint(flowPlaces(l.settings.Flows))}
+	d := layer.Description{Name: l.Name(), Objects: len(l.tables.entries), Degraded: slices.Clone(l.datapath.degraded)}
+	if l.whyTracked != "" {
+		d.Degraded = append(d.Degraded, l.whyTracked)
+	}
+	d.Settings = map[string]string{"path": string(l.settings.path()), "flows": fmt.Sprint(flowPlaces(l.settings.Flows)),
+		"conntrack": l.conntrackNow()}
 	entries := map[string]int{
 		datapathMapServices: len(l.tables.entries),
 		datapathMapSlots:    l.tables.slotCount,
@@ -319,17 +345,30 @@ func (d *datapath) readReasons() (map[string]uint64, error) {
 
 // Close implements layer.Layer.
 func (l *Layer) Close() error {
-	if l.datapath != nil {
-		l.datapath.close()
-		l.datapath = nil
+	if l.datapath == nil {
+		return nil
 	}
-	return nil
+	err := l.datapath.endBypass()
+	l.datapath.close()
+	l.datapath = nil
+	return err
 }
 
-// Removal implements layer.Layer: links first, so that no program runs on maps
-// that are going, the folder last if it is empty then. Only names that this
-// layer makes are in it, and only if the folder is in a bpf file system.
+// Removal implements layer.Layer: what is pinned, then the bypass of connection
+// tracking.
 func (l *Layer) Removal() (layer.Changes, error) {
+	changes, err := l.pinRemoval()
+	if err != nil {
+		return nil, err
+	}
+	untracked, err := l.bypassRemoval()
+	return append(changes, untracked...), err
+}
+
+// pinRemoval is links first, so that no program runs on maps that are going, the
+// folder last if it is empty then. Only names that this layer makes are in it,
+// and only if the folder is in a bpf file system.
+func (l *Layer) pinRemoval() (layer.Changes, error) {
 	found, err := os.ReadDir(l.settings.Pins)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -377,14 +416,14 @@ func (l *Layer) Remove() (layer.Changes, error) {
 		return nil, err
 	}
 	lock, err := lockFolder(l.settings.Pins)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	defer lock.Close()
 	var done layer.Changes
 	var failures []error
 	for _, change := range changes {
-		if err := removeSubject(change.Subject); err != nil {
+		if err := l.removeSubject(change.Subject); err != nil {
 			failures = append(failures, err)
 			continue
 		}
@@ -393,9 +432,12 @@ func (l *Layer) Remove() (layer.Changes, error) {
 	return done, errors.Join(failures...)
 }
 
-func removeSubject(subject layer.Subject) error {
-	if f, ok := subject.(*filter); ok {
-		return f.detach()
+func (l *Layer) removeSubject(subject layer.Subject) error {
+	switch s := subject.(type) {
+	case *filter:
+		return s.detach()
+	case bypass:
+		return nft.In(l.settings.Netns).SetUntracked(nil)
 	}
 	return subject.(pinned).remove()
 }
@@ -411,9 +453,20 @@ func (p pinned) Detail() string { return "" }
 
 func (p pinned) remove() error { return removePinned(string(p)) }
 
-// Look implements layer.Layer: it reads the pinned maps. A pin folder that does
-// not exist is an empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.
+// Look implements layer.Layer: it reads the pinned maps and what there is of
+// connection tracking. A pin folder that does not exist is an empty picture. It
+// needs CAP_BPF or CAP_SYS_ADMIN; what it cannot see of tracking without
+// CAP_NET_ADMIN does not change.
 func (l *Layer) Look() (layer.Picture, error) {
+	picture, err := l.lookAtTables()
+	if err != nil {
+		return nil, err
+	}
+	picture.tracking = readTracking(nft.In(l.settings.Netns))
+	return picture, nil
+}
+
+func (l *Layer) lookAtTables() (*Picture, error) {
 	opened := map[string]*ebpf.Map{}
 	defer func() {
 		for _, m := range opened {

@@ -124,13 +124,12 @@ type paths struct {
 	asks    []*wish
 	// node are the addresses of the node itself.
 	node []netip.Addr
+	// untracked is what it says of connection tracking.
+	untracked untracked
 }
 
 func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
-	p := paths{packets: settings.Path == PathPacket}
-	for _, s := range snapshot.Services {
-		p.packets = p.packets || askedPath(s.Annotations) == PathPacket
-	}
+	p := paths{packets: settings.path() == PathPacket, untracked: untrackedOf(settings, snapshot)}
 	for _, pod := range snapshot.Pods {
 		path := askedPath(pod.Annotations)
 		if path == "" || pod.Node != settings.Node || pod.HostNetwork || len(pod.Addresses) == 0 {
@@ -148,9 +147,10 @@ func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
 	return p
 }
 
-// diffPaths says which devices and namespaces have to change: what comes first and
+// diffPaths says which devices, namespaces and ranges have to change: what comes first and
 // what goes last.
 func diffPaths(have *Picture, want paths, prune bool) (first, last layer.Changes) {
+	first, last = diffBypass(have.tracking, want.untracked, prune)
 	for _, p := range have.veths {
 		needed := want.packets && p.isPods(want.node)
 		if needed && !p.attached {
@@ -264,6 +264,11 @@ func (d *datapath) carryOut(change layer.Change) error {
 			return err
 		}
 		return d.answer(subject)
+	case bypass:
+		if change.Op == layer.Remove {
+			subject = nil
+		}
+		return d.setUntracked(subject)
 	}
 	return fmt.Errorf("%T is nothing of this layer", change.Subject)
 }
@@ -293,6 +298,11 @@ func (p *Picture) note(change layer.Change) {
 		p.asks = slices.DeleteFunc(p.asks, func(a *wish) bool { return a == subject || a.isAbout(subject) })
 		if change.Op != layer.Remove {
 			p.asks = append(p.asks, subject)
+		}
+	case bypass:
+		p.tracking.inForce, p.tracking.torn = subject, false
+		if change.Op == layer.Remove {
+			p.tracking.inForce = nil
 		}
 	}
 }

@@ -80,12 +80,15 @@ type Picture struct {
 	// plans are in the order of the Services' names; nil in a picture in force.
 	plans []*plan
 	index func() map[Frontend]*Row
-	// paths is what a plan says of the packet path.
+	// paths is what a plan says of the packet path; a picture in force has those
+	// of the plan that was applied last.
 	paths paths
 	// veths are the node's devices and asks the namespaces that ask for a path,
 	// in a picture in force.
 	veths []veth
 	asks  []*wish
+	// tracking is what there is of connection tracking, in a picture in force.
+	tracking tracking
 	// lost are the programs and pins that somebody else took away.
 	lost []lost
 	// agrees is the plan that a picture in force holds exactly, if that is known.
@@ -96,6 +99,7 @@ type Picture struct {
 // that did not change keeps its plan.
 type plan struct {
 	service *model.Service
+	path    Path // that it asks for
 	rows    []*Row
 }
 
