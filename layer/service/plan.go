@@ -15,23 +15,43 @@ import (
 type planner struct{ last []*plan }
 
 func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
-	services := inNameOrder(snapshot.Services)
-	plans := make([]*plan, len(services))
-	old := p.last
-	for i, service := range services {
-		for len(old) > 0 && old[0].service.Name.Compare(service.Name) < 0 {
-			old = old[1:]
-		}
-		if len(old) > 0 && old[0].service == service {
-			plans[i] = old[0]
-		} else {
-			plans[i] = &plan{service, rowsOf(service)}
-		}
+	plans, ordered := p.merge(snapshot.Services)
+	if !ordered {
+		plans, _ = p.merge(inNameOrder(snapshot.Services))
 	}
 	p.last = plans
 	picture := wanted(plans)
 	picture.paths = pathsOf(settings, snapshot)
+	for _, plan := range plans {
+		picture.paths.packets = picture.paths.packets || plan.path == PathPacket
+	}
 	return picture
+}
+
+// merge plans Services in the order of their names; it says if they are not. A
+// run of Services that did not change is passed over by comparing pointers.
+func (p *planner) merge(services []*model.Service) (plans []*plan, ordered bool) {
+	plans = make([]*plan, len(services))
+	old, run := p.last, true
+	for i, service := range services {
+		if run && len(old) > 0 && old[0].service == service {
+			plans[i], old = old[0], old[1:]
+			continue
+		}
+		if i > 0 && services[i-1].Name.Compare(service.Name) > 0 {
+			return nil, false
+		}
+		for len(old) > 0 && old[0].service.Name.Compare(service.Name) < 0 {
+			old = old[1:]
+		}
+		run = len(old) > 0 && old[0].service == service
+		if run {
+			plans[i], old = old[0], old[1:]
+		} else {
+			plans[i] = &plan{service, askedPath(service.Annotations), rowsOf(service)}
+		}
+	}
+	return plans, true
 }
 
 // inNameOrder returns services sorted by name; sources deliver them so.
