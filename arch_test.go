@@ -66,7 +66,7 @@ var testsMayImport = map[string][]string{
 	"layer/...":  {module + "layer/layertest", "golang.org/x/tools/txtar"},
 	"lab/...":    {"google.golang.org/grpc"},
 	"source/...": {"golang.org/x/tools/txtar"},
-	"cmd/...":    {module + "layer/layertest", "github.com/spf13/pflag"},
+	"cmd/...":    {module + "layer/layertest", "github.com/spf13/pflag", "github.com/cilium/ebpf"},
 	".":          {"github.com/cilium/ebpf"},
 }
 

@@ -22,7 +22,7 @@ type agent struct {
 	node     *node
 	pid      int
 	ready    bool
-	killed   bool // by killAgent, which wants it back at once
+	killed   bool // by signalAgent, which wants it back at once
 	restarts int
 }
 

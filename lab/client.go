@@ -118,6 +118,11 @@ func (c *Client) KillAgent(ctx context.Context, node string) error {
 	return c.post(ctx, "/agent-kill", order{Name: node}, nil)
 }
 
+// StopAgent asks a node's agent with SIGTERM to end. The lab starts it again.
+func (c *Client) StopAgent(ctx context.Context, node string) error {
+	return c.post(ctx, "/agent-stop", order{Name: node}, nil)
+}
+
 // Call lets a pod call somebody. pod is found as Status.Pod does.
 func (c *Client) Call(ctx context.Context, pod string, r CallRequest) ([]Answer, error) {
 	var answers []Answer
@@ -132,6 +137,11 @@ func (c *Client) Load(ctx context.Context, pod string, r LoadRequest) (*LoadResu
 		return nil, err
 	}
 	return &result, nil
+}
+
+// EndLoads ends the loads of a pod that have no duration; their Load returns.
+func (c *Client) EndLoads(ctx context.Context, pod string) error {
+	return c.work(ctx, pod, "/load/end", nil, nil)
 }
 
 func (c *Client) work(ctx context.Context, pod, path string, in, out any) error {

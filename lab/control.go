@@ -49,7 +49,8 @@ func (c *cluster) control(cancel context.CancelCauseFunc) http.Handler {
 	handle("/scale", c.scale)
 	handle("/kill", c.killPod)
 	handle("/replace", c.replace)
-	handle("/agent-kill", c.killAgent)
+	handle("/agent-kill", func(_ context.Context, o order) (told, error) { return told{}, c.signalAgent(o.Name, unix.SIGKILL) })
+	handle("/agent-stop", func(_ context.Context, o order) (told, error) { return told{}, c.signalAgent(o.Name, unix.SIGTERM) })
 	handle("/down", func(context.Context, order) (told, error) {
 		time.AfterFunc(10*time.Millisecond, func() { cancel(errDown) }) // the answer leaves first
 		return told{}, nil
@@ -346,24 +347,25 @@ func (c *cluster) missing(owner string) string {
 	return fmt.Sprintf("%s has %d pods, %d of them ready", owner, count[0], count[1])
 }
 
-// killAgent kills the agent of a node; it is started again at once.
-func (c *cluster) killAgent(_ context.Context, o order) (told, error) {
+// signalAgent kills or stops the agent of a node; it is started again at once.
+func (c *cluster) signalAgent(node string, signal unix.Signal) error {
+	act := map[unix.Signal]string{unix.SIGKILL: "kill", unix.SIGTERM: "stop"}[signal]
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, agent := range c.agents {
-		if agent.node.Name != o.Name || c.cfg.AgentCommand == nil {
+		if agent.node.Name != node || c.cfg.AgentCommand == nil {
 			continue
 		}
 		if agent.pid == 0 {
-			return told{}, fmt.Errorf("kill agent of node %s: it does not run at the moment", o.Name)
+			return fmt.Errorf("%s agent of node %s: it does not run at the moment", act, node)
 		}
-		if err := unix.Kill(agent.pid, unix.SIGKILL); err != nil {
-			return told{}, fmt.Errorf("kill agent of node %s: %w", o.Name, err)
+		if err := unix.Kill(agent.pid, signal); err != nil {
+			return fmt.Errorf("%s agent of node %s: %w", act, node, err)
 		}
 		agent.killed = true
-		return told{}, nil
+		return nil
 	}
-	return told{}, fmt.Errorf("kill agent of node %s: lab %s has no such node, or no agents", o.Name, c.cfg.Name)
+	return fmt.Errorf("%s agent of node %s: lab %s has no such node, or no agents", act, node, c.cfg.Name)
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -20,9 +20,11 @@ type LoadRequest struct {
 	// its answer, compared, and the close. It starts when it is due, whether or
 	// not earlier ones have ended, up to 2,048 in flight.
 	Rate float64 `json:"rate"`
-	// Duration of the load and Timeout of one operation, in milliseconds; a
-	// Timeout of 0 is two seconds.
+	// Duration of the load and Timeout of one operation, in milliseconds. A
+	// Duration of 0 is until Client.EndLoads, and until Least operations have
+	// begun; a Timeout of 0 is two seconds.
 	Duration int `json:"duration_ms"`
+	Least    int `json:"least,omitempty"`
 	Timeout  int `json:"timeout_ms,omitempty"`
 	// Keep above 0 asks on so many long-living connections (tcp or udp) in turn
 	// instead. One that fails is opened anew; the failure counts.
@@ -102,9 +104,9 @@ func (t *tally) finish() *LoadResult {
 
 // runLoad does the work and returns when the last operation has ended. A
 // caller that goes away ends it early.
-func runLoad(ctx context.Context, r LoadRequest) (*LoadResult, error) {
-	if len(r.Targets) == 0 || r.Rate <= 0 || r.Duration <= 0 {
-		return nil, errors.New("a load needs targets, a rate and a duration above zero")
+func runLoad(ctx context.Context, r LoadRequest, end <-chan struct{}) (*LoadResult, error) {
+	if len(r.Targets) == 0 || r.Rate <= 0 || r.Duration < 0 {
+		return nil, errors.New("a load needs targets, a rate above zero and a duration")
 	}
 	if r.Keep > 0 && r.Proto != "" && r.Proto != ProtoTCP && r.Proto != ProtoUDP {
 		return nil, fmt.Errorf("long-living connections are for tcp and udp, not %s", r.Proto)
@@ -120,17 +122,29 @@ func runLoad(ctx context.Context, r LoadRequest) (*LoadResult, error) {
 		defer pool.close(t)
 		operation = pool.ask
 	}
-	pace(ctx, r, t, operation)
+	pace(ctx, r, t, end, operation)
 	return t.finish(), nil
 }
 
+// over says whether operation i is not to begin any more.
+func (r *LoadRequest) over(i int, end <-chan struct{}) bool {
+	if r.Duration > 0 {
+		return i >= int(r.Rate*float64(r.Duration)/1000)
+	}
+	select {
+	case <-end:
+		return i >= r.Least
+	default:
+		return false
+	}
+}
+
 // pace starts each operation when it is due and waits for the last.
-func pace(ctx context.Context, r LoadRequest, t *tally, operation func(i int) (string, Answer)) {
+func pace(ctx context.Context, r LoadRequest, t *tally, end <-chan struct{}, operation func(i int) (string, Answer)) {
 	var running sync.WaitGroup
 	defer running.Wait()
 	slots := make(chan struct{}, maxInFlight)
-	total := int(r.Rate * float64(r.Duration) / 1000)
-	for i := range total {
+	for i := 0; !r.over(i, end); i++ {
 		due := t.start.Add(time.Duration(float64(i) / r.Rate * float64(time.Second)))
 		select {
 		case <-time.After(time.Until(due)):

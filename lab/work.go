@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -271,9 +272,34 @@ func roundTrip(transport *http.Transport, request *http.Request) ([]byte, error)
 	return io.ReadAll(io.LimitReader(response.Body, 4096))
 }
 
-// workHandler is what a pod does on its unix socket: POST /call and /load.
+// ending tells the loads that run that they are to end.
+type ending struct {
+	mu  sync.Mutex
+	end chan struct{}
+}
+
+func (e *ending) told() <-chan struct{} {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.end
+}
+
+func (e *ending) tell() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	close(e.end)
+	e.end = make(chan struct{})
+}
+
+// workHandler is what a pod does on its unix socket: POST /call, /load and
+// /load/end.
 func workHandler() http.Handler {
 	mux := http.NewServeMux()
+	loads := &ending{end: make(chan struct{})}
+	mux.HandleFunc("POST /load/end", func(w http.ResponseWriter, _ *http.Request) {
+		loads.tell()
+		writeJSON(w, struct{}{})
+	})
 	mux.HandleFunc("POST /call", func(w http.ResponseWriter, r *http.Request) {
 		var request CallRequest
 		if !readJSON(w, r, &request) {
@@ -293,7 +319,7 @@ func workHandler() http.Handler {
 		if !readJSON(w, r, &request) {
 			return
 		}
-		result, err := runLoad(r.Context(), request)
+		result, err := runLoad(r.Context(), request, loads.told())
 		if err != nil {
 			writeError(w, http.StatusBadRequest, err)
 			return
