@@ -315,10 +315,10 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
 /* How much is brought into the linear part where headers lie behind it. */
 #define READ_AHEAD 256
 
-/* read_packet reads a packet at tc into p, which must be zeroed. What cannot be
- * read is SHAPE_OTHER. */
+/* read_packet reads a packet at tc. What cannot be read is SHAPE_OTHER. */
 static __always_inline void read_packet(struct __sk_buff *skb, struct packet *p)
 {
+	__builtin_memset(p, 0, sizeof(*p));
 	parse(skb, p);
 	if (p->shape != SHAPE_UNREADABLE)
 		return;

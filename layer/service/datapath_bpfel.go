@@ -238,6 +238,40 @@ const (
 	datapathVerdictVERDICT_DROP          datapathVerdict = 3
 )
 
+type datapathWorkbench struct {
+	_      structs.HostLayout
+	Packet struct {
+		_           structs.HostLayout
+		Tuple       datapathTuple
+		OuterSource struct {
+			_    structs.HostLayout
+			Word [4]uint32
+		}
+		OuterDestination struct {
+			_    structs.HostLayout
+			Word [4]uint32
+		}
+		Fragment     uint32
+		Network      uint16
+		Transport    uint16
+		OuterNetwork uint16
+		Icmp         uint16
+		Shape        datapathShape
+		Ip4          uint8
+		TcpFlags     uint8
+		Zero         [2]uint8
+	}
+	_        [4]byte
+	To       datapathTranslation
+	From     datapathTuple
+	Client   datapathTranslation
+	Reply    datapathTranslation
+	Back     datapathTuple
+	Held     datapathTuple
+	HeldBack datapathTuple
+	Origin   datapathTuple
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -257,6 +291,7 @@ const (
 	datapathMapSlots         = "slots"
 	datapathMapTranslations  = "translations"
 	datapathMapVacant        = "vacant"
+	datapathMapWorkbenches   = "workbenches"
 	datapathProgConnect4     = "connect4"
 	datapathProgConnect6     = "connect6"
 	datapathProgExplain      = "explain"
@@ -354,6 +389,7 @@ type datapathMapSpecs struct {
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
 	Translations *ebpf.MapSpec `ebpf:"translations"`
 	Vacant       *ebpf.MapSpec `ebpf:"vacant"`
+	Workbenches  *ebpf.MapSpec `ebpf:"workbenches"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -401,6 +437,7 @@ type datapathMaps struct {
 	Slots        *ebpf.Map `ebpf:"slots"`
 	Translations *ebpf.Map `ebpf:"translations"`
 	Vacant       *ebpf.Map `ebpf:"vacant"`
+	Workbenches  *ebpf.Map `ebpf:"workbenches"`
 }
 
 func (m *datapathMaps) Close() error {
@@ -420,6 +457,7 @@ func (m *datapathMaps) Close() error {
 		m.Slots,
 		m.Translations,
 		m.Vacant,
+		m.Workbenches,
 	)
 }
 

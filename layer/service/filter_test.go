@@ -1,11 +1,13 @@
 package service
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -38,6 +40,45 @@ func (v *village) filters() (names []string) {
 	return names
 }
 
+// strangeFilters is stranger() where there is no tcx.
+func (v *village) strangeFilters(program *ebpf.Program) func() error {
+	v.t.Helper()
+	v.must(v.Inside(func() error {
+		for i := range v.pods {
+			device, err := netlink.LinkByName(fmt.Sprintf("veth%d", i+1))
+			if err != nil {
+				return err
+			}
+			if err := netlink.QdiscAdd(clsact(device.Attrs().Index)); err != nil && !errors.Is(err, unix.EEXIST) {
+				return err
+			}
+			if err := v.strange(device, program); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	return func() error {
+		left := 0
+		for _, name := range v.filters() {
+			if strings.HasSuffix(name, " stranger") {
+				left++
+			}
+		}
+		if left != v.pods {
+			return fmt.Errorf("%d filters of a stranger are left, want %d", left, v.pods)
+		}
+		return nil
+	}
+}
+
+// strange adds a filter of somebody else.
+func (v *village) strange(device netlink.Link, program *ebpf.Program) error {
+	return netlink.FilterAdd(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: device.Attrs().Index,
+		Parent: netlink.HANDLE_MIN_INGRESS, Protocol: unix.ETH_P_ALL, Priority: 7},
+		Fd: program.FD(), Name: "stranger", DirectAction: true})
+}
+
 // Where there is no tcx, filters of clsact do the same: both directions, both
 // families, taken over by the next process, gone when switched off, and those of
 // others stay.
@@ -49,9 +90,7 @@ func TestPacketPathByFilters(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return netlink.FilterAdd(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: veth.Attrs().Index,
-			Parent: netlink.HANDLE_MIN_INGRESS, Protocol: unix.ETH_P_ALL, Priority: 7},
-			Fd: passing(t).FD(), Name: "stranger", DirectAction: true})
+		return v.strange(veth, passing(t))
 	}))
 	if names := v.filters(); len(names) != 5 {
 		t.Fatalf("filters at two devices: %v", names)

@@ -22,7 +22,7 @@ func flowPlaces(flows int) int {
 	if flows == 0 {
 		flows = DefaultFlows
 	}
-	return powerOfTwo(flows, 1024)
+	return powerOfTwo(flows, 256)
 }
 
 // flowSlack is the room beside two entries for each place: for flows that are
@@ -37,7 +37,7 @@ var haveTCX = func() bool {
 }
 
 // sweepPlaces is SWEEP_PLACES of packet.bpf.c.
-const sweepPlaces = 1024
+const sweepPlaces = 256
 
 // sweep clears a part of the flows that have expired away, so that their memory
 // is given back and their places are found at once. In a table more than half

@@ -120,113 +120,109 @@ static __always_inline bool find_translation(const struct packet *p, struct tran
 /* make_reply makes the entry for the replies. A client may reach one endpoint
  * through two Services from one port: then the endpoint would take two flows for
  * one. Another source port parts them. */
-__noinline int make_reply(const struct tuple *from, struct translation *client)
+__noinline int make_reply(void)
 {
-	struct translation reply = {};
-	struct tuple back;
+	struct workbench *w = workbench(OF_PACKETS);
 	int error = -EEXIST;
 
-	if (!from || !client)
+	if (!w)
 		return -1;
-	reply.service = client->service;
-	reply.number = client->number;
-	reply.seen = client->seen;
-	reply.role = client->role == ROLE_HAIRPIN ? ROLE_HAIRPIN : ROLE_TO_POD;
-	reply.flags = client->role == ROLE_HAIRPIN ? SEEN_REPLY : 0;
-	reverse(from, &reply.to);
-	for (int i = 0; i < CLASH_TRIES && error == -EEXIST; i++) {
+	__builtin_memset(&w->reply, 0, sizeof(w->reply));
+	w->reply.service = w->client.service;
+	w->reply.number = w->client.number;
+	w->reply.seen = w->client.seen;
+	w->reply.role = w->client.role == ROLE_HAIRPIN ? ROLE_HAIRPIN : ROLE_TO_POD;
+	w->reply.flags = w->client.role == ROLE_HAIRPIN ? SEEN_REPLY : 0;
+	reverse(&w->from, &w->reply.to);
+	for (int i = 0; i < CLASH_TRIES; i++) {
 		if (i > 0)
-			client->to.source_port = __builtin_bswap16(1024 + bpf_get_prandom_u32() % (65536 - 1024));
-		reverse(&client->to, &back);
-		reply.was = short_of(&back);
-		error = bpf_map_update_elem(&translations, &back, &reply, BPF_NOEXIST);
+			w->client.to.source_port = __builtin_bswap16(1024 + bpf_get_prandom_u32() % (65536 - 1024));
+		reverse(&w->client.to, &w->back);
+		w->reply.was = short_of(&w->back);
+		error = bpf_map_update_elem(&translations, &w->back, &w->reply, BPF_NOEXIST);
 		if (error != -EEXIST)
 			break;
-		struct translation *other = bpf_map_lookup_elem(&translations, &back);
+		struct translation *other = bpf_map_lookup_elem(&translations, &w->back);
 
 		/* ours, of the same two before */
-		if (other && tuple_equal(&other->to, &reply.to))
-			error = bpf_map_update_elem(&translations, &back, &reply, BPF_ANY);
+		if (other && tuple_equal(&other->to, &w->reply.to)) {
+			error = bpf_map_update_elem(&translations, &w->back, &w->reply, BPF_ANY);
+			break;
+		}
 	}
 	return error;
 }
 
-/* drop_reply takes back what make_reply made. */
-__noinline int drop_reply(const struct translation *client)
-{
-	struct tuple back;
-
-	if (!client)
-		return 0;
-	reverse(&client->to, &back);
-	return bpf_map_delete_elem(&translations, &back);
-}
-
 /* make_client makes the entry for the client's packets. With again it takes the
  * place of the one that is there. */
-__noinline int make_client(const struct tuple *from, const struct translation *client, int again)
+__noinline int make_client(int again)
 {
+	struct workbench *w = workbench(OF_PACKETS);
 	int error = -ENOENT;
 
-	if (!from || !client)
+	if (!w)
 		return -1;
 	if (again)
-		error = bpf_map_update_elem(&translations, from, client, BPF_EXIST);
+		error = bpf_map_update_elem(&translations, &w->from, &w->client, BPF_EXIST);
 	if (error != -ENOENT)
 		return error;
-	if (!take_place(from))
+	if (!take_place())
 		return -1;
-	error = bpf_map_update_elem(&translations, from, client, BPF_NOEXIST);
+	error = bpf_map_update_elem(&translations, &w->from, &w->client, BPF_NOEXIST);
 	if (!error)
 		count_flow(1);
 	return error;
 }
 
-/* begin_flow makes both entries of a flow. It returns VERDICT_FORWARD, or
- * VERDICT_DROP. Replies come first: none may pass untranslated. */
-__noinline int begin_flow(const struct tuple *from, struct translation *client, int again)
+/* begin_flow makes both entries of the flow on the workbench. It returns
+ * VERDICT_FORWARD, or VERDICT_DROP. Replies come first: none may pass
+ * untranslated. */
+__noinline int begin_flow(int again)
 {
-	if (!from || !client)
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
 		return VERDICT_DROP;
-	client->seen = seconds();
-	client->was = short_of(from);
-	int error = make_reply(from, client);
+	w->client.seen = seconds();
+	w->client.was = short_of(&w->from);
+	int error = make_reply();
 
 	if (error) {
 		count(error == -EEXIST ? REASON_FLOW_CLASH : REASON_NO_STORAGE);
 		return VERDICT_DROP;
 	}
-	error = make_client(from, client, again);
+	error = make_client(again);
 	if (!error) {
 		count(REASON_FORWARDED);
 		return VERDICT_FORWARD;
 	}
-	struct translation *other = bpf_map_lookup_elem(&translations, from);
+	struct translation *other = bpf_map_lookup_elem(&translations, &w->from);
 
 	if (error == -EEXIST && other) {
 		/* The same flow's next packet was faster, on another CPU. */
-		if (!tuple_equal(&other->to, &client->to))
-			drop_reply(client);
-		*client = *other;
+		if (!tuple_equal(&other->to, &w->client.to))
+			bpf_map_delete_elem(&translations, &w->back);
+		w->client = *other;
 		return VERDICT_FORWARD;
 	}
-	drop_reply(client);
+	bpf_map_delete_elem(&translations, &w->back);
 	count(error == -1 ? REASON_FLOWS_FULL : REASON_NO_STORAGE);
 	return VERDICT_DROP;
 }
 
 /* open_flow decides for a packet without a flow, or whose flow must begin anew. */
-__noinline int open_flow(const struct packet *p, struct translation *client, int again)
+__noinline int open_flow(const struct packet *p, struct translation *to, int again)
 {
+	struct workbench *w = workbench(OF_PACKETS);
+	struct decision decision = {};
 	struct service_key key = {};
 
-	if (!p || !client)
+	if (!p || !to || !w)
 		return VERDICT_NOT_A_SERVICE;
 	key.address = p->tuple.destination;
 	key.port = p->tuple.destination_port;
 	key.protocol = p->tuple.protocol;
 
-	struct decision decision = {};
 	int verdict = decide(&key, &decision);
 
 	if (verdict != VERDICT_FORWARD) {
@@ -234,20 +230,24 @@ __noinline int open_flow(const struct packet *p, struct translation *client, int
 			count(decision.reason);
 		return verdict;
 	}
-	__builtin_memset(client, 0, sizeof(*client));
-	client->to = p->tuple;
-	client->to.destination = decision.backend.address;
-	client->to.destination_port = decision.backend.port;
-	client->service = decision.service;
-	client->number = decision.number;
-	client->role = ROLE_FROM_POD;
+	w->from = p->tuple;
+	__builtin_memset(&w->client, 0, sizeof(w->client));
+	w->client.to = p->tuple;
+	w->client.to.destination = decision.backend.address;
+	w->client.to.destination_port = decision.backend.port;
+	w->client.service = decision.service;
+	w->client.number = decision.number;
+	w->client.role = ROLE_FROM_POD;
 	if (address_equal(&decision.backend.address, &p->tuple.source)) {
 		/* The pod itself. It would not take a packet from its own address, so
 		 * this one comes from the Service. */
-		client->to.source = p->tuple.destination;
-		client->role = ROLE_HAIRPIN;
+		w->client.to.source = p->tuple.destination;
+		w->client.role = ROLE_HAIRPIN;
 	}
-	return begin_flow(&p->tuple, client, again);
+	verdict = begin_flow(again);
+	if (verdict == VERDICT_FORWARD)
+		*to = w->client;
+	return verdict;
 }
 
 /* serves says whether a backend is there. Here an entry that was replaced while
@@ -352,58 +352,68 @@ static __always_inline int unwritable(void)
 SEC("tcx/ingress")
 int from_pod(struct __sk_buff *skb)
 {
-	struct packet p = {};
-	struct translation to = {};
+	struct workbench *w = workbench(OF_PACKETS);
 
-	read_packet(skb, &p);
-	if (p.shape == SHAPE_ERROR)
-		return error_from_pod(skb, &p);
-	if (p.shape == SHAPE_LATER && !find_fragment(&p, false))
+	if (!w)
+		return TC_ACT_SHOT;
+
+	struct packet *p = &w->packet;
+	struct translation *to = &w->to;
+
+	read_packet(skb, p);
+	if (p->shape == SHAPE_ERROR)
+		return error_from_pod(skb, p);
+	if (p->shape == SHAPE_LATER && !find_fragment(p, false))
 		return TC_ACT_UNSPEC;
-	if (p.shape != SHAPE_WHOLE && p.shape != SHAPE_FIRST && p.shape != SHAPE_LATER)
+	if (p->shape != SHAPE_WHOLE && p->shape != SHAPE_FIRST && p->shape != SHAPE_LATER)
 		return TC_ACT_UNSPEC;
 
-	int verdict = client_flow(&p, &to);
+	int verdict = client_flow(p, to);
 
 	if (verdict == VERDICT_NOT_A_SERVICE)
 		return TC_ACT_UNSPEC;
 	if (verdict == VERDICT_REFUSE)
-		return refuse_packet(skb, &p);
+		return refuse_packet(skb, p);
 	if (verdict == VERDICT_DROP)
 		return TC_ACT_SHOT;
-	if (p.shape == SHAPE_FIRST)
-		keep_fragment(&p, false);
-	if (!rewrite(skb, &p, &to.to))
+	if (p->shape == SHAPE_FIRST)
+		keep_fragment(p, false);
+	if (!rewrite(skb, p, &to->to))
 		return unwritable();
-	return to.role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+	return to->role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
 }
 
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *skb)
 {
-	struct packet p = {};
-	struct translation to = {};
+	struct workbench *w = workbench(OF_PACKETS);
 
-	read_packet(skb, &p);
-	if (p.shape == SHAPE_ERROR)
-		return error_to_pod(skb, &p);
-	if (p.shape == SHAPE_LATER && !find_fragment(&p, true))
+	if (!w)
+		return TC_ACT_SHOT;
+
+	struct packet *p = &w->packet;
+	struct translation *to = &w->to;
+
+	read_packet(skb, p);
+	if (p->shape == SHAPE_ERROR)
+		return error_to_pod(skb, p);
+	if (p->shape == SHAPE_LATER && !find_fragment(p, true))
 		return TC_ACT_UNSPEC;
-	if (p.shape != SHAPE_WHOLE && p.shape != SHAPE_FIRST && p.shape != SHAPE_LATER)
+	if (p->shape != SHAPE_WHOLE && p->shape != SHAPE_FIRST && p->shape != SHAPE_LATER)
 		return TC_ACT_UNSPEC;
-	if (!find_translation(&p, &to) || to.role != ROLE_TO_POD)
+	if (!find_translation(p, to) || to->role != ROLE_TO_POD)
 		return TC_ACT_UNSPEC;
-	if (!(to.flags & SEEN_REPLY))
-		answered(&p.tuple);
-	if (p.shape == SHAPE_FIRST)
-		keep_fragment(&p, true);
-	return rewrite(skb, &p, &to.to) ? TC_ACT_UNSPEC : unwritable();
+	if (!(to->flags & SEEN_REPLY))
+		answered(&p->tuple);
+	if (p->shape == SHAPE_FIRST)
+		keep_fragment(p, true);
+	return rewrite(skb, p, &to->to) ? TC_ACT_UNSPEC : unwritable();
 }
 
 /* sweep clears expired flows away. The frame holds, after the Ethernet header, the
  * first place and whether flows that can be spared are cleared away, too. It is
  * run by the agent, never attached. */
-#define SWEEP_PLACES 1024
+#define SWEEP_PLACES 256
 
 SEC("tc")
 int sweep(struct __sk_buff *skb)
@@ -417,7 +427,7 @@ int sweep(struct __sk_buff *skb)
 	for (__u32 i = 0; i < SWEEP_PLACES; i++) {
 		__u32 place = (first + i) & places_mask;
 
-		if (vacate(place, pressed) == PLACE_FREED)
+		if (vacate(place, pressed, OF_SWEEP) == PLACE_FREED)
 			bpf_map_push_elem(&vacant, &place, 0);
 	}
 	return 0;

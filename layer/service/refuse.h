@@ -29,13 +29,13 @@ struct icmp_header {
 };
 
 /* sum_of is the ones' complement sum of an ICMP message with its quote. */
-static __always_inline bool sum_of(struct __sk_buff *skb, __u32 at, __u32 length, __u64 start, __u16 *checksum)
+static __always_inline bool sum_of(struct __sk_buff *skb, const struct packet *p, __u64 start, __u16 *checksum)
 {
 	__u8 quote[QUOTE_LONGEST] = {};
+	long error = p->ip4 ? bpf_skb_load_bytes(skb, p->network, quote, sizeof(struct ip4_header) + 8)
+			    : bpf_skb_load_bytes(skb, p->network, quote, sizeof(struct ip6_header) + 8);
 
-	if (length < 28 || length > QUOTE_LONGEST)
-		return false;
-	if (bpf_skb_load_bytes(skb, at, quote, length))
+	if (error)
 		return false;
 	/* the rest of the buffer is zero, and adds nothing */
 	__s64 sum = bpf_csum_diff(0, 0, (__be32 *)quote, sizeof(quote), 0);
@@ -66,7 +66,7 @@ __noinline int refuse_datagram(struct __sk_buff *skb, const struct packet *p)
 		start = sum_words(start, &p->tuple.destination);
 		start += __builtin_bswap32(ICMP_HEADER + quote) + __builtin_bswap32(IPPROTO_ICMPV6);
 	}
-	if (!sum_of(skb, p->network, quote, start, &icmp.checksum))
+	if (!sum_of(skb, p, start, &icmp.checksum))
 		return TC_ACT_SHOT;
 	if (bpf_skb_change_tail(skb, p->network + quote, 0) ||
 	    bpf_skb_adjust_room(skb, room, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_NO_CSUM_RESET) ||

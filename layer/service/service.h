@@ -181,14 +181,16 @@ static __always_inline bool read_backend(__u32 number, __u32 service, struct bac
 __noinline int decide(const struct service_key *key, struct decision *to)
 {
 	struct service service = {}, again = {};
+	struct service_key own;
 
 	if (!key || !to) /* for the verifier, who sees no caller */
 		return VERDICT_NOT_A_SERVICE;
+	own = *key; /* before Linux 6.2 a key must lie on one's own stack */
 	to->verdict = VERDICT_REFUSE;
 	to->reason = REASON_UNSETTLED;
 #pragma unroll
 	for (int round = 0; round < DECIDE_ROUNDS; round++) {
-		if (!read_service(key, &service)) {
+		if (!read_service(&own, &service)) {
 			to->verdict = VERDICT_NOT_A_SERVICE;
 			break;
 		}
@@ -211,7 +213,7 @@ __noinline int decide(const struct service_key *key, struct decision *to)
 		to->number = *number;
 		if (!read_backend(to->number, service.id, &to->backend))
 			continue;
-		if (!read_service(key, &again) || again.id != service.id)
+		if (!read_service(&own, &again) || again.id != service.id)
 			continue;
 		to->verdict = VERDICT_FORWARD;
 		to->reason = REASON_FORWARDED;

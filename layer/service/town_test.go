@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -76,11 +77,14 @@ func (w *town) home(name string, addresses []netip.Addr, snapshot *model.Snapsho
 	path := filepath.Join(w.t.TempDir(), name)
 	w.must(netns.Create(path))
 	w.t.Cleanup(func() { w.must(netns.Remove(path)) })
-	sleeper := exec.Command("sleep", "600")
-	w.must(netns.Start(path, w.Cgroup, sleeper))
+	resident := exec.Command(os.Args[0], "-test.run=^TestStay$")
+	resident.Env = append(os.Environ(), stayVariable+"=1")
+	leave, err := resident.StdinPipe()
+	w.must(err)
+	w.must(netns.Start(path, w.Cgroup, resident))
 	w.t.Cleanup(func() {
-		sleeper.Process.Kill()
-		sleeper.Wait()
+		leave.Close()
+		resident.Wait()
 	})
 	w.settle(path, addresses, snapshot)
 	return path

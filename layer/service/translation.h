@@ -171,39 +171,69 @@ static __always_inline void count_flow(int by)
 		__sync_fetch_and_add(&usage->flows, by);
 }
 
+/* What is needed while a packet is translated, and a flow made or cleared away: too
+ * much for the stack, which all functions on the way share. Programs at tc are not
+ * interrupted by others on their CPU; sweep, which is run from a system call, may
+ * be before Linux 6.10, and has a workbench of its own. */
+struct workbench {
+	struct packet packet;
+	struct translation to;
+	struct tuple from; /* what the client sends */
+	struct translation client;
+	struct translation reply;
+	struct tuple back; /* what the endpoint answers */
+	struct tuple held; /* vacate(): the key in a place, and that of its reply */
+	struct tuple held_back;
+	struct tuple origin;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct workbench);
+	__uint(max_entries, 2);
+} workbenches SEC(".maps");
+
+enum { OF_PACKETS, OF_SWEEP };
+
+static __always_inline struct workbench *workbench(__u32 of)
+{
+	return bpf_map_lookup_elem(&workbenches, &of);
+}
+
 /* What vacate() found. */
 enum { PLACE_TAKEN, PLACE_FREE, PLACE_FREED };
 
-/* vacate makes a place free if the flow in it can go. It
- * and those below are global functions, so that each is verified once. */
-__noinline int vacate(__u32 place, int pressed)
+/* vacate makes a place free if the flow in it can go. It and those below are
+ * global functions, so that each is verified once. */
+__noinline int vacate(__u32 place, int pressed, __u32 of)
 {
 	struct tuple *held = bpf_map_lookup_elem(&places, &place);
-	struct tuple key, back, origin;
+	struct workbench *w = workbench(of);
 
-	if (!held)
+	if (!held || !w)
 		return PLACE_TAKEN;
-	key = *held;
-	if (!key.protocol)
+	if (!held->protocol)
 		return PLACE_FREE;
-	struct translation *client = bpf_map_lookup_elem(&translations, &key);
+	w->held = *held;
+	struct translation *client = bpf_map_lookup_elem(&translations, &w->held);
 
 	if (!client)
 		return PLACE_FREE;
-	reverse(&client->to, &back);
-	struct translation *reply = bpf_map_lookup_elem(&translations, &back);
-	enum state state = state_of(client, reply ? reply : client, key.protocol, seconds());
+	reverse(&client->to, &w->held_back);
+	struct translation *reply = bpf_map_lookup_elem(&translations, &w->held_back);
+	enum state state = state_of(client, reply ? reply : client, w->held.protocol, seconds());
 
 	if (state == STATE_ALIVE || (state == STATE_SPARE && !pressed))
 		return PLACE_TAKEN;
 	if (state == STATE_SPARE)
 		count(REASON_FLOW_CUT);
 	if (reply) {
-		reverse(&reply->to, &origin);
-		if (tuple_equal(&origin, &key))
-			bpf_map_delete_elem(&translations, &back);
+		reverse(&reply->to, &w->origin);
+		if (tuple_equal(&w->origin, &w->held))
+			bpf_map_delete_elem(&translations, &w->held_back);
 	}
-	if (!bpf_map_delete_elem(&translations, &key))
+	if (!bpf_map_delete_elem(&translations, &w->held))
 		count_flow(-1);
 	return PLACE_FREED;
 }
@@ -214,25 +244,26 @@ __noinline int vacate(__u32 place, int pressed)
 #define VACANT_TRIES 4
 #define WALK_TRIES   64
 
-/* take_place finds a place for a key; false if there is none. */
-__noinline int take_place(const struct tuple *key)
+/* take_place finds a place for the flow on the workbench; false if there is none. */
+__noinline int take_place(void)
 {
+	struct workbench *w = workbench(OF_PACKETS);
 	__u32 zero = 0, place;
 	struct usage *usage = bpf_map_lookup_elem(&flow_usage, &zero);
 
-	if (!usage || !key)
+	if (!usage || !w)
 		return false;
 	for (int i = 0; i < VACANT_TRIES + WALK_TRIES; i++) {
 		int pressed = i >= VACANT_TRIES + WALK_TRIES / 2;
 
 		if (i >= VACANT_TRIES || bpf_map_pop_elem(&vacant, &place))
 			place = __sync_fetch_and_add(&usage->hand, 1) & places_mask;
-		if (vacate(place, pressed) == PLACE_TAKEN)
+		if (vacate(place, pressed, OF_PACKETS) == PLACE_TAKEN)
 			continue;
 		struct tuple *held = bpf_map_lookup_elem(&places, &place);
 
 		if (held)
-			*held = *key;
+			*held = w->from;
 		return true;
 	}
 	return false;

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -273,14 +274,27 @@ func (v *village) setMTU(device string, mtu int) error {
 	})
 }
 
+// stayVariable makes this test program a process that does nothing.
+const stayVariable = "MILLRACE_TEST_STAY"
+
+// TestStay is such a process, until its parent is gone; else it tests nothing.
+func TestStay(*testing.T) {
+	if os.Getenv(stayVariable) != "" {
+		io.Copy(io.Discard, os.Stdin)
+	}
+}
+
 // stay keeps a process in the pod, as a container does, until the function it
 // returns is called: a namespace is found by its processes.
 func (p *pod) stay() (leave func()) {
 	p.v.t.Helper()
-	cmd := exec.Command("sleep", "600")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestStay$")
+	cmd.Env = append(os.Environ(), stayVariable+"=1")
+	in, err := cmd.StdinPipe()
+	p.v.must(err)
 	p.v.must(netns.Start(p.netns, p.v.Cgroup, cmd))
 	return func() {
-		cmd.Process.Kill()
+		in.Close()
 		cmd.Wait()
 	}
 }
