@@ -2,6 +2,7 @@ package nft
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/netns"
 )
@@ -123,7 +126,6 @@ func TestTheTableIsWrittenReadAndRemoved(t *testing.T) {
 			t.Errorf("%q is not in\n%s", rule, text)
 		}
 	}
-	t.Log(text)
 	b.must(b.SetUntracked(nil))
 	if after := b.run("", "nft", "list", "ruleset"); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
@@ -286,4 +288,60 @@ func sendToSelf() error {
 	}
 	_, _, err = conn.ReadFrom(make([]byte, 1))
 	return err
+}
+
+// What is remembered of connections between the ranges goes, and nothing else.
+func TestForget(t *testing.T) {
+	b := newBed(t)
+	s, err := b.dial(0)
+	b.must(err)
+	defer s.close()
+	const many = 1300 // more than fit into a message
+	for port := range uint16(many) {
+		s.remember(b, "10.244.1.1", "10.244.2.2", "10.244.2.2", "10.244.1.1", 1000+port)
+	}
+	s.remember(b, "fd00:244::1", "fd00:244::2", "fd00:244::2", "fd00:244::1", 1)
+	s.remember(b, "10.244.1.1", "10.9.0.1", "10.9.0.1", "10.244.1.1", 1)         // to elsewhere
+	s.remember(b, "10.9.0.1", "10.244.1.1", "10.244.1.1", "10.9.0.1", 1)         // from elsewhere
+	s.remember(b, "10.244.1.1", "10.96.0.1", "10.244.2.2", "10.244.1.1", 1)      // translated
+	s.remember(b, "10.244.1.1", "10.244.2.9", "10.244.2.2", "10.244.1.1", 2)     // translated within
+	s.remember(b, "fd00:244::1", "fd00:245::2", "fd00:245::2", "fd00:244::1", 1) // elsewhere in IPv6
+	ranges := Merge(prefixes("10.244.0.0/16", "fd00:244::/64", "10.240.0.0/24", "fd00:246::/64"))
+	for _, want := range []int{many + 1, 0} {
+		if got, err := b.Forget(ranges); err != nil || got != want {
+			t.Errorf("%d forgotten, %v, want %d", got, err, want)
+		}
+	}
+	left := 0
+	for _, err := range s.request(ctGet, unix.NLM_F_DUMP, unix.AF_UNSPEC, nil) {
+		b.must(err)
+		left++
+	}
+	if left != 5 {
+		t.Errorf("%d entries are left of 5", left)
+	}
+}
+
+// remember makes an entry, by its addresses in both directions.
+func (s *socket) remember(b *bed, from, to, back, forth string, port uint16) {
+	b.t.Helper()
+	tuple := func(from, to string, ports ...uint16) attributes {
+		source, target := netip.MustParseAddr(from), netip.MustParseAddr(to)
+		kinds := [2]uint16{ctaSource4, ctaTarget4}
+		if source.Is6() {
+			kinds = [2]uint16{ctaSource6, ctaTarget6}
+		}
+		return attributes(nil).
+			nest(ctaTupleIP, attributes(nil).put(kinds[0], source.AsSlice()).put(kinds[1], target.AsSlice())).
+			nest(2, attributes(nil).put(1, []byte{unix.IPPROTO_UDP}).
+				put(2, binary.BigEndian.AppendUint16(nil, ports[0])).put(3, binary.BigEndian.AppendUint16(nil, ports[1])))
+	}
+	const timeout, newEntry = 7, unix.NFNL_SUBSYS_CTNETLINK << 8
+	entry := attributes(nil).
+		nest(ctaOriginal, tuple(from, to, port, 53)).
+		nest(ctaReply, tuple(back, forth, 53, port)).
+		number(timeout, 3600)
+	for _, err := range s.request(newEntry, unix.NLM_F_CREATE|unix.NLM_F_EXCL, familyOf(entry), entry) {
+		b.must(err)
+	}
 }

@@ -237,7 +237,7 @@ func TestTrackingOfVeryManyRules(t *testing.T) {
 	b := newBed(t)
 	var rules strings.Builder
 	rules.WriteString("add table ip many\nadd chain ip many c { type filter hook forward priority 0; }\n")
-	const count = 20_000
+	const count = 10_000
 	for i := range count {
 		fmt.Fprintf(&rules, "add rule ip many c ip saddr %s tcp dport 80 counter drop\n", netip.AddrFrom4([4]byte{192, 168, byte(i >> 8), byte(i)}))
 	}

@@ -96,17 +96,20 @@ func kindOf(message uint16) uint16 { return unix.NFNL_SUBSYS_NFTABLES<<8 | messa
 
 // answer is one message of an answer.
 type answer struct {
-	kind, family byte
-	attributes   []byte
+	family     byte
+	attributes []byte
 }
 
-// ask sends one message and yields what comes back, until the kernel says that
-// it was all. Who stops early must close the socket.
+// ask sends one message of nf_tables and yields what comes back.
 func (s *socket) ask(message, flags uint16, family byte, attributes attributes) iter.Seq2[answer, error] {
+	return s.request(kindOf(message), flags, family, attributes)
+}
+
+// request sends one message and yields what comes back, until the kernel says
+// that it was all. Who stops early must close the socket.
+func (s *socket) request(kind, flags uint16, family byte, attributes attributes) iter.Seq2[answer, error] {
 	return func(yield func(answer, error) bool) {
-		request := s.message(kindOf(message), flags|unix.NLM_F_ACK, family, attributes)
-		err := unix.Sendto(s.fd, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-		if err != nil {
+		if err := s.send(s.message(kind, flags|unix.NLM_F_ACK, family, attributes)); err != nil {
 			yield(answer{}, err)
 			return
 		}
@@ -129,7 +132,7 @@ func (s *socket) ask(message, flags uint16, family byte, attributes attributes) 
 				changed = true
 			case len(m.payload) < 4:
 				continue
-			case !yield(answer{byte(m.kind), m.payload[0], m.payload[4:]}, nil):
+			case !yield(answer{m.payload[0], m.payload[4:]}, nil):
 				return
 			}
 		}
@@ -152,6 +155,16 @@ func (m received) err() error {
 		return unix.Errno(-code)
 	}
 	return nil
+}
+
+// send sends messages as one, however long.
+func (s *socket) send(messages []byte) error {
+	if len(messages) > datagramLen { // a message takes more of the socket's room than its bytes
+		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 2*len(messages)+datagramLen); err != nil {
+			return err
+		}
+	}
+	return unix.Sendto(s.fd, messages, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
 }
 
 // receive yields the messages that arrive, for ever; their memory is used again.
@@ -200,11 +213,7 @@ func (s *socket) commit(steps []step) error {
 	}
 	last := s.sequence
 	batch = append(batch, s.message(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, nil)...)
-	// Each message takes more of the socket's room than its bytes.
-	if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 2*len(batch)+datagramLen); err != nil {
-		return err
-	}
-	if err := unix.Sendto(s.fd, batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := s.send(batch); err != nil {
 		return err
 	}
 	for m, err := range s.receive() {

@@ -179,7 +179,8 @@ func (d *datapath) readTracking() tracking {
 	return t
 }
 
-// setUntracked writes our table, or removes it, and reads it back.
+// setUntracked writes our table, or removes it, and reads it back. What tracking
+// remembers of connections that are bypassed now goes.
 func (d *datapath) setUntracked(ranges bypass) error {
 	err := d.rules.SetUntracked(ranges)
 	var absent *need.Feature
@@ -191,8 +192,14 @@ func (d *datapath) setUntracked(ranges bypass) error {
 	}
 	d.bypassing = len(ranges) > 0
 	found, whole, err := d.rules.Untracked()
-	if err == nil && !(whole && slices.Equal(bypass(found), ranges)) {
-		err = fmt.Errorf("read back: the kernel holds %v", found)
+	if err != nil {
+		return err
+	}
+	if !whole || !slices.Equal(bypass(found), ranges) {
+		return fmt.Errorf("read back: the kernel holds %v", found)
+	}
+	if len(ranges) > 0 {
+		_, err = d.rules.Forget(ranges)
 	}
 	return err
 }
