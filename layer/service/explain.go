@@ -75,7 +75,7 @@ type Choice struct {
 // Explainer answers what would happen to packets. It runs the program `explain`
 // over the Service tables, which parses and decides with the functions of the
 // programs in force; every other map that it uses is its own. It changes nothing
-// that serves. One answer takes 20 us, and 2 us more for each slot of the Service.
+// that serves. One answer takes 50 us, with a thousand endpoints 20 ms.
 // An Explainer has one user at a time.
 type Explainer struct {
 	settings Settings
