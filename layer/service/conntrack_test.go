@@ -576,3 +576,23 @@ func TestConntrackSettings(t *testing.T) {
 		t.Error(text)
 	}
 }
+
+// A pod that is its own endpoint gets along with somebody's tracking, too.
+func TestHairpinBesideConntrack(t *testing.T) {
+	for _, setting := range []Conntrack{ConntrackKeep, ConntrackAuto} {
+		t.Run(string(setting), func(t *testing.T) {
+			v, _, server := tracked(t, Settings{Path: PathPacket, Conntrack: setting})
+			v.open(servedTwice(server))
+			for _, path := range []Path{PathSocket, PathPacket} {
+				for _, way := range waysOf(path) {
+					if err := server.calls(way.network, way.address, 20); err != nil {
+						t.Errorf("%s path, %s %s: %v", path, way.network, way.address, err)
+					}
+				}
+			}
+			if n := v.entries(); n != 0 && setting == ConntrackAuto {
+				t.Errorf("%d entries", n)
+			}
+		})
+	}
+}
