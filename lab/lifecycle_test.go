@@ -313,7 +313,8 @@ func TestAgentsAreRestarted(t *testing.T) {
 	s := l.await("up", func(s *Status) bool { return s.Up })
 	for i := range 3 {
 		before := s.Node("node-1").Agent.Pid
-		if err := l.KillAgent(l.ctx, "node-1"); err != nil {
+		end := []func(context.Context, string) error{l.KillAgent, l.StopAgent}[i%2]
+		if err := end(l.ctx, "node-1"); err != nil {
 			t.Fatal(err)
 		}
 		s = l.await("it is ready again", func(s *Status) bool {
@@ -600,6 +601,7 @@ func TestLoad(t *testing.T) {
 		{Targets: []string{target(0, "8080"), target(1, "9090")}, Rate: 200, Duration: 200},
 		{Proto: ProtoUDP, Targets: []string{target(0, "8080"), target(1, "8080")}, Rate: 200, Duration: 200},
 		{Targets: []string{target(0, "8080"), target(1, "9090")}, Rate: 200, Duration: 200, Keep: 4},
+		{Proto: ProtoSend, Targets: []string{target(0, "8080"), target(1, "8080")}, Rate: 200, Duration: 200, Keep: 4, Stay: true},
 	} {
 		r, err := l.Load(l.ctx, "client", c)
 		if err != nil {
@@ -631,6 +633,51 @@ func TestLoad(t *testing.T) {
 		if a := l.call("client", c.proto, c.target); a.Kind != c.kind {
 			t.Errorf("%s to %s: %+v, want %s", c.proto, c.target, a, c.kind)
 		}
+	}
+}
+
+func TestLoadUntilToldToEnd(t *testing.T) {
+	l := up(t, "until", shop(1))
+	web := l.await("up", func(s *Status) bool { return s.Up }).podsOf("web")[0]
+	results := make(chan *LoadResult, 1)
+	target := net.JoinHostPort(web.Addresses[0].String(), "8080")
+	go func() {
+		r, err := l.Load(l.ctx, "client", LoadRequest{Targets: []string{target}, Rate: 500, Keep: 1, Least: 50})
+		if err != nil {
+			t.Error(err)
+		}
+		results <- r
+	}()
+	waitUntil(t, "the load is there", func() bool { return established(web) >= 1 })
+	if err := l.EndLoads(l.ctx, "client"); err != nil {
+		t.Fatal(err)
+	}
+	if r := <-results; r == nil || r.Operations < 50 || r.Failed > 0 || r.Reconnects > 0 {
+		t.Errorf("a load of at least 50 operations: %+v", r)
+	}
+}
+
+// A long-living connection that is to stay with its pod notices another one.
+func TestLoadNoticesAnotherPod(t *testing.T) {
+	server, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	go func() {
+		buffer := make([]byte, 512)
+		for i := 0; ; i++ {
+			n, from, err := server.ReadFrom(buffer)
+			if err != nil {
+				return
+			}
+			server.WriteTo(fmt.Appendf(nil, "pod-%d node %s", min(i/5, 1), buffer[:n]), from)
+		}
+	}()
+	request := LoadRequest{Proto: ProtoUDP, Targets: []string{server.LocalAddr().String()}, Rate: 1000, Duration: 10, Keep: 1, Stay: true}
+	r, err := runLoad(t.Context(), request, nil)
+	if err != nil || r.Operations != 10 || r.Failures[FailureWrong] != 1 || r.Failed != 1 {
+		t.Errorf("the second of two pods answered from the sixth time on: %+v, %v", r, err)
 	}
 }
 

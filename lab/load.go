@@ -26,9 +26,11 @@ type LoadRequest struct {
 	Duration int `json:"duration_ms"`
 	Least    int `json:"least,omitempty"`
 	Timeout  int `json:"timeout_ms,omitempty"`
-	// Keep above 0 asks on so many long-living connections (tcp or udp) in turn
-	// instead. One that fails is opened anew; the failure counts.
-	Keep int `json:"keep,omitempty"`
+	// Keep above 0 asks on so many long-living connections or sockets (tcp, udp or
+	// sendto) in turn instead. One that fails is opened anew; the failure counts.
+	// With Stay, so does an answer of another pod than the connection's first one.
+	Keep int  `json:"keep,omitempty"`
+	Stay bool `json:"stay,omitempty"`
 }
 
 // LoadResult is what came of it.
@@ -108,8 +110,8 @@ func runLoad(ctx context.Context, r LoadRequest, end <-chan struct{}) (*LoadResu
 	if len(r.Targets) == 0 || r.Rate <= 0 || r.Duration < 0 {
 		return nil, errors.New("a load needs targets, a rate above zero and a duration")
 	}
-	if r.Keep > 0 && r.Proto != "" && r.Proto != ProtoTCP && r.Proto != ProtoUDP {
-		return nil, fmt.Errorf("long-living connections are for tcp and udp, not %s", r.Proto)
+	if r.Keep > 0 && (r.Proto == ProtoHTTP || r.Proto == ProtoGRPC) {
+		return nil, fmt.Errorf("long-living connections are for tcp, udp and sendto, not %s", r.Proto)
 	}
 	t := &tally{start: time.Now()}
 	t.result.Backends, t.result.Failures = map[string]int{}, map[string]int{}
@@ -175,6 +177,7 @@ type pool struct {
 type pooled struct {
 	mu     sync.Mutex
 	conn   net.Conn
+	pod    string // that answered first
 	opened int
 }
 
@@ -200,14 +203,20 @@ func (p *pool) ask(i int) (string, Answer) {
 
 func (p *pool) askOn(ctx context.Context, c *pooled, target string, a *Answer) error {
 	if c.conn == nil {
-		conn, err := new(net.Dialer).DialContext(ctx, network(p.request.Proto), target)
+		conn, err := dial(ctx, p.request.Proto, target)
 		if err != nil {
 			return err
 		}
-		c.conn = conn
+		c.conn, c.pod = conn, ""
 		c.opened++
 	}
 	err := ask(ctx, c.conn, a)
+	if c.pod == "" {
+		c.pod = a.Pod
+	}
+	if err == nil && p.request.Stay && a.Pod != c.pod {
+		err = fmt.Errorf("%w: %s answers, not %s as before", errWrong, a.Pod, c.pod)
+	}
 	if err != nil {
 		c.conn.Close()
 		c.conn = nil

@@ -104,10 +104,8 @@ func call(proto, target string, timeout time.Duration) Answer {
 	var err error
 	start := time.Now()
 	switch proto {
-	case "", ProtoTCP, ProtoUDP:
-		err = callConnected(ctx, proto, target, &a)
-	case ProtoSend:
-		err = callSendto(ctx, target, &a)
+	case "", ProtoTCP, ProtoUDP, ProtoSend:
+		err = callOnce(ctx, proto, target, &a)
 	case ProtoHTTP, ProtoGRPC:
 		err = callHTTP(ctx, proto, target, &a)
 	default:
@@ -120,10 +118,9 @@ func call(proto, target string, timeout time.Duration) Answer {
 	return a
 }
 
-// callConnected connects, asks once and closes.
-func callConnected(ctx context.Context, proto, target string, a *Answer) error {
-	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, network(proto), target)
+// callOnce asks once on a connection of its own.
+func callOnce(ctx context.Context, proto, target string, a *Answer) error {
+	conn, err := dial(ctx, proto, target)
 	if err != nil {
 		return err
 	}
@@ -131,13 +128,49 @@ func callConnected(ctx context.Context, proto, target string, a *Answer) error {
 	return ask(ctx, conn, a)
 }
 
-// network is the Go name of a protocol's network.
-func network(proto string) string {
-	if proto == ProtoUDP {
-		return "udp"
+// dial connects, or makes a socket that sends without.
+func dial(ctx context.Context, proto, target string) (net.Conn, error) {
+	switch proto {
+	case ProtoSend:
+		return newSender(target)
+	case ProtoUDP:
+		return new(net.Dialer).DialContext(ctx, "udp", target)
 	}
-	return "tcp"
+	return new(net.Dialer).DialContext(ctx, "tcp", target)
 }
+
+// sender is a UDP socket that is not connected and talks to one address: what
+// comes from elsewhere is a wrong answer.
+type sender struct {
+	*net.UDPConn
+	to netip.AddrPort
+}
+
+func newSender(target string) (*sender, error) {
+	to, err := netip.ParseAddrPort(target)
+	if err != nil {
+		return nil, err
+	}
+	network := "udp4"
+	if to.Addr().Is6() {
+		network = "udp6"
+	}
+	conn, err := net.ListenUDP(network, nil)
+	return &sender{conn, to}, err
+}
+
+func (s *sender) Write(datagram []byte) (int, error) { return s.WriteToUDPAddrPort(datagram, s.to) }
+
+func (s *sender) Read(datagram []byte) (int, error) {
+	n, from, err := s.ReadFromUDPAddrPort(datagram)
+	from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+	if err == nil && from != s.to {
+		err = fmt.Errorf("%w: asked %s, answered by %s", errWrong, s.to, from)
+	}
+	return n, err
+}
+
+func (s *sender) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(s.to) }
 
 // ask sends one request on a connection and checks the answer.
 func ask(ctx context.Context, conn net.Conn, a *Answer) error {
@@ -170,42 +203,6 @@ func check(answer, request string, a *Answer) error {
 	}
 	a.Pod, a.Node = pod, node
 	return nil
-}
-
-// callSendto sends a datagram from an unconnected socket and checks that the
-// answer comes from the address asked.
-func callSendto(ctx context.Context, target string, a *Answer) error {
-	to, err := netip.ParseAddrPort(target)
-	if err != nil {
-		return err
-	}
-	network := "udp4"
-	if to.Addr().Is6() {
-		network = "udp6"
-	}
-	conn, err := net.ListenUDP(network, nil)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if deadline, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(deadline)
-	}
-	request := fmt.Sprintf("request-%d\n", nonce.Add(1))
-	if _, err := conn.WriteToUDPAddrPort([]byte(request), to); err != nil {
-		return err
-	}
-	buffer := make([]byte, 512)
-	n, from, err := conn.ReadFromUDPAddrPort(buffer)
-	if err != nil {
-		return err
-	}
-	from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-	a.Peer = from.String()
-	if from != to {
-		return fmt.Errorf("%w: asked %s, answered by %s", errWrong, to, from)
-	}
-	return check(string(buffer[:n]), request, a)
 }
 
 // callHTTP asks over HTTP/1.1, or gRPC's health service over HTTP/2.
