@@ -30,10 +30,28 @@ type Net struct {
 	path string
 
 	mu sync.Mutex // guards what is remembered
-	// rules are those of the generation, if read.
-	rules      Tracking
+	// rules are what others want, table is ours.
+	rules remembered[Tracking]
+	table remembered[ours]
+}
+
+// remembered is what was read of one generation of the rules.
+type remembered[T any] struct {
+	value      T
 	generation uint32
 	read       bool
+}
+
+// at is the value, read again if it is of another generation.
+func (r *remembered[T]) at(generation uint32, read func() (T, error)) (T, error) {
+	if r.read && r.generation == generation {
+		return r.value, nil
+	}
+	value, err := read()
+	if err == nil {
+		*r = remembered[T]{value, generation, true}
+	}
+	return value, err
 }
 
 // In gives a Net for the namespace bound to path; the empty path is the

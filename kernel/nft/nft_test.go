@@ -228,7 +228,7 @@ func TestRulesAreReadAgainAfterAChange(t *testing.T) {
 			}
 		}
 	}
-	b.rules.Asked = true // as if remembered
+	b.rules.value.Asked = true // as if remembered
 	if got, err := b.Tracking(); err != nil || !got.Asked {
 		t.Errorf("nobody changed anything, and the rules were read again: %+v, %v", got, err)
 	}

@@ -31,35 +31,50 @@ var errOthers = errors.New("the table is not as it was written")
 // order of Merge; none if the table is not there. With whole false the table is
 // there but not as SetUntracked leaves it.
 func (n *Net) Untracked() (ranges []netip.Prefix, whole bool, err error) {
-	if _, err := n.now(); err != nil {
-		return nil, false, err
-	}
-	s, err := n.dial(0)
+	generation, err := n.now()
 	if err != nil {
 		return nil, false, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	table, err := n.table.at(generation, n.readTable)
+	if err != nil {
+		return nil, false, fmt.Errorf("read table inet %s: %w", Table, err)
+	}
+	return table.ranges, table.whole, nil
+}
+
+// ours is what is in our table.
+type ours struct {
+	ranges []netip.Prefix
+	whole  bool
+}
+
+func (n *Net) readTable() (table ours, err error) {
+	s, err := n.dial(0)
+	if err != nil {
+		return table, err
 	}
 	defer s.close()
 	_, err = s.object(unix.NFT_MSG_GETTABLE, attributes(nil).text(unix.NFTA_TABLE_NAME, Table))
 	if errors.Is(err, unix.ENOENT) {
-		return nil, true, nil
+		return ours{whole: true}, nil
 	}
 	for _, f := range families {
 		if err == nil {
 			var found []netip.Prefix
 			found, err = s.elements(f)
-			ranges = append(ranges, found...)
+			table.ranges = append(table.ranges, found...)
 		}
 	}
 	if err == nil {
 		err = s.verify()
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, errOthers) {
-		return ranges, false, nil
+		return table, nil
 	}
-	if err != nil {
-		return nil, false, fmt.Errorf("read table inet %s: %w", Table, err)
-	}
-	return ranges, true, nil
+	table.whole = err == nil
+	return table, err
 }
 
 // SetUntracked makes connections between any two of the ranges be tracked no

@@ -72,27 +72,27 @@ func (n *Net) Tracking() (Tracking, error) {
 	if len(legacy) > 0 {
 		return Tracking{true, legacy}, nil
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	generation, err := n.now()
 	var absent *need.Feature
 	if errors.As(err, &absent) {
 		return Tracking{}, nil // then nobody has rules there
 	}
-	if err != nil || n.read && generation == n.generation {
-		return n.rules, err
-	}
-	var rules Tracking
-	for range 5 {
-		if rules, err = n.readRules(); !errors.Is(err, errChanged) {
-			break
-		}
-	}
 	if err != nil {
-		return Tracking{}, fmt.Errorf("read the rules of nftables: %w", err)
+		return Tracking{}, err
 	}
-	n.rules, n.generation, n.read = rules, generation, true
-	return rules, nil
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.rules.at(generation, func() (rules Tracking, err error) {
+		for range 5 {
+			if rules, err = n.readRules(); !errors.Is(err, errChanged) {
+				break
+			}
+		}
+		if err != nil {
+			err = fmt.Errorf("read the rules of nftables: %w", err)
+		}
+		return rules, err
+	})
 }
 
 func (n *Net) readRules() (Tracking, error) {

@@ -174,8 +174,8 @@ func TestServicesBesideConntrack(t *testing.T) {
 			if err := client.calls(way.network, way.address, 50); err != nil {
 				t.Errorf("%s path, %s %s: %v", path, way.network, way.address, err)
 			}
-			if added := v.entries() - before; added < 50 {
-				t.Errorf("%s path, %s %s: 50 connections made %d entries: the test is blind", path, way.network, way.address, added)
+			if added := v.entries() - before; added == 0 {
+				t.Errorf("%s path, %s %s: no entry was made: the test is blind", path, way.network, way.address)
 			}
 		}
 	}
