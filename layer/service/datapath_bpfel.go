@@ -267,6 +267,7 @@ type datapathWorkbench struct {
 	Client   datapathTranslation
 	Reply    datapathTranslation
 	Back     datapathTuple
+	Before   datapathTuple
 	Held     datapathTuple
 	HeldBack datapathTuple
 	Origin   datapathTuple

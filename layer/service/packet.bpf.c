@@ -73,19 +73,47 @@ static __noinline bool find_fragment(struct packet *p, bool to_pod)
 	return true;
 }
 
+static __always_inline void mark_reset(struct translation *entry, bool reset)
+{
+	if (reset)
+		__sync_fetch_and_or(&entry->flags, SEEN_RST);
+	else
+		__sync_fetch_and_and(&entry->flags, ~SEEN_RST);
+}
+
+/* note_reset notes in both entries of a flow that it was reset, or, when another
+ * packet follows, that it was not: an end that does not heed a reset, for it is old
+ * or forged, answers (RFC 5961, 3.2), and one that is really gone resets again. */
+__noinline int note_reset(int reset)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
+		return 0;
+	struct translation *entry = bpf_map_lookup_elem(&translations, &w->packet.tuple);
+
+	if (!entry)
+		return 0;
+	mark_reset(entry, reset);
+	reverse(&entry->to, &w->back);
+	entry = bpf_map_lookup_elem(&translations, &w->back);
+	if (entry)
+		mark_reset(entry, reset);
+	return 0;
+}
+
 /* note remembers what a packet says of its flow. Most packets write nothing. */
 static __always_inline void note(struct translation *entry, const struct packet *p)
 {
+	bool reset = p->tcp_flags & TCP_RST;
 	__u32 now = seconds();
 
 	if (entry->seen != now)
 		entry->seen = now;
-	if (p->tcp_flags & (TCP_FIN | TCP_RST)) {
-		if (p->tcp_flags & TCP_FIN)
-			__sync_fetch_and_or(&entry->flags, SEEN_FIN);
-		if (p->tcp_flags & TCP_RST)
-			__sync_fetch_and_or(&entry->flags, SEEN_RST);
-	}
+	if (p->tcp_flags & TCP_FIN)
+		__sync_fetch_and_or(&entry->flags, SEEN_FIN);
+	if (reset != !!(entry->flags & SEEN_RST))
+		note_reset(reset);
 }
 
 /* answered notes in a reply's entry that there are replies. */
@@ -174,6 +202,22 @@ __noinline int make_client(int again)
 	return error;
 }
 
+/* find_before notes where the replies come from of the flow that begins anew. */
+__noinline int find_before(void)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
+		return 0;
+	struct translation *client = bpf_map_lookup_elem(&translations, &w->from);
+
+	if (client)
+		reverse(&client->to, &w->before);
+	else
+		w->before.protocol = 0; /* no entry has this key */
+	return 0;
+}
+
 /* begin_flow makes both entries of the flow on the workbench. It returns
  * VERDICT_FORWARD, or VERDICT_DROP. Replies come first: none may pass
  * untranslated. */
@@ -185,6 +229,8 @@ __noinline int begin_flow(int again)
 		return VERDICT_DROP;
 	w->client.seen = seconds();
 	w->client.was = short_of(&w->from);
+	if (again)
+		find_before();
 	int error = make_reply();
 
 	if (error) {
@@ -193,6 +239,8 @@ __noinline int begin_flow(int again)
 	}
 	error = make_client(again);
 	if (!error) {
+		if (again && !tuple_equal(&w->before, &w->back))
+			drop_reply(&w->before, &w->from, &w->origin);
 		count(REASON_FORWARDED);
 		return VERDICT_FORWARD;
 	}
@@ -250,13 +298,16 @@ __noinline int open_flow(const struct packet *p, struct translation *to, int aga
 	return verdict;
 }
 
-/* serves says whether a backend is there. Here an entry that was replaced while
- * it was read does no harm: the next datagram is asked again. */
-static __always_inline bool serves(__u32 number, __u32 service)
+/* serves says whether a client's flow leads to a backend that is there. Numbers
+ * alone do not tell: after a restart one may be given again. Here an entry that was
+ * replaced while it was read does no harm: the next datagram is asked again. */
+static __always_inline bool serves(const struct translation *client)
 {
+	__u32 number = client->number;
 	struct backend *backend = bpf_map_lookup_elem(&backends, &number);
 
-	return backend && backend->service == service;
+	return backend && backend->service == client->service && backend->port == client->to.destination_port &&
+	       address_equal(&backend->address, &client->to.destination);
 }
 
 /* begins_anew says whether a packet of a known flow is the first of another:
@@ -264,13 +315,13 @@ static __always_inline bool serves(__u32 number, __u32 service)
  * gone. */
 static __always_inline bool begins_anew(const struct packet *p, const struct translation *client)
 {
-	if (client->role == ROLE_TO_POD)
+	if (client->role == ROLE_TO_POD || client->flags & SEEN_REPLY) /* it is a reply */
 		return false;
 	if (p->tuple.protocol == IPPROTO_UDP)
-		return !serves(client->number, client->service);
+		return !serves(client);
 	if ((p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;
-	return client->flags & (SEEN_FIN | SEEN_RST) || !serves(client->number, client->service);
+	return client->flags & (SEEN_FIN | SEEN_RST) || !serves(client);
 }
 
 /* client_flow finds or makes the flow of a packet that a pod sends. */

@@ -28,7 +28,7 @@ enum role {
 enum {
 	SEEN_FIN = 1,
 	SEEN_RST = 2,
-	SEEN_REPLY = 4, /* in the client's entry: a reply has passed */
+	SEEN_REPLY = 4, /* only in a reply's entry: one has passed */
 };
 
 struct translation {
@@ -181,8 +181,9 @@ struct workbench {
 	struct tuple from; /* what the client sends */
 	struct translation client;
 	struct translation reply;
-	struct tuple back; /* what the endpoint answers */
-	struct tuple held; /* vacate(): the key in a place, and that of its reply */
+	struct tuple back;   /* what the endpoint answers */
+	struct tuple before; /* what the last endpoint of a flow that begins anew answers */
+	struct tuple held;   /* vacate(): the key in a place, and that of its reply */
 	struct tuple held_back;
 	struct tuple origin;
 };
@@ -199,6 +200,19 @@ enum { OF_PACKETS, OF_SWEEP };
 static __always_inline struct workbench *workbench(__u32 of)
 {
 	return bpf_map_lookup_elem(&workbenches, &of);
+}
+
+/* drop_reply removes the entry of replies, if it is that of the flow with this key.
+ * All three lie on a workbench. */
+static __always_inline void drop_reply(const struct tuple *back, const struct tuple *key, struct tuple *origin)
+{
+	struct translation *reply = bpf_map_lookup_elem(&translations, back);
+
+	if (!reply)
+		return;
+	reverse(&reply->to, origin);
+	if (tuple_equal(origin, key))
+		bpf_map_delete_elem(&translations, back);
 }
 
 /* What vacate() found. */
@@ -228,11 +242,7 @@ __noinline int vacate(__u32 place, int pressed, __u32 of)
 		return PLACE_TAKEN;
 	if (state == STATE_SPARE)
 		count(REASON_FLOW_CUT);
-	if (reply) {
-		reverse(&reply->to, &w->origin);
-		if (tuple_equal(&w->origin, &w->held))
-			bpf_map_delete_elem(&translations, &w->held_back);
-	}
+	drop_reply(&w->held_back, &w->held, &w->origin);
 	if (!bpf_map_delete_elem(&translations, &w->held))
 		count_flow(-1);
 	return PLACE_FREED;
