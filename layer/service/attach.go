@@ -194,6 +194,21 @@ func (d *datapath) attach(h hook, program *ebpf.Program) error {
 	return made.keep()
 }
 
+// wentAway says that attaching failed because the device is gone, as pods go at any
+// moment.
+func (h hook) wentAway(err error) bool {
+	return h.device > 0 && (errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOLINK))
+}
+
+// attachIfThere is attach, and forgets a device that is gone.
+func (d *datapath) attachIfThere(h hook, program *ebpf.Program) error {
+	err := d.attach(h, program)
+	if h.wentAway(err) {
+		return d.detachVeth(h.device)
+	}
+	return err
+}
+
 // makeAttachment attaches a program to a hook that has none.
 func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attachment, error) {
 	// Before other programs: they are to see what the host's stack sees.
@@ -293,7 +308,7 @@ func (d *datapath) attachVeth(device int, name string) error {
 		return nil
 	}
 	for _, h := range vethHooks(device) {
-		if err := d.attach(h, d.programs[h.program]); err != nil {
+		if err := d.attachIfThere(h, d.programs[h.program]); err != nil {
 			return errors.Join(err, d.detachVeth(device))
 		}
 	}

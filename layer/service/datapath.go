@@ -387,10 +387,11 @@ func (d *datapath) putInForce(next loaded) error {
 	}
 	hooks := d.hooks()
 	for i, hook := range hooks {
-		if err := d.attach(hook, next.programs[hook.program]); err != nil {
+		if err := d.attachIfThere(hook, next.programs[hook.program]); err != nil {
 			for _, switched := range hooks[:i] {
-				if before := d.programs[switched.program]; before != nil {
-					err = errors.Join(err, d.attached[switched.name].run(before))
+				before, there := d.programs[switched.program], d.attached[switched.name]
+				if before != nil && there != nil {
+					err = errors.Join(err, there.run(before))
 				}
 			}
 			d.unpinBeside(fresh)

@@ -25,6 +25,15 @@ func flowPlaces(flows int) int {
 	return powerOfTwo(flows, 256)
 }
 
+// places is how many flows there is room for: those of an earlier process that had
+// more room stay where they are.
+func (d *datapath) places() int {
+	if !d.packets {
+		return flowPlaces(d.settings.Flows)
+	}
+	return int(d.maps[datapathMapPlaces].MaxEntries())
+}
+
 // flowSlack is the room beside two entries for each place: for flows that are
 // being made, and because the kernel counts entries of a large map only roughly.
 const flowSlack = 4096

@@ -130,6 +130,9 @@ func (d *datapath) attachBeside(programs map[string]*ebpf.Program) error {
 			anchor = link.AfterLink(l.Link)
 		}
 		made, err := d.makeAt(h, programs[h.program], pin, anchor, besidePriority)
+		if h.wentAway(err) {
+			continue
+		}
 		if err != nil {
 			return err
 		}

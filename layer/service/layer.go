@@ -293,7 +293,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 	if l.whyTracked != "" {
 		d.Degraded = append(d.Degraded, l.whyTracked)
 	}
-	d.Settings = map[string]string{"path": string(l.settings.path()), "flows": fmt.Sprint(flowPlaces(l.settings.Flows)),
+	d.Settings = map[string]string{"path": string(l.settings.path()), "flows": fmt.Sprint(l.datapath.places()),
 		"conntrack": l.conntrackNow()}
 	entries := map[string]int{
 		datapathMapServices: len(l.tables.entries),

@@ -131,14 +131,16 @@ func (d *datapath) openPins(spec *ebpf.CollectionSpec) (map[string]*ebpf.Map, er
 	return found, nil
 }
 
-// adoptGroup takes a group's maps from what was found: all or none.
+// adoptGroup takes a group's maps from what was found: all or none. A map cannot
+// grow: where more flows are asked for, those there are carried over like those of
+// another version.
 func (d *datapath) adoptGroup(g group, version datapathSchemaVersion, found map[string]*ebpf.Map, spec *ebpf.CollectionSpec) {
 	if slices.ContainsFunc(g.maps, func(name string) bool { return found[name] == nil }) {
 		return
 	}
 	to := d.maps
 	other := func(name string) bool { return !sameLayout(found[name], spec.Maps[name]) }
-	if version != g.version || slices.ContainsFunc(g.maps, other) {
+	if version != g.version || slices.ContainsFunc(g.maps, other) || d.wantsMore(g, found) {
 		if hasNothing(g, found) {
 			return
 		}
@@ -151,6 +153,14 @@ func (d *datapath) adoptGroup(g group, version datapathSchemaVersion, found map[
 		}
 	}
 	move(found, to, g.maps...)
+}
+
+// wantsMore says that there is room for flows, but for fewer than are asked for now.
+func (d *datapath) wantsMore(g group, found map[string]*ebpf.Map) bool {
+	if g.number != datapathSchemaGroupSCHEMA_FLOWS || hasNothing(g, found) {
+		return false
+	}
+	return int(found[datapathMapPlaces].MaxEntries()) < flowPlaces(d.settings.Flows)
 }
 
 // hasNothing says that a group has no entry that would have to be carried over.

@@ -1,0 +1,67 @@
+package service
+
+import (
+	"net"
+	"testing"
+	"time"
+)
+
+// Whoever asks for more flows gets them with the next process, and open streams do
+// not notice; whoever asks for fewer keeps the room that there is.
+func TestMoreFlowsFromTheNextProcessOn(t *testing.T) {
+	v := newVillage(t, Settings{Path: PathPacket, Flows: 256})
+	client, server := v.pod(), v.pod()
+	server.serve("tcp", 8080, "server")
+	v.open(webAndNames(server))
+	var conn net.Conn
+	v.must(client.inside(func() (err error) {
+		conn, err = net.DialTimeout("tcp", "10.96.0.1:80", patience)
+		return err
+	}))
+	defer conn.Close()
+	v.must(exchangeLine(conn, "in 256"))
+	for _, c := range []struct{ asked, places int }{{1000, 1024}, {256, 1024}, {0, DefaultFlows}} {
+		v.layer.settings.Flows = c.asked
+		v.again(webAndNames(server))
+		if places := int(v.layer.datapath.maps[datapathMapPlaces].MaxEntries()); places != c.places {
+			t.Errorf("asked for %d flows there is room for %d, want %d", c.asked, places, c.places)
+		}
+		if degraded := v.layer.datapath.degraded; len(degraded) > 0 && v.layer.datapath.tcx {
+			t.Errorf("asked for %d flows: %q", c.asked, degraded)
+		}
+		v.must(exchangeLine(conn, "in more"))
+		v.whole("in more room")
+		v.age(80000 * time.Second)
+		v.sweep()
+		v.must(exchangeLine(conn, "and it stays"))
+	}
+}
+
+// A device may go at any moment, before anybody has seen it: nothing else waits for
+// that.
+func TestADeviceThatGoesStopsNothing(t *testing.T) {
+	v, _, _ := twoPods(t)
+	gone := v.pod()
+	late := v.pod()
+	v.become(webAndNames())
+	v.must(v.node.Delete(gone.device))
+	if err := v.layer.datapath.grow(v.layer.tables, capacity{1 << 15, 1 << 17}); err != nil {
+		t.Errorf("growing while a device goes: %v", err)
+	}
+	have, err := v.layer.Refresh(v.have)
+	v.must(err)
+	var index int
+	for _, p := range have.(*Picture).veths {
+		if p.Name == late.device {
+			index = p.Index
+		}
+	}
+	v.must(v.layer.datapath.detachVeth(index))
+	v.must(v.node.Delete(late.device))
+	if err := v.layer.datapath.attachVeth(index, late.device); err != nil {
+		t.Errorf("attaching to a device that went: %v", err)
+	}
+	if _, there := v.layer.datapath.veths[index]; there {
+		t.Error("a device that went is remembered")
+	}
+}
