@@ -13,10 +13,11 @@ import (
 
 func agentCommand(s *settings) *cobra.Command {
 	var at place
-	var source, metrics string
+	var from wishes
+	var metrics string
 	var dryRun bool
 	c := command(&cobra.Command{
-		Use:   "agent --source dir:PATH",
+		Use:   "agent --source dir:PATH|kube:PATH|kube:",
 		Short: "Keep this node's kernel as the cluster asks",
 		Long: `
 Runs until it is stopped. What it has put into the kernel stays in force
@@ -26,9 +27,9 @@ path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
 namespaces.`,
 	}, changesHost, func(ctx context.Context, _ []string) error {
 		if dryRun {
-			return plan(ctx, s, &at, source)
+			return plan(ctx, s, &at, &from)
 		}
-		from, err := openSource(source)
+		source, err := from.open(at.node)
 		if err != nil {
 			return err
 		}
@@ -40,14 +41,14 @@ namespaces.`,
 		// often keeps the resident set near what is live.
 		debug.SetGCPercent(50)
 		return agent.Run(ctx, agent.Config{
-			Node: at.node, Version: version, Source: from, SourceName: source, Layers: layers,
+			Node: at.node, Version: version, Source: source, SourceName: from.source, Layers: layers,
 			RunFolder: at.run, Metrics: metrics, Log: logger(s), Started: started,
 		})
 	}, exitData, exitUnavailable, exitPrivilege)
 	at.flagCgroup(c)
 	at.flagPins(c)
 	at.flagRun(c)
-	flagSource(c, &source)
+	from.flags(c)
 	at.flagNode(c)
 	at.flagPath(c)
 	at.flagFlows(c)

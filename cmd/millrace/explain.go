@@ -18,7 +18,7 @@ import (
 
 func explainCommand(s *settings) *cobra.Command {
 	var at place
-	var source string
+	var from wishes
 	c := command(&cobra.Command{
 		Use:   "explain PROTO SRC[:PORT] DST:PORT",
 		Short: "What happens to a packet, and why",
@@ -39,21 +39,21 @@ Needs CAP_BPF and CAP_NET_ADMIN.`,
 			return nil
 		},
 	}, readsOnly, func(ctx context.Context, args []string) error {
-		return explain(ctx, s, &at, source, args)
+		return explain(ctx, s, &at, &from, args)
 	}, exitData, exitUnavailable, exitPrivilege)
 	at.flagPins(c)
 	at.flagRun(c)
 	at.flagNode(c)
 	at.flagPath(c)
-	c.Flags().StringVar(&source, "source", "", "ask without an agent, for the cluster in these manifests: dir:PATH")
+	from.flagsAs(c, "ask without an agent, for this cluster: "+sourceForms)
 	return c
 }
 
-func explain(ctx context.Context, s *settings, at *place, source string, args []string) error {
+func explain(ctx context.Context, s *settings, at *place, from *wishes, args []string) error {
 	if _, err := service.ParsePath(at.path); err != nil {
 		return usage("--path: %v", err)
 	}
-	in, known, err := surroundings(ctx, at, source)
+	in, known, err := surroundings(ctx, at, from)
 	if err != nil {
 		return err
 	}
@@ -80,10 +80,10 @@ func explain(ctx context.Context, s *settings, at *place, source string, args []
 
 // surroundings are the settings in force and what is known of the cluster: from
 // the manifests, or from the agent that runs here.
-func surroundings(ctx context.Context, at *place, source string) (service.Settings, service.Known, error) {
+func surroundings(ctx context.Context, at *place, from *wishes) (service.Settings, service.Known, error) {
 	in := service.Settings{Node: at.node, Path: service.Path(at.path)}
-	if source != "" {
-		snapshot, err := firstSnapshot(ctx, source)
+	if from.source != "" {
+		snapshot, err := firstSnapshot(ctx, from, at.node)
 		if err != nil {
 			return in, service.Known{}, err
 		}

@@ -3,15 +3,12 @@ package main
 import (
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
-	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/kernel/cgroup"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/service"
-	"github.com/millrace/millrace/source/dir"
 )
 
 // place says where on a host millrace works. Two places on one host (the nodes
@@ -85,26 +82,6 @@ func (p *place) pinned() []layer.Layer {
 			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
 		}),
 	}
-}
-
-func flagSource(c *cobra.Command, name *string) {
-	c.Flags().StringVar(name, "source", "", "where the cluster's wishes come from: dir:PATH, a file or folder of manifests (required)")
-}
-
-// openSource makes a source from its name on the command line.
-func openSource(name string) (agent.Source, error) {
-	kind, path, _ := strings.Cut(name, ":")
-	switch {
-	case name == "":
-		return nil, usage("--source is missing: say --source dir:PATH")
-	case kind != "dir" || path == "":
-		return nil, usage("--source %q: use dir:PATH", name)
-	}
-	source, err := dir.Open(path)
-	if err != nil {
-		return nil, &failure{exitData, err}
-	}
-	return source, nil
 }
 
 func hostname() string {

@@ -14,22 +14,22 @@ import (
 
 func planCommand(s *settings) *cobra.Command {
 	var at place
-	var source string
+	var from wishes
 	c := command(&cobra.Command{
-		Use:   "plan --source dir:PATH",
+		Use:   "plan --source dir:PATH|kube:PATH|kube:",
 		Short: "What the agent would change in the kernel",
 		Long: `
-Reads the manifests once, compares what they ask for with what is pinned on this
+Reads the manifests or asks the API server once, compares what is asked for with what is pinned on this
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
 pinned everything is new.`,
 	}, readsOnly, func(ctx context.Context, _ []string) error {
-		return plan(ctx, s, &at, source)
+		return plan(ctx, s, &at, &from)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)
 	at.flagNode(c)
 	at.flagPath(c)
 	at.flagConntrack(c)
-	flagSource(c, &source)
+	from.flags(c)
 	return c
 }
 
@@ -41,8 +41,8 @@ type planned struct {
 	Detail string   `json:"detail,omitempty"`
 }
 
-func plan(ctx context.Context, s *settings, at *place, source string) error {
-	snapshot, err := firstSnapshot(ctx, source)
+func plan(ctx context.Context, s *settings, at *place, from *wishes) error {
+	snapshot, err := firstSnapshot(ctx, from, at.node)
 	if err != nil {
 		return err
 	}
@@ -72,8 +72,8 @@ func plan(ctx context.Context, s *settings, at *place, source string) error {
 }
 
 // firstSnapshot is the first whole picture of a source.
-func firstSnapshot(ctx context.Context, name string) (*model.Snapshot, error) {
-	source, err := openSource(name)
+func firstSnapshot(ctx context.Context, from *wishes, node string) (*model.Snapshot, error) {
+	source, err := from.open(node)
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +90,7 @@ func firstSnapshot(ctx context.Context, name string) (*model.Snapshot, error) {
 		if err == nil {
 			err = errors.New("it ended before the cluster was seen whole")
 		}
-		return nil, &failure{exitData, fmt.Errorf("read %s: %w", name, err)}
+		return nil, &failure{exitData, fmt.Errorf("read %s: %w", from.source, err)}
 	}
 	return first, nil
 }

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"iter"
 	"maps"
 	"slices"
 
@@ -122,6 +123,18 @@ func (c *Cluster) Put(o *Object) *Object {
 
 // Said is the object as it was last put, nil if there is none.
 func (c *Cluster) Said(k Key) *Object { return c.objects.get(k) }
+
+// Keys are those of all objects of a kind as they were last put, in no order. The
+// Cluster may not be changed meanwhile.
+func (c *Cluster) Keys(kind string) iter.Seq[Key] {
+	return func(yield func(Key) bool) {
+		for _, o := range c.objects.objects {
+			if o != nil && o.kind.String() == kind && !yield(o.Key()) {
+				return
+			}
+		}
+	}
+}
 
 // inForce is the version of an object that is in force, nil if there is none.
 func (c *Cluster) inForce(k Key) *Object {

@@ -1,0 +1,62 @@
+package kube
+
+import (
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+)
+
+// kind is one kind of objects as the API server is asked for it.
+type kind struct {
+	// resource is its name in paths and RBAC rules, "services".
+	resource string
+	// path leads to it below the address of a server.
+	path string
+	// object is its name in manifests, "Service".
+	object string
+	// labels and fields select the objects that are of use, at the server.
+	labels, fields string
+	// list makes an empty list of the kind.
+	list func() runtime.Object
+	// needed: without it nothing can be served.
+	needed bool
+	// always: there are some as soon as an API server is up.
+	always bool
+	// never is why a list of the kind is never empty; "" where it may be.
+	never string
+}
+
+// kindsFor are the kinds that are watched for a node.
+//
+// The selectors are kube-proxy's: a Service with the label service-proxy-name is
+// another proxy's, and headless Services are for DNS, as are slices with the
+// label headless. Slices without a Service are somebody else's private matter.
+func kindsFor(node string) []kind {
+	return []kind{
+		{
+			resource: "services", path: "/api/v1/services", object: "Service",
+			labels: "!service.kubernetes.io/service-proxy-name",
+			fields: "spec.clusterIP!=" + corev1.ClusterIPNone,
+			list:   func() runtime.Object { return &corev1.ServiceList{} },
+			needed: true, always: true,
+			never: "every API server makes the Service default/kubernetes when it starts",
+		},
+		{
+			resource: "endpointslices", path: "/apis/discovery.k8s.io/v1/endpointslices", object: "EndpointSlice",
+			labels: discoveryv1.LabelServiceName + ",!" + corev1.IsHeadlessService + ",!service.kubernetes.io/service-proxy-name",
+			list:   func() runtime.Object { return &discoveryv1.EndpointSliceList{} },
+			needed: true,
+			never:  "the API server itself is an endpoint of default/kubernetes",
+		},
+		{
+			resource: "nodes", path: "/api/v1/nodes", object: "Node",
+			list:  func() runtime.Object { return &corev1.NodeList{} },
+			never: "this agent runs on one",
+		},
+		{
+			resource: "pods", path: "/api/v1/pods", object: "Pod",
+			fields: "spec.nodeName=" + node,
+			list:   func() runtime.Object { return &corev1.PodList{} },
+		},
+	}
+}

@@ -1,0 +1,8 @@
+// Package kubetest is an API server for tests: list and watch of Services,
+// EndpointSlices, Nodes and Pods, in protobuf or JSON, with selectors, pages,
+// bookmarks, and the faults that a source has to survive.
+//
+// It keeps objects in memory and is no part of the product: only tests import it.
+// It writes nothing in the kernel. What it does not have of a real API server:
+// admission, validation, other verbs, and TLS unless the listener brings it.
+package kubetest
