@@ -467,6 +467,10 @@ func (l *Layer) Look() (layer.Picture, error) {
 }
 
 func (l *Layer) lookAtTables() (*Picture, error) {
+	spec, err := loadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read embedded programs: %w", err)
+	}
 	opened := map[string]*ebpf.Map{}
 	defer func() {
 		for _, m := range opened {
@@ -477,6 +481,9 @@ func (l *Layer) lookAtTables() (*Picture, error) {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(l.settings.Pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
 			return inForce(map[Frontend]*Row{}), nil
+		}
+		if err == nil {
+			m, err = inOurLayout(m, spec.Maps[name])
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(l.settings.Pins, name), err)

@@ -34,6 +34,27 @@ func (d *datapath) carryTables() error {
 	return nil
 }
 
+// inOurLayout is a map itself, or where it is another version's, a copy in this
+// one's layout; the map is closed then. It changes nothing.
+func inOurLayout(m *ebpf.Map, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	if sameLayout(m, spec) {
+		return m, nil
+	}
+	defer m.Close()
+	spec = spec.Copy()
+	spec.MaxEntries = m.MaxEntries()
+	copied, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := carryMap(spec.Name, m, copied); err != nil {
+		copied.Close()
+		return nil, err
+	}
+	return copied, nil
+}
+
+// carryMap copies every entry of a map to one of another layout.
 func carryMap(name string, from, to *ebpf.Map) error {
 	t, err := translatorBetween(name, from, to)
 	if err != nil {

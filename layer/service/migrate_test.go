@@ -1,6 +1,7 @@
 package service
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -12,12 +13,15 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/model"
 )
 
@@ -228,6 +232,29 @@ func (v *village) talkAll(client *pod) []*conversation {
 	return all
 }
 
+// seeTheService checks what getpeername() says of connected sockets.
+func (v *village) seeTheService(all []*conversation) {
+	v.t.Helper()
+	for _, c := range all {
+		if c.conn == nil {
+			continue
+		}
+		raw, err := c.conn.(syscall.Conn).SyscallConn()
+		v.must(err)
+		v.must(raw.Control(func(fd uintptr) {
+			peer, err := unix.Getpeername(int(fd))
+			if err != nil || netip.AddrPortFrom(addressOfSocket(peer), uint16(port(peer))).String() != c.conn.RemoteAddr().String() {
+				v.t.Errorf("%s: getpeername says %v, %v", c.what, peer, err)
+			}
+		}))
+	}
+}
+
+func addressOfSocket(a unix.Sockaddr) netip.Addr {
+	ip, _ := netip.AddrFromSlice(address(a))
+	return ip.Unmap()
+}
+
 // goOn waits until each conversation has gone on by so many exchanges.
 func (v *village) goOn(all []*conversation, by int64) {
 	v.t.Helper()
@@ -286,11 +313,25 @@ func TestAnotherVersionsFlowsGoOn(t *testing.T) {
 			cluster := bothPaths(first, second)
 			v.open(cluster)
 			all := v.talkAll(client)
-			for range 3 {
+			for range 2 {
 				v.layer.Close()
 				v.leaveOtherwise(row.other...)
 				v.goOn(all, 5)
+				seen, err := New(v.layer.settings).Look()
+				v.must(err)
+				if left := v.layer.Diff(seen, v.layer.Plan(cluster), true); len(left) > 0 {
+					t.Errorf("what another version has in force does not look like it: %v", left)
+				}
+				before, err := ebpf.LoadPinnedMap(filepath.Join(v.layer.settings.Pins, datapathMapHandover), nil)
+				v.must(err)
 				v.reopen(cluster)
+				var begun uint32
+				v.must(before.Lookup(uint32(0), &begun))
+				if flows := row.name != "tables"; flows != (begun != 0) {
+					t.Errorf("flows were carried over: %v; the old programs were told to begin none: %v", flows, begun != 0)
+				}
+				before.Close()
+				v.seeTheService(all)
 				v.goOn(all, 5)
 				for _, way := range ways {
 					if _, _, err := client.call(way.network, way.address, "new"); err != nil {
@@ -313,17 +354,18 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 	begun := func(d *datapath) error { return d.left[datapathMapHandover].Put(uint32(0), uint32(1)) }
 	for _, row := range []struct {
 		name  string
+		begun bool // the new programs begin flows
 		steps func(*datapath) error
 	}{
-		{"maps are pinned", func(d *datapath) error { _, err := d.pinBeside(d.maps); return err }},
-		{"programs are attached", func(d *datapath) error { return attachAll(d, func(string) bool { return true }) }},
-		{"some programs are attached", func(d *datapath) error {
+		{"maps are pinned", false, func(d *datapath) error { _, err := d.pinBeside(d.maps); return err }},
+		{"programs are attached", false, func(d *datapath) error { return attachAll(d, func(string) bool { return true }) }},
+		{"some programs are attached", false, func(d *datapath) error {
 			return attachAll(d, func(program string) bool { return program != datapathProgToPod })
 		}},
-		{"the old programs begin no flows any more", func(d *datapath) error {
+		{"the old programs begin no flows any more", true, func(d *datapath) error {
 			return errors.Join(attachAll(d, func(string) bool { return true }), begun(d))
 		}},
-		{"half of the programs are promoted", func(d *datapath) error {
+		{"half of the programs are promoted", true, func(d *datapath) error {
 			if err := errors.Join(attachAll(d, func(string) bool { return true }), begun(d)); err != nil {
 				return err
 			}
@@ -347,7 +389,7 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 			}
 			return err
 		}},
-		{"half of the maps have their names", func(d *datapath) error {
+		{"half of the maps have their names", true, func(d *datapath) error {
 			if err := errors.Join(attachAll(d, func(string) bool { return true }), begun(d)); err != nil {
 				return err
 			}
@@ -388,6 +430,9 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 				if _, _, err := client.call(way.network, way.address, "between"); err != nil {
 					t.Errorf("a new call of %s while nobody finishes it: %v", way.address, err)
 				}
+			}
+			if row.begun {
+				all = append(all, v.talkAll(client)...) // with the new programs
 			}
 			v.reopen(cluster)
 			v.goOn(all, 5)
@@ -455,4 +500,141 @@ func TestFlowsThatCannotBeCarriedAreNamed(t *testing.T) {
 			t.Log(description.Reasons, err)
 		}
 	}
+}
+
+// The carrier copies each flow once, gives it a place, counts it, and adds what is
+// seen of it later; of one that has begun anew it leaves the newer entry.
+func TestFlowsAreCarriedOnce(t *testing.T) {
+	v, client, _ := twoPods(t)
+	all := []net.Conn{}
+	v.must(client.inside(func() error {
+		for _, way := range ways {
+			conn, err := net.Dial(way.network, way.address)
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { conn.Close() })
+			all = append(all, conn)
+			if err := exchangeLine(conn, "hello"); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	v.layer.Close()
+	v.leaveOtherwise(datapathMapTranslations)
+	from, to := map[string]*ebpf.Map{}, map[string]*ebpf.Map{}
+	spec, err := liveSpec()
+	v.must(err)
+	sizeMaps(spec, capacity{1, 1}, 1024)
+	for _, name := range flowMaps {
+		from[name], err = ebpf.LoadPinnedMap(filepath.Join(v.layer.settings.Pins, name), nil)
+		v.must(err)
+		to[name], err = ebpf.NewMap(spec.Maps[name])
+		v.must(err)
+	}
+	defer closeMaps(from)
+	defer closeMaps(to)
+	carrier, err := newFlowCarrier(from, to)
+	v.must(err)
+	for range 3 {
+		v.must(carrier.run())
+		v.held(to, len(all))
+	}
+	ended, anew := v.twoKeys(to)
+	value, err := to[datapathMapTranslations].LookupBytes(anew)
+	v.must(err)
+	at := carrier.translations.to.value.find("to.destination.word[3]").at
+	value[at]++ // another endpoint
+	v.must(to[datapathMapTranslations].Put(anew, value))
+	for _, key := range [][]byte{ended, anew} {
+		old, err := from[datapathMapTranslations].LookupBytes(key)
+		v.must(err)
+		old[carrier.translations.from.value.find("flags").at] |= 1 // SEEN_FIN
+		v.must(from[datapathMapTranslations].Put(key, old))
+	}
+	v.must(carrier.run())
+	v.held(to, len(all))
+	var got datapathTranslation
+	v.must(to[datapathMapTranslations].Lookup(ended, &got))
+	if got.Flags&1 == 0 {
+		t.Error("what was seen of a flow after it was carried over is not noted")
+	}
+	now, err := to[datapathMapTranslations].LookupBytes(anew)
+	if err != nil || string(now) != string(value) {
+		t.Errorf("a flow that has begun anew is overwritten by its older entry: %v", err)
+	}
+}
+
+// held checks that maps of flows hold so many flows, each with a place.
+func (v *village) held(maps map[string]*ebpf.Map, flows int) {
+	v.t.Helper()
+	var entries, places int
+	var key, none datapathTuple
+	var place uint32
+	all := maps[datapathMapPlaces].Iterate()
+	for all.Next(&place, &key) {
+		if key == none {
+			continue
+		}
+		places++
+		var value datapathTranslation
+		v.must(maps[datapathMapTranslations].Lookup(key, &value))
+		if value.Role != datapathRoleROLE_FROM_POD {
+			v.t.Errorf("place %d holds a key of role %d", place, value.Role)
+		}
+	}
+	v.must(all.Err())
+	v.must(bpfmap.Walk(maps[datapathMapTranslations], func(_, _ []byte) error { entries++; return nil }))
+	var usage datapathUsage
+	v.must(maps[datapathMapFlowUsage].Lookup(uint32(0), &usage))
+	if entries != 2*flows || places != flows || usage.Flows != int64(flows) {
+		v.t.Errorf("%d entries, %d places, %d counted; want those of %d flows", entries, places, usage.Flows, flows)
+	}
+}
+
+// twoKeys are the keys of two clients' entries.
+func (v *village) twoKeys(maps map[string]*ebpf.Map) (one, other []byte) {
+	v.t.Helper()
+	none := make([]byte, maps[datapathMapPlaces].ValueSize())
+	v.must(bpfmap.Walk(maps[datapathMapPlaces], func(_, key []byte) error {
+		if string(key) != string(none) {
+			one, other = other, bytes.Clone(key)
+		}
+		return nil
+	}))
+	return one, other
+}
+
+// A process whose source cannot be read takes everything over and takes nothing
+// away.
+func TestWithoutASourceNothingIsTakenAway(t *testing.T) {
+	v := newVillage(t, Settings{})
+	client, server := v.pod(), v.pod()
+	server.serve("tcp", 8080, "server")
+	server.serve("udp", 5353, "server")
+	v.open(bothPaths(server))
+	all := v.talkAll(client)
+	attached := func() (programs []string) {
+		description, err := v.layer.Describe()
+		v.must(err)
+		for _, p := range description.Programs {
+			programs = append(programs, fmt.Sprint(p.Name, " ", p.Link))
+		}
+		return programs
+	}
+	before := attached()
+	v.layer.Close()
+	v.must(v.layer.Open())
+	have, err := v.layer.Read()
+	v.must(err)
+	if changes := v.layer.Diff(have, v.layer.Plan(&model.Snapshot{}), false); len(changes) > 0 {
+		t.Errorf("before anything was read from the source: %v", changes)
+	}
+	if now := attached(); v.layer.datapath.tcx && !slices.Equal(before, now) {
+		t.Errorf("attached are %v, before %v", now, before)
+	} else if len(now) != len(before) {
+		t.Errorf("%d programs are attached, %d were before", len(now), len(before))
+	}
+	v.goOn(all, 5)
 }
