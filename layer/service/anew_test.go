@@ -134,3 +134,32 @@ func TestDatagramsLeaveADeadEndpointAfterARestart(t *testing.T) {
 		t.Errorf("%q answers, %v; want the endpoint there is", line, err)
 	}
 }
+
+// A pod may talk to an endpoint without its Service, from a port from which it talks
+// or has talked to the Service: the two are not taken for one.
+func TestDirectConnectionFromAPortOfAFlow(t *testing.T) {
+	v, client, _ := twoPods(t)
+	for _, way := range [][2]string{{"10.96.0.1:80", "10.244.1.2:8080"}, {"[fd00:96::1]:80", "[fd00:244::2]:8080"}} {
+		served, err := client.fromPort("tcp", way[0], 4000)
+		v.must(err)
+		v.must(exchangeLine(served, "by the Service"))
+		for range 3 {
+			direct, err := client.fromPort("tcp", way[1], 4000)
+			if err != nil {
+				t.Fatalf("directly to %s beside a connection to its Service: %v", way[1], err)
+			}
+			v.must(exchangeLine(direct, "directly"))
+			v.must(exchangeLine(served, "by the Service, still"))
+			v.must(direct.(*net.TCPConn).SetLinger(0))
+			direct.Close()
+		}
+		served.Close()
+		direct, err := client.fromPort("tcp", way[1], 4000)
+		if err != nil {
+			t.Fatalf("directly to %s after a connection to its Service: %v", way[1], err)
+		}
+		v.must(exchangeLine(direct, "directly"))
+		direct.Close()
+	}
+	v.whole("at the end")
+}

@@ -298,12 +298,40 @@ __noinline int open_flow(const struct packet *p, struct translation *to, int aga
 	return verdict;
 }
 
+/* keep_apart gives a connection without a Service another source port where its
+ * answers would be taken for those of a flow: the pod talks, or has talked, by a
+ * Service to the same endpoint from the same port. */
+__noinline int keep_apart(const struct packet *p, struct translation *to, int again)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!p || !to || !w)
+		return VERDICT_NOT_A_SERVICE;
+	reverse(&p->tuple, &w->back);
+	struct translation *taken = bpf_map_lookup_elem(&translations, &w->back);
+
+	if (again ? to->service != 0 : !taken || taken->role != ROLE_TO_POD)
+		return VERDICT_NOT_A_SERVICE;
+	w->from = p->tuple;
+	__builtin_memset(&w->client, 0, sizeof(w->client));
+	w->client.to = p->tuple;
+	w->client.role = ROLE_FROM_POD;
+	int verdict = begin_flow(again);
+
+	if (verdict == VERDICT_FORWARD)
+		*to = w->client;
+	return verdict;
+}
+
 /* serves says whether a client's flow leads to a backend that is there. Numbers
  * alone do not tell: after a restart one may be given again. Here an entry that was
  * replaced while it was read does no harm: the next datagram is asked again. */
 static __always_inline bool serves(const struct translation *client)
 {
 	__u32 number = client->number;
+
+	if (!client->service) /* keep_apart() */
+		return true;
 	struct backend *backend = bpf_map_lookup_elem(&backends, &number);
 
 	return backend && backend->service == client->service && backend->port == client->to.destination_port &&
@@ -340,7 +368,11 @@ static __always_inline int client_flow(const struct packet *p, struct translatio
 			count_flow(-1);
 		return VERDICT_NOT_A_SERVICE;
 	}
-	return open_flow(p, to, found);
+	int verdict = open_flow(p, to, found);
+
+	if (verdict == VERDICT_NOT_A_SERVICE && p->tuple.protocol == IPPROTO_TCP)
+		return keep_apart(p, to, found);
+	return verdict;
 }
 
 /* error_from_pod translates an ICMP error about a reply: the pod got it from the

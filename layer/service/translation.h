@@ -34,7 +34,7 @@ enum {
 struct translation {
 	struct tuple to; /* what the packet becomes */
 	__u64 was;       /* short_of() the key */
-	__u32 service;   /* struct service.id */
+	__u32 service;   /* struct service.id; 0 where there is none (keep_apart) */
 	__u32 number;    /* of the backend */
 	__u32 seen;      /* seconds since boot of the last packet */
 	__u32 flags;     /* SEEN_... */
