@@ -119,8 +119,8 @@ func TestTheTableIsWrittenReadAndRemoved(t *testing.T) {
 	}
 	text := b.run("", "nft", "list", "table", "inet", Table)
 	for _, rule := range []string{
-		"ip saddr @pods4 ip daddr @pods4 notrack", "ip6 saddr @pods6 ip6 daddr @pods6 notrack",
-		"icmp type 3-5 @th,160,32 @pods4 @th,192,32 @pods4 notrack", comment, "10.1.2.3",
+		"ip saddr @pods4 ip daddr @pods4 notrack accept", "ip6 saddr @pods6 ip6 daddr @pods6 notrack accept",
+		"icmp type 3-5 @th,160,32 @inner4 @th,192,32 @inner4 notrack accept", comment, "10.1.2.3",
 	} {
 		if !strings.Contains(text, rule) {
 			t.Errorf("%q is not in\n%s", rule, text)
@@ -146,6 +146,21 @@ func many() (ranges []netip.Prefix) {
 	return ranges
 }
 
+// Somebody may save all rules and load them again: ours must not be in the way,
+// and are found as they were.
+func TestASavedRulesetCanBeLoaded(t *testing.T) {
+	b := newBed(t)
+	b.must(b.SetUntracked(many()))
+	saved := b.run("", "nft", "list", "ruleset")
+	b.run("flush ruleset\n"+saved, "nft", "-f", "-")
+	if again := b.run("", "nft", "list", "ruleset"); again != saved {
+		t.Errorf("saved:\n%s\nloaded:\n%s", saved, again)
+	}
+	if got, _, err := b.Untracked(); err != nil || !slices.Equal(got, Merge(many())) {
+		t.Errorf("%d ranges, %v", len(got), err)
+	}
+}
+
 // What somebody does to the table is seen, whatever it is.
 func TestATableThatSomebodyChangedIsNotWhole(t *testing.T) {
 	b := newBed(t)
@@ -154,8 +169,9 @@ func TestATableThatSomebodyChangedIsNotWhole(t *testing.T) {
 		"flush chain inet millrace output",
 		"flush chain inet millrace prerouting",
 		"insert rule inet millrace prerouting counter",
-		"add rule inet millrace output ip saddr @pods4 ip daddr @pods4 notrack",
+		"add rule inet millrace output ip saddr @pods4 ip daddr @pods4 notrack accept",
 		"flush table inet millrace; delete set inet millrace pods4",
+		"flush set inet millrace inner6",
 		"flush set inet millrace pods4; add element inet millrace pods4 { 10.1.0.0-10.1.0.2 }",
 	} {
 		b.must(b.SetUntracked(ranges))
@@ -168,9 +184,9 @@ func TestATableThatSomebodyChangedIsNotWhole(t *testing.T) {
 			t.Errorf("mended after %q: %v, %v, %v", change, got, whole, err)
 		}
 	}
-	b.run("flush set inet millrace pods4", "nft", "-f", "-")
-	if got, _, err := b.Untracked(); err != nil || !slices.Equal(got, ranges[1:]) {
-		t.Errorf("without ranges of IPv4: %v, %v", got, err)
+	b.run("flush set inet millrace pods4\nflush set inet millrace inner4", "nft", "-f", "-")
+	if got, whole, err := b.Untracked(); err != nil || !whole || !slices.Equal(got, ranges[1:]) {
+		t.Errorf("without ranges of IPv4: %v, %v, %v", got, whole, err)
 	}
 }
 

@@ -63,7 +63,7 @@ func (n *Net) readTable() (table ours, err error) {
 	for _, f := range families {
 		if err == nil {
 			var found []netip.Prefix
-			found, err = s.elements(f)
+			found, err = s.ranges(f)
 			table.ranges = append(table.ranges, found...)
 		}
 	}
@@ -105,7 +105,7 @@ func (n *Net) SetUntracked(ranges []netip.Prefix) error {
 
 // family is what differs between IPv4 and IPv6.
 type family struct {
-	set            string // of ranges
+	set, inner     string // of ranges, for headers and for packets inside others
 	number         byte   // NFPROTO_*
 	keyType        uint32 // nft(8)'s number for how to print an address
 	length         uint32 // of an address, in bytes
@@ -117,8 +117,8 @@ type family struct {
 }
 
 var families = []family{
-	{"pods4", unix.NFPROTO_IPV4, 7, 4, 12, 16, unix.IPPROTO_ICMP, [][2]byte{{3, 5}, {11, 12}}},
-	{"pods6", unix.NFPROTO_IPV6, 8, 16, 8, 24, unix.IPPROTO_ICMPV6, [][2]byte{{0, 127}}},
+	{"pods4", "inner4", unix.NFPROTO_IPV4, 7, 4, 12, 16, unix.IPPROTO_ICMP, [][2]byte{{3, 5}, {11, 12}}},
+	{"pods6", "inner6", unix.NFPROTO_IPV6, 8, 16, 8, 24, unix.IPPROTO_ICMPV6, [][2]byte{{0, 127}}},
 }
 
 func (f family) is(p netip.Prefix) bool { return uint32(p.Addr().BitLen()) == 8*f.length }
@@ -128,10 +128,14 @@ func table(ranges []netip.Prefix) []step {
 	text := append([]byte{0, byte(len(comment) + 1)}, comment...) // type comment, length
 	steps := []step{{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, attributes(nil).
 		text(unix.NFTA_TABLE_NAME, Table).put(tableUserdata, append(text, 0))}}
-	for i, f := range families {
-		steps = append(steps, step{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, f.newSet().number(unix.NFTA_SET_ID, uint32(i+1))})
-		for _, list := range f.newElements(ranges) {
-			steps = append(steps, step{unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, list})
+	id := uint32(0)
+	for _, f := range families {
+		for name, set := range f.newSets() {
+			id++
+			steps = append(steps, step{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, set.number(unix.NFTA_SET_ID, id)})
+			for _, list := range f.newElements(name, ranges) {
+				steps = append(steps, step{unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, list})
+			}
 		}
 	}
 	for _, c := range chains {
@@ -183,41 +187,65 @@ func (c chain) newRules() (rules []attributes) {
 // tableUserdata is NFTA_TABLE_USERDATA (Linux 5.10).
 const tableUserdata = 6
 
-// packets is `ip saddr @pods4 ip daddr @pods4 notrack`.
+// packets is `ip saddr @pods4 ip daddr @pods4 notrack accept`.
 func (f family) packets() attributes {
 	return attributes(nil).
 		meta(unix.NFT_META_NFPROTO).equals(f.number).
 		payload(unix.NFT_PAYLOAD_NETWORK_HEADER, f.source, f.length).in(f.set).
 		payload(unix.NFT_PAYLOAD_NETWORK_HEADER, f.target, f.length).in(f.set).
-		expression("notrack", nil)
+		untrack()
 }
 
 // errorsAbout is the same for ICMP errors, by the addresses of the packet that
 // they are about: such an error comes from any router on the way, and where it
 // is about a connection that is not tracked it would count as invalid.
 func (f family) errorsAbout(kinds [2]byte) attributes {
-	const inside = 8 // length of an ICMP error's own header
 	return attributes(nil).
 		meta(unix.NFT_META_NFPROTO).equals(f.number).
 		meta(unix.NFT_META_L4PROTO).equals(f.icmp).
 		payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 1).between(kinds[0], kinds[1]).
-		payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, inside+f.source, f.length).in(f.set).
-		payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, inside+f.target, f.length).in(f.set).
-		expression("notrack", nil)
+		payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, icmpHeader+f.source, f.length).in(f.inner).
+		payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, icmpHeader+f.target, f.length).in(f.inner).
+		untrack()
 }
 
-func (f family) newSet() attributes {
-	return attributes(nil).
-		text(unix.NFTA_SET_TABLE, Table).
-		text(unix.NFTA_SET_NAME, f.set).
-		number(unix.NFTA_SET_FLAGS, unix.NFT_SET_INTERVAL).
-		number(unix.NFTA_SET_KEY_TYPE, f.keyType).
-		number(unix.NFTA_SET_KEY_LEN, f.length)
+// icmpHeader is the length of an ICMP error's own header.
+const icmpHeader = 8
+
+// newSets are the family's two sets of the same ranges: one of addresses and one
+// of bytes of the transport header, `typeof @th,160,32`. The kernel would do with
+// one, but nft(8) could not read the rules that it lists: a saved ruleset would
+// not load.
+func (f family) newSets() map[string]attributes {
+	set := func(name string, keyType uint32) attributes {
+		return attributes(nil).
+			text(unix.NFTA_SET_TABLE, Table).
+			text(unix.NFTA_SET_NAME, name).
+			number(unix.NFTA_SET_FLAGS, unix.NFT_SET_INTERVAL).
+			number(unix.NFTA_SET_KEY_TYPE, keyType).
+			number(unix.NFTA_SET_KEY_LEN, f.length)
+	}
+	const integer = 4
+	return map[string]attributes{
+		f.set:   set(f.set, f.keyType),
+		f.inner: set(f.inner, integer).put(unix.NFTA_SET_USERDATA, f.typeOfInner()),
+	}
+}
+
+// typeOfInner is what libnftnl(3) keeps with a set for nft(8): the order of a
+// key's bytes, and the expression that it is a value of.
+func (f family) typeOfInner() []byte {
+	const bigEndian, payload, transport = 2, 7, 3
+	note := func(kind byte, value []byte) []byte { return append([]byte{kind, byte(len(value))}, value...) }
+	number := func(kind byte, n uint32) []byte { return note(kind, host.AppendUint32(nil, n)) }
+	expression := slices.Concat(number(0, 0), number(1, 4), number(2, transport),
+		number(3, 8*(icmpHeader+f.source)), number(4, 8*f.length))
+	return append(number(0, bigEndian), note(3, append(number(0, payload), note(1, expression)...))...)
 }
 
 // newElements adds the ranges of the family: each is where it begins and where
 // the next address that is not in it is, unless there is none.
-func (f family) newElements(ranges []netip.Prefix) (lists []attributes) {
+func (f family) newElements(set string, ranges []netip.Prefix) (lists []attributes) {
 	const most = 500 // ranges in a message; an attribute ends at 64 KiB
 	ranges = slices.DeleteFunc(slices.Clone(ranges), func(p netip.Prefix) bool { return !f.is(p) })
 	for some := range slices.Chunk(ranges, most) {
@@ -230,7 +258,7 @@ func (f family) newElements(ranges []netip.Prefix) (lists []attributes) {
 		}
 		lists = append(lists, attributes(nil).
 			text(unix.NFTA_SET_ELEM_LIST_TABLE, Table).
-			text(unix.NFTA_SET_ELEM_LIST_SET, f.set).
+			text(unix.NFTA_SET_ELEM_LIST_SET, set).
 			nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, list))
 	}
 	return lists
@@ -262,6 +290,15 @@ func (a attributes) payload(base, offset, length uint32) attributes {
 		number(unix.NFTA_PAYLOAD_BASE, base).
 		number(unix.NFTA_PAYLOAD_OFFSET, offset).
 		number(unix.NFTA_PAYLOAD_LEN, length))
+}
+
+// untrack ends the rule, and the chain: the verdict is of this chain alone.
+func (a attributes) untrack() attributes {
+	const accept = 1
+	return a.expression("notrack", nil).expression("immediate", attributes(nil).
+		number(unix.NFTA_IMMEDIATE_DREG, unix.NFT_REG_VERDICT).
+		nest(unix.NFTA_IMMEDIATE_DATA, attributes(nil).
+			nest(unix.NFTA_DATA_VERDICT, attributes(nil).number(unix.NFTA_VERDICT_CODE, accept))))
 }
 
 func (a attributes) equals(value byte) attributes {
@@ -296,15 +333,28 @@ func (s *socket) object(message uint16, name attributes) (found []byte, err erro
 	return found, nil
 }
 
-// elements reads the ranges of one family. Intervals that are no range of a
-// prefix are errOthers.
-func (s *socket) elements(f family) ([]netip.Prefix, error) {
+// ranges reads the ranges of one family; its sets must hold the same.
+func (s *socket) ranges(f family) ([]netip.Prefix, error) {
+	found, err := s.elements(f.set)
+	if err != nil {
+		return nil, err
+	}
+	inner, err := s.elements(f.inner)
+	if err == nil && !slices.Equal(found, inner) {
+		err = errOthers
+	}
+	return found, err
+}
+
+// elements reads a set of ranges. Intervals that are no range of a prefix are
+// errOthers.
+func (s *socket) elements(set string) ([]netip.Prefix, error) {
 	type edge struct {
 		at  netip.Addr
 		end bool
 	}
 	var edges []edge
-	name := attributes(nil).text(unix.NFTA_SET_ELEM_LIST_TABLE, Table).text(unix.NFTA_SET_ELEM_LIST_SET, f.set)
+	name := attributes(nil).text(unix.NFTA_SET_ELEM_LIST_TABLE, Table).text(unix.NFTA_SET_ELEM_LIST_SET, set)
 	for m, err := range s.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, familyInet, name) {
 		if err != nil {
 			return nil, err
@@ -348,8 +398,10 @@ func (s *socket) elements(f family) ([]netip.Prefix, error) {
 // verify compares what does not depend on the ranges with what is written.
 func (s *socket) verify() error {
 	for _, f := range families {
-		if err := s.compare(unix.NFT_MSG_GETSET, f.newSet()); err != nil {
-			return err
+		for _, set := range f.newSets() {
+			if err := s.compare(unix.NFT_MSG_GETSET, set); err != nil {
+				return err
+			}
 		}
 	}
 	for _, c := range chains {
