@@ -14,12 +14,16 @@ FUZZTIME ?= 2m
 # What `make bench` is given.
 BENCH ?= services --services 10,1000
 
+# What `make cluster-up` and `make conformance` are given.
+CLUSTER ?= --proxy kube-proxy --mode nftables
+CONFORMANCE ?=
+
 # Packages one after the other (-p 1): their tests load the machine, and some wait
 # for a kernel that others keep busy. go vet has been there already.
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench test-kernel long clean
+.PHONY: help build test demo generate check lint bench test-kernel long cluster-up cluster-down conformance clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +72,21 @@ long: ## what takes too long for CI: large labs, all of the lab on Debian's kern
 	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -- -count=1 -p 1 -timeout 60m ./...
 	CGO_ENABLED=1 $(TESTS) -- -race -count=1 -p 1 -vet off -timeout 20m ./agent ./lab ./source/... ./layer/...
 	@test/fuzz $(FUZZTIME)
+
+cluster-up: ## a real Kubernetes in namespaces of this machine, two nodes, dual stack (CLUSTER=); needs root
+	@test/needs root go cluster
+	go build -C test/cluster -o ../../.cache/cluster/cluster .
+	.cache/cluster/cluster up $(CLUSTER)
+
+cluster-down: ## remove that Kubernetes, whatever is left of it; needs root
+	@test/needs root go
+	go build -C test/cluster -o ../../.cache/cluster/cluster .
+	.cache/cluster/cluster down
+
+conformance: ## the Kubernetes project's end-to-end tests of networking, on that cluster (CONFORMANCE=); needs root
+	@test/needs root go cluster
+	go build -C test/cluster -o ../../.cache/cluster/cluster .
+	.cache/cluster/cluster conformance $(CONFORMANCE)
 
 clean: ## remove what make made
 	rm -rf bin dist .cache

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+)
+
+// configure writes the configuration of everything on a node, into its own /etc.
+func configure(n node, mode string) error {
+	return errors.Join(
+		write("/etc/hosts", fmt.Sprintf("127.0.0.1 localhost\n::1 localhost\n%s %s\n%s %s\n", n.v4(), n.name(), n.v6(), n.name()), 0o644),
+		write("/etc/containerd.toml", containerdConfiguration(), 0o644),
+		write("/etc/kubelet.yaml", kubeletConfiguration(), 0o644),
+		write("/etc/kube-proxy.yaml", kubeProxyConfiguration(n, mode), 0o644),
+		write("/etc/cni/net.d/10-ptp.conflist", podNetwork(n), 0o644))
+}
+
+// Without CAP_SYS_RESOURCE, as in many virtual machines, runc cannot lower an OOM
+// score, and no pod would start: so it is told not to.
+func containerdConfiguration() string {
+	return fmt.Sprintf(`version = 2
+[plugins."io.containerd.internal.v1.opt"]
+path = "/var/lib/containerd/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "%s"
+restrict_oom_score_adj = true
+disable_apparmor = true
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+SystemdCgroup = false
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "/etc/cni/net.d"
+`, pauseImage)
+}
+
+func kubeletConfiguration() string {
+	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+cgroupDriver: cgroupfs
+failCgroupV1: false
+failSwapOn: false
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+clusterDNS: ["%s"]
+clusterDomain: cluster.local
+resolvConf: ""
+oomScoreAdj: 0
+volumePluginDir: /var/lib/kubelet/volume-plugins
+# The disk is that of the host, and not ours to clear.
+imageGCHighThresholdPercent: 100
+evictionHard: {}
+localStorageCapacityIsolation: false
+`, dnsV4)
+}
+
+// The limits of connection tracking belong to the host.
+func kubeProxyConfiguration(n node, mode string) string {
+	return fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: %s
+hostnameOverride: %s
+clusterCIDR: "%s,%s"
+clientConnection: {kubeconfig: %s}
+conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+oomScoreAdj: 0
+`, mode, n.name(), podsV4, podsV6, pki("kube-proxy.kubeconfig"))
+}
+
+// podNetwork is a veth for each pod, and routes: no bridge, no masquerade.
+func podNetwork(n node) string {
+	return fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+  {"type": "ptp", "ipMasq": false, "mtu": 1500, "ipam": {"type": "host-local",
+    "ranges": [[{"subnet": "%s"}], [{"subnet": "%s"}]],
+    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
+  {"type": "portmap", "capabilities": {"portMappings": true}}
+]}
+`, n.podsV4(), n.podsV6())
+}

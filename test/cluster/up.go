@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+//go:embed coredns.yaml
+var coreDNS string
+
+// up brings the cluster up, and returns when its nodes are ready, and CoreDNS, if
+// somebody serves Services.
+func up(ctx context.Context, proxy, mode string) error {
+	if proxy != "kube-proxy" && proxy != "none" {
+		return fmt.Errorf("--proxy %s: it is kube-proxy or none", proxy)
+	}
+	bin, err := build(ctx)
+	if err != nil {
+		return err
+	}
+	if err := nothingThere(); err != nil {
+		return err
+	}
+	say("network and credentials")
+	if err := errors.Join(os.MkdirAll(folder+"/logs", 0o755), network(), credentials(), scripts(bin)); err != nil {
+		return err
+	}
+	say("images")
+	if err := images(bin); err != nil {
+		return fmt.Errorf("make images: %w", err)
+	}
+	say("control plane")
+	if err := startControlPlane(ctx, bin); err != nil {
+		return fmt.Errorf("%w; logs are in %s/logs", err, folder)
+	}
+	if err := startNodes(ctx, bin, proxy, mode); err != nil {
+		return fmt.Errorf("%w; logs are in %s/logs and below %s", err, folder, node(1).file("logs"))
+	}
+	say("ready: %s/kubectl get pods -A", folder)
+	return nil
+}
+
+// nothingThere says so if a cluster, or what is left of one, is in the way.
+func nothingThere() error {
+	for _, path := range append(namespacePaths(), folder) {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s is there: a cluster is up, or was left over; make cluster-down removes it", path)
+		}
+	}
+	return nil
+}
+
+func startNodes(ctx context.Context, bin, proxy, mode string) error {
+	if _, err := kubectl(ctx, bin, nodeObjects(), "create", "-f", "-"); err != nil {
+		return err
+	}
+	say("nodes")
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	for _, n := range allNodes() {
+		command := inside(n.namespace(), self, "enter-node", n.name(), bin, proxy, mode)
+		if _, err := output(command); err != nil {
+			return err
+		}
+	}
+	if _, err := kubectl(ctx, bin, fillIn(coreDNS), "create", "-f", "-"); err != nil {
+		return err
+	}
+	_, err = kubectl(ctx, bin, "", "wait", "--for=condition=Ready", "node", "--all", "--timeout=2m")
+	if err != nil || proxy == "none" {
+		return err
+	}
+	say("CoreDNS")
+	_, err = kubectl(ctx, bin, "", "-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=2m")
+	return err
+}
+
+// fillIn the addresses and versions that a manifest names in capitals.
+func fillIn(manifest string) string {
+	return strings.NewReplacer("DNS_V4", dnsV4, "DNS_V6", dnsV6, "COREDNS_IMAGE", coreDNSImage()).Replace(manifest)
+}
+
+// scripts to enter the cluster with, which need to know nothing.
+func scripts(bin string) error {
+	return errors.Join(
+		write(folder+"/kubectl", fmt.Sprintf(kubectlScript, control, bin, kubeconfig), 0o755),
+		write(folder+"/node", fmt.Sprintf(nodeScript, prefix, folder), 0o755))
+}
+
+const kubectlScript = `#!/bin/sh
+# The API server is reached from the namespace of the control plane.
+exec nsenter --net=/run/netns/%s -- %s/kubectl --kubeconfig %s "$@"
+`
+
+const nodeScript = `#!/bin/sh
+# node 1 COMMAND...: a command on node 1, in its namespaces and its cgroups
+n=$1
+shift
+for group in /sys/fs/cgroup/*/%[1]snode-$n; do echo $$ >"$group/cgroup.procs" || exit; done
+exec nsenter --all --target "$(cat %[2]s/node-$n/pid)" -- "$@"
+`
+
+// down removes the cluster. It goes by the namespaces and cgroups that are there,
+// not by what somebody wrote down, so that it does not matter how the cluster
+// ended.
+func down(ctx context.Context) error {
+	if err := endProcesses(ctx); err != nil {
+		return err
+	}
+	if err := removeCgroups(ctx); err != nil {
+		return err
+	}
+	for _, namespace := range namespaces() {
+		if _, err := os.Stat("/run/netns/" + namespace); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if _, err := output(exec.Command("ip", "netns", "del", namespace)); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(folder); err != nil {
+		return fmt.Errorf("remove %s: %w", folder, err)
+	}
+	return nil
+}
+
+// endProcesses ends what is in our network namespaces, and waits for it. A node's
+// first process takes all of the node with it, its pods included.
+func endProcesses(ctx context.Context) error {
+	return until(ctx, "processes of the cluster to end", 30*time.Second, func() error {
+		var left []int
+		for _, namespace := range namespaces() {
+			pids, err := processes(namespace)
+			if err != nil {
+				return err
+			}
+			left = append(left, pids...)
+		}
+		for _, pid := range left {
+			kill(pid)
+		}
+		if len(left) > 0 {
+			return fmt.Errorf("processes %v are still there", left)
+		}
+		return nil
+	})
+}
+
+func namespacePaths() (paths []string) {
+	for _, namespace := range namespaces() {
+		paths = append(paths, filepath.Join("/run/netns", namespace))
+	}
+	return paths
+}
