@@ -43,10 +43,13 @@ type Config struct {
 }
 
 const (
-	lockName   = "agent.lock"
-	driftEvery = time.Minute
-	retryFirst = 100 * time.Millisecond
-	retryMost  = 10 * time.Second
+	lockName = "agent.lock"
+	// restBetween is the least time between two looks at what others change: a pod
+	// that starts is ten messages of the kernel.
+	restBetween = 5 * time.Millisecond
+	driftEvery  = time.Minute
+	retryFirst  = 100 * time.Millisecond
+	retryMost   = 10 * time.Second
 )
 
 // ErrRunning says that another agent holds the run folder.
@@ -193,6 +196,10 @@ func (a *Agent) watchLayer(ctx context.Context, p *part) {
 		select {
 		case a.changed <- struct{}{}:
 		default: // the loop has yet to look at an earlier change
+		}
+		select { // what comes meanwhile is looked at in one go
+		case <-time.After(restBetween):
+		case <-ctx.Done():
 		}
 	})
 	if err != nil {

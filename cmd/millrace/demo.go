@@ -58,6 +58,7 @@ and removes everything. With -f it takes your manifests instead of the shop.`,
 	}, exitFindings, exitData, exitUnavailable, exitPrivilege)
 	c.Flags().StringVarP(&wish.manifests, "filename", "f", "", "file or folder of manifests instead of the example shop")
 	c.Flags().IntVar(&wish.nodes, "nodes", 3, "how many nodes, where the manifests hold no Node")
+	wish.flagPath(c)
 	c.Flags().IntVar(&seconds, "seconds", 30, "how long endpoints are replaced under load")
 	c.Flags().IntVar(&kills, "kills", 20, "how often an agent is killed with SIGKILL")
 	c.Flags().BoolVar(&noBench, "no-bench", false, "leave the measurement out")

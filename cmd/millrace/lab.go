@@ -8,10 +8,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/lab"
+	"github.com/millrace/millrace/layer/service"
 	"github.com/millrace/millrace/source/dir"
 )
 
@@ -42,6 +45,8 @@ func flagLab(c *cobra.Command, name *string) {
 type labWish struct {
 	name, manifests string
 	nodes           int
+	// path is the agents' setting.
+	path string
 }
 
 // mostNodes is what the lab's address range for nodes holds.
@@ -50,7 +55,12 @@ const mostNodes = 200
 func (w *labWish) flags(c *cobra.Command) {
 	c.Flags().StringVarP(&w.manifests, "filename", "f", "", "file or folder of manifests (required)")
 	c.Flags().IntVar(&w.nodes, "nodes", 3, "how many nodes, where the manifests hold no Node")
+	w.flagPath(c)
 	flagLab(c, &w.name)
+}
+
+func (w *labWish) flagPath(c *cobra.Command) {
+	c.Flags().StringVar(&w.path, "path", string(service.PathSocket), "the agents' setting: socket or packet")
 }
 
 // up starts the lab's own process and waits until everything is ready.
@@ -60,6 +70,9 @@ func (w *labWish) up(ctx context.Context, p *progress) error {
 	}
 	if w.nodes < 1 || w.nodes > mostNodes {
 		return usage("--nodes %d: use 1 to %d", w.nodes, mostNodes)
+	}
+	if _, err := service.ParsePath(w.path); err != nil {
+		return usage("--path: %v", err)
 	}
 	path, err := filepath.Abs(w.manifests)
 	if err != nil {
@@ -72,11 +85,59 @@ func (w *labWish) up(ctx context.Context, p *progress) error {
 	if err != nil {
 		return err
 	}
-	argv := []string{self, labRunWord, "-f", path, "--nodes", strconv.Itoa(w.nodes), "--name", w.name}
+	argv := []string{self, labRunWord, "-f", path, "--nodes", strconv.Itoa(w.nodes), "--path", w.path, "--name", w.name}
 	err = lab.Start(ctx, argv, p.say)
+	if err == nil && w.path == string(service.PathPacket) {
+		err = w.awaitDevices(ctx)
+	}
 	p.done()
 	return err
 }
+
+// awaitDevices waits until the packet path is at every pod's device: pods and
+// agents become ready side by side.
+func (w *labWish) awaitDevices(ctx context.Context) error {
+	client, err := lab.Dial(w.name)
+	if err != nil {
+		return err
+	}
+	for {
+		status, err := client.Status(ctx)
+		if err != nil {
+			return err
+		}
+		behind := ""
+		for _, node := range status.Nodes {
+			var a agent.Status
+			if err := agent.Ask(ctx, node.RunFolder, "/status", &a); err != nil {
+				return err
+			}
+			pods, devices := 0, 0
+			for _, pod := range status.Pods {
+				if pod.Node == node.Node {
+					pods++
+				}
+			}
+			for _, l := range a.Layers {
+				devices += len(devicesOf(l)[fromPodProgram])
+			}
+			if devices < pods {
+				behind = fmt.Sprintf("the packet path is at %d of %d pods of node %s", devices, pods, node.Node)
+			}
+		}
+		if behind == "" {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the lab: %s: %w", behind, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// fromPodProgram is the program at every pod's device that the packet path serves.
+const fromPodProgram = "from_pod"
 
 func labUpCommand(s *settings) *cobra.Command {
 	var wish labWish
@@ -117,7 +178,7 @@ func labRunCommand() *cobra.Command {
 				Name: wish.name, Nodes: wish.nodes, Watch: source.Run,
 				Store: func(folder string) (lab.Store, error) { return dir.NewWriter(folder) },
 				AgentCommand: func(n lab.NodeInfo) []string {
-					return []string{self, "agent", "--source", "dir:" + n.ClusterFolder, "--node", n.Node,
+					return []string{self, "agent", "--source", "dir:" + n.ClusterFolder, "--node", n.Node, "--path", wish.path,
 						"--cgroup", n.Cgroup, "--pins", n.BPFFolder, "--run", n.RunFolder}
 				},
 				PodCommand: []string{self, podWord},

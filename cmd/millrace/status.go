@@ -135,16 +135,25 @@ func printLayer(l agent.LayerStatus) {
 
 // attachedTexts name the programs, and for those at network devices how many.
 func attachedTexts(l agent.LayerStatus) (texts []string) {
-	devices := map[string]int{}
 	for _, p := range l.Programs {
 		if p.Device == "" {
 			texts = append(texts, p.Name)
-			continue
 		}
-		devices[p.Name]++
 	}
-	for _, name := range slices.Sorted(maps.Keys(devices)) {
-		texts = append(texts, fmt.Sprintf("%s at %d devices", name, devices[name]))
+	at := devicesOf(l)
+	for _, name := range slices.Sorted(maps.Keys(at)) {
+		texts = append(texts, fmt.Sprintf("%s at %d devices", name, len(at[name])))
 	}
 	return texts
+}
+
+// devicesOf are the network devices of each program that is attached to some.
+func devicesOf(l agent.LayerStatus) map[string][]string {
+	devices := map[string][]string{}
+	for _, p := range l.Programs {
+		if p.Device != "" {
+			devices[p.Name] = append(devices[p.Name], p.Device)
+		}
+	}
+	return devices
 }

@@ -288,6 +288,8 @@ type agentFigure struct {
 	Memory          agent.Memory   `json:"memory"`
 	Latency         *agent.Latency `json:"latency,omitempty"`
 	Restarts        int            `json:"restarts"`
+	// Events is what the programs counted, by reason.
+	Events map[string]uint64 `json:"events"`
 }
 
 func agentFigures(ctx context.Context, client *lab.Client) ([]agentFigure, error) {
@@ -301,7 +303,11 @@ func agentFigures(ctx context.Context, client *lab.Client) ([]agentFigure, error
 		if err := agent.Ask(ctx, filepath.Clean(node.RunFolder), "/status", &a); err != nil {
 			return nil, err
 		}
-		figures = append(figures, agentFigure{node.Node, a.AttachedAfterMS, a.Memory, a.Latency, node.Agent.Restarts})
+		figure := agentFigure{node.Node, a.AttachedAfterMS, a.Memory, a.Latency, node.Agent.Restarts, map[string]uint64{}}
+		for _, l := range a.Layers {
+			maps.Copy(figure.Events, l.Reasons)
+		}
+		figures = append(figures, figure)
 	}
 	return figures, nil
 }

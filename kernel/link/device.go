@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -25,19 +26,36 @@ type Device struct {
 	Addresses    []netip.Addr
 }
 
+// listTries is how often a list is asked for that changed while it was told
+// (NLM_F_DUMP_INTR, netlink(7)): pods come and go all the time.
+const listTries = 20
+
+// whole asks until the answer is whole.
+func whole[T any](what string, list func() ([]T, error)) ([]T, error) {
+	for try := 1; ; try++ {
+		found, err := list()
+		if err == nil {
+			return found, nil
+		}
+		if try == listTries || !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return nil, fmt.Errorf("list %s: %w", what, err)
+		}
+	}
+}
+
 // Devices lists the devices of the namespace, by index.
 func (n *Net) Devices() ([]Device, error) {
-	links, err := n.handle.LinkList()
+	links, err := whole("devices", n.handle.LinkList)
 	if err != nil {
-		return nil, fmt.Errorf("list devices: %w", err)
+		return nil, err
 	}
-	addrs, err := n.handle.AddrList(nil, netlink.FAMILY_ALL)
+	addrs, err := whole("addresses", func() ([]netlink.Addr, error) { return n.handle.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
+		return nil, err
 	}
-	routes, err := n.handle.RouteList(nil, netlink.FAMILY_ALL)
+	routes, err := whole("routes", func() ([]netlink.Route, error) { return n.handle.RouteList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
-		return nil, fmt.Errorf("list routes: %w", err)
+		return nil, err
 	}
 	devices := make([]Device, len(links))
 	at := make(map[int]*Device, len(links))
@@ -74,8 +92,8 @@ func nextHops(route netlink.Route) (indexes []int) {
 	return indexes
 }
 
-// Watch calls changed when devices come, go or change in the namespace at path
-// (empty: that of this process), until ctx ends. It returns an error only where
+// Watch calls changed once it watches, and when devices come, go or change in the
+// namespace at path (empty: that of this process), until ctx ends. It returns an error only where
 // it cannot begin; when messages were lost, it calls changed, too.
 func Watch(ctx context.Context, path string, changed func()) error {
 	updates := make(chan netlink.LinkUpdate, 64)
@@ -93,11 +111,15 @@ func Watch(ctx context.Context, path string, changed func()) error {
 	if err != nil {
 		return fmt.Errorf("watch devices: %w", err)
 	}
+	changed() // what came before
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case _, open := <-updates:
+			for len(updates) > 0 {
+				<-updates
+			}
 			changed()
 			if open {
 				continue

@@ -137,11 +137,11 @@ func (l *Layer) Read() (layer.Picture, error) {
 	if picture.asks, err = l.room.readAsks(); err != nil {
 		return nil, fmt.Errorf("read whose paths are asked for: %w", err)
 	}
+	picture.lost = l.room.lost()
 	return l.Refresh(picture)
 }
 
-// Refresh implements layer.Layer: which devices are there, and what of the
-// programs and pins is missing.
+// Refresh implements layer.Layer: which devices are there, and which rules.
 func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	picture := have.(*Picture)
 	veths, err := l.room.findVeths()
@@ -149,7 +149,6 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	picture.veths = veths
-	picture.lost = l.room.lost()
 	picture.tracking = l.room.readTracking()
 	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
 		l.swept = now

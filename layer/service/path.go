@@ -214,7 +214,7 @@ func (d *datapath) findVeths() ([]veth, error) {
 	}
 	for device := range d.veths {
 		if !there[device] {
-			_ = d.detachVeth(device)
+			d.dropDeadVeth(device)
 		}
 	}
 	return veths, nil
