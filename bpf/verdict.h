@@ -18,8 +18,8 @@ enum reason {
 	REASON_FLOW_FORGOTTEN, /* a UDP socket talks to more Services than it has flow places: the oldest gave way */
 	REASON_NO_STORAGE,     /* the kernel gave no memory for the flow */
 	REASON_FLOWS_FULL,     /* the table of translated flows is full of flows that live: see --flows */
-	REASON_FLOW_CLASH,     /* no free source port was found towards an endpoint that the client reaches in two ways */
-	REASON_FLOW_CUT,       /* a flow that was closing or never answered gave way in a full table */
-	REASON_UNWRITABLE,     /* the packet could not be rewritten */
+	REASON_FLOW_CLASH, /* no free source port was found towards an endpoint that the client reaches in two ways */
+	REASON_FLOW_CUT,   /* a flow that was closing, never answered or of one question gave way in a full table */
+	REASON_UNWRITABLE, /* the packet could not be rewritten */
 	REASON_COUNT,
 };

@@ -50,8 +50,8 @@ const sweepPlaces = 256
 
 // sweep clears a part of the flows that have expired away, so that their memory
 // is given back and their places are found at once. In a table more than half
-// full it clears all parts, in one nearly full also flows that are closed or were
-// never answered.
+// full it clears all parts, in one nearly full also flows that can be
+// spared: closed, never answered, or of one question.
 func (d *datapath) sweep(part, parts int) error {
 	program := d.programs[datapathProgSweep]
 	if program == nil || !d.packets {

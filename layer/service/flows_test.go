@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"syscall"
 	"testing"
@@ -354,4 +355,41 @@ func TestNextProcessTakesThePacketPathOver(t *testing.T) {
 	v.must(v.layer.Open())
 	v.have, err = v.layer.Read()
 	v.must(err)
+}
+
+// A question with its answer is over soon, and gives way at once in a full table:
+// whoever asks for names does it from another port each time. Who goes on talking is
+// remembered for longer.
+func TestQuestionsGiveWay(t *testing.T) {
+	v := newVillage(t, Settings{Path: PathPacket, Flows: 256})
+	client, server := v.pod(), v.pod()
+	server.serve("udp", 5353, "server")
+	v.open(webAndNames(server))
+	talks, err := client.fromPort("udp", "10.96.0.10:53", 4000)
+	v.must(err)
+	defer talks.Close()
+	v.must(exchangeLine(talks, "first"))
+	v.age(2 * time.Second)
+	v.must(exchangeLine(talks, "again"))
+	for i := range 600 {
+		if i%50 == 49 {
+			v.age(2 * time.Second)
+			v.sweep()
+		}
+		if _, _, err := client.call("udp", "10.96.0.10:53", "where?"); err != nil {
+			t.Fatalf("question %d: %v; flows_full is %d", i, err, v.reason("flows_full"))
+		}
+	}
+	v.age(31 * time.Second)
+	v.sweep()
+	// an answer that comes in another second makes a question look like a talk
+	if counted, _ := v.flows(); counted > 60 {
+		t.Errorf("31 s later there are %d flows of 600 questions", counted)
+	}
+	talk := datapathTuple{SourcePort: portOf(4000), DestinationPort: portOf(53), Protocol: protoUDP}
+	talk.Source.Word, talk.Destination.Word = wordsOf(client.ip4), wordsOf(netip.MustParseAddr("10.96.0.10"))
+	var flow datapathTranslation
+	if err := v.layer.datapath.maps[datapathMapTranslations].Lookup(talk, &flow); err != nil {
+		t.Errorf("the flow of who goes on talking: %v", err)
+	}
 }

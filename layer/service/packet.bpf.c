@@ -108,8 +108,11 @@ static __always_inline void note(struct translation *entry, const struct packet 
 	bool reset = p->tcp_flags & TCP_RST;
 	__u32 now = seconds();
 
-	if (entry->seen != now)
+	if (entry->seen != now) {
 		entry->seen = now;
+		if (!(entry->flags & SEEN_LATER))
+			__sync_fetch_and_or(&entry->flags, SEEN_LATER);
+	}
 	if (p->tcp_flags & TCP_FIN)
 		__sync_fetch_and_or(&entry->flags, SEEN_FIN);
 	if (reset != !!(entry->flags & SEEN_RST))

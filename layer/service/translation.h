@@ -29,6 +29,7 @@ enum {
 	SEEN_FIN = 1,
 	SEEN_RST = 2,
 	SEEN_REPLY = 4, /* only in a reply's entry: one has passed */
+	SEEN_LATER = 8, /* a packet in another second than the first */
 };
 
 struct translation {
@@ -90,7 +91,7 @@ enum {
 	KEEP_RESET = 10,         /* nf_conntrack_tcp_timeout_close */
 	KEEP_OPENING = 120,      /* nf_conntrack_tcp_timeout_syn_sent */
 	KEEP_UDP = 120,          /* RFC 4787, REQ-5 */
-	KEEP_UDP_ONE_WAY = 30,   /* nf_conntrack_udp_timeout */
+	KEEP_UDP_BRIEF = 30,     /* nf_conntrack_udp_timeout: one way only, or no more than a question and its answer */
 	KEEP_LEAST = 1,          /* also in a full table */
 };
 
@@ -134,7 +135,7 @@ static __always_inline bool is_for(const struct translation *entry, const struct
 enum state { STATE_ALIVE, STATE_SPARE, STATE_EXPIRED };
 
 /* state_of says whether a flow can go: STATE_EXPIRED at once, STATE_SPARE in a
- * full table: closed, or never answered. */
+ * full table: closed, never answered, or a datagram that was answered and no more. */
 static __always_inline enum state state_of(const struct translation *client, const struct translation *reply,
 					   __u8 protocol, __u32 now)
 {
@@ -145,7 +146,8 @@ static __always_inline enum state state_of(const struct translation *client, con
 	__u32 keep;
 
 	if (protocol == IPPROTO_UDP) {
-		keep = answered ? KEEP_UDP : KEEP_UDP_ONE_WAY;
+		spare = !answered || !(any & SEEN_LATER);
+		keep = spare ? KEEP_UDP_BRIEF : KEEP_UDP;
 	} else if (any & SEEN_RST) {
 		keep = KEEP_RESET;
 		spare = true;
