@@ -63,13 +63,13 @@ func (n *node) status() (s agent.Status, err error) {
 
 func (n *node) until(what string, holds func(agent.Status) bool) agent.Status {
 	n.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		s, err := n.status()
 		if err == nil && holds(s) {
 			return s
 		}
 		if time.Now().After(deadline) {
-			n.t.Fatalf("waited twenty seconds until %s: %+v, %v\n%s", what, s, err, n.log.String())
+			n.t.Fatalf("waited two minutes until %s: %+v, %v\n%s", what, s, err, n.log.String())
 		}
 	}
 }

@@ -14,7 +14,12 @@ import (
 // Many Services without a flag: every one answers, and the agent stays small.
 // The bounds are memory, not time; the time is printed.
 func TestManyServices(t *testing.T) {
-	for _, size := range []struct{ services, endpoints, megabytes int }{{10_000, 2, 80}, {30_000, 4, 150}} {
+	type size struct{ services, endpoints, megabytes int }
+	sizes := []size{{10_000, 2, 80}, {30_000, 4, 150}}
+	if os.Getenv("MILLRACE_LONG") != "" {
+		sizes = append(sizes, size{100_000, 4, 450})
+	}
+	for _, size := range sizes {
 		t.Run(fmt.Sprintf("%dx%d", size.services, size.endpoints), func(t *testing.T) {
 			n := newNode(t)
 			for from := 0; from < size.services; from += 1000 {
