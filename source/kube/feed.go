@@ -50,12 +50,12 @@ type feed struct {
 	version string
 	// newest is version, kept over the latter.
 	newest string
-	// severed: the connection broke, and the next server may know less than the last.
-	severed bool
 	// whole: the list cannot be had in pages.
-	whole    bool
-	failures int
-	notSoon  time.Time // no attempt before
+	whole bool
+	// failures are the attempts that ended before their time since one lasted;
+	// refused are those in a row that did not get as far as to watch.
+	failures, refused int
+	notSoon           time.Time // no attempt before
 
 	// What follows is guarded by source.mu.
 
@@ -80,13 +80,11 @@ func newFeed(s *Source, k kind) *feed {
 func (f *feed) run(ctx context.Context) {
 	for sleep(ctx, time.Until(f.notSoon)) {
 		at := f.source.servers.current()
-		lasted, err := f.follow(ctx, at)
+		watched, err := f.follow(ctx, at)
 		if ctx.Err() != nil {
 			return
 		}
-		if lasted > steady {
-			f.failures = 0
-		}
+		f.count(watched)
 		if err == nil {
 			continue
 		}
@@ -94,10 +92,20 @@ func (f *feed) run(ctx context.Context) {
 		if !aboutKind(err) {
 			f.source.servers.leave(at)
 		}
-		if f.failures > len(f.source.servers.all) {
+		if f.refused > len(f.source.servers.all) {
 			f.source.failed(f, err)
 		}
 		f.notSoon = time.Now().Add(f.pause(err))
+	}
+}
+
+// count keeps the counts of what went wrong, by how long an attempt could watch.
+func (f *feed) count(watched time.Duration) {
+	if f.refused++; watched > 0 {
+		f.refused = 0
+	}
+	if watched > steady {
+		f.failures = 0
 	}
 }
 
@@ -123,9 +131,9 @@ func aboutKind(err error) bool {
 func expired(err error) bool { return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) }
 
 // follow brings the kind up to date and keeps it so. It returns how long it
-// could watch, and nil when that took as long as was asked for.
+// could watch, and nil when that was as long as it asked for.
 func (f *feed) follow(ctx context.Context, at *server) (time.Duration, error) {
-	if f.version != "" && f.severed {
+	if f.version != "" {
 		if err := f.compare(ctx, at); err != nil {
 			return 0, f.blame("compare", at, err)
 		}
@@ -135,17 +143,14 @@ func (f *feed) follow(ctx context.Context, at *server) (time.Duration, error) {
 			return 0, f.blame("list", at, err)
 		}
 	}
-	f.severed = true
-	begun := time.Now()
-	err := f.watch(ctx, at)
+	watched, err := f.watch(ctx, at)
+	if err == nil {
+		return watched, nil
+	}
 	if expired(err) {
 		f.version = ""
 	}
-	if err == nil {
-		f.severed = false
-		return time.Since(begun), nil
-	}
-	return time.Since(begun), f.blame("watch", at, err)
+	return watched, f.blame("watch", at, err)
 }
 
 // blame says which act went wrong where. The server's address is in it already.
@@ -346,41 +351,53 @@ func (f *feed) keeping() <-chan time.Time {
 }
 
 // watch follows the changes since version, until the time it asked for is over.
-func (f *feed) watch(ctx context.Context, at *server) error {
+// It returns how long it could, 0 if no watch began.
+func (f *feed) watch(ctx context.Context, at *server) (time.Duration, error) {
 	lasts := watchLeast + rand.N(watchLeast)
 	ctx, cancel := context.WithTimeout(ctx, lasts+f.source.patience)
 	defer cancel()
-	impatient := time.AfterFunc(f.source.patience, cancel)
+	w, err := f.open(ctx, cancel, at, lasts)
+	if err != nil {
+		return 0, err
+	}
+	defer w.Stop()
+	begun := time.Now()
+	began, err := f.events(ctx, w)
+	watched := time.Since(begun)
+	switch {
+	case !began:
+		return 0, err
+	case errors.Is(err, errEnded) && watched > lasts-time.Second:
+		return watched, nil
+	}
+	return watched, err
+}
+
+// open begins a watch. What takes too long is ended with give.
+func (f *feed) open(ctx context.Context, give func(), at *server, lasts time.Duration) (watch.Interface, error) {
+	impatient := time.AfterFunc(f.source.patience, give)
 	w, err := f.request(at).
 		Param("watch", "true").
 		Param("allowWatchBookmarks", "true").
 		Param("resourceVersion", f.version).
 		Param("timeoutSeconds", strconv.Itoa(int(lasts.Seconds()))).
 		Watch(ctx)
+	if impatient.Stop() {
+		return w, err
+	}
 	if w != nil {
-		defer w.Stop()
+		w.Stop()
 	}
-	if !impatient.Stop() {
-		return fmt.Errorf("no answer for %v", f.source.patience)
-	}
-	if err != nil {
-		return err
-	}
-	begun := time.Now()
-	err = f.events(ctx, w)
-	if errors.Is(err, errEnded) && time.Since(begun) > lasts-time.Second {
-		return nil
-	}
-	return err
+	return nil, fmt.Errorf("no answer for %v", f.source.patience)
 }
 
-// events takes the events of a watch until it ends.
-func (f *feed) events(ctx context.Context, w watch.Interface) error {
+// events takes the events of a watch until it ends. It says whether the server
+// answered at all: client-go's watch has ended before it begins where not.
+func (f *feed) events(ctx context.Context, w watch.Interface) (began bool, err error) {
 	select {
 	case e, open := <-w.ResultChan():
-		// client-go's watch has ended already where the server did not answer.
 		if err := f.event(time.Now(), e, open); err != nil {
-			return err
+			return false, err
 		}
 	default:
 	}
@@ -389,13 +406,13 @@ func (f *feed) events(ctx context.Context, w watch.Interface) error {
 		select {
 		case e, open := <-w.ResultChan():
 			if err := f.event(time.Now(), e, open); err != nil {
-				return err
+				return true, err
 			}
 		case <-expire:
 			f.expire()
 			expire = f.keeping()
 		case <-ctx.Done():
-			return errEnded
+			return true, errEnded
 		}
 	}
 }

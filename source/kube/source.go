@@ -27,9 +27,13 @@ type Settings struct {
 	Account string
 }
 
-// spacing is how long after a Snapshot the next one may come at the earliest. A
-// change after a pause is not delayed; a burst makes one Snapshot in so long.
-const spacing = 5 * time.Millisecond
+// After a Snapshot the next one comes at the earliest in spacing, or in rest times
+// what that one took to make: a change after a pause is not delayed, and a burst
+// costs at most a part of one core.
+const (
+	spacing = time.Millisecond
+	rest    = 4
+)
 
 // Source delivers what the API server says and its changes.
 type Source struct {
@@ -109,6 +113,7 @@ func (s *Source) deliver(ctx context.Context, deliver func(*model.Snapshot)) {
 		if !sleep(ctx, time.Until(next)) {
 			return
 		}
+		begun := time.Now()
 		snapshot, since := s.snapshot()
 		if snapshot == nil || snapshot == last {
 			continue
@@ -117,7 +122,8 @@ func (s *Source) deliver(ctx context.Context, deliver func(*model.Snapshot)) {
 		dated := *snapshot
 		dated.Seen = since
 		deliver(&dated)
-		next = time.Now().Add(spacing)
+		now := time.Now()
+		next = now.Add(max(spacing, rest*now.Sub(begun)))
 	}
 }
 

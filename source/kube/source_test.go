@@ -24,6 +24,7 @@ type bed struct {
 
 	mu        sync.Mutex
 	delivered []*model.Snapshot
+	at        []time.Time // when each was
 	ended     chan error
 	stop      context.CancelFunc
 }
@@ -81,7 +82,7 @@ func (b *bed) run() {
 		b.ended <- b.source.Run(ctx, func(s *model.Snapshot) {
 			b.mu.Lock()
 			defer b.mu.Unlock()
-			b.delivered = append(b.delivered, s)
+			b.delivered, b.at = append(b.delivered, s), append(b.at, time.Now())
 		})
 	}()
 	b.t.Cleanup(stop)

@@ -1,6 +1,7 @@
 package kubetest
 
 import (
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -103,21 +104,39 @@ func (s *Server) list(w http.ResponseWriter, q *asked) {
 		version, _ = strconv.ParseUint(was, 10, 64)
 		after = rest
 	}
-	var page []Object
-	for name, o := range s.objects[q.resource] {
-		if name > after && q.selects(o) {
-			page = append(page, o)
-		}
-	}
+	limit, _ := strconv.Atoi(q.query("limit"))
+	page, more := s.page(q, after, limit)
 	s.mu.Unlock()
-	slices.SortFunc(page, func(a, b Object) int { return strings.Compare(name(a), name(b)) })
 	about := metav1.ListMeta{ResourceVersion: strconv.FormatUint(version, 10)}
-	if limit, _ := strconv.Atoi(q.query("limit")); limit > 0 && len(page) > limit {
-		page = page[:limit]
-		about.Continue = about.ResourceVersion + ":" + name(page[limit-1])
+	if more {
+		about.Continue = about.ResourceVersion + ":" + name(page[len(page)-1])
 	}
 	w.Header().Set("Content-Type", q.format.MediaType)
 	s.encoder(q).Encode(listOf(q.resource, page, about), w)
+}
+
+// page are the first objects after a name, all for limit 0, and whether there are
+// more. It is called with s.mu held.
+func (s *Server) page(q *asked, after string, limit int) (page []Object, more bool) {
+	of := s.objects[q.resource]
+	if s.sorted[q.resource] == nil {
+		s.sorted[q.resource] = slices.Sorted(maps.Keys(of))
+	}
+	names := s.sorted[q.resource]
+	i, found := slices.BinarySearch(names, after)
+	if found {
+		i++
+	}
+	for _, name := range names[i:] {
+		if !q.selects(of[name]) {
+			continue
+		}
+		if limit > 0 && len(page) == limit {
+			return page, true
+		}
+		page = append(page, of[name])
+	}
+	return page, false
 }
 
 func (s *Server) encoder(q *asked) runtime.Encoder {
@@ -159,8 +178,8 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q *asked) {
 	defer over.Stop()
 	s.mu.Lock()
 	s.watches[q.resource]++
-	bookmarks, cuts := s.bookmarks, s.cuts
 	s.mu.Unlock()
+	_, since := s.news(q.resource, from)
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -169,23 +188,24 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q *asked) {
 	out := s.stream(w, q)
 	for {
 		news, at := s.news(q.resource, from)
-		switch {
-		case at.cuts > cuts && at.torn:
-			out.half()
-		case at.cuts > cuts:
-			return
-		case from < at.oldest:
+		if from < at.oldest || at.expiries > since.expiries {
 			out.send(watch.Error, &expired)
 			return
 		}
 		for _, c := range news {
 			out.change(q, c)
-			from = c.version
 		}
-		if at.bookmarks > bookmarks && q.query("allowWatchBookmarks") == "true" {
+		from = at.version
+		if at.bookmarks > since.bookmarks && q.query("allowWatchBookmarks") == "true" {
 			out.bookmark(at.version)
 		}
-		bookmarks = at.bookmarks
+		since.bookmarks = at.bookmarks
+		switch {
+		case at.cuts > since.cuts && at.torn:
+			out.half()
+		case at.cuts > since.cuts:
+			return
+		}
 		select {
 		case <-at.changed:
 		case <-over.C:
@@ -198,10 +218,10 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q *asked) {
 
 // moment is what a watch has to know of the server.
 type moment struct {
-	version, oldest uint64
-	bookmarks, cuts int
-	torn            bool
-	changed         <-chan struct{}
+	version, oldest           uint64
+	bookmarks, expiries, cuts int
+	torn                      bool
+	changed                   <-chan struct{}
 }
 
 // news are the changes of a resource after a version.
@@ -214,5 +234,5 @@ func (s *Server) news(resource string, from uint64) ([]change, moment) {
 			news = append(news, c)
 		}
 	}
-	return news, moment{s.version, s.oldest, s.bookmarks, s.cuts, s.torn, s.changed}
+	return news, moment{s.version, s.oldest, s.bookmarks, s.expiries, s.cuts, s.torn, s.changed}
 }

@@ -42,16 +42,18 @@ type Server struct {
 	// can start.
 	version, oldest uint64
 	objects         map[string]map[string]Object // by resource, then namespace/name
-	history         []change
+	// sorted are the names of objects in order, nil where that has to be made again.
+	sorted  map[string][]string
+	history []change
 	// changed is closed when there is something for the watches to do.
-	changed   chan struct{}
-	bookmarks int // asked for so far
-	cuts      int // and how often all watches were ended
-	torn      bool
-	watches   map[string]int
-	requests  []Request
-	fault     func(http.ResponseWriter, *http.Request) bool
-	stale     bool
+	changed chan struct{}
+	// How often that was asked for so far.
+	bookmarks, expiries, cuts int
+	torn                      bool
+	watches                   map[string]int
+	requests                  []Request
+	fault                     func(http.ResponseWriter, *http.Request) bool
+	stale                     bool
 }
 
 // change is one version of an object.
@@ -73,7 +75,7 @@ func New() *Server {
 	}
 	s := &Server{
 		scheme: scheme, codecs: serializer.NewCodecFactory(scheme), version: 100, oldest: 100,
-		objects: map[string]map[string]Object{}, changed: make(chan struct{}), watches: map[string]int{},
+		objects: map[string]map[string]Object{}, sorted: map[string][]string{}, changed: make(chan struct{}), watches: map[string]int{},
 	}
 	for resource := range resources {
 		s.objects[resource] = map[string]Object{}
@@ -205,6 +207,9 @@ func (s *Server) note(kind watch.EventType, now, then Object) {
 	} else {
 		of[name(now)] = now
 	}
+	if kind != watch.Modified {
+		s.sorted[resourceOf(now)] = nil
+	}
 	s.history = append(s.history, change{s.version, resourceOf(now), kind, now, then})
 	s.stir()
 }
@@ -240,12 +245,18 @@ func (s *Server) Cut(torn bool) {
 	s.stir()
 }
 
-// Compact forgets all changes so far: watches from before are told 410.
+// Compact forgets all changes so far: watches from before get 410.
 func (s *Server) Compact() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.version++
 	s.oldest, s.history = s.version, nil
+}
+
+// Expire ends the watches that are open with 410.
+func (s *Server) Expire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.expiries++
 	s.stir()
 }
 
@@ -265,6 +276,7 @@ func (s *Server) Restore(version uint64, keep func(Object) bool) {
 	for _, of := range s.objects {
 		maps.DeleteFunc(of, func(_ string, o Object) bool { return !keep(o) })
 	}
+	clear(s.sorted)
 	s.version, s.oldest, s.history = version, version, nil
 	s.cuts, s.torn = s.cuts+1, true
 	s.stir()
