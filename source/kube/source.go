@@ -27,12 +27,12 @@ type Settings struct {
 	Account string
 }
 
-// After a Snapshot the next one comes at the earliest in spacing, or in rest times
+// After a Snapshot the next one comes at the earliest in spacing, or in share times
 // what that one took to make: a change after a pause is not delayed, and a burst
 // costs at most a part of one core.
 const (
 	spacing = time.Millisecond
-	rest    = 4
+	share   = 4
 )
 
 // Source delivers what the API server says and its changes.
@@ -123,7 +123,7 @@ func (s *Source) deliver(ctx context.Context, deliver func(*model.Snapshot)) {
 		dated.Seen = since
 		deliver(&dated)
 		now := time.Now()
-		next = now.Add(max(spacing, rest*now.Sub(begun)))
+		next = now.Add(max(spacing, share*now.Sub(begun)))
 	}
 }
 
