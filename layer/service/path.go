@@ -206,6 +206,9 @@ func (d *datapath) findVeths() ([]veth, error) {
 	veths := make([]veth, len(devices))
 	for i, device := range devices {
 		there[device.Index] = true
+		if d.isAnother(device.Index) {
+			_ = d.detachVeth(device.Index)
+		}
 		_, attached := d.veths[device.Index]
 		if attached {
 			d.veths[device.Index] = device.Name
@@ -218,6 +221,17 @@ func (d *datapath) findVeths() ([]veth, error) {
 		}
 	}
 	return veths, nil
+}
+
+// isAnother says that a device has the index of one that went, and none of what was
+// attached to that: one that is moved into the node's namespace keeps its index.
+func (d *datapath) isAnother(device int) bool {
+	for _, h := range vethHooks(device) {
+		if have := d.attached[h.name]; have != nil && !have.alive() {
+			return true
+		}
+	}
+	return false
 }
 
 // readAsks reads which namespaces ask for a path, and whose they are.

@@ -2,8 +2,11 @@ package service
 
 import (
 	"net"
+	"os"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
 )
 
 // Whoever asks for more flows gets them with the next process, and open streams do
@@ -63,5 +66,31 @@ func TestADeviceThatGoesStopsNothing(t *testing.T) {
 	}
 	if _, there := v.layer.datapath.veths[index]; there {
 		t.Error("a device that went is remembered")
+	}
+}
+
+// A pod's device may get the index of one that just went, also its name: some CNI
+// plug-ins make it in the pod and move it out, where it keeps its index.
+func TestADeviceWithTheIndexOfAnother(t *testing.T) {
+	v, _, server := twoPods(t)
+	pod := v.pod()
+	v.become(webAndNames(server))
+	var index int
+	v.must(v.Inside(func() error {
+		there, err := netlink.LinkByName(pod.device)
+		v.must(err)
+		index = there.Attrs().Index
+		v.must(netlink.LinkDel(there))
+		space, err := os.Open(pod.netns)
+		v.must(err)
+		defer space.Close()
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: pod.device, Index: index},
+			PeerName: "eth0", PeerNamespace: netlink.NsFd(space.Fd())})
+	}))
+	v.become(webAndNames(server))
+	for _, h := range vethHooks(index) {
+		if have := v.layer.datapath.attached[h.name]; have == nil || !have.alive() {
+			t.Errorf("%s is not in force at the new device", h.name)
+		}
 	}
 }
