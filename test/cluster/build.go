@@ -30,9 +30,10 @@ const (
 	cacheFolder  = ".cache/cluster"
 )
 
-// tools are the binaries to build: name and package. A package that ends in .test
-// is the test of what it is named for; coredns and pause are ours.
-var tools = []struct{ name, path string }{
+type tool struct{ name, path string }
+
+// clusterTools are the binaries that the cluster is made of: name and package.
+var clusterTools = []tool{
 	{"etcd", "go.etcd.io/etcd/server/v3"},
 	{"kubectl", "k8s.io/kubernetes/cmd/kubectl"},
 	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
@@ -40,9 +41,14 @@ var tools = []struct{ name, path string }{
 	{"kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"},
 	{"kubelet", "k8s.io/kubernetes/cmd/kubelet"},
 	{"kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"},
-	{"pause", "./pause"},
-	{"coredns", ""},
 	{"agnhost", "k8s.io/kubernetes/test/images/agnhost"},
+	{"pause", "./pause"},
+	{"coredns", ""}, // see writeCoreDNS
+}
+
+// testTools are those that tests are put to it with. A binary that ends in .test
+// is the test of its package.
+var testTools = []tool{
 	{"ginkgo", "github.com/onsi/ginkgo/v2/ginkgo"},
 	{"e2e.test", "k8s.io/kubernetes/test/e2e"},
 }
@@ -80,7 +86,7 @@ func binaries() (string, error) {
 
 // build makes what is not there yet, one binary after the other, and returns the
 // folder of all. Binaries of other versions are removed.
-func build(ctx context.Context) (string, error) {
+func build(ctx context.Context, tools []tool) (string, error) {
 	if _, err := os.Stat(filepath.Join(moduleFolder, "go.mod")); err != nil {
 		return "", fmt.Errorf("run from the root of the repository: %w", err)
 	}

@@ -35,7 +35,8 @@ func imageFiles() []string {
 // images writes the images of the cluster, in the format of `docker save`, with
 // the names that they have where they usually come from.
 func images(bin string) error {
-	if err := os.MkdirAll(folder+"/images", 0o755); err != nil {
+	to := folder + "/images"
+	if err := os.MkdirAll(to, 0o755); err != nil {
 		return err
 	}
 	number, err := os.ReadFile(filepath.Join(bin, "agnhost.version"))
@@ -48,11 +49,11 @@ func images(bin string) error {
 	}
 	const e2e = "registry.k8s.io/e2e-test-images/"
 	return errors.Join(
-		image{[]string{pauseImage}, []string{"/pause"}, nil, files{{"pause", 0o755, fromFile(bin, "pause")}}}.write(),
-		image{[]string{coreDNSImage()}, []string{"/coredns"}, nil, files{{"coredns", 0o755, fromFile(bin, "coredns")}}}.write(),
+		image{[]string{pauseImage}, []string{"/pause"}, nil, files{{"pause", 0o755, fromFile(bin, "pause")}}}.write(to),
+		image{[]string{coreDNSImage()}, []string{"/coredns"}, nil, files{{"coredns", 0o755, fromFile(bin, "coredns")}}}.write(to),
 		// The tests of DNS want what is in here from another image.
 		image{[]string{e2e + "agnhost:" + strings.TrimSpace(string(number)), e2e + "glibc-dns-testing:2.0.0"},
-			[]string{"/agnhost"}, []string{"pause"}, agnhost}.write())
+			[]string{"/agnhost"}, []string{"pause"}, agnhost}.write(to))
 }
 
 // agnhostFiles are those that Kubernetes' image of that name has and tests use:
@@ -157,8 +158,9 @@ type image struct {
 	files               files
 }
 
-func (i image) write() error {
-	name := filepath.Join(folder, "images", strings.Split(path.Base(i.names[0]), ":")[0]+".tar")
+// write it to a folder, as pause.tar for registry.k8s.io/pause:3.10.2.
+func (i image) write(folder string) error {
+	name := filepath.Join(folder, strings.Split(path.Base(i.names[0]), ":")[0]+".tar")
 	layer := name + ".layer"
 	sum, err := i.files.write(layer)
 	if err != nil {

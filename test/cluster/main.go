@@ -62,7 +62,7 @@ func run(ctx context.Context, command string, arguments []string) error {
 	switch command {
 	case "build":
 		_ = flags.Parse(arguments) // ExitOnError: it does not return one
-		_, err := build(ctx)
+		_, err := build(ctx, append(clusterTools, testTools...))
 		return err
 	case "up":
 		proxy := flags.String("proxy", "kube-proxy", "who serves Services: kube-proxy, or none")

@@ -22,7 +22,7 @@ func up(ctx context.Context, proxy, mode string) error {
 	if proxy != "kube-proxy" && proxy != "none" {
 		return fmt.Errorf("--proxy %s: it is kube-proxy or none", proxy)
 	}
-	bin, err := build(ctx)
+	bin, err := build(ctx, clusterTools)
 	if err != nil {
 		return err
 	}
