@@ -251,6 +251,8 @@ func TestPacketPathFollowsPods(t *testing.T) {
 			t.Errorf("pin %s is of a device that is gone", pin.Name())
 		}
 	}
+	v.age(25 * time.Hour)
+	v.sweep()
 	v.layer.settings.Path = PathSocket
 	v.become(webAndNames(server))
 	if n := len(v.layer.datapath.veths); n != 0 {

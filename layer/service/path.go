@@ -99,6 +99,9 @@ func (a *wish) Detail() string { return string(a.path) }
 type veth struct {
 	link.Device
 	attached bool
+	// busy says that the packet path has flows, whose sockets know the Service only:
+	// it must stay until they have ended, though nobody asks for it any more.
+	busy bool
 }
 
 // Object implements layer.Subject.
@@ -156,7 +159,7 @@ func diffPaths(have *Picture, want paths, prune bool) (first, last layer.Changes
 		if needed && !p.attached {
 			first = append(first, layer.Change{Op: layer.Add, Subject: p})
 		}
-		if !needed && p.attached && prune {
+		if !needed && p.attached && prune && !(p.busy && p.isPods(want.node)) {
 			last = append(last, layer.Change{Op: layer.Remove, Subject: p})
 		}
 	}
@@ -202,6 +205,10 @@ func (d *datapath) findVeths() ([]veth, error) {
 	if err != nil {
 		return nil, err
 	}
+	flows, err := d.flowCount()
+	if err != nil {
+		return nil, err
+	}
 	there := make(map[int]bool, len(devices))
 	veths := make([]veth, len(devices))
 	for i, device := range devices {
@@ -213,7 +220,7 @@ func (d *datapath) findVeths() ([]veth, error) {
 		if attached {
 			d.veths[device.Index] = device.Name
 		}
-		veths[i] = veth{device, attached}
+		veths[i] = veth{device, attached, flows > 0}
 	}
 	for device := range d.veths {
 		if !there[device] {

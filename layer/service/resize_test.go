@@ -94,3 +94,27 @@ func TestADeviceWithTheIndexOfAnother(t *testing.T) {
 		}
 	}
 }
+
+// Where nobody asks for the packet path any more, it stays until its flows have
+// ended: their sockets know the Service only.
+func TestThePacketPathStaysForItsFlows(t *testing.T) {
+	v, client, server := twoPods(t)
+	conn, err := client.fromPort("tcp4", "10.96.0.1:80", 4000)
+	v.must(err)
+	defer conn.Close()
+	v.must(exchangeLine(conn, "packet by packet"))
+	v.layer.settings.Path = PathSocket
+	v.become(webAndNames(server))
+	v.again(webAndNames(server))
+	if err := exchangeLine(conn, "still"); err != nil {
+		t.Fatalf("a stream that was open when the packet path was switched off: %v", err)
+	}
+	conn.Close()
+	v.awaitClosed()
+	v.age(61 * time.Second)
+	v.sweep()
+	v.become(webAndNames(server))
+	if n := len(v.layer.datapath.veths); n != 0 {
+		t.Errorf("without flows the packet path is still at %d devices", n)
+	}
+}
