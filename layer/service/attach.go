@@ -23,7 +23,7 @@ type hook struct {
 	name    string
 	program string
 	attach  ebpf.AttachType
-	// device is the index of a port's network device, 0 for the cgroup.
+	// device is the index of a pod's veth, 0 for the cgroup.
 	device int
 }
 
@@ -48,7 +48,7 @@ func vethHooks(device int) []hook {
 	}
 }
 
-// portOf reads the device from the name of a port's hook.
+// vethOfHook reads the device from the name of a veth's hook.
 func vethOfHook(name string) (device int, ok bool) {
 	for _, program := range []string{datapathProgToPod, datapathProgFromPod} {
 		if rest, found := strings.CutPrefix(name, program+"_"); found {
@@ -275,7 +275,7 @@ func (d *datapath) openAttachments() error {
 	return nil
 }
 
-// dropDeadVeth forgets a port whose device is gone.
+// dropDeadVeth forgets a veth that is gone.
 func (d *datapath) dropDeadVeth(device int) {
 	for _, h := range vethHooks(device) {
 		if have := d.attached[h.name]; have != nil && have.alive() {

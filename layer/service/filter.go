@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Before Linux 6.6 there is no tcx: then a port's programs are filters of the
+// Before Linux 6.6 there is no tcx: then a veth's programs are filters of the
 // clsact qdisc (tc-bpf(8)). They need no pin, for they live as long as the device.
 const (
 	// filterPriority is the layer's own: filters with a smaller number run

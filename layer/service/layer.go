@@ -20,8 +20,8 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// Settings are where the layer works. Neither has a default here: the command
-// line knows the host's.
+// Settings are where the layer works, and how. Where has no default here: the
+// command line knows the host's.
 type Settings struct {
 	// Cgroup is the cgroup2 folder whose processes, and those of all groups
 	// below it, are served.
