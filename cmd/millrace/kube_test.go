@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/kernel/netns"
@@ -48,7 +49,7 @@ func newClustered(t *testing.T) *clustered {
 	write(t, c.kubeconfig, `
 apiVersion: v1
 kind: Config
-clusters: [{name: c, cluster: {server: "http://10.96.0.1:443"}}]
+clusters: [{name: c, cluster: {server: "http://10.111.0.1:443"}}]
 contexts: [{name: x, context: {cluster: c}}]
 current-context: x
 `)
@@ -97,6 +98,9 @@ func TestAgentOfAnAPIServer(t *testing.T) {
 	c.begin()
 	c.until("the agent is ready", func(s agent.Status) bool { return s.Ready && s.Source.Complete })
 	c.serves("10.244.0.1", "10.244.0.2")
+	if s, err := c.status(); err == nil {
+		t.Logf("agent %s resident", bytesText(s.Memory.ResidentBytes))
+	}
 	c.must(c.Apply(web("web", "10.96.0.2", "10.244.0.3")))
 	c.serves("10.244.0.3")
 
@@ -121,4 +125,31 @@ func TestAgentOfAnAPIServer(t *testing.T) {
 	c.serves("10.244.0.4")
 	c.must(c.Remove(web("web", "10.96.0.2")))
 	c.until("what was removed is gone", func(agent.Status) bool { return len(c.inForce()) == 1 })
+}
+
+// Ten thousand Services through an API server: every one answers, and the agent
+// stays small. The bound is memory, not time; the time is printed.
+func TestManyServicesOfAnAPIServer(t *testing.T) {
+	const services, endpoints, megabytes = 10_000, 4, 110
+	c := newClustered(t)
+	for from := 0; from < services; from += 1000 {
+		c.must(c.Apply(string(thousand(from, endpoints))))
+	}
+	c.Compact()
+	begun := time.Now()
+	c.begin()
+	s := c.until("the agent is ready", func(s agent.Status) bool { return s.Ready })
+	took := time.Since(begun)
+	answered := c.connectToAll(services)
+	if now, err := c.status(); err == nil {
+		s = now
+	}
+	t.Logf("%d of %d answered; ready %v after the start; agent %s resident, maps %s", answered, services,
+		took.Round(time.Millisecond), bytesText(s.Memory.ResidentBytes), bytesText(s.Memory.MapBytes))
+	if answered != services {
+		t.Errorf("only %d of %d Services answer", answered, services)
+	}
+	if resident := s.Memory.ResidentBytes; resident > megabytes*1e6 {
+		t.Errorf("the agent has %s, more than %d MB", bytesText(resident), megabytes)
+	}
 }

@@ -327,7 +327,7 @@ func TestServerThatHasNotComeUpIsNotListened(t *testing.T) {
 	if !strings.Contains(err.Error(), "it has not come up") {
 		t.Error(err)
 	}
-	b.apply(service("kubernetes", "10.96.0.1"))
+	b.apply(service("kubernetes", "10.111.0.1"))
 	if s := b.shows(""); !s.Complete || len(s.Services) != 1 {
 		t.Errorf("complete %v, %d Services", s.Complete, len(s.Services))
 	}

@@ -91,7 +91,7 @@ const own = `
 apiVersion: v1
 kind: Service
 metadata: {name: kubernetes, namespace: default, labels: {component: apiserver, provider: kubernetes}}
-spec: {type: ClusterIP, clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1], ports: [{name: https, protocol: TCP, port: 443, targetPort: 6443}]}
+spec: {type: ClusterIP, clusterIP: 10.111.0.1, clusterIPs: [10.111.0.1], ports: [{name: https, protocol: TCP, port: 443, targetPort: 6443}]}
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -157,16 +157,37 @@ func (s *Server) parse(text string) ([]Object, error) {
 		if strings.TrimSpace(string(document)) == "" {
 			continue
 		}
-		obj, _, err := s.codecs.UniversalDeserializer().Decode(document, nil, nil)
+		read, err := s.decode(document)
 		if err != nil {
 			return nil, err
 		}
+		all = append(all, read...)
+	}
+}
+
+// decode reads one object, or those of a List.
+func (s *Server) decode(document []byte) ([]Object, error) {
+	obj, _, err := s.codecs.UniversalDeserializer().Decode(document, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	list, ok := obj.(*corev1.List)
+	if !ok {
 		o := obj.(Object)
 		if _, node := obj.(*corev1.Node); !node && o.GetNamespace() == "" {
 			o.SetNamespace(metav1.NamespaceDefault)
 		}
-		all = append(all, o)
+		return []Object{o}, nil
 	}
+	var all []Object
+	for _, item := range list.Items {
+		one, err := s.decode(item.Raw)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, one...)
+	}
+	return all, nil
 }
 
 // Put adds or replaces objects, each as one change.
