@@ -22,9 +22,7 @@ type hierarchy struct {
 	options string // for mount: memory, or none,name=systemd
 }
 
-// hierarchies of this host, as /proc/self/mountinfo lists them. Kubelet and runc
-// need the controllers, which are those of version 1 here: on a host with version
-// 2 alone this is an error.
+// hierarchies of this host, as /proc/self/mountinfo lists them.
 func hierarchies() (all []hierarchy, err error) {
 	content, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -38,10 +36,17 @@ func hierarchies() (all []hierarchy, err error) {
 		}
 		all = append(all, hierarchy{path: fields[4], kind: kinds[0], options: mountOptions(kinds[2])})
 	}
-	if !slices.ContainsFunc(all, func(h hierarchy) bool { return h.kind == "cgroup" }) {
-		return nil, errors.New("read /proc/self/mountinfo: no hierarchy of cgroup version 1, and nodes on version 2 alone are not supported yet")
-	}
 	return all, nil
+}
+
+// controllersInVersion1 says so if they are not: kubelet and runc need them, and
+// on a host with version 2 alone they would have to be handed on from its root.
+func controllersInVersion1() error {
+	all, err := hierarchies()
+	if err == nil && !slices.ContainsFunc(all, func(h hierarchy) bool { return h.kind == "cgroup" }) {
+		err = errors.New("start nodes: this host has no cgroup hierarchy of version 1, and nodes on version 2 alone are not supported yet")
+	}
+	return err
 }
 
 // mountOptions keeps of "rw,xattr,name=systemd" what chooses the hierarchy. One

@@ -22,6 +22,9 @@ func up(ctx context.Context, proxy, mode string) error {
 	if proxy != "kube-proxy" && proxy != "none" {
 		return fmt.Errorf("--proxy %s: it is kube-proxy or none", proxy)
 	}
+	if err := controllersInVersion1(); err != nil {
+		return err
+	}
 	bin, err := build(ctx, clusterTools)
 	if err != nil {
 		return err
@@ -114,6 +117,10 @@ exec nsenter --all --target "$(cat %[2]s/node-$n/pid)" -- "$@"
 // not by what somebody wrote down, so that it does not matter how the cluster
 // ended.
 func down(ctx context.Context) error {
+	if nothingThere() == nil {
+		say("nothing is there")
+		return nil
+	}
 	if err := endProcesses(ctx); err != nil {
 		return err
 	}
@@ -131,6 +138,7 @@ func down(ctx context.Context) error {
 	if err := os.RemoveAll(folder); err != nil {
 		return fmt.Errorf("remove %s: %w", folder, err)
 	}
+	say("removed")
 	return nil
 }
 
