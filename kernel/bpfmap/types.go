@@ -90,7 +90,7 @@ func Walk(m *ebpf.Map, f func(key, value []byte) error) error {
 			return walkEach(m, f)
 		}
 		for i := range n {
-			if err := f(keys.Index(i).Slice(0, int(m.KeySize())).Bytes(), values.Index(i).Slice(0, int(m.ValueSize())).Bytes()); err != nil {
+			if err := f(row(keys, i, m.KeySize()), row(values, i, m.ValueSize())); err != nil {
 				return err
 			}
 		}
@@ -106,6 +106,51 @@ func Walk(m *ebpf.Map, f func(key, value []byte) error) error {
 // rows is a slice of batch arrays of so many bytes.
 func rows(size uint32) reflect.Value {
 	return reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(int(size), reflect.TypeFor[byte]())), batch, batch)
+}
+
+// Copy writes an entry to another map for each of a map, whatever their layouts:
+// f makes it, of the bytes of the one in those of the other, which are not cleared
+// before.
+func Copy(from, to *ebpf.Map, f func(key, value, newKey, newValue []byte)) error {
+	keys, values := rows(to.KeySize()), rows(to.ValueSize())
+	n := 0
+	flush := func() error {
+		err := putRows(to, keys.Slice(0, n), values.Slice(0, n))
+		n = 0
+		return err
+	}
+	err := Walk(from, func(key, value []byte) error {
+		f(key, value, row(keys, n, to.KeySize()), row(values, n, to.ValueSize()))
+		if n++; n < batch {
+			return nil
+		}
+		return flush()
+	})
+	if err == nil && n > 0 {
+		err = flush()
+	}
+	if err != nil {
+		return fmt.Errorf("copy map %s: %w", from.String(), err)
+	}
+	return nil
+}
+
+// putRows writes entries, one by one where the kernel has no batches.
+func putRows(m *ebpf.Map, keys, values reflect.Value) error {
+	if _, err := m.BatchUpdate(keys.Interface(), values.Interface(), nil); err == nil {
+		return nil
+	}
+	for i := range keys.Len() {
+		if err := m.Put(row(keys, i, m.KeySize()), row(values, i, m.ValueSize())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// row is the bytes of one of the rows.
+func row(all reflect.Value, i int, size uint32) []byte {
+	return all.Index(i).Slice(0, int(size)).Bytes()
 }
 
 func walkEach(m *ebpf.Map, f func(key, value []byte) error) error {

@@ -44,8 +44,6 @@ type datapath struct {
 	// index -> name.
 	veths    map[int]string
 	attached map[string]attachment // by the name of the hook
-	// lastID and lastNumber are the greatest that flows know.
-	lastID, lastNumber uint32
 	// carried is how many flows come from another version.
 	carried int
 	// packets says that the packet path's flows have their maps.
@@ -152,11 +150,6 @@ func (d *datapath) prepare() (whole bool, err error) {
 	adopted = adopted || d.left[datapathMapServices] != nil
 	if err := d.carryTables(); err != nil {
 		return false, err
-	}
-	if !adopted {
-		if err := d.findFloor(spec); err != nil {
-			return false, err
-		}
 	}
 	return adopted, nil
 }

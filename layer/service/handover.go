@@ -2,7 +2,6 @@ package service
 
 import (
 	"cmp"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -311,25 +310,6 @@ func (d *datapath) markMixed(names []string) error {
 		}
 	}
 	return nil
-}
-
-// findFloor finds the greatest id and number that flows know, so that tables
-// that are filled anew give them to nobody else.
-func (d *datapath) findFloor(spec *ebpf.CollectionSpec) error {
-	m := d.left[datapathMapTranslations]
-	if m == nil {
-		m = d.maps[datapathMapTranslations]
-	}
-	at, err := layoutOf(m)
-	if err != nil {
-		at = layoutWanted(spec.Maps[datapathMapTranslations]) // then it has it
-	}
-	id, number := at.value.find("service"), at.value.find("number")
-	return bpfmap.Walk(m, func(_, value []byte) error {
-		d.lastID = max(d.lastID, binary.NativeEndian.Uint32(value[id.at:]))
-		d.lastNumber = max(d.lastNumber, binary.NativeEndian.Uint32(value[number.at:]))
-		return nil
-	})
 }
 
 // roomForLeft is the room that what is left takes in maps of this version. For

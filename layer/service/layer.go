@@ -115,7 +115,7 @@ func (l *Layer) Open() error {
 	if err != nil {
 		return err
 	}
-	l.datapath, l.room, l.tables = datapath, datapath, &tables{lastID: datapath.lastID, lastNumber: datapath.lastNumber}
+	l.datapath, l.room, l.tables = datapath, datapath, &tables{}
 	l.tables.use(datapath.maps)
 	return nil
 }

@@ -60,11 +60,9 @@ func carryMap(name string, from, to *ebpf.Map) error {
 	if err != nil {
 		return err
 	}
-	key, value := make([]byte, to.KeySize()), make([]byte, to.ValueSize())
-	return bpfmap.Walk(from, func(k, v []byte) error {
-		carry(t.key, k, key)
-		carry(t.value, v, value)
-		return to.Put(key, value)
+	return bpfmap.Copy(from, to, func(key, value, newKey, newValue []byte) {
+		carry(t.key, key, newKey)
+		carry(t.value, value, newValue)
 	})
 }
 
@@ -75,6 +73,8 @@ type flowCarrier struct {
 	from, to             map[string]*ebpf.Map
 	translations, places *translator
 	flags, flows         field
+	reply                []step // from a client's entry to the key of its replies
+	become               []step // what an entry says that packets become, to itself
 	// free are places that no flow of the new programs will take for long: they
 	// begin with the first, and there are twice as many as flows (flowPlaces).
 	free []uint32
@@ -99,6 +99,9 @@ func newFlowCarrier(from, to map[string]*ebpf.Map) (*flowCarrier, error) {
 	}
 	c.flows = usage.value.find("flows")
 	c.flags = c.translations.to.value.find("flags")
+	c.reply = reversed(c.translations.from)
+	become := c.translations.to.value.below("to")
+	c.become = steps(become, become)
 	protocol := c.places.to.value.find("protocol")
 	err = bpfmap.Walk(to[datapathMapPlaces], func(place, key []byte) error {
 		if key[protocol.at] == 0 {
@@ -144,7 +147,8 @@ func (c *flowCarrier) flow(key []byte) error {
 	if client == nil || err != nil {
 		return err
 	}
-	back := c.replyKey(client)
+	back := make([]byte, len(key))
+	carry(c.reply, client, back)
 	reply, err := c.read(back)
 	if reply == nil || err != nil {
 		return err
@@ -171,23 +175,18 @@ func (c *flowCarrier) carried(key, value []byte) (newKey, newValue []byte) {
 	return newKey, newValue
 }
 
-// replyKey is reverse() of translation.h of what the client's packets become, in
-// the old programs' layout.
-func (c *flowCarrier) replyKey(client []byte) []byte {
-	key := make([]byte, c.from[datapathMapTranslations].KeySize())
-	to := c.translations.from.value.below("to")
-	for _, f := range c.translations.from.key {
-		name := f.name
-		if rest, ok := strings.CutPrefix(name, "source"); ok {
-			name = "destination" + rest
-		} else if rest, ok := strings.CutPrefix(name, "destination"); ok {
-			name = "source" + rest
+// reversed is reverse() of translation.h, of what a client's packets become.
+func reversed(at layout) []step {
+	var swapped fields
+	for _, f := range at.value.below("to") {
+		if rest, ok := strings.CutPrefix(f.name, "source"); ok {
+			f.name = "destination" + rest
+		} else if rest, ok := strings.CutPrefix(f.name, "destination"); ok {
+			f.name = "source" + rest
 		}
-		if at := to.find(name); at.size == f.size {
-			copy(key[f.at:f.at+f.size], client[at.at:])
-		}
+		swapped = append(swapped, f)
 	}
-	return key
+	return steps(swapped, at.key)
 }
 
 // write makes an entry for the new programs, or notes in the one that is there
@@ -219,8 +218,8 @@ func (c *flowCarrier) write(key, value []byte, client bool) error {
 
 // note adds what was seen of a flow to its entry, if that is the same flow.
 func (c *flowCarrier) note(key, there, seen []byte) error {
-	for _, f := range c.translations.to.value.below("to") {
-		if !bytes.Equal(there[f.at:f.at+f.size], seen[f.at:f.at+f.size]) {
+	for _, s := range c.become {
+		if !bytes.Equal(there[s.to:s.to+s.size], seen[s.to:s.to+s.size]) {
 			return nil
 		}
 	}

@@ -214,7 +214,7 @@ func (v *village) talkAll(client *pod) []*conversation {
 					v.t.Errorf("%s, after %d exchanges: %v", c.what, c.said.Load(), err)
 					return
 				}
-				time.Sleep(time.Millisecond) // others need the processors, too
+				time.Sleep(5 * time.Millisecond) // others need the processors, too
 			}
 		})
 	}
@@ -295,15 +295,20 @@ func (v *village) reopen(snapshot *model.Snapshot) {
 // goes between two programs that were really built is tested in cmd/millrace.
 func TestAnotherVersionsFlowsGoOn(t *testing.T) {
 	for _, row := range []struct {
-		name  string
-		other []string
+		name    string
+		filters bool // as before Linux 6.6
+		other   []string
 	}{
-		{"all maps", allLayouts},
-		{"tables", allLayouts[:3]},
-		{"sockets", allLayouts[3:5]},
-		{"flows", allLayouts[5:]},
+		{"all maps", false, allLayouts},
+		{"all maps, by filters", true, allLayouts},
+		{"tables", false, allLayouts[:3]},
+		{"sockets", false, allLayouts[3:5]},
+		{"flows", false, allLayouts[5:]},
 	} {
 		t.Run(row.name, func(t *testing.T) {
+			if row.filters {
+				withoutTCX(t)
+			}
 			v := newVillage(t, Settings{})
 			client, first, second := v.pod(), v.pod(), v.pod()
 			for i, p := range []*pod{first, second} {
@@ -353,19 +358,24 @@ func TestAnotherVersionsFlowsGoOn(t *testing.T) {
 func TestTakeOverThatIsCutShort(t *testing.T) {
 	begun := func(d *datapath) error { return d.left[datapathMapHandover].Put(uint32(0), uint32(1)) }
 	for _, row := range []struct {
-		name  string
-		begun bool // the new programs begin flows
-		steps func(*datapath) error
+		name    string
+		begun   bool // the new programs begin flows
+		filters bool // as before Linux 6.6
+		steps   func(*datapath) error
 	}{
-		{"maps are pinned", false, func(d *datapath) error { _, err := d.pinBeside(d.maps); return err }},
-		{"programs are attached", false, func(d *datapath) error { return attachAll(d, func(string) bool { return true }) }},
-		{"some programs are attached", false, func(d *datapath) error {
+		{"maps are pinned", false, false, func(d *datapath) error { _, err := d.pinBeside(d.maps); return err }},
+		{"programs are attached", false, false, func(d *datapath) error { return attachAll(d, func(string) bool { return true }) }},
+		{"some programs are attached", false, false, func(d *datapath) error {
 			return attachAll(d, func(program string) bool { return program != datapathProgToPod })
 		}},
-		{"the old programs begin no flows any more", true, func(d *datapath) error {
+		{"the old programs begin no flows any more", true, false, func(d *datapath) error {
 			return errors.Join(attachAll(d, func(string) bool { return true }), begun(d))
 		}},
-		{"half of the programs are promoted", true, func(d *datapath) error {
+		{"filters stand beside", false, true, func(d *datapath) error { return attachAll(d, func(string) bool { return true }) }},
+		{"the old programs begin no flows any more, by filters", true, true, func(d *datapath) error {
+			return errors.Join(attachAll(d, func(string) bool { return true }), begun(d))
+		}},
+		{"half of the programs are promoted", true, false, func(d *datapath) error {
 			if err := errors.Join(attachAll(d, func(string) bool { return true }), begun(d)); err != nil {
 				return err
 			}
@@ -389,7 +399,7 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 			}
 			return err
 		}},
-		{"half of the maps have their names", true, func(d *datapath) error {
+		{"half of the maps have their names", true, false, func(d *datapath) error {
 			if err := errors.Join(attachAll(d, func(string) bool { return true }), begun(d)); err != nil {
 				return err
 			}
@@ -411,6 +421,9 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 		}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
+			if row.filters {
+				withoutTCX(t)
+			}
 			v := newVillage(t, Settings{})
 			client, server := v.pod(), v.pod()
 			server.serve("tcp", 8080, "server")
