@@ -110,7 +110,7 @@ func serve(t *testing.T, bed *layertest.Bed, network string, addresses ...string
 	}
 }
 
-const patience = 5 * time.Second
+const patience = 20 * time.Second
 
 // ask connects from inside the bed, returns who answered and what the kernel
 // says the peer is.

@@ -37,7 +37,9 @@ func newVillage(t *testing.T, settings Settings) *village {
 	t.Helper()
 	bed := layertest.NewBed(t)
 	v := &village{Bed: bed, t: t}
-	v.sysctl(bed.NetNS, "net.ipv4.ip_forward", "1", "net.ipv6.conf.all.forwarding", "1")
+	v.sysctl(bed.NetNS, "net.ipv4.ip_forward", "1", "net.ipv6.conf.all.forwarding", "1",
+		// a router without an address that is valid at once cannot say that a packet is too big
+		"net.ipv6.conf.all.accept_dad", "0", "net.ipv6.conf.default.accept_dad", "0")
 	var err error
 	v.node, err = link.Open(bed.NetNS)
 	v.must(err)
