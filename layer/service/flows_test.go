@@ -350,7 +350,7 @@ func TestNextProcessTakesThePacketPathOver(t *testing.T) {
 	v.must(exchangeLine(conn, "without a process"))
 	removed, err := New(v.layer.settings).Remove()
 	v.must(err)
-	if err := exchangeLine(conn, "translated by nobody"); err == nil || errors.Is(err, syscall.ECONNREFUSED) {
+	if err := exchangeWithin(time.Second, conn, "translated by nobody"); err == nil || errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("after %d things were removed the stream ended with %v", len(removed), err)
 	}
 	v.layer = New(v.layer.settings)

@@ -249,8 +249,10 @@ func talk(conn net.Conn, text string) (line, rest string, err error) {
 }
 
 // exchangeLine writes a line and waits until the answer ends with it.
-func exchangeLine(conn net.Conn, text string) error {
-	conn.SetDeadline(time.Now().Add(patience))
+func exchangeLine(conn net.Conn, text string) error { return exchangeWithin(patience, conn, text) }
+
+func exchangeWithin(limit time.Duration, conn net.Conn, text string) error {
+	conn.SetDeadline(time.Now().Add(limit))
 	if _, err := fmt.Fprintln(conn, text); err != nil {
 		return err
 	}
