@@ -61,8 +61,8 @@ type feed struct {
 
 	// listed: the kind was listed once.
 	listed bool
-	// trouble is why it cannot be followed since then; nil if it can be. It is told
-	// when all servers have been asked, and tried says that this was so in this Run.
+	// trouble is why it cannot be followed since then, nil if it can be: no server
+	// answered. It is told when that was tried in this Run.
 	trouble error
 	since   time.Time
 	tried   bool

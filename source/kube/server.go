@@ -148,7 +148,7 @@ func inPod(settings Settings) (*rest.Config, error) {
 }
 
 // codecs decode what is asked for, and nothing else: client-go's own list of all
-// that Kubernetes has costs 20 MB of program.
+// that Kubernetes has costs 15 MB of program.
 func codecs() runtime.NegotiatedSerializer {
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, discoveryv1.AddToScheme} {

@@ -85,6 +85,7 @@ func (s *Source) Run(ctx context.Context, deliver func(*model.Snapshot)) error {
 	s.fresh, s.giveUp = false, giveUp
 	for _, f := range s.feeds {
 		f.tried = false
+		s.remark(f)
 	}
 	s.mu.Unlock()
 	var feeds sync.WaitGroup
@@ -144,7 +145,7 @@ func (s *Source) snapshot() (*model.Snapshot, time.Time) {
 // Service without its endpoints would take them away from those who use it.
 func (s *Source) presentable() bool {
 	for _, f := range s.feeds {
-		if !f.listed && (f.kind.needed || f.trouble == nil) {
+		if !f.listed && (f.kind.needed || !f.tried) {
 			return false
 		}
 	}
@@ -190,7 +191,7 @@ func (s *Source) listed(f *feed) {
 func (s *Source) well(f *feed) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.fresh, f.trouble = true, nil
+	s.fresh, f.trouble, f.tried = true, nil, false
 	s.remark(f)
 	s.ring()
 }
@@ -207,7 +208,7 @@ func (s *Source) failed(f *feed, err error) {
 	s.ring()
 	var all []error
 	for _, other := range s.feeds {
-		if other.trouble == nil || !other.tried {
+		if !other.tried {
 			return
 		}
 		all = append(all, other.trouble)
@@ -232,7 +233,7 @@ func (s *Source) remark(f *feed) {
 	say := func(format string, args ...any) {
 		r.Problems = append(r.Problems, model.Problem{Where: f.file.Name(), Text: fmt.Sprintf(format, args...)})
 	}
-	if f.trouble != nil {
+	if f.tried {
 		say("cannot be followed since %s, what they said before stays in force: %v", f.since.UTC().Format(time.RFC3339), f.trouble)
 	}
 	if n := len(f.kept); n > 0 {
