@@ -42,6 +42,7 @@ var clusterTools = []tool{
 	{"kubelet", "k8s.io/kubernetes/cmd/kubelet"},
 	{"kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"},
 	{"agnhost", "k8s.io/kubernetes/test/images/agnhost"},
+	{"regression-issue-74839", "k8s.io/kubernetes/test/images/regression-issue-74839"},
 	{"pause", "./pause"},
 	{"coredns", ""}, // see writeCoreDNS
 }

@@ -56,7 +56,7 @@ localStorageCapacityIsolation: false
 `, dnsV4)
 }
 
-// The limits of connection tracking belong to the host.
+// How many connections may be tracked is said by the host alone.
 func kubeProxyConfiguration(n node, mode string) string {
 	return fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -64,7 +64,7 @@ mode: %s
 hostnameOverride: %s
 clusterCIDR: "%s,%s"
 clientConnection: {kubeconfig: %s}
-conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+conntrack: {maxPerCore: 0, min: 0}
 oomScoreAdj: 0
 `, mode, n.name(), podsV4, podsV6, pki("kube-proxy.kubeconfig"))
 }

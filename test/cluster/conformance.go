@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 )
 
 // conformance puts end-to-end tests of the Kubernetes project to the cluster that
@@ -47,7 +48,10 @@ func conformance(ctx context.Context, focus, skip string, processes int) error {
 }
 
 // runUntil ends a command as a person would, by an interrupt: so ginkgo cleans up.
+// In a process group of its own it gets none from the terminal, which would be
+// the second, at which it stops cleaning up.
 func runUntil(ctx context.Context, command *exec.Cmd) error {
+	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := command.Start(); err != nil {
 		return err
 	}

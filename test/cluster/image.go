@@ -51,9 +51,12 @@ func images(bin string) error {
 	return errors.Join(
 		image{[]string{pauseImage}, []string{"/pause"}, nil, files{{"pause", 0o755, fromFile(bin, "pause")}}}.write(to),
 		image{[]string{coreDNSImage()}, []string{"/coredns"}, nil, files{{"coredns", 0o755, fromFile(bin, "coredns")}}}.write(to),
-		// The tests of DNS want what is in here from another image.
-		image{[]string{e2e + "agnhost:" + strings.TrimSpace(string(number)), e2e + "glibc-dns-testing:2.0.0"},
-			[]string{"/agnhost"}, []string{"pause"}, agnhost}.write(to))
+		// Some tests want programs that are in here from other images.
+		image{[]string{e2e + "agnhost:" + strings.TrimSpace(string(number)), e2e + "glibc-dns-testing:2.0.0",
+			e2e + "busybox:1.37.0-1", "registry.k8s.io/build-image/distroless-iptables:v0.9.6"},
+			[]string{"/agnhost"}, []string{"pause"}, agnhost}.write(to),
+		image{[]string{e2e + "regression-issue-74839:1.4"}, []string{"/regression-issue-74839"}, nil,
+			files{{"regression-issue-74839", 0o755, fromFile(bin, "regression-issue-74839")}}}.write(to))
 }
 
 // agnhostFiles are those that Kubernetes' image of that name has and tests use:
@@ -77,10 +80,13 @@ func agnhostFiles(bin string) (files, error) {
 		}
 	}
 	// The shell is not busybox: busybox' prefers its own nc, which cannot do what
-	// tests ask of it.
+	// tests ask of it. Debian's static busybox crashes in wget, and GNU's would try
+	// twenty times where tests expect one.
+	all = append(all, file{"etc/wgetrc", 0o644, content("tries = 1\n")})
 	var libraries []string
 	for name, program := range map[string]string{
-		"sh": "dash", "bash": "bash", "curl": "curl", "nc": "nc.openbsd", "ss": "ss", "dig": "dig", "ip": "ip", "getent": "getent",
+		"sh": "dash", "bash": "bash", "curl": "curl", "nc": "nc.openbsd", "wget": "wget", "ss": "ss", "dig": "dig", "ip": "ip",
+		"getent": "getent", "conntrack": "conntrack",
 	} {
 		path, err := exec.LookPath(program)
 		if err != nil {
