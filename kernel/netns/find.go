@@ -38,23 +38,31 @@ func Cookie(path string) (uint64, error) {
 	return cookie, nil
 }
 
-// Space is somebody's network namespace.
+// Space is somebody's network namespace, joined to another by a device pair.
 type Space struct {
 	Cookie uint64
 	// Addresses are those of its devices, loopback left out.
 	Addresses []netip.Addr
 }
 
-// Spaces finds the network namespaces of all processes but this one's own,
-// through /proc, and looks into each. Those that end meanwhile are left out, and
-// so are those that may not be entered: the error then says so, beside what was
-// found. It needs CAP_SYS_ADMIN and CAP_SYS_PTRACE, and costs about 0.2
-// milliseconds a namespace.
-func Spaces() ([]Space, error) {
+// Spaces finds, through /proc, the network namespaces of processes that have a
+// device whose other end is in the one at home (empty: this process's own): the
+// pods of a node. Those that end meanwhile are left out, and so are those that may
+// not be entered: the error then says so, beside what was found. It needs
+// CAP_SYS_ADMIN and CAP_SYS_PTRACE, and costs about 0.3 milliseconds a namespace.
+func Spaces(home string) ([]Space, error) {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return nil, fmt.Errorf("find namespaces: %w", err)
 	}
+	if home == "" {
+		home = "/proc/self/ns/net"
+	}
+	file, err := os.Open(home)
+	if err != nil {
+		return nil, fmt.Errorf("find namespaces: %w", err)
+	}
+	defer file.Close()
 	paths, err := filepath.Glob("/proc/[0-9]*/ns/net")
 	if err != nil {
 		return nil, fmt.Errorf("find namespaces: %w", err)
@@ -70,7 +78,7 @@ func Spaces() ([]Space, error) {
 		if err != nil || seen[name] || !strings.HasPrefix(name, "net:") {
 			continue
 		}
-		space, err := look(path)
+		space, joined, err := look(path, int(file.Fd()))
 		if errors.Is(err, os.ErrPermission) {
 			refused = err
 		}
@@ -78,15 +86,31 @@ func Spaces() ([]Space, error) {
 			continue // it ended; another process may still hold the same one
 		}
 		seen[name] = true
-		spaces = append(spaces, space)
+		if joined {
+			spaces = append(spaces, space)
+		}
 	}
 	return spaces, refused
 }
 
-func look(path string) (Space, error) {
-	var space Space
-	err := Do(path, func() error {
-		var err error
+// look enters a namespace; joined says that it has a device pair with home.
+func look(path string, home int) (space Space, joined bool, err error) {
+	err = Do(path, func() (err error) {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return fmt.Errorf("list devices: %w", err)
+		}
+		// home's number here; it is given when the list is made
+		id, err := netlink.GetNetNsIdByFd(home)
+		if err != nil || id < 0 {
+			return err
+		}
+		for _, l := range links {
+			joined = joined || l.Attrs().NetNsID == id
+		}
+		if !joined {
+			return nil
+		}
 		if space.Cookie, err = Cookie(""); err != nil {
 			return err
 		}
@@ -101,5 +125,5 @@ func look(path string) (Space, error) {
 		}
 		return nil
 	})
-	return space, err
+	return space, joined, err
 }

@@ -140,7 +140,7 @@ func (x *Explainer) origin(address netip.Addr) origin {
 	if slices.Contains(ownAddresses(), address) {
 		return origin{host: true, what: "an address of this host: a process of it, or of a pod with hostNetwork"}
 	}
-	spaces, _ := netns.Spaces() // what may not be looked into is not found
+	spaces, _ := netns.Spaces(x.settings.Netns) // what may not be looked into is not found
 	for _, space := range spaces {
 		if slices.Contains(space.Addresses, address) {
 			return origin{what: "in another network namespace of this host, as a pod's is", asked: x.askedBy(space.Cookie)}

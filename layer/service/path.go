@@ -253,7 +253,7 @@ func (d *datapath) readAsks() ([]*wish, error) {
 	if err := entries.Err(); err != nil || len(asks) == 0 {
 		return asks, err
 	}
-	spaces, refused := netns.Spaces()
+	spaces, refused := netns.Spaces(d.settings.Netns)
 	for _, a := range asks {
 		for _, space := range spaces {
 			if space.Cookie == a.cookie {
@@ -296,7 +296,7 @@ func (d *datapath) carryOut(change layer.Change) error {
 
 // answer writes what a pod asks for.
 func (d *datapath) answer(a *wish) error {
-	spaces, err := netns.Spaces()
+	spaces, err := netns.Spaces(d.settings.Netns)
 	for _, space := range spaces {
 		if slices.ContainsFunc(a.addresses, func(address netip.Addr) bool { return slices.Contains(space.Addresses, address.Unmap()) }) {
 			a.cookie = space.Cookie

@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer/layertest"
 	"github.com/millrace/millrace/model"
@@ -77,6 +78,12 @@ func (w *town) home(name string, addresses []netip.Addr, snapshot *model.Snapsho
 	path := filepath.Join(w.t.TempDir(), name)
 	w.must(netns.Create(path))
 	w.t.Cleanup(func() { w.must(netns.Remove(path)) })
+	// it is known as a pod's of this node by a device pair
+	node, err := link.Open(w.NetNS)
+	w.must(err)
+	defer node.Close()
+	_, err = node.Veth(link.Veth{Name: "to-" + name, Peer: "eth0", PeerNamespace: path})
+	w.must(err)
 	resident := exec.Command(os.Args[0], "-test.run=^TestStay$")
 	resident.Env = append(os.Environ(), stayVariable+"=1")
 	leave, err := resident.StdinPipe()
