@@ -142,7 +142,7 @@ func TestExplainNamesWhatIsWrong(t *testing.T) {
 		{"tcp shop/client-1 [fd00:96::10]:80", exitUsage, "name two of one family"},
 		{"tcp shop/nobody shop/web:80", exitUsage, "neither an address nor a pod that is known"},
 		{"tcp shop/client-1 shop/nothing:80", exitUsage, "neither an address nor a Service that is known"},
-		{"udp shop/client-1 shop/web:80", exitUsage, "Service shop/web has no port 80/udp"},
+		{"udp shop/client-1 shop/web:80", exitUsage, "no port 80/udp of Service shop/web"},
 		{"tcp 10.244.1.4 10.96.0.10:80 --path both", exitUsage, `unknown path "both"`},
 		{"tcp 10.244.1.4 10.96.0.10:80 --node n3", exitUsage, "the manifests have no such Node: name one of n1, n2"},
 	} {

@@ -89,7 +89,7 @@ func (x *Explainer) destinations(protocol model.Protocol, text string) ([]netip.
 	}
 	switch {
 	case known && len(found) == 0:
-		return nil, fmt.Errorf("Service %s has no port %s/%s with an address: see `millrace show services`", name, port, protocol)
+		return nil, fmt.Errorf("no port %s/%s of Service %s has an address: see `millrace show services`", port, protocol, name)
 	case len(found) == 0:
 		return nil, errors.New("neither an address nor a Service that is known: " + x.whoKnows())
 	}

@@ -18,11 +18,11 @@ import (
 
 // about is what the API server and controllers write beside what is read.
 func about(name string, labels map[string]string) metav1.ObjectMeta {
-	fields := metav1.FieldsV1{Raw: []byte(strings.Repeat(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}},"f:spec":{"f:ports":{}}}`, 8))}
+	fields := metav1.NewFieldsV1(strings.Repeat(`{"f:metadata":{"f:labels":{".":{},"f:app":{}}},"f:spec":{"f:ports":{}}}`, 8))
 	return metav1.ObjectMeta{
 		Name: name, Namespace: "shop", Labels: labels, UID: "0b2b6a33-2a9c-4d52-8f4e-5f3d8a0c7f11",
 		Annotations:   map[string]string{"kubectl.kubernetes.io/last-applied-configuration": strings.Repeat(`{"spec":"x"}`, 40)},
-		ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kube-controller-manager", Operation: "Update", APIVersion: "v1", FieldsType: "FieldsV1", FieldsV1: &fields}},
+		ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kube-controller-manager", Operation: "Update", APIVersion: "v1", FieldsType: "FieldsV1", FieldsV1: fields}},
 	}
 }
 
