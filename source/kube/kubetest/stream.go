@@ -38,7 +38,8 @@ func (s *Server) stream(w http.ResponseWriter, q *asked) *stream {
 // frame is one event as bytes.
 func (s *stream) frame(kind watch.EventType, obj runtime.Object) []byte {
 	var inner, outer bytes.Buffer
-	if err := s.object.Encode(obj, &inner); err != nil {
+	// a copy: encoding writes the kind into what several watches send
+	if err := s.object.Encode(obj.DeepCopyObject(), &inner); err != nil {
 		panic(err)
 	}
 	event := &metav1.WatchEvent{Type: string(kind), Object: runtime.RawExtension{Raw: inner.Bytes()}}
