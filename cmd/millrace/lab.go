@@ -78,7 +78,7 @@ func (w *labWish) up(ctx context.Context, p *progress) error {
 	if err != nil {
 		return err
 	}
-	if _, err := openSource("dir:" + path); err != nil {
+	if _, err := checked(dir.Open(path)); err != nil {
 		return err
 	}
 	self, err := os.Executable()
@@ -106,27 +106,9 @@ func (w *labWish) awaitDevices(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		behind := ""
-		for _, node := range status.Nodes {
-			var a agent.Status
-			if err := agent.Ask(ctx, node.RunFolder, "/status", &a); err != nil {
-				return err
-			}
-			pods, devices := 0, 0
-			for _, pod := range status.Pods {
-				if pod.Node == node.Node {
-					pods++
-				}
-			}
-			for _, l := range a.Layers {
-				devices += len(devicesOf(l)[fromPodProgram])
-			}
-			if devices < pods {
-				behind = fmt.Sprintf("the packet path is at %d of %d pods of node %s", devices, pods, node.Node)
-			}
-		}
-		if behind == "" {
-			return nil
+		behind, err := behindPods(ctx, status)
+		if behind == "" || err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():
@@ -134,6 +116,29 @@ func (w *labWish) awaitDevices(ctx context.Context) error {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// behindPods names a node where the packet path is not at every pod's device yet;
+// empty if there is none.
+func behindPods(ctx context.Context, status *lab.Status) (string, error) {
+	pods := map[string]int{}
+	for _, pod := range status.Pods {
+		pods[pod.Node]++
+	}
+	for _, node := range status.Nodes {
+		var a agent.Status
+		if err := agent.Ask(ctx, node.RunFolder, "/status", &a); err != nil {
+			return "", err
+		}
+		devices := 0
+		for _, l := range a.Layers {
+			devices += len(devicesOf(l)[fromPodProgram])
+		}
+		if devices < pods[node.Node] {
+			return fmt.Sprintf("the packet path is at %d of %d pods of node %s", devices, pods[node.Node], node.Node), nil
+		}
+	}
+	return "", nil
 }
 
 // fromPodProgram is the program at every pod's device that the packet path serves.

@@ -38,21 +38,16 @@ func (w *wishes) open(node string) (agent.Source, error) {
 	case w.source == "":
 		return nil, usage("--source is missing: say --source dir:PATH or kube:PATH")
 	case kind == "kube" && named:
-		source, err := kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node})
-		return checked(source, err)
+		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node}))
 	case len(w.servers) > 0:
 		return nil, usage("--api-server goes with --source kube: only")
 	case kind != "dir" || path == "":
 		return nil, usage("--source %q: use dir:PATH, kube:PATH or kube:", w.source)
 	}
-	source, err := dir.Open(path)
-	return checked(source, err)
+	return checked(dir.Open(path))
 }
 
-// openSource makes a source that needs nothing but its name.
-func openSource(name string) (agent.Source, error) { return (&wishes{source: name}).open("") }
-
-func checked(source agent.Source, err error) (agent.Source, error) {
+func checked[S agent.Source](source S, err error) (agent.Source, error) {
 	if err != nil {
 		return nil, &failure{exitData, err}
 	}

@@ -134,10 +134,7 @@ func (l *linked) detach() error {
 	if l.pin == "" {
 		return nil
 	}
-	if err := os.Remove(l.pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", l.pin, err)
-	}
-	return nil
+	return unpin(l.pin)
 }
 
 // inNetns runs f where the devices are.
@@ -353,6 +350,10 @@ func removePinned(path string) error {
 			attached.Close()
 		}
 	}
+	return unpin(path)
+}
+
+func unpin(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove pin %s: %w", path, err)
 	}

@@ -211,7 +211,7 @@ func TestServicesAddNoConntrackEntry(t *testing.T) {
 func TestErrorsAboutUntrackedPackets(t *testing.T) {
 	v, client, server := tracked(t, Settings{Path: PathPacket})
 	v.open(servedTwice(server))
-	v.must(v.setMTU(server.device, 1300))
+	v.must(server.narrow(1300))
 	for _, path := range []Path{PathSocket, PathPacket} {
 		for _, way := range waysOf(path)[:2] {
 			text := strings.Repeat("z", 100_000)

@@ -94,7 +94,11 @@ func open(settings Settings) (*datapath, error) {
 	if err := ready(settings); err != nil {
 		return nil, err
 	}
-	d := &datapath{settings: settings, packets: settings.path() == PathPacket, rules: nft.In(settings.Netns), maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
+	d := &datapath{
+		settings: settings, rules: nft.In(settings.Netns),
+		maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{},
+		veths: map[int]string{}, attached: map[string]attachment{},
+	}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, err

@@ -160,23 +160,24 @@ func explainSpec() (*ebpf.CollectionSpec, error) {
 
 // fresh makes tables for a plan, and fills them.
 func (x *Explainer) fresh(spec *ebpf.CollectionSpec, planned *Picture) error {
-	rows := planned.index()
-	backends := 1
-	for _, row := range rows {
-		backends += len(row.Backends)
-	}
-	spec.Maps[datapathMapServices].MaxEntries = uint32(len(rows) + 1)
-	spec.Maps[datapathMapSlots].MaxEntries = uint32(backends)
-	spec.Maps[datapathMapBackends].MaxEntries = uint32(backends)
+	changes, backends := additions(planned.index())
+	spec.Maps[datapathMapServices].MaxEntries = uint32(len(changes) + 1)
+	spec.Maps[datapathMapSlots].MaxEntries = uint32(backends + 1)
+	spec.Maps[datapathMapBackends].MaxEntries = uint32(backends + 1)
 	if err := x.load(spec, nil); err != nil {
 		return err
 	}
-	var changes layer.Changes
-	for _, row := range rows {
-		changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
-	}
 	x.tables.entries = map[Frontend]*entry{}
 	return errors.Join(x.tables.apply(changes)...)
+}
+
+// additions are what fills empty tables with rows, and how many backends that are.
+func additions(rows map[Frontend]*Row) (changes layer.Changes, backends int) {
+	for _, row := range rows {
+		backends += len(row.Backends)
+		changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
+	}
+	return changes, backends
 }
 
 // pinned opens the tables of an agent, for reading.

@@ -2,7 +2,6 @@ package service
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"github.com/cilium/ebpf"
@@ -61,7 +60,7 @@ func (d *datapath) sweep(part, parts int) error {
 	if err != nil {
 		return err
 	}
-	places := int(d.maps[datapathMapPlaces].MaxEntries())
+	places := d.places()
 	first, last := places/parts*part, places/parts*(part+1)
 	if flows > places/2 || part == parts-1 {
 		last = places
@@ -90,5 +89,3 @@ func (d *datapath) flowCount() (int, error) {
 	}
 	return int(max(usage.Flows, 0)), nil
 }
-
-var errNoSpace = errors.New("its network namespace was not found: is it a pod of this node, and does it run?")

@@ -309,7 +309,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 			return d, err
 		}
 		d.Maps = append(d.Maps, layer.Map{
-			Name: datapathMapTranslations, Entries: flows, Capacity: int(l.datapath.maps[datapathMapPlaces].MaxEntries()),
+			Name: datapathMapTranslations, Entries: flows, Capacity: l.datapath.places(),
 			Bytes: bpfmap.Bytes(l.datapath.maps[datapathMapTranslations]) + bpfmap.Bytes(l.datapath.maps[datapathMapPlaces]),
 		})
 	}

@@ -9,7 +9,6 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
 
@@ -54,11 +53,7 @@ func (r *Range) load(rows map[Frontend]*Row) error {
 			delete(spec.Programs, name)
 		}
 	}
-	backends := 1
-	var changes layer.Changes
 	for _, row := range rows {
-		backends += len(row.Backends)
-		changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
 		if row.Protocol == model.TCP && row.Address.Addr().Is4() {
 			r.services = append(r.services, row.Address)
 		}
@@ -66,6 +61,7 @@ func (r *Range) load(rows map[Frontend]*Row) error {
 	if len(r.services) == 0 {
 		return errors.New("no Service has a TCP port over IPv4")
 	}
+	changes, backends := additions(rows)
 	room, places := roomFor(len(rows), backends), flowPlaces(0)
 	sizeMaps(spec, room, places)
 	if err := spec.Variables["places_mask"].Set(uint32(places - 1)); err != nil {

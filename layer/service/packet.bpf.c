@@ -73,6 +73,15 @@ static __noinline bool find_fragment(struct packet *p, bool to_pod)
 	return true;
 }
 
+/* has_tuple says whether a packet's tuple is whole, if need be by its first
+ * fragment. */
+static __always_inline bool has_tuple(struct packet *p, bool to_pod)
+{
+	if (p->shape == SHAPE_LATER)
+		return find_fragment(p, to_pod);
+	return p->shape == SHAPE_WHOLE || p->shape == SHAPE_FIRST;
+}
+
 static __always_inline void mark_reset(struct translation *entry, bool reset)
 {
 	if (reset)
@@ -261,6 +270,15 @@ __noinline int begin_flow(int again)
 	return VERDICT_DROP;
 }
 
+/* lay_client lays a new flow on the workbench that changes nothing yet. */
+static __always_inline void lay_client(struct workbench *w, const struct packet *p)
+{
+	w->from = p->tuple;
+	__builtin_memset(&w->client, 0, sizeof(w->client));
+	w->client.to = p->tuple;
+	w->client.role = ROLE_FROM_POD;
+}
+
 /* open_flow decides for a packet without a flow, or whose flow must begin anew. */
 __noinline int open_flow(const struct packet *p, struct translation *to, int again)
 {
@@ -281,14 +299,11 @@ __noinline int open_flow(const struct packet *p, struct translation *to, int aga
 			count(decision.reason);
 		return verdict;
 	}
-	w->from = p->tuple;
-	__builtin_memset(&w->client, 0, sizeof(w->client));
-	w->client.to = p->tuple;
+	lay_client(w, p);
 	w->client.to.destination = decision.backend.address;
 	w->client.to.destination_port = decision.backend.port;
 	w->client.service = decision.service;
 	w->client.number = decision.number;
-	w->client.role = ROLE_FROM_POD;
 	if (address_equal(&decision.backend.address, &p->tuple.source)) {
 		/* The pod itself. It would not take a packet from its own address, so
 		 * this one comes from the Service. */
@@ -315,10 +330,7 @@ __noinline int keep_apart(const struct packet *p, struct translation *to, int ag
 
 	if (again ? to->service != 0 : !taken || taken->role != ROLE_TO_POD)
 		return VERDICT_NOT_A_SERVICE;
-	w->from = p->tuple;
-	__builtin_memset(&w->client, 0, sizeof(w->client));
-	w->client.to = p->tuple;
-	w->client.role = ROLE_FROM_POD;
+	lay_client(w, p);
 	int verdict = begin_flow(again);
 
 	if (verdict == VERDICT_FORWARD)
@@ -449,9 +461,7 @@ int from_pod(struct __sk_buff *skb)
 	read_packet(skb, p);
 	if (p->shape == SHAPE_ERROR)
 		return error_from_pod(skb, p);
-	if (p->shape == SHAPE_LATER && !find_fragment(p, false))
-		return TC_ACT_UNSPEC;
-	if (p->shape != SHAPE_WHOLE && p->shape != SHAPE_FIRST && p->shape != SHAPE_LATER)
+	if (!has_tuple(p, false))
 		return TC_ACT_UNSPEC;
 
 	int verdict = client_flow(p, to);
@@ -483,9 +493,7 @@ int to_pod(struct __sk_buff *skb)
 	read_packet(skb, p);
 	if (p->shape == SHAPE_ERROR)
 		return error_to_pod(skb, p);
-	if (p->shape == SHAPE_LATER && !find_fragment(p, true))
-		return TC_ACT_UNSPEC;
-	if (p->shape != SHAPE_WHOLE && p->shape != SHAPE_FIRST && p->shape != SHAPE_LATER)
+	if (!has_tuple(p, true))
 		return TC_ACT_UNSPEC;
 	if (!find_translation(p, to) || to->role != ROLE_TO_POD)
 		return TC_ACT_UNSPEC;

@@ -118,11 +118,13 @@ func TestErrorsAboutTranslatedPackets(t *testing.T) {
 		}
 	}
 	server.serve("tcp", 8080, "server")
-	v.must(v.setMTU(server.device, 1300))
+	v.must(server.narrow(1300))
 	for _, way := range ways[:2] {
-		text := strings.Repeat("z", 100_000)
-		if _, rest, err := client.call(way.network, way.address, text); err != nil || rest != text {
-			t.Errorf("%s over a smaller MTU: %d bytes, %v", way.address, len(rest), err)
+		for _, size := range []int{1390, 100_000} {
+			text := strings.Repeat("z", size)
+			if _, rest, err := client.call(way.network, way.address, text); err != nil || rest != text {
+				t.Errorf("%s over a smaller MTU: %d of %d bytes, %v", way.address, len(rest), size, err)
+			}
 		}
 	}
 	for _, c := range []struct {

@@ -294,6 +294,8 @@ func (d *datapath) carryOut(change layer.Change) error {
 	return fmt.Errorf("%T is nothing of this layer", change.Subject)
 }
 
+var errNoSpace = errors.New("its network namespace was not found: is it a pod of this node, and does it run?")
+
 // answer writes what a pod asks for.
 func (d *datapath) answer(a *wish) error {
 	spaces, err := netns.Spaces(d.settings.Netns)

@@ -132,10 +132,9 @@ __noinline int reset(struct __sk_buff *skb, const struct packet *p)
 	tcp.length = sizeof(tcp) / 4 << 4;
 	tcp.flags = TCP_RST | TCP_ACK;
 	sum = __builtin_bswap32(sizeof(tcp)) + __builtin_bswap32(IPPROTO_TCP);
+	/* IPv4's pseudo header (RFC 9293, 3.1) has no ::ffff:, which adds 0xffff: nothing */
 	sum = sum_words(sum, &p->tuple.source);
 	sum = sum_words(sum, &p->tuple.destination);
-	if (p->ip4) /* the pseudo header has no ::ffff: (RFC 9293, 3.1) */
-		sum += 2 * (__u64)(__u32)~MAPPED_PREFIX;
 	tcp.checksum = ~fold16(sum + (__u32)bpf_csum_diff(0, 0, (__be32 *)&tcp, sizeof(tcp), 0));
 	if (bpf_skb_change_tail(skb, p->transport + sizeof(tcp), 0) ||
 	    bpf_skb_store_bytes(skb, p->transport, &tcp, sizeof(tcp), 0) || !set_length(skb, p, sizeof(tcp)))

@@ -268,13 +268,22 @@ func exchangeWithin(limit time.Duration, conn net.Conn, text string) error {
 	return nil
 }
 
-func (v *village) setMTU(device string, mtu int) error {
-	return v.Inside(func() error {
-		l, err := netlink.LinkByName(device)
+// narrow gives the node's routes to a pod an MTU. The device keeps its own: a veth
+// drops what its peer sends beyond it, and tells nobody.
+func (p *pod) narrow(mtu int) error {
+	return p.v.Inside(func() error {
+		l, err := netlink.LinkByName(p.device)
 		if err != nil {
 			return err
 		}
-		return netlink.LinkSetMTU(l, mtu)
+		for _, a := range []netip.Addr{p.ip4, p.ip6} {
+			to := &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+			route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: to, Scope: netlink.SCOPE_LINK, MTU: mtu, MTULock: true}
+			if err := netlink.RouteReplace(route); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 

@@ -258,8 +258,8 @@ func (f *feed) put(arrived time.Time, o *cluster.Object) {
 		return // no API server lets it in
 	}
 	f.source.change(arrived, func(c *cluster.Cluster) bool {
-		f.unkeep(o.Key())
-		return c.Put(o) == o
+		doubted := f.unkeep(o.Key())
+		return c.Put(o) == o || doubted
 	})
 }
 
@@ -316,13 +316,15 @@ func (f *feed) sweep(c *cluster.Cluster, seen map[cluster.Key]struct{}, reason s
 	return len(gone) > 0
 }
 
-// unkeep says that the API server told something of an object. It is called with
-// source.mu held.
-func (f *feed) unkeep(k cluster.Key) {
-	if _, kept := f.kept[k]; kept {
+// unkeep notes that the API server told something of an object, and says whether
+// the object was doubted until now. It is called with source.mu held.
+func (f *feed) unkeep(k cluster.Key) bool {
+	_, kept := f.kept[k]
+	if kept {
 		delete(f.kept, k)
 		f.source.remark(f)
 	}
+	return kept
 }
 
 // expire forgets what was kept long enough.

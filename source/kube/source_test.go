@@ -123,7 +123,7 @@ func (b *bed) until(what string, holds func(*model.Snapshot) bool) *model.Snapsh
 			}
 		}
 	}
-	b.t.Fatalf("waited twenty seconds until %s: %s", what, describe(last))
+	b.t.Fatalf("waited twenty seconds until %s: %s, problems %v", what, describe(last), last.Problems)
 	return nil
 }
 
