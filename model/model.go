@@ -3,8 +3,10 @@ package model
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
+	"unique"
 )
 
 // Name identifies an object of one kind in a cluster.
@@ -149,6 +151,22 @@ type Service struct {
 	// ipFamilyPolicy); neither where it left the choice to the cluster.
 	IPv4, IPv6 bool
 	Ports      []ServicePort
+	// ExternalIPs are addresses of others that lead here (spec.externalIPs).
+	ExternalIPs []netip.Addr
+	// LoadBalancerIPs are the addresses that a load balancer serves and that nodes
+	// may serve themselves: status.loadBalancer.ingress whose ipMode is VIP.
+	LoadBalancerIPs []netip.Addr
+	// SourceRanges are the clients that may use LoadBalancerIPs; nil is all.
+	SourceRanges []netip.Prefix
+	// InternalLocal and ExternalLocal say that only endpoints of the client's or
+	// the entered node count (internalTrafficPolicy, externalTrafficPolicy).
+	InternalLocal, ExternalLocal bool
+	// Affinity is how long a client stays with its endpoint after its last flow
+	// began; 0 is not at all (sessionAffinity ClientIP).
+	Affinity time.Duration
+	// HealthCheckPort is where each node says whether it has endpoints of the
+	// Service (healthCheckNodePort); 0 is nowhere.
+	HealthCheckPort uint16
 	// Selector picks the pods behind the Service; nil means that endpoints come
 	// from EndpointSlices alone.
 	Selector                 map[string]string
@@ -167,6 +185,8 @@ type ServicePort struct {
 	// TargetPort or TargetName is the port on the pod; with neither it is Port.
 	TargetPort uint16
 	TargetName string
+	// NodePort is the port on which nodes serve it; 0 is none.
+	NodePort uint16
 	// Backends are the endpoints of both families, sorted by address and port,
 	// no two equal.
 	Backends []Backend
@@ -182,8 +202,52 @@ type Backend struct {
 	Terminating bool
 	Node        string
 	Zone        string
+	// Hints say which clients shall use this endpoint.
+	Hints Hints
 	// Pod is the pod behind it, if the slice names one.
 	Pod Name
+}
+
+// Hints are the nodes and zones whose clients shall use an endpoint
+// (discovery.k8s.io/v1 EndpointHints). The zero value is no hint; two are equal if
+// they say the same. They take the memory of a pointer.
+type Hints struct{ of unique.Handle[hints] }
+
+// hints are names between commas: ",a,b,", which no name has; "" for none.
+type hints struct{ nodes, zones string }
+
+// HintsFor makes hints, in any order.
+func HintsFor(nodes, zones []string) Hints {
+	if len(nodes) == 0 && len(zones) == 0 {
+		return Hints{}
+	}
+	return Hints{unique.Make(hints{listed(nodes), listed(zones)})}
+}
+
+func listed(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	names = slices.Clone(names)
+	slices.Sort(names)
+	return "," + strings.Join(slices.Compact(names), ",") + ","
+}
+
+// Nodes says whether nodes are named, and whether this is one of them.
+func (h Hints) Nodes(node string) (any, named bool) { return among(h.text().nodes, node) }
+
+// Zones says whether zones are named, and whether this is one of them.
+func (h Hints) Zones(zone string) (any, named bool) { return among(h.text().zones, zone) }
+
+func (h Hints) text() hints {
+	if h == (Hints{}) {
+		return hints{}
+	}
+	return h.of.Value()
+}
+
+func among(list, name string) (any, named bool) {
+	return list != "", name != "" && strings.Contains(list, ","+name+",")
 }
 
 // Pod is a pod that exists (Node and Addresses set) or is asked for (neither).

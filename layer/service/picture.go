@@ -29,18 +29,51 @@ func (f Frontend) compare(o Frontend) int {
 	return int(f.Protocol) - int(o.Protocol)
 }
 
+// Entry is the kind of address by which a client comes to a Service.
+type Entry string
+
+// The kinds of entries.
+const (
+	AtClusterIP    Entry = "cluster-ip"
+	AtNodePort     Entry = "node-port" // the frontend's address is unspecified: any of the node's
+	AtExternalIP   Entry = "external-ip"
+	AtLoadBalancer Entry = "load-balancer"
+)
+
+// Outside is where an entry leads those who come from outside the cluster.
+type Outside struct {
+	// Backends are sorted, and no two are equal.
+	Backends []netip.AddrPort `json:"backends"`
+	// Drops says that without a backend flows are dropped and not refused: the
+	// Service has endpoints, but none on this node, and only those count.
+	Drops bool `json:"drops,omitempty"`
+}
+
 // Row is one frontend and where it leads: the Subject of this layer's changes.
 // A Row is immutable.
 type Row struct {
 	Frontend
+	Entry Entry `json:"entry,omitempty"`
 	// Service and Port say whose it is; empty when read from the kernel, which
 	// knows no names.
 	Service model.Name `json:"service"`
 	Port    string     `json:"port,omitempty"`
 	// Path is what the Service asks for; empty where the setting decides.
 	Path Path `json:"path,omitempty"`
-	// Backends are sorted, and no two are equal.
+	// Backends are where clients inside the cluster are led, the nodes' processes
+	// and their pods. They are sorted, and no two are equal.
 	Backends []netip.AddrPort `json:"backends"`
+	// Drops is Outside.Drops for those inside.
+	Drops bool `json:"drops,omitempty"`
+	// Outside is nil where it makes no difference where a client comes from.
+	Outside *Outside `json:"outside,omitempty"`
+	// Masquerade says that clients outside come to the endpoint from the node's
+	// address.
+	Masquerade bool `json:"masquerade,omitempty"`
+	// Affinity is for how many seconds a client stays with its endpoint; 0 for none.
+	Affinity uint32 `json:"affinitySeconds,omitempty"`
+	// SourceRanges are the clients that are let in, sorted; nil for all.
+	SourceRanges []netip.Prefix `json:"sourceRanges,omitempty"`
 	// torn: read from the kernel, where a writer died in the middle of it.
 	torn bool
 }
