@@ -22,8 +22,9 @@ type Cluster struct {
 	slices index[model.Name]
 	// nodesInForce are the Nodes in force, before their ranges are settled.
 	nodesInForce map[Key]*Object
-	serviceIPs   claims
-	podIPs       claims
+	serviceIPs   claims[[16]byte]
+	nodePorts    claims[nodePort]
+	podIPs       claims[[16]byte]
 
 	services  list[model.Service]
 	pods      list[model.Pod]
@@ -40,6 +41,7 @@ type Cluster struct {
 	clashes         map[Key][]model.Problem
 	remarks         map[string]Remark
 	remarked        bool
+	others          int // Services that are another proxy's
 	problemsChanged bool
 	// unread counts the objects of which a faulty version is in force, and what
 	// the remarks count.
@@ -72,8 +74,9 @@ func New() *Cluster {
 		standIns:     map[Key]*Object{},
 		slices:       newIndex(func(o *Object, service model.Name) bool { return serviceOf(o) == service }),
 		nodesInForce: map[Key]*Object{},
-		serviceIPs:   newClaims(),
-		podIPs:       newClaims(),
+		serviceIPs:   addressClaims(),
+		nodePorts:    nodePortClaims(),
+		podIPs:       addressClaims(),
 		services:     newList(func(s *model.Service) Key { return Key{Name: s.Name} }),
 		pods:         newList(func(p *model.Pod) Key { return Key{Name: p.Name} }),
 		nodes:        newList(func(n *model.Node) Key { return Key{Name: model.Name{Name: n.Name}} }),
@@ -194,10 +197,13 @@ func (c *Cluster) leave(o *Object) {
 	if o.faulty() {
 		c.unread--
 	}
+	c.countOthers(o, -1)
 	switch v := o.value.(type) {
 	case *model.Service:
 		c.serviceIPs.remove(o)
+		c.nodePorts.remove(o)
 		c.serviceIPs.rivals(o, c.again)
+		c.nodePorts.rivals(o, c.again)
 	case *model.Pod:
 		c.podIPs.remove(o)
 		c.podIPs.rivals(o, c.again)
@@ -231,11 +237,14 @@ func (c *Cluster) arrive(o *Object) {
 	if o.faulty() {
 		c.unread++
 	}
+	c.countOthers(o, 1)
 	switch v := o.value.(type) {
 	case *model.Service:
 		c.serviceIPs.add(o)
+		c.nodePorts.add(o)
 		c.again(o)
 		c.serviceIPs.rivals(o, c.again)
+		c.nodePorts.rivals(o, c.again)
 	case *model.Pod:
 		c.podIPs.add(o)
 		c.again(o)
@@ -248,6 +257,14 @@ func (c *Cluster) arrive(o *Object) {
 		c.nodesInForce[o.Key()] = o
 	case *model.Workload:
 		c.workloads.set(o.Key(), v)
+	}
+}
+
+// countOthers counts the Services that are another proxy's.
+func (c *Cluster) countOthers(o *Object, n int) {
+	if o.kind == kindService && o.value == nil {
+		c.others += n
+		c.remarked = true
 	}
 }
 

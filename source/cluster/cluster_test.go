@@ -65,6 +65,9 @@ func in(s *model.Snapshot) string {
 		fmt.Fprintf(&b, "%s%v", svc.Name.Name, svc.ClusterIPs)
 		for _, p := range svc.Ports {
 			fmt.Fprintf(&b, ":%d", p.Port)
+			if p.NodePort != 0 {
+				fmt.Fprintf(&b, "@%d", p.NodePort)
+			}
 			for _, e := range p.Backends {
 				fmt.Fprintf(&b, ">%s", e.Address)
 			}
@@ -140,6 +143,88 @@ func TestOlderKeepsTheAddress(t *testing.T) {
 	c.Delete(KeyOf("Service", "", "z"))
 	set(t, c, pod("o", "10.1.0.2"))
 	want(t, c, "with the clash over", "a[10.0.0.1]:80 o[10.1.0.2] p[10.1.0.1]; 0 problems")
+}
+
+// Only the node port is lost to an older Service, and it comes back.
+func TestOlderKeepsTheNodePort(t *testing.T) {
+	c := New()
+	young := onNodes(service("a", "10.0.0.1", 80, 81), 30080)
+	young.CreationTimestamp = metav1.NewTime(time.Unix(2, 0))
+	set(t, c, young)
+	want(t, c, "with one claim", "a[10.0.0.1]:80@30080:81; 0 problems")
+	set(t, c, onNodes(service("z", "10.0.0.2", 80), 30080))
+	s := want(t, c, "with two claims", "a[10.0.0.1]:80:81 z[10.0.0.2]:80@30080; 1 problems")
+	if text := s.Problems[0].Error(); !strings.Contains(text, "node port 30080/tcp belongs to Service default/z") {
+		t.Errorf("the problem does not say who has the port: %s", text)
+	}
+	set(t, c, slice80("a-1", "a", "10.1.0.1"), young)
+	want(t, c, "with an endpoint", "a[10.0.0.1]:80>10.1.0.1:8080:81 z[10.0.0.2]:80@30080; 1 problems")
+	udp := onNodes(service("z", "10.0.0.2", 80), 30080)
+	udp.Spec.Ports[0].Protocol = corev1.ProtocolUDP
+	set(t, c, udp)
+	want(t, c, "with another protocol", "a[10.0.0.1]:80@30080>10.1.0.1:8080:81 z[10.0.0.2]:80@30080; 0 problems")
+	set(t, c, onNodes(service("z", "10.0.0.2", 80), 30080))
+	c.Delete(KeyOf("Service", "", "z"))
+	want(t, c, "with the clash over", "a[10.0.0.1]:80@30080>10.1.0.1:8080:81; 0 problems")
+}
+
+// A Service that another proxy serves is not ours from then on, and again later.
+func TestServiceOfAnotherProxy(t *testing.T) {
+	c := New()
+	theirs := change(service("a", "10.0.0.1", 80), func(s *corev1.Service) { s.Labels = map[string]string{serviceProxyName: "mesh"} })
+	set(t, c, service("a", "10.0.0.1", 80), slice80("a-1", "a", "10.1.0.1"))
+	want(t, c, "at first", "a[10.0.0.1]:80>10.1.0.1:8080; 0 problems")
+	set(t, c, theirs)
+	if s := want(t, c, "labelled", "; 0 problems"); s.Ignored["Service of another proxy"] != 1 {
+		t.Errorf("it is not counted: %v", s.Ignored)
+	}
+	set(t, c, service("b", "10.0.0.1", 80), service("a", "10.0.0.2", 80))
+	if s := want(t, c, "ours again", "a[10.0.0.2]:80>10.1.0.1:8080 b[10.0.0.1]:80; 0 problems"); s.Ignored != nil {
+		t.Errorf("it is still counted: %v", s.Ignored)
+	}
+}
+
+// Each of these, changed alone, makes another Service or endpoint.
+func TestEveryFieldIsAChange(t *testing.T) {
+	lb := func(s *corev1.Service) {
+		s.Spec.Type = corev1.ServiceTypeLoadBalancer
+		s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}}
+	}
+	local := corev1.ServiceInternalTrafficPolicyLocal
+	for about, f := range map[string]func(*corev1.Service){
+		"node port":     func(s *corev1.Service) { s.Spec.Ports[0].NodePort = 30080 },
+		"external IP":   func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"198.51.100.1"} },
+		"load balancer": func(s *corev1.Service) { s.Status.LoadBalancer.Ingress[0].IP = "192.0.2.2" },
+		"proxy mode": func(s *corev1.Service) {
+			mode := corev1.LoadBalancerIPModeProxy
+			s.Status.LoadBalancer.Ingress[0].IPMode = &mode
+		},
+		"ranges":   func(s *corev1.Service) { s.Spec.LoadBalancerSourceRanges = []string{"203.0.113.0/24"} },
+		"internal": func(s *corev1.Service) { s.Spec.InternalTrafficPolicy = &local },
+		"external": func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal },
+		"affinity": func(s *corev1.Service) { s.Spec.SessionAffinity = corev1.ServiceAffinityClientIP },
+		"health check": func(s *corev1.Service) {
+			s.Spec.ExternalTrafficPolicy, s.Spec.HealthCheckNodePort = corev1.ServiceExternalTrafficPolicyLocal, 32000
+		},
+	} {
+		c := New()
+		set(t, c, change(service("a", "10.0.0.1", 80), lb), slice80("a-1", "a", "10.1.0.1"))
+		before := c.Snapshot()
+		set(t, c, change(change(service("a", "10.0.0.1", 80), lb), f))
+		if after := c.Snapshot(); after.Services[0] == before.Services[0] || len(after.Problems) > 0 {
+			t.Errorf("%s changed nothing, or is a problem: %v", about, after.Problems)
+		}
+	}
+	c := New()
+	set(t, c, service("a", "10.0.0.1", 80), slice80("a-1", "a", "10.1.0.1"))
+	before := c.Snapshot()
+	set(t, c, change(slice80("a-1", "a", "10.1.0.1"), func(s *discoveryv1.EndpointSlice) {
+		s.Endpoints[0].Hints = &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: "z"}}}
+	}))
+	hints := c.Snapshot().Services[0].Ports[0].Backends[0].Hints
+	if _, named := hints.Zones("z"); c.Snapshot() == before || !named {
+		t.Error("hints changed nothing")
+	}
 }
 
 func TestOverlappingRanges(t *testing.T) {
@@ -284,9 +369,21 @@ func arbitrary(random *rand.Rand) runtime.Object {
 			s.Spec.ClusterIPs = []string{s.Spec.ClusterIP, fmt.Sprintf("fd00::%d", 1+random.IntN(3))}
 		}
 		s.CreationTimestamp = metav1.NewTime(time.Unix(int64(random.IntN(3)), 0))
+		switch random.IntN(4) {
+		case 0:
+			onNodes(s, 30080+int32(random.IntN(2)))
+		case 1:
+			s.Labels = map[string]string{serviceProxyName: "mesh"}
+		}
 		return s
 	case 2:
-		return slice80(name, string(rune('a'+random.IntN(4))), ip("10.1.0"), ip("10.1.0"))
+		s := slice80(name, string(rune('a'+random.IntN(4))), ip("10.1.0"), ip("10.1.0"))
+		for i := range s.Endpoints {
+			if random.IntN(2) == 0 {
+				s.Endpoints[i].Hints = &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: string(rune('x' + random.IntN(2)))}}}
+			}
+		}
+		return s
 	case 3:
 		return pod(name, ip("10.1.0"))
 	case 4:

@@ -13,8 +13,15 @@
 // leaves its last faultless version in force. Where there was none, the rest of
 // the object is in force without the faulty part. When two Services or two pods
 // claim one address, the older one has it (creationTimestamp, then name) and the
-// other is left out until the matter is settled; when the pod ranges of two
+// other is left out until the matter is settled; when it is one node port, the
+// younger Service is kept without that node port; when the pod ranges of two
 // Nodes overlap, the younger Node is kept without that range.
+//
+// Where no range of loadBalancerSourceRanges can be read, nobody knows who may use
+// the load balancer's addresses, and they are left out. Services and slices with
+// the label service.kubernetes.io/service-proxy-name are another proxy's; slices
+// with service.kubernetes.io/headless are for headless Services alone. Slices that
+// disagree about an endpoint's hints leave it without any.
 //
 // # Unread
 //
@@ -29,11 +36,12 @@
 //     (a port twice), because either may have been another port before.
 //   - Not unread: it has a fault and an earlier faultless version stands in.
 //   - Not unread: it has oddities alone (no ports, a selector that matches
-//     nothing, an unknown field): it replaced what was there before.
-//   - Not unread: it is understood and lost an address or a range to an older
-//     object: it would have lost that with any past.
+//     nothing, a port of SCTP, a range with bits behind its mask, an unknown
+//     field): it replaced what was there before.
+//   - Not unread: it is understood and lost an address, a node port or a range to
+//     an older object: it would have lost that with any past.
 //   - Not unread: it is understood and not wanted: a pod that has ended, the
-//     ReplicaSet of a Deployment, a slice of host names.
+//     ReplicaSet of a Deployment, a slice of host names, a Service of another proxy.
 //
 // What a source could not make an object of, it counts itself in a Remark.
 //
@@ -48,8 +56,8 @@
 //
 // # Memory
 //
-// A Service with an EndpointSlice of four endpoints takes 1.4 kB, of which 1.1
-// kB are the Snapshot: 416 bytes of endpoints, 340 of a selector, 230 of the
+// A Service with an EndpointSlice of four endpoints takes 1.6 kB, of which 1.3
+// kB are the Snapshot: 448 bytes of endpoints, 340 of a selector, 320 of the
 // Service itself, and its names. What is kept beside the Snapshot is an Object
 // of 80 bytes for each, 100 bytes for the slice, and 15 bytes for each way to
 // find one (see index). The Service is kept as the Snapshot has it, its slices

@@ -47,8 +47,8 @@ func (r *reader) podRange(n *model.Node, field, text string) {
 		r.fault(field, "%s is an IPv4 range in IPv6 form: write it as IPv4", clip(text))
 		return
 	case p != p.Masked():
-		r.fault(field, "%s has bits set behind its mask: write %s", p, p.Masked())
-		return
+		r.advise(field, "%s has bits set behind its mask and is taken for %s: write that", p, p.Masked())
+		p = p.Masked()
 	}
 	for _, other := range n.PodCIDRs {
 		if other.Overlaps(p) {

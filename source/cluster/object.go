@@ -61,6 +61,8 @@ type Object struct {
 	shared bool
 	// dirty says that the Cluster will settle it before the next Snapshot.
 	dirty bool
+	// headless says of an EndpointSlice that only a headless Service may have it.
+	headless bool
 }
 
 // trouble is what is wrong with an object.
@@ -97,7 +99,7 @@ func (o *Object) faulty() bool { return o.trouble != nil && o.trouble.faulty }
 
 // same says whether putting p after o changes anything.
 func (o *Object) same(p *Object) bool {
-	return o.line == p.line && o.file.name == p.file.name && o.faulty() == p.faulty() && o.born == p.born &&
+	return o.line == p.line && o.file.name == p.file.name && o.headless == p.headless && o.faulty() == p.faulty() && o.born == p.born &&
 		slices.Equal(o.Problems(), p.Problems()) && sameValue(o.value, p.value)
 }
 
@@ -168,7 +170,9 @@ type reader struct {
 func (r *reader) value(obj runtime.Object) any {
 	switch obj := obj.(type) {
 	case *corev1.Service:
-		return r.service(obj)
+		if s := r.service(obj); s != nil {
+			return s
+		}
 	case *discoveryv1.EndpointSlice:
 		if s := r.slice(obj); s != nil {
 			return s

@@ -13,8 +13,12 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// service reads a Service without its endpoints.
+// service reads a Service without its endpoints; nil for one that is another
+// proxy's.
 func (r *reader) service(obj *corev1.Service) *model.Service {
+	if _, ok := obj.Labels[serviceProxyName]; ok {
+		return nil
+	}
 	s := &model.Service{
 		Name:                     r.object.name,
 		Type:                     r.serviceType(obj.Spec.Type),
@@ -32,6 +36,14 @@ func (r *reader) service(obj *corev1.Service) *model.Service {
 			r.fault(fmt.Sprintf("spec.ports[%d].name", i), "a Service with several ports has to name each: add a name")
 		}
 		r.servicePort(s, fmt.Sprintf("spec.ports[%d]", i), &obj.Spec.Ports[i])
+	}
+	r.policies(s, &obj.Spec)
+	r.externalIPs(s, obj.Spec.ExternalIPs)
+	if s.Type == model.LoadBalancer {
+		r.loadBalancer(s, obj)
+	}
+	if s.ExternalLocal && !reachableOutside(s) {
+		s.ExternalLocal = false // the API server lets it stand, and it says nothing
 	}
 	if len(obj.Spec.Ports) == 0 && !s.Headless && s.Type != model.ExternalName {
 		r.advise("spec.ports", "the Service has no ports, so nothing can reach it: add one")
@@ -157,7 +169,29 @@ func (r *reader) servicePort(s *model.Service, field string, from *corev1.Servic
 			return
 		}
 	}
+	if p.NodePort = r.nodePort(s, &p, field+".nodePort", from.NodePort); p.Protocol == model.SCTP {
+		r.advise(field+".protocol", "SCTP is not served here: this port is left to whatever else serves the Service")
+	}
 	s.Ports = append(s.Ports, p)
+}
+
+// nodePort reads on which port nodes serve p, which is not in s yet; 0 is none.
+func (r *reader) nodePort(s *model.Service, p *model.ServicePort, field string, n int32) uint16 {
+	if n == 0 || s.Type == model.ExternalName {
+		return 0
+	}
+	if s.Type == model.ClusterIP {
+		r.fault(field, "a Service of type %s has no node ports: use type NodePort or LoadBalancer, or leave it out", s.Type)
+		return 0
+	}
+	number, ok := r.port(field, n)
+	for _, other := range s.Ports {
+		if ok && other.NodePort == number && other.Protocol == p.Protocol {
+			r.fault(field, "node port %d/%s is here twice: change one", number, p.Protocol)
+			return 0
+		}
+	}
+	return number
 }
 
 // targetPort reads a port number or a container port's name; 0 is neither.

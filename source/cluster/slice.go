@@ -31,9 +31,12 @@ type slicePort struct {
 	port     uint16
 }
 
-// slice reads an EndpointSlice, nil for one of host names: those are for DNS,
-// no packet can be sent to them.
+// slice reads an EndpointSlice, nil for one of another proxy's Service, and for
+// one of host names: those are for DNS, no packet can be sent to them.
 func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
+	if _, ok := obj.Labels[serviceProxyName]; ok {
+		return nil
+	}
 	switch obj.AddressType {
 	case discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6:
 	case discoveryv1.AddressTypeFQDN:
@@ -48,6 +51,7 @@ func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
 		return nil
 	}
 	s := &slice{service: service}
+	_, r.object.headless = obj.Labels[corev1.IsHeadlessService]
 	for i := range obj.Ports {
 		r.slicePort(s, fmt.Sprintf("ports[%d]", i), &obj.Ports[i])
 	}
@@ -120,7 +124,36 @@ func (r *reader) endpoint(s *slice, number uint16, i int, from *discoveryv1.Endp
 	if ref := from.TargetRef; ref != nil && ref.Kind == "Pod" {
 		b.Pod = model.Name{Namespace: cmp.Or(ref.Namespace, r.object.name.Namespace), Name: ref.Name}
 	}
+	b.Hints = r.hints(fmt.Sprintf("endpoints[%d].hints", i), from.Hints)
 	s.endpoints = append(s.endpoints, b)
+}
+
+// hints reads which clients shall use an endpoint.
+func (r *reader) hints(field string, from *discoveryv1.EndpointHints) model.Hints {
+	if from == nil {
+		return model.Hints{}
+	}
+	var nodes, zones []string
+	for i, n := range from.ForNodes {
+		if r.hinted(field, "forNodes", i, n.Name) {
+			nodes = append(nodes, n.Name)
+		}
+	}
+	for i, z := range from.ForZones {
+		if r.hinted(field, "forZones", i, z.Name) {
+			zones = append(zones, z.Name)
+		}
+	}
+	return model.HintsFor(nodes, zones)
+}
+
+// hinted says whether name is one that a node or a zone can have.
+func (r *reader) hinted(field, list string, i int, name string) bool {
+	ok := name != "" && !strings.Contains(name, ",")
+	if !ok {
+		r.fault(fmt.Sprintf("%s.%s[%d].name", field, list, i), "%q is not the name of a node or a zone: correct it or leave it out", clip(name))
+	}
+	return ok
 }
 
 // conditions gives unset conditions the meaning that the API documents: ready is
@@ -143,7 +176,7 @@ func join(base *model.Service, from []*Object) *model.Service {
 		return &s
 	}
 	for i := range s.Ports {
-		s.Ports[i].Backends = backends(&s.Ports[i], from)
+		s.Ports[i].Backends = backends(&s.Ports[i], s.Headless, from)
 	}
 	return &s
 }
@@ -152,10 +185,13 @@ func join(base *model.Service, from []*Object) *model.Service {
 // a port of the same name and protocol. One that is in several slices, as while
 // the controller moves it, is taken in its best condition. Those of a single
 // slice are not copied.
-func backends(p *model.ServicePort, from []*Object) []model.Backend {
+func backends(p *model.ServicePort, headless bool, from []*Object) []model.Backend {
 	var list []model.Backend
 	for _, o := range from {
 		s := o.value.(*slice)
+		if o.headless && !headless {
+			continue
+		}
 		for i, sp := range s.ports {
 			if !sp.leadsTo(p) {
 				continue
@@ -179,8 +215,9 @@ func (sp *slicePort) leadsTo(p *model.ServicePort) bool {
 	return sp.name == p.Name && sp.protocol == p.Protocol
 }
 
-// sorted sorts endpoints and leaves each address once, in its best condition. It
-// does not write to a list that is so already, which others may be reading.
+// sorted sorts endpoints and leaves each address once, in its best condition, and
+// without hints where its slices disagree about them. It does not write to a list
+// that is so already, which others may be reading.
 func sorted(list []model.Backend) []model.Backend {
 	done := true
 	for i := 1; i < len(list) && done; i++ {
@@ -190,11 +227,25 @@ func sorted(list []model.Backend) []model.Backend {
 		return list
 	}
 	slices.SortFunc(list, compareBackends)
+	for i := 1; i < len(list); i++ {
+		if compareBackends(list[i-1], list[i]) == 0 && list[i-1].Hints != list[i].Hints {
+			dropHints(list, list[i])
+		}
+	}
 	return slices.CompactFunc(list, func(a, b model.Backend) bool { return a.Address == b.Address })
 }
 
+// dropHints takes the hints of all that are like b but for them.
+func dropHints(list []model.Backend, b model.Backend) {
+	i, _ := slices.BinarySearchFunc(list, b, compareBackends)
+	for ; i < len(list) && compareBackends(list[i], b) == 0; i++ {
+		list[i].Hints = model.Hints{}
+	}
+}
+
 // compareBackends orders by address, then the better first. It tells any two
-// different backends apart, so that the order of slices does not matter.
+// backends apart that differ in more than hints, which have no order, so that the
+// order of slices does not matter.
 func compareBackends(a, b model.Backend) int {
 	if c := a.Address.Compare(b.Address); c != 0 {
 		return c

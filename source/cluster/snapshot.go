@@ -65,8 +65,13 @@ func (c *Cluster) settleService(o *Object, base *model.Service) {
 		return
 	}
 	from := c.slicesOf(o.name)
-	shown := c.services.set(k, join(base, from))
-	o.value = shown // the same but for the endpoints, and there anyway
+	joined := join(base, from)
+	lost := c.withoutLost(o, joined)
+	c.setProblems(c.clashes, o.Key(), lost)
+	shown := c.services.set(k, joined)
+	if len(lost) == 0 {
+		o.value = shown // the same but for the endpoints, and there anyway
+	}
 	shareEndpoints(shown, from)
 }
 
@@ -78,8 +83,8 @@ func (c *Cluster) settlePod(o *Object, pod *model.Pod) {
 }
 
 // owns says whether no older object has an address of o, and notes which.
-func (c *Cluster) owns(all *claims, o *Object) bool {
-	lost := all.lost(o)
+func (c *Cluster) owns(all *claims[[16]byte], o *Object) bool {
+	lost := lostAddresses(all, o)
 	c.setProblems(c.clashes, o.Key(), lost)
 	return len(lost) == 0
 }
@@ -132,6 +137,12 @@ func (c *Cluster) ignored() map[string]int {
 			}
 			all[kind] += n
 		}
+	}
+	if c.others > 0 {
+		if all == nil {
+			all = map[string]int{}
+		}
+		all["Service of another proxy"] += c.others
 	}
 	return all
 }

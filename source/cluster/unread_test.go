@@ -30,6 +30,13 @@ func TestUnread(t *testing.T) {
 		{"an impossible selector", nil, change(service("a", "", 80), func(s *corev1.Service) { s.Spec.Selector = map[string]string{"a b": "c"} }), service("a", "", 80), 1},
 		{"no ports, which is odd but can be used", nil, service("a", ""), service("a", "", 80), 0},
 		{"an address of an older Service", []runtime.Object{service("0", "10.0.0.1", 80)}, service("a", "10.0.0.1", 80), service("a", "", 80), 0},
+		{"a node port out of range", nil, onNodes(service("a", "10.0.0.1", 80), 70000), service("a", "", 80), 1},
+		{"a node port of an older Service", []runtime.Object{onNodes(service("0", "", 80), 30080)}, onNodes(service("a", "10.0.0.1", 80), 30080), service("a", "", 80), 0},
+		{"an external address that is none", nil, change(service("a", "", 80), func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"127.0.0.1"} }), service("a", "", 80), 1},
+		{"an unknown policy", nil, change(service("a", "", 80), func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = "Near" }), service("a", "", 80), 1},
+		{"a port of SCTP, which is not served", nil, change(service("a", "", 80), func(s *corev1.Service) { s.Spec.Ports[0].Protocol = "SCTP" }), service("a", "", 80), 0},
+		{"a Service of another proxy", nil, change(service("a", "x", 0), func(s *corev1.Service) { s.Labels = map[string]string{serviceProxyName: "x"} }), service("a", "", 80), 0},
+		{"a range with bits behind its mask", nil, node("n", "10.1.0.1/16"), node("n", "10.1.0.0/16"), 0},
 		{"a slice with an address that is none", nil, slice80("s", "a", "10.1.0.256"), slice80("s", "a"), 1},
 		{"a slice of an unknown family", nil, change(slice80("s", "a"), func(s *discoveryv1.EndpointSlice) { s.AddressType = "IPX" }), slice80("s", "a"), 1},
 		{"a slice without a Service", nil, slice80("s", ""), slice80("s", "a"), 1},
@@ -72,6 +79,12 @@ func TestUnread(t *testing.T) {
 			unread("deleted again", 0)
 		})
 	}
+}
+
+// onNodes is a Service with a node port.
+func onNodes(s *corev1.Service, port int32) *corev1.Service {
+	s.Spec.Type, s.Spec.Ports[0].NodePort = corev1.ServiceTypeNodePort, port
+	return s
 }
 
 // change is obj after f.

@@ -43,6 +43,7 @@ func dump(s *model.Snapshot) string {
 func dumpService(b *strings.Builder, s *model.Service) {
 	fmt.Fprintf(b, "service %s %s%s%s%s%s%s%s\n", s.Name, s.Type, some(" at", s.ClusterIPs), when(" headless", s.Headless),
 		when(" ipv4", s.IPv4), when(" ipv6", s.IPv6), pairs(" selects", s.Selector), when(" publishes not ready", s.PublishNotReadyAddresses))
+	dumpContract(b, s)
 	for _, p := range s.Ports {
 		target := fmt.Sprint(p.TargetPort)
 		if p.TargetPort == 0 {
@@ -51,12 +52,34 @@ func dumpService(b *strings.Builder, s *model.Service) {
 		if p.TargetName != "" {
 			target = p.TargetName
 		}
-		fmt.Fprintf(b, "  port %q %d/%s -> %s\n", p.Name, p.Port, p.Protocol, target)
+		fmt.Fprintf(b, "  port %q %d/%s -> %s%s\n", p.Name, p.Port, p.Protocol, target, when(fmt.Sprint(" node port ", p.NodePort), p.NodePort != 0))
 		for _, e := range p.Backends {
-			fmt.Fprintf(b, "    %s%s%s%s%s%s%s\n", e.Address, when(" ready", e.Ready), when(" serving", e.Serving), when(" terminating", e.Terminating),
-				named(" node ", e.Node), named(" zone ", e.Zone), named(" pod ", strings.TrimSuffix(e.Pod.String(), "/")))
+			fmt.Fprintf(b, "    %s%s%s%s%s%s%s%s\n", e.Address, when(" ready", e.Ready), when(" serving", e.Serving), when(" terminating", e.Terminating),
+				named(" node ", e.Node), named(" zone ", e.Zone), named(" pod ", strings.TrimSuffix(e.Pod.String(), "/")), dumpHints(e))
 		}
 	}
+}
+
+// dumpContract says what a Service asks for beyond its ClusterIP, nothing for most.
+func dumpContract(b *strings.Builder, s *model.Service) {
+	line := some(" external", s.ExternalIPs) + some(" load balancer", s.LoadBalancerIPs) + some(" for", s.SourceRanges) +
+		when(" internal local", s.InternalLocal) + when(" external local", s.ExternalLocal) +
+		when(fmt.Sprint(" affinity ", s.Affinity), s.Affinity != 0) + when(fmt.Sprint(" health check ", s.HealthCheckPort), s.HealthCheckPort != 0)
+	b.WriteString(when(" "+line+"\n", line != ""))
+}
+
+// dumpHints asks for the names that the stories use.
+func dumpHints(e model.Backend) string {
+	var names []string
+	for _, name := range []string{"n1", "n2", "a", "b"} {
+		if _, ok := e.Hints.Nodes(name); ok {
+			names = append(names, "node "+name)
+		}
+		if _, ok := e.Hints.Zones(name); ok {
+			names = append(names, "zone "+name)
+		}
+	}
+	return when(" for "+strings.Join(names, ", "), len(names) > 0)
 }
 
 func dumpPod(p *model.Pod) string {

@@ -18,7 +18,7 @@ import (
 const (
 	liveServices  = 30_000
 	liveEndpoints = 4
-	mostLive      = 45_000_000
+	mostLive      = 50_000_000
 )
 
 // TestLiveHeap reads Services with an EndpointSlice each and asks what stays in
