@@ -14,6 +14,10 @@ FUZZTIME ?= 2m
 # What `make bench` is given.
 BENCH ?= services --services 10,1000
 
+# What the image of `make image` is called, where it is to be found by a cluster.
+IMAGE ?= ghcr.io/millrace/millrace:$(VERSION)
+ARCHITECTURES ?= amd64 arm64
+
 # What `make cluster-up` and `make conformance` are given.
 CLUSTER ?= --proxy kube-proxy --mode nftables
 CONFORMANCE ?=
@@ -23,7 +27,7 @@ CONFORMANCE ?=
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench test-kernel long cluster-up cluster-down conformance clean
+.PHONY: help build test demo generate check lint bench test-kernel long image cluster-up cluster-down conformance clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -73,8 +77,17 @@ long: ## what takes too long for CI: large labs, all of the lab on Debian's kern
 	CGO_ENABLED=1 $(TESTS) -- -race -count=1 -p 1 -vet off -timeout 20m ./agent ./lab ./source/... ./layer/...
 	@test/fuzz $(FUZZTIME)
 
+image: $(ARCHITECTURES:%=binary-%) ## dist/millrace-image.tar, and the manifests that name it (IMAGE=, ARCHITECTURES=); needs Go only
+	go build -C deploy/image -o ../../.cache/image .
+	.cache/image --name '$(IMAGE)' $(foreach a,$(ARCHITECTURES),$a=dist/millrace-$a)
+
+binary-%:
+	@test/needs go
+	GOARCH=$* go build -ldflags '-s -w -X main.version=$(VERSION)' -o dist/millrace-$* ./cmd/millrace
+
 cluster-up: ## a real Kubernetes in namespaces of this machine, two nodes, dual stack (CLUSTER=); needs root
 	@test/needs root go cluster
+	@$(if $(findstring --proxy millrace,$(CLUSTER)),$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH))
 	go build -C test/cluster -o ../../.cache/cluster/cluster .
 	.cache/cluster/cluster up $(CLUSTER)
 

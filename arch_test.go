@@ -57,6 +57,7 @@ var law = []clause{
 	{"examples/...", nil, nil},
 	{"cmd/...", []string{"agent/...", "doctor/...", "bench/...", "lab/...", "layer/...", "source/...", "model", "kernel/...", "examples"}, []string{"github.com/spf13/cobra", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"test/...", nil, []string{"golang.org/x/sys"}},
+	{"deploy/image", nil, []string{"github.com/google/go-containerregistry"}},
 	{".", nil, nil},
 }
 

@@ -2,7 +2,7 @@
 // controllers, scheduler, and two nodes with kubelet, containerd and CoreDNS, dual
 // stack, and the Kubernetes project's own end-to-end tests to put to it.
 //
-//	cluster up [--proxy kube-proxy|none] [--mode nftables|iptables]
+//	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables]
 //	cluster down
 //	cluster conformance [--focus RE] [--skip RE] [--procs N]
 //
@@ -65,7 +65,7 @@ func run(ctx context.Context, command string, arguments []string) error {
 		_, err := build(ctx, append(clusterTools, testTools...))
 		return err
 	case "up":
-		proxy := flags.String("proxy", "kube-proxy", "who serves Services: kube-proxy, or none")
+		proxy := flags.String("proxy", "kube-proxy", "who serves Services: kube-proxy, millrace, or none")
 		mode := flags.String("mode", "nftables", "the mode of kube-proxy: nftables or iptables")
 		_ = flags.Parse(arguments)
 		return up(ctx, *proxy, *mode)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -19,8 +20,8 @@ var coreDNS string
 // up brings the cluster up, and returns when its nodes are ready, and CoreDNS, if
 // somebody serves Services.
 func up(ctx context.Context, proxy, mode string) error {
-	if proxy != "kube-proxy" && proxy != "none" {
-		return fmt.Errorf("--proxy %s: it is kube-proxy or none", proxy)
+	if !slices.Contains([]string{"kube-proxy", "millrace", "none"}, proxy) {
+		return fmt.Errorf("--proxy %s: it is kube-proxy, millrace or none", proxy)
 	}
 	if err := controllersInVersion1(); err != nil {
 		return err
@@ -39,6 +40,11 @@ func up(ctx context.Context, proxy, mode string) error {
 	say("images")
 	if err := images(bin); err != nil {
 		return fmt.Errorf("make images: %w", err)
+	}
+	if proxy == "millrace" {
+		if err := takeImage(); err != nil {
+			return err
+		}
 	}
 	say("control plane")
 	if err := startControlPlane(ctx, bin); err != nil {
@@ -82,6 +88,12 @@ func startNodes(ctx context.Context, bin, proxy, mode string) error {
 	_, err = kubectl(ctx, bin, "", "wait", "--for=condition=Ready", "node", "--all", "--timeout=2m")
 	if err != nil || proxy == "none" {
 		return err
+	}
+	if proxy == "millrace" {
+		say("millrace")
+		if err := install(ctx, bin); err != nil {
+			return err
+		}
 	}
 	say("CoreDNS")
 	_, err = kubectl(ctx, bin, "", "-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=2m")
