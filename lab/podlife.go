@@ -181,6 +181,11 @@ func (c *cluster) attend(ctx context.Context, p *pod, process *podProcess) error
 				c.happenLocked("Pod "+p.Pod.Name.String(), "")
 			})
 		case <-process.exited:
+			if listening != nil { // what it reported last says why
+				if err := <-listening; err != nil {
+					return err
+				}
+			}
 			return fmt.Errorf("its process ended (%s): it is started again", process.cmd.ProcessState)
 		case <-p.leave:
 			c.drain(ctx, p, process)

@@ -66,6 +66,9 @@ func demonstrate(t *testing.T, args ...string) *demonstration {
 			}
 		}
 	}
+	if len(d.Matrix.Examples) > 0 {
+		t.Errorf("calls that failed:\n%s", strings.Join(d.Matrix.Examples, "\n"))
+	}
 	for _, trial := range []*trial{d.Replacement, d.AgentKills} {
 		if trial.Failed > 0 {
 			t.Errorf("%d %s: %d of %d operations failed: %v\n%s", trial.Events, trial.What, trial.Failed, trial.Operations,
