@@ -27,10 +27,10 @@ CONFORMANCE ?=
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench test-kernel long image cluster-up cluster-down conformance clean
+.PHONY: help build test demo generate check lint bench test-kernel long image cluster-up cluster-down conformance conformance-table clean
 
 help: ## list these words
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 build: ## bin/millrace for this machine; needs Go only
 	@test/needs go
@@ -85,7 +85,7 @@ binary-%:
 	@test/needs go
 	GOARCH=$* go build -ldflags '-s -w -X main.version=$(VERSION)' -o dist/millrace-$* ./cmd/millrace
 
-cluster-up: ## a real Kubernetes in namespaces of this machine, two nodes, dual stack (CLUSTER=); needs root
+cluster-up: ## a real Kubernetes in namespaces of this machine, three nodes, dual stack (CLUSTER=); needs root
 	@test/needs root go cluster
 	@$(if $(findstring --proxy millrace,$(CLUSTER)),$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH))
 	go build -C test/cluster -o ../../.cache/cluster/cluster .
@@ -100,6 +100,11 @@ conformance: ## the Kubernetes project's end-to-end tests of networking, on that
 	@test/needs root go cluster
 	go build -C test/cluster -o ../../.cache/cluster/cluster .
 	.cache/cluster/cluster conformance $(CONFORMANCE)
+
+conformance-table: ## what the last `make conformance` found, into the table of docs/conformance.md
+	@test/needs go
+	go build -C test/cluster -o ../../.cache/cluster/cluster .
+	.cache/cluster/cluster record
 
 clean: ## remove what make made
 	rm -rf bin dist .cache

@@ -155,11 +155,13 @@ func TestResultsAreThoseOfTestsThatRan(t *testing.T) {
 <testcase name="[SynchronizedBeforeSuite]" status="passed" time="2.5"></testcase>
 <testcase name="[It] [sig-network] Services should serve [Conformance]" status="passed" time="1.5"></testcase>
 <testcase name="[It] [sig-network] Services should fail [Conformance]" status="failed" time="3"><failure>no</failure></testcase>
-<testcase name="[It] [sig-apps] not asked for" status="skipped" time="0"><skipped></skipped></testcase>
+<testcase name="[It] [sig-apps] not asked for" status="skipped" time="0"><skipped message="skipped"></skipped></testcase>
+<testcase name="[It] [sig-network] Zones" status="skipped" time="0.5"><skipped message="skipped - need at least 3 zones"></skipped></testcase>
 </testsuite></testsuites>`))
 	want := []result{
-		{"[sig-network] Services should serve [Conformance]", "passed", 1.5},
-		{"[sig-network] Services should fail [Conformance]", "failed", 3},
+		{"[sig-network] Services should serve [Conformance]", "passed", 1.5, ""},
+		{"[sig-network] Services should fail [Conformance]", "failed", 3, ""},
+		{"[sig-network] Zones", "skipped", 0.5, "skipped - need at least 3 zones"},
 	}
 	if err != nil || !slices.Equal(ran, want) {
 		t.Errorf("read %+v, %v instead of %+v", ran, err, want)
@@ -192,5 +194,27 @@ func TestNodesHaveRangesOfTheirOwn(t *testing.T) {
 func TestManifestOfCoreDNSIsFilledIn(t *testing.T) {
 	if filled := fillIn(coreDNS); strings.Contains(filled, "DNS_V") || strings.Contains(filled, "COREDNS_IMAGE") {
 		t.Errorf("left in it: a word in capitals\n%s", filled)
+	}
+}
+
+// What is written is read again, and the next run alters its own column alone.
+func TestTableKeepsWhatOthersFound(t *testing.T) {
+	first := parseTable("")
+	first.add("kube-proxy nftables", []result{{"[sig-network] A", "passed", 1, ""}, {"[sig-network] B", "failed", 1, ""}})
+	second := parseTable(first.String())
+	second.add("millrace", []result{{"[sig-network] A", "failed", 1, ""}})
+	third := parseTable(second.String())
+	third.add("millrace", []result{{"[sig-network] A", "passed", 1, ""}, {"[sig-network] C", "skipped", 0, "skipped - needs a | cloud\nand more"}})
+	want := `- kube-proxy nftables: 1 passed, 1 failed, 0 cannot be judged here
+- millrace: 1 passed, 0 failed, 1 cannot be judged here
+
+| [sig-network] | kube-proxy nftables | millrace |
+|---|---|---|
+| A | passed | passed |
+| B | **failed** |  |
+| C |  | not here: needs a / cloud |
+`
+	if got := third.String(); got != want {
+		t.Errorf("the table is\n%s\nnot\n%s", got, want)
 	}
 }

@@ -100,15 +100,15 @@ func kubectl(ctx context.Context, bin, input string, arguments ...string) (strin
 }
 
 // nodeObjects are made before the kubelets start, so that each node has the pod
-// ranges that routes lead to.
+// ranges that routes lead to. Each is in a zone of its own, as a cloud would say.
 func nodeObjects() (manifest string) {
 	for _, n := range allNodes() {
 		manifest += fmt.Sprintf(`---
 apiVersion: v1
 kind: Node
-metadata: {name: %[1]s, labels: {kubernetes.io/hostname: %[1]s}}
+metadata: {name: %[1]s, labels: {kubernetes.io/hostname: %[1]s, topology.kubernetes.io/zone: %[4]s}}
 spec: {podCIDR: %[2]s, podCIDRs: ["%[2]s", "%[3]s"]}
-`, n.name(), n.podsV4(), n.podsV6())
+`, n.name(), n.podsV4(), n.podsV6(), n.zone())
 	}
 	return manifest
 }

@@ -11,7 +11,7 @@ import (
 // What the cluster is made of. Everything is inside namespaces of its own, so
 // that the addresses need not be free on the host.
 const (
-	nodes  = 2
+	nodes  = 3                   // what tests of zones and of several nodes need
 	prefix = "millrace-cluster-" // of namespaces and cgroups
 	folder = "/var/cache/millrace-cluster"
 
@@ -32,6 +32,7 @@ type node int
 
 func (n node) name() string      { return fmt.Sprintf("node-%d", n) }
 func (n node) namespace() string { return prefix + n.name() }
+func (n node) zone() string      { return fmt.Sprintf("zone-%d", n) }
 func (n node) v4() string        { return fmt.Sprintf("10.89.0.1%d", n) }
 func (n node) v6() string        { return fmt.Sprintf("fd00:10:89::1%d", n) }
 func (n node) podsV4() string    { return fmt.Sprintf("10.244.%d.0/24", n) }

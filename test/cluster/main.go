@@ -1,10 +1,11 @@
 // Cluster is a real Kubernetes on one machine, for tests: etcd, kube-apiserver,
-// controllers, scheduler, and two nodes with kubelet, containerd and CoreDNS, dual
+// controllers, scheduler, and three nodes with kubelet, containerd and CoreDNS, dual
 // stack, and the Kubernetes project's own end-to-end tests to put to it.
 //
 //	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables]
 //	cluster down
 //	cluster conformance [--focus RE] [--skip RE] [--procs N]
+//	cluster record
 //
 // It is run by `make cluster-up` and its like, from the root of the repository, as
 // root. The binaries come from the Go module proxy and are kept in
@@ -37,6 +38,7 @@ const usage = `usage: cluster COMMAND [flags]
   up           the cluster; only inside namespaces and cgroups of its own
   down         removes it, whatever is left of it
   conformance  the Kubernetes end-to-end tests of Services and networking
+  record       what conformance found, into docs/conformance.md
 
 Exit status: 0 done, 1 not done or a test failed, 2 wrong usage.
 `
@@ -78,6 +80,9 @@ func run(ctx context.Context, command string, arguments []string) error {
 		processes := flags.Int("procs", 8, "how many tests at once")
 		_ = flags.Parse(arguments)
 		return conformance(ctx, *focus, *skip, *processes)
+	case "record":
+		_ = flags.Parse(arguments)
+		return record()
 	case "enter-node": // of ourselves, by up
 		return enterNode(arguments)
 	case "node": // of ourselves, by enter-node: the first process of a node

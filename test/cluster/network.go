@@ -10,7 +10,7 @@ import (
 // each node, and static routes to the pods, as between machines of one rack.
 //
 //	control (bridge br0 .1) -- eth0 of node-1 (.11) -- pods 10.244.1.0/24
-//	                        -- eth0 of node-2 (.12) -- pods 10.244.2.0/24
+//	                        -- eth0 of node-2 (.12) -- pods 10.244.2.0/24, and so on
 //
 // The control plane reaches Services through node 1.
 func network() error {

@@ -34,7 +34,7 @@ func up(ctx context.Context, proxy, mode string) error {
 		return err
 	}
 	say("network and credentials")
-	if err := errors.Join(os.MkdirAll(folder+"/logs", 0o755), network(), credentials(), scripts(bin)); err != nil {
+	if err := errors.Join(os.MkdirAll(folder+"/logs", 0o755), noteWhoServes(proxy, mode), network(), credentials(), scripts(bin)); err != nil {
 		return err
 	}
 	say("images")
