@@ -10,11 +10,17 @@ import (
 )
 
 // planner turns Services into plans. It remembers those of the last Snapshot: a
-// Service that is the same value, and so unchanged, keeps its plan. What it
-// answers depends on the Snapshot alone.
-type planner struct{ last []*plan }
+// Service that is the same value, and so unchanged, keeps its plan, unless this
+// node is in another zone now. What it answers depends on the Snapshot alone.
+type planner struct {
+	last []*plan
+	at   place
+}
 
 func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
+	if at := placeOf(settings, snapshot); at != p.at {
+		p.last, p.at = nil, at
+	}
 	plans, ordered := p.merge(snapshot.Services)
 	if !ordered {
 		plans, _ = p.merge(inNameOrder(snapshot.Services))
@@ -48,7 +54,7 @@ func (p *planner) merge(services []*model.Service) (plans []*plan, ordered bool)
 		if run {
 			plans[i], old = old[0], old[1:]
 		} else {
-			plans[i] = &plan{service, askedPath(service.Annotations), rowsOf(service)}
+			plans[i] = &plan{service, askedPath(service.Annotations), rowsOf(service, p.at)}
 		}
 	}
 	return plans, true
@@ -61,49 +67,6 @@ func inNameOrder(services []*model.Service) []*model.Service {
 		return services
 	}
 	return slices.SortedFunc(slices.Values(services), byName)
-}
-
-// rowsOf plans one Service: a row for each of its addresses and ports.
-func rowsOf(service *model.Service) []*Row {
-	if service.Headless || service.Type == model.ExternalName {
-		return nil
-	}
-	var rows []*Row
-	for _, port := range service.Ports {
-		if port.Protocol != model.TCP && port.Protocol != model.UDP {
-			continue // SCTP has no connect hook
-		}
-		for _, address := range service.ClusterIPs {
-			rows = append(rows, &Row{
-				Frontend: Frontend{netip.AddrPortFrom(address.Unmap(), port.Port), port.Protocol},
-				Service:  service.Name,
-				Port:     port.Name,
-				Path:     askedPath(service.Annotations),
-				Backends: chosen(port.Backends, address.Unmap().Is4()),
-			})
-		}
-	}
-	return rows
-}
-
-// chosen are the endpoints of one family that get new connections: the ready
-// ones, and only if there are none, those that still serve while they terminate
-// (KEP-1669).
-func chosen(backends []model.Backend, ip4 bool) []netip.AddrPort {
-	pick := func(want func(model.Backend) bool) []netip.AddrPort {
-		var picked []netip.AddrPort
-		for _, b := range backends {
-			if b.Address.Addr().Unmap().Is4() == ip4 && want(b) {
-				picked = append(picked, netip.AddrPortFrom(b.Address.Addr().Unmap(), b.Address.Port()))
-			}
-		}
-		slices.SortFunc(picked, netip.AddrPort.Compare)
-		return slices.Compact(picked)
-	}
-	if ready := pick(func(b model.Backend) bool { return b.Ready }); len(ready) > 0 {
-		return ready
-	}
-	return pick(func(b model.Backend) bool { return b.Serving && b.Terminating })
 }
 
 // diff says what leads from have to want: first what was lost, then ports and
@@ -136,7 +99,7 @@ func diffAll(have, want map[Frontend]*Row, prune bool) layer.Changes {
 		switch old, ok := have[frontend]; {
 		case !ok:
 			changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
-		case !prune && len(row.Backends) == 0 && len(old.Backends) > 0:
+		case !prune && row.closes(old):
 			// What leads to its endpoints may be among what could not be read.
 		case old.differs(row):
 			changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
@@ -218,6 +181,40 @@ func changedPlans(before, after []*plan) iter.Seq2[*plan, *plan] {
 	}
 }
 
+// differs says whether the kernel has to be told of other. Rows that were read from
+// the kernel are of no known entry.
 func (r *Row) differs(other *Row) bool {
-	return r.torn || r != other && (r.Path != other.Path || !slices.Equal(r.Backends, other.Backends))
+	if r.torn || r == other {
+		return r.torn
+	}
+	return r.Path != other.Path || r.Entry != "" && r.Entry != other.Entry ||
+		!slices.Equal(r.Backends, other.Backends) || r.Drops != other.Drops ||
+		!r.Outside.same(other.Outside) || r.Masquerade != other.Masquerade ||
+		r.Affinity != other.Affinity || r.rangesDiffer(other)
+}
+
+// rangesDiffer tells nobody from everybody: nil ranges are all clients.
+func (r *Row) rangesDiffer(other *Row) bool {
+	return (r.SourceRanges == nil) != (other.SourceRanges == nil) || !slices.Equal(r.SourceRanges, other.SourceRanges)
+}
+
+func (o *Outside) same(p *Outside) bool {
+	if o == nil || p == nil {
+		return o == p
+	}
+	return o.Drops == p.Drops && slices.Equal(o.Backends, p.Backends)
+}
+
+// closes says whether clients that old leads somewhere would be led nowhere.
+func (r *Row) closes(old *Row) bool {
+	closed := func(now, before []netip.AddrPort) bool { return len(now) == 0 && len(before) > 0 }
+	return closed(r.Backends, old.Backends) || closed(r.forOutside(), old.forOutside())
+}
+
+// forOutside is where clients outside the cluster are led.
+func (r *Row) forOutside() []netip.AddrPort {
+	if r.Outside == nil {
+		return r.Backends
+	}
+	return r.Outside.Backends
 }
