@@ -23,7 +23,7 @@ type Source interface {
 	Run(ctx context.Context, deliver func(*model.Snapshot)) error
 }
 
-// Config is what an agent needs. All but Metrics must be set.
+// Config is what an agent needs. All but Metrics and KubeProxy must be set.
 type Config struct {
 	// Node is this node's name in the cluster.
 	Node string
@@ -37,7 +37,9 @@ type Config struct {
 	RunFolder string
 	// Metrics is the TCP address for Prometheus, "127.0.0.1:9470"; empty for none.
 	Metrics string
-	Log     *slog.Logger
+	// KubeProxy is nil where the agent does not stand in for a kube-proxy.
+	KubeProxy *KubeProxy
+	Log       *slog.Logger
 	// Started is when the process began, for the time to attach.
 	Started time.Time
 }
@@ -67,6 +69,7 @@ type Agent struct {
 	attached time.Duration
 	// litter: much memory became garbage just now.
 	litter bool
+	proxy  standIn
 
 	mu       sync.Mutex // guards what status reads
 	snapshot *model.Snapshot
@@ -106,6 +109,10 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer listeners.close()
+	if err := a.standIn(); err != nil {
+		return err
+	}
+	defer a.proxy.server.Close()
 	for _, l := range config.Layers {
 		if err := a.open(l); err != nil {
 			return err
@@ -137,6 +144,7 @@ func (a *Agent) open(l layer.Layer) error {
 	}
 	if n := p.have.Len(); n > 0 {
 		a.config.Log.Info("took over", "layer", l.Name(), "objects", n)
+		a.proxy.health.TookOver()
 	}
 	return nil
 }
@@ -224,9 +232,13 @@ func (a *Agent) loop(ctx context.Context) {
 			wait = retryFirst
 		case <-retry.C:
 			clean = a.applyAll()
+		case <-a.proxy.again:
+			a.proxy.bring()
+			continue
 		case <-drift.C:
 			a.findDrift()
 			clean = a.applyAll()
+			a.proxy.bring() // the node's addresses may be others now
 		case <-a.changed:
 			a.refresh()
 			clean = a.applyAll()
@@ -249,6 +261,7 @@ func (a *Agent) take(s *model.Snapshot) bool {
 	a.mu.Lock()
 	a.snapshot, a.received = s, time.Now()
 	a.mu.Unlock()
+	a.proxy.take(s)
 	for _, p := range a.parts {
 		want := p.Plan(s)
 		a.mu.Lock()
@@ -256,6 +269,7 @@ func (a *Agent) take(s *model.Snapshot) bool {
 		a.mu.Unlock()
 	}
 	clean := a.applyAll()
+	a.proxy.bring()
 	if clean && !s.Seen.IsZero() {
 		a.metrics.programmed(time.Since(s.Seen))
 	}
@@ -270,11 +284,12 @@ func (a *Agent) applyAll() bool {
 	if a.snapshot == nil {
 		return true
 	}
-	clean := true
+	clean, begun := true, time.Now()
 	for _, p := range a.parts {
 		clean = a.apply(p) && clean
 	}
 	a.ready = clean && a.snapshot.Complete
+	a.proxy.applied(clean, a.snapshot.Complete, time.Since(begun))
 	return clean
 }
 

@@ -152,7 +152,7 @@ type running struct {
 	port   string
 }
 
-func start(t *testing.T, p *pond) *running {
+func start(t *testing.T, p *pond, alter ...func(*Config)) *running {
 	t.Helper()
 	folder := filepath.Join(t.TempDir(), "run")
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -164,10 +164,12 @@ func start(t *testing.T, p *pond) *running {
 	r := &running{t: t, pond: p, source: &spring{make(chan any)}, folder: folder, port: address}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() {
-		ended <- Run(ctx, Config{Node: "n1", Version: "test", Source: r.source, SourceName: "test:", Layers: []layer.Layer{p},
-			RunFolder: folder, Metrics: address, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Started: time.Now()})
-	}()
+	config := Config{Node: "n1", Version: "test", Source: r.source, SourceName: "test:", Layers: []layer.Layer{p},
+		RunFolder: folder, Metrics: address, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Started: time.Now()}
+	for _, one := range alter {
+		one(&config)
+	}
+	go func() { ended <- Run(ctx, config) }()
 	r.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-ended; err != nil {

@@ -28,12 +28,14 @@ type Status struct {
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
 	// AttachedAfterMS is from process start to all programs attached.
-	AttachedAfterMS float64        `json:"attached_after_ms"`
-	Source          SourceStatus   `json:"source"`
-	Layers          []LayerStatus  `json:"layers"`
-	Latency         *Latency       `json:"latency,omitempty"`
-	Memory          Memory         `json:"memory"`
-	Ignored         map[string]int `json:"ignored,omitempty"`
+	AttachedAfterMS float64       `json:"attached_after_ms"`
+	Source          SourceStatus  `json:"source"`
+	Layers          []LayerStatus `json:"layers"`
+	// KubeProxy is absent where the agent does not stand in for a kube-proxy.
+	KubeProxy *KubeProxyStatus `json:"kube_proxy,omitempty"`
+	Latency   *Latency         `json:"latency,omitempty"`
+	Memory    Memory           `json:"memory"`
+	Ignored   map[string]int   `json:"ignored,omitempty"`
 	// Problems are the objects of the input that cannot be used.
 	Problems []model.Problem `json:"problems"`
 }
@@ -82,9 +84,13 @@ func (a *Agent) Status() (Status, error) {
 	s := Status{
 		Ready: a.ready, Node: a.config.Node, Version: a.config.Version, PID: os.Getpid(),
 		Started: a.config.Started, AttachedAfterMS: float64(a.attached.Microseconds()) / 1000,
-		Source:   SourceStatus{Name: a.config.SourceName, Error: a.sourceIs},
-		Latency:  a.metrics.latency(),
-		Problems: []model.Problem{},
+		Source:    SourceStatus{Name: a.config.SourceName, Error: a.sourceIs},
+		Latency:   a.metrics.latency(),
+		Problems:  []model.Problem{},
+		KubeProxy: a.kubeProxyStatus(),
+	}
+	if a.config.KubeProxy != nil {
+		s.Problems = append(s.Problems, a.config.KubeProxy.Problems...)
 	}
 	if a.sourceIs != "" {
 		since := a.sourceLost

@@ -16,6 +16,7 @@ func agentCommand(s *settings) *cobra.Command {
 	var from wishes
 	var metrics string
 	var dryRun bool
+	var proxy standIn
 	c := command(&cobra.Command{
 		Use:   "agent --source dir:PATH|kube:PATH|kube:",
 		Short: "Keep this node's kernel as the cluster asks",
@@ -27,7 +28,15 @@ path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
 namespaces.`,
 	}, changesHost, func(ctx context.Context, _ []string) error {
 		if dryRun {
-			return plan(ctx, s, &at, &from)
+			return plan(ctx, s, &at, &from, &proxy)
+		}
+		log := logger(s)
+		kubeProxy, err := proxy.read(ctx, &at, &from, log)
+		if ctx.Err() != nil {
+			return nil // stopped while it waited for the API server
+		}
+		if err != nil {
+			return err
 		}
 		source, err := from.open(at.node)
 		if err != nil {
@@ -42,7 +51,7 @@ namespaces.`,
 		debug.SetGCPercent(50)
 		return agent.Run(ctx, agent.Config{
 			Node: at.node, Version: version, Source: source, SourceName: from.source, Layers: layers,
-			RunFolder: at.run, Metrics: metrics, Log: logger(s), Started: started,
+			RunFolder: at.run, Metrics: metrics, KubeProxy: kubeProxy, Log: log, Started: started,
 		})
 	}, exitData, exitUnavailable, exitPrivilege)
 	at.flagCgroup(c)
@@ -53,6 +62,8 @@ namespaces.`,
 	at.flagPath(c)
 	at.flagFlows(c)
 	at.flagConntrack(c)
+	proxy.flagConfig(c)
+	proxy.flagPorts(c)
 	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus and /healthz; empty for none")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, change nothing and end")
 	return c

@@ -15,6 +15,7 @@ import (
 func planCommand(s *settings) *cobra.Command {
 	var at place
 	var from wishes
+	var proxy standIn
 	c := command(&cobra.Command{
 		Use:   "plan --source dir:PATH|kube:PATH|kube:",
 		Short: "What the agent would change in the kernel",
@@ -23,13 +24,14 @@ Reads the manifests or asks the API server once, compares what is asked for with
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
 pinned everything is new.`,
 	}, readsOnly, func(ctx context.Context, _ []string) error {
-		return plan(ctx, s, &at, &from)
+		return plan(ctx, s, &at, &from, &proxy)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)
 	at.flagNode(c)
 	at.flagPath(c)
 	at.flagConntrack(c)
 	from.flags(c)
+	proxy.flagConfig(c)
 	return c
 }
 
@@ -41,7 +43,11 @@ type planned struct {
 	Detail string   `json:"detail,omitempty"`
 }
 
-func plan(ctx context.Context, s *settings, at *place, from *wishes) error {
+func plan(ctx context.Context, s *settings, at *place, from *wishes, proxy *standIn) error {
+	notes, problems, err := proxy.look(ctx, at, from)
+	if err != nil {
+		return err
+	}
 	snapshot, err := firstSnapshot(ctx, from, at.node)
 	if err != nil {
 		return err
@@ -60,15 +66,22 @@ func plan(ctx context.Context, s *settings, at *place, from *wishes) error {
 			}
 		}
 	}
+	problems = append(problems, snapshot.Problems...)
 	if s.json() {
 		err = printJSON(struct {
 			Changes  []planned       `json:"changes"`
 			Problems []model.Problem `json:"problems"`
-		}{all, append([]model.Problem{}, snapshot.Problems...)})
+			Notes    []string        `json:"kube_proxy_notes,omitempty"`
+		}{all, problems, notes})
 	} else if len(all) == 0 {
 		fmt.Fprintln(os.Stderr, "nothing to change")
 	}
-	return errors.Join(err, problemsError(snapshot.Problems))
+	if !s.json() {
+		for _, note := range notes {
+			fmt.Fprintln(os.Stderr, "kube-proxy's configuration:", note)
+		}
+	}
+	return errors.Join(err, problemsError(problems))
 }
 
 // firstSnapshot is the first whole picture of a source.

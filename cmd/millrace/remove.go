@@ -71,7 +71,7 @@ func removal(l layer.Layer, dryRun bool) (layer.Changes, error) {
 // nothing else is there.
 func removeRunFolder(folder string) error {
 	ours := false
-	for _, name := range []string{"agent.sock", "agent.lock"} {
+	for _, name := range []string{"agent.sock", "agent.lock", configCopy} {
 		err := os.Remove(filepath.Join(folder, name))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("remove run folder: %w", err)

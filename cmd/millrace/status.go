@@ -92,6 +92,9 @@ func printStatus(s agent.Status) {
 	for _, l := range s.Layers {
 		printLayer(l)
 	}
+	if s.KubeProxy != nil {
+		printKubeProxy(s.KubeProxy)
+	}
 	for _, kind := range slices.Sorted(maps.Keys(s.Ignored)) {
 		fmt.Printf("passed over  %d %s\n", s.Ignored[kind], kind)
 	}

@@ -145,6 +145,10 @@ func TestRoleIsWhatIsAskedFor(t *testing.T) {
 	b.apply(service("web", "10.96.0.2"))
 	b.shows("web")
 	b.watched()
+	b.apply(configMap)
+	if _, err := ConfigMap(t.Context(), Settings{Kubeconfig: kubeconfig(t, b.url)}, "kube-system", "kube-proxy", "config.conf"); err != nil {
+		t.Error(err)
+	}
 	asked := map[kubetest.Request]bool{}
 	for _, r := range b.Requests() {
 		asked[r] = true

@@ -28,15 +28,21 @@ type asked struct {
 	format   runtime.SerializerInfo
 }
 
-// ServeHTTP answers list and watch.
+// ServeHTTP answers list and watch, and get of what is in a namespace.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	group, resource, ok := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/apis/"), "/api/v1"), "/")
-	if i := strings.LastIndexByte(resource, '/'); i >= 0 {
+	one := ""
+	if parts := strings.Split(resource, "/"); len(parts) == 4 && parts[0] == "namespaces" {
+		resource, one = parts[2], parts[1]+"/"+parts[3]
+	} else if i := strings.LastIndexByte(resource, '/'); i >= 0 {
 		resource = resource[i+1:]
 	}
 	query := r.URL.Query()
 	verb := "list"
-	if query.Get("watch") == "true" {
+	switch {
+	case one != "":
+		verb = "get"
+	case query.Get("watch") == "true":
 		verb = "watch"
 	}
 	s.mu.Lock()
@@ -57,6 +63,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errLabels != nil || errFields != nil:
 		Refuse(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "a selector cannot be read")
+	case verb == "get":
+		s.get(w, q, one)
 	case verb == "watch":
 		s.watch(w, r, q)
 	default:
@@ -88,6 +96,19 @@ func (q *asked) selects(o Object) bool {
 		has["spec.nodeName"] = o.Spec.NodeName
 	}
 	return q.labels.Matches(labels.Set(o.GetLabels())) && q.fields.Matches(has)
+}
+
+// get answers one object.
+func (s *Server) get(w http.ResponseWriter, q *asked, name string) {
+	s.mu.Lock()
+	found := s.objects[q.resource][name]
+	s.mu.Unlock()
+	if found == nil {
+		Refuse(w, http.StatusNotFound, metav1.StatusReasonNotFound, q.resource+" "+name+" not found")
+		return
+	}
+	w.Header().Set("Content-Type", q.format.MediaType)
+	s.encoder(q).Encode(found.DeepCopyObject(), w)
 }
 
 // list answers one page. It continues after the name of the last object.

@@ -106,6 +106,7 @@ var resources = map[string]schema.GroupVersionKind{
 	"services":       corev1.SchemeGroupVersion.WithKind("Service"),
 	"nodes":          corev1.SchemeGroupVersion.WithKind("Node"),
 	"pods":           corev1.SchemeGroupVersion.WithKind("Pod"),
+	"configmaps":     corev1.SchemeGroupVersion.WithKind("ConfigMap"),
 	"endpointslices": discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"),
 }
 
@@ -117,6 +118,8 @@ func resourceOf(obj Object) string {
 		return "nodes"
 	case *corev1.Pod:
 		return "pods"
+	case *corev1.ConfigMap:
+		return "configmaps"
 	case *discoveryv1.EndpointSlice:
 		return "endpointslices"
 	}

@@ -1,0 +1,61 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+)
+
+// ErrNoAnswer says that no API server has answered: another time one may.
+var ErrNoAnswer = errors.New("no API server answers")
+
+// answerPatience is how long one server may take for one object.
+const answerPatience = 5 * time.Second
+
+// ConfigMap gets what a ConfigMap has under a key. It asks one server after the
+// other, each once; the error is ErrNoAnswer where none of them has said anything
+// about the object. It needs the verb get for that one object.
+func ConfigMap(ctx context.Context, settings Settings, namespace, name, key string) ([]byte, error) {
+	if settings.Account == "" {
+		settings.Account = accountFolder
+	}
+	servers, err := connect(settings)
+	if err != nil {
+		return nil, err
+	}
+	for _, at := range servers.all {
+		data, asked := at.configMap(ctx, namespace, name, key)
+		if asked == nil {
+			return data, nil
+		}
+		err = fmt.Errorf("get ConfigMap %s/%s at %s: %w", namespace, name, at.url, asked)
+		if apierrors.IsNotFound(asked) || apierrors.IsForbidden(asked) || errors.Is(asked, errNoKey) {
+			return nil, err
+		}
+	}
+	return nil, fmt.Errorf("%w: %w", ErrNoAnswer, err)
+}
+
+var errNoKey = errors.New("it has no such key")
+
+func (s *server) configMap(ctx context.Context, namespace, name, key string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerPatience)
+	defer cancel()
+	found, err := s.client.Get().AbsPath("/api/v1/namespaces", namespace, "configmaps", name).MaxRetries(0).Do(ctx).Get()
+	if err != nil {
+		return nil, err
+	}
+	config, ok := found.(*corev1.ConfigMap)
+	if !ok {
+		return nil, fmt.Errorf("the answer is a %T", found)
+	}
+	text, ok := config.Data[key]
+	if !ok {
+		return nil, fmt.Errorf("%s: %w", key, errNoKey)
+	}
+	return []byte(text), nil
+}
