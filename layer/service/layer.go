@@ -38,6 +38,9 @@ type Settings struct {
 	// Flows is how many flows of the packet path are remembered at once; 0 is
 	// DefaultFlows. A flow takes about 350 bytes of kernel memory.
 	Flows int
+	// Drain is how long TCP connections to an endpoint that is gone may go on; 0 is
+	// DefaultDrain.
+	Drain time.Duration
 	// Node is this node's name: its own addresses and pods are those of the
 	// Snapshot's node and pods of that name.
 	Node string
@@ -68,6 +71,8 @@ type Layer struct {
 	// there should be some.
 	bypassed   bypass
 	whyTracked string
+	// stuck closes sockets whose endpoint is gone; nil until the layer is open.
+	stuck *stuck
 }
 
 // room is what Apply needs of the datapath.
@@ -117,6 +122,7 @@ func (l *Layer) Open() error {
 	}
 	l.datapath, l.room, l.tables = datapath, datapath, &tables{}
 	l.tables.use(datapath.maps)
+	l.stuck = newStuck(l.settings, func() map[string]*ebpf.Map { return datapath.maps })
 	return nil
 }
 
@@ -141,7 +147,8 @@ func (l *Layer) Read() (layer.Picture, error) {
 	return l.Refresh(picture)
 }
 
-// Refresh implements layer.Layer: which devices are there, and which rules.
+// Refresh implements layer.Layer: which devices are there, which rules, and whose
+// sockets are stuck.
 func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	picture := have.(*Picture)
 	veths, err := l.room.findVeths()
@@ -150,6 +157,7 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	}
 	picture.veths = veths
 	picture.tracking = l.room.readTracking()
+	l.stuck.look()
 	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
 		l.swept = now
 		l.part = (l.part + 1) % sweepParts
@@ -170,6 +178,7 @@ const (
 // Watch implements layer.Layer: devices come and go with pods, flows expire,
 // others change their rules.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
+	stuck := l.stuck.wake
 	go func() {
 		for tick := time.NewTicker(sweepEvery); ; {
 			select {
@@ -177,6 +186,8 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 				tick.Stop()
 				return
 			case <-tick.C:
+				changed()
+			case <-stuck:
 				changed()
 			}
 		}
@@ -223,7 +234,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if services, backends := l.tables.need(rows); l.tables.full(services, backends) {
 		failures = appendError(failures, l.room.grow(l.tables, roomFor(services, backends)))
 	}
-	torn := false
+	dropped, torn := drops(inForce, rows), false
 	for i, err := range l.tables.apply(rows) {
 		row := rows[i].Subject.(*Row)
 		switch {
@@ -253,6 +264,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if len(failures) == 0 {
 		picture.agree(want.(*Picture), known)
 	}
+	l.stuck.applied(picture, want.(*Picture), dropped)
 	return picture, done, errors.Join(failures...)
 }
 
@@ -325,6 +337,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	var err error
 	d.Reasons, err = l.datapath.readReasons()
+	l.stuck.describe(&d)
 	return d, err
 }
 
@@ -348,6 +361,8 @@ func (l *Layer) Close() error {
 		return nil
 	}
 	err := l.datapath.endBypass()
+	l.stuck.close()
+	l.stuck = nil
 	l.datapath.close()
 	l.datapath = nil
 	return err

@@ -27,6 +27,7 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	}
 	p.last = plans
 	picture := wanted(plans)
+	picture.whole = snapshot.Complete && snapshot.Unread == 0
 	picture.paths = pathsOf(settings, snapshot)
 	for _, plan := range plans {
 		picture.paths.packets = picture.paths.packets || plan.path == PathPacket
