@@ -21,5 +21,9 @@ enum reason {
 	REASON_FLOW_CLASH, /* no free source port was found towards an endpoint that the client reaches in two ways */
 	REASON_FLOW_CUT,   /* a flow that was closing, never answered or of one question gave way in a full table */
 	REASON_UNWRITABLE, /* the packet could not be rewritten */
+	REASON_NO_LOCAL_BACKEND, /* the Service has endpoints that serve, but none on this node, and wants no others */
+	REASON_NOT_LET_IN,       /* the client is not in the Service's loadBalancerSourceRanges */
+	REASON_AFFINITIES_FULL,  /* the table of clients that stay with an endpoint is full: this one may change it */
+	REASON_NO_PORT,          /* no free port of the node was found towards an endpoint */
 	REASON_COUNT,
 };

@@ -62,6 +62,7 @@ namespaces.`,
 	at.flagPath(c)
 	at.flagFlows(c)
 	at.flagConntrack(c)
+	at.flagWire(c)
 	proxy.flagConfig(c)
 	proxy.flagPorts(c)
 	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus and /healthz; empty for none")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +20,7 @@ import (
 func explainCommand(s *settings) *cobra.Command {
 	var at place
 	var from wishes
+	var here nodeFacts
 	c := command(&cobra.Command{
 		Use:   "explain PROTO SRC[:PORT] DST:PORT",
 		Short: "What happens to a packet, and why",
@@ -39,21 +41,24 @@ Needs CAP_BPF and CAP_NET_ADMIN.`,
 			return nil
 		},
 	}, readsOnly, func(ctx context.Context, args []string) error {
-		return explain(ctx, s, &at, &from, args)
+		return explain(ctx, s, &at, &from, &here, args)
 	}, exitData, exitUnavailable, exitPrivilege)
 	at.flagPins(c)
 	at.flagRun(c)
 	at.flagNode(c)
 	at.flagPath(c)
+	at.flagWire(c)
+	c.Flags().StringSliceVar(&here.addresses, "node-addresses", nil, "with --source: addresses of the node, beside those of its Node object")
+	c.Flags().StringSliceVar(&here.ranges, "pod-cidrs", nil, "with --source: ranges of the node's pods, beside those of its Node object")
 	from.flagsAs(c, "ask without an agent, for this cluster: "+sourceForms)
 	return c
 }
 
-func explain(ctx context.Context, s *settings, at *place, from *wishes, args []string) error {
+func explain(ctx context.Context, s *settings, at *place, from *wishes, here *nodeFacts, args []string) error {
 	if _, err := service.ParsePath(at.path); err != nil {
 		return usage("--path: %v", err)
 	}
-	in, known, err := surroundings(ctx, at, from)
+	in, known, err := surroundings(ctx, at, from, here)
 	if err != nil {
 		return err
 	}
@@ -80,14 +85,18 @@ func explain(ctx context.Context, s *settings, at *place, from *wishes, args []s
 
 // surroundings are the settings in force and what is known of the cluster: from
 // the manifests, or from the agent that runs here.
-func surroundings(ctx context.Context, at *place, from *wishes) (service.Settings, service.Known, error) {
-	in := service.Settings{Node: at.node, Path: service.Path(at.path)}
+func surroundings(ctx context.Context, at *place, from *wishes, here *nodeFacts) (service.Settings, service.Known, error) {
+	in := service.Settings{Node: at.node, Path: service.Path(at.path), Wire: at.wire}
 	if from.source != "" {
 		snapshot, err := firstSnapshot(ctx, from, at.node)
 		if err != nil {
 			return in, service.Known{}, err
 		}
-		return in, service.Known{Snapshot: snapshot}, isNode(at.node, snapshot)
+		if err := isNode(at.node, snapshot); err != nil {
+			return in, service.Known{}, err
+		}
+		snapshot, err = here.in(snapshot, at.node)
+		return in, service.Known{Snapshot: snapshot}, err
 	}
 	in.Pins = filepath.Join(at.pins, "service")
 	known := service.Known{Snapshot: &model.Snapshot{}}
@@ -95,6 +104,41 @@ func surroundings(ctx context.Context, at *place, from *wishes) (service.Setting
 		fmt.Fprintf(os.Stderr, "no names, and --path %s is believed: %v\n", at.path, err)
 	}
 	return in, known, nil
+}
+
+// nodeFacts is what flags say of a node.
+type nodeFacts struct{ addresses, ranges []string }
+
+// in is a Snapshot whose Node of this name has what flags say, too.
+func (f *nodeFacts) in(snapshot *model.Snapshot, name string) (*model.Snapshot, error) {
+	if len(f.addresses)+len(f.ranges) == 0 {
+		return snapshot, nil
+	}
+	node := model.Node{Name: name}
+	with := *snapshot
+	with.Nodes = slices.Clone(snapshot.Nodes)
+	at, there := slices.BinarySearchFunc(with.Nodes, name, func(n *model.Node, name string) int { return strings.Compare(n.Name, name) })
+	if there {
+		node = *with.Nodes[at]
+	} else {
+		with.Nodes = slices.Insert(with.Nodes, at, nil)
+	}
+	for _, text := range f.addresses {
+		address, err := netip.ParseAddr(text)
+		if err != nil {
+			return nil, usage("--node-addresses %s: write an address such as 192.0.2.1", text)
+		}
+		node.Addresses = append(slices.Clip(node.Addresses), address.Unmap())
+	}
+	for _, text := range f.ranges {
+		pods, err := netip.ParsePrefix(text)
+		if err != nil {
+			return nil, usage("--pod-cidrs %s: write a range such as 10.244.1.0/24", text)
+		}
+		node.PodCIDRs = append(slices.Clip(node.PodCIDRs), pods.Masked())
+	}
+	with.Nodes[at] = &node
+	return &with, nil
 }
 
 // isNode refuses a node that the manifests do not know: every packet would come

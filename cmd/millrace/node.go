@@ -19,6 +19,8 @@ type place struct {
 	// service layer's settings.
 	node, path, conntrack string
 	flows                 int
+	// wire says that packets from other machines are served, too.
+	wire bool
 }
 
 func (p *place) flagRun(c *cobra.Command) {
@@ -40,6 +42,10 @@ func (p *place) flagNode(c *cobra.Command) {
 func (p *place) flagPath(c *cobra.Command) {
 	c.Flags().StringVar(&p.path, "path", string(service.PathSocket),
 		"where Services are served for pods that do not ask (annotation "+service.PathAnnotation+"): socket or packet")
+}
+
+func (p *place) flagWire(c *cobra.Command) {
+	c.Flags().BoolVar(&p.wire, "wire", true, "serve packets from other machines: node ports, external and load balancers' addresses")
 }
 
 func (p *place) flagConntrack(c *cobra.Command) {
@@ -80,6 +86,7 @@ func (p *place) pinned() []layer.Layer {
 		service.New(service.Settings{
 			Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
 			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
+			Wire: p.wire,
 		}),
 	}
 }

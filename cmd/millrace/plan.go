@@ -30,6 +30,7 @@ pinned everything is new.`,
 	at.flagNode(c)
 	at.flagPath(c)
 	at.flagConntrack(c)
+	at.flagWire(c)
 	from.flags(c)
 	proxy.flagConfig(c)
 	return c

@@ -21,6 +21,11 @@ type Device struct {
 	Kind string
 	// PeerElsewhere says that the far end is in another network namespace.
 	PeerElsewhere bool
+	// Master is the index of the bridge, bond or the like that it is a part of; 0 for
+	// none.
+	Master int
+	// Ethernet says that its packets have Ethernet headers.
+	Ethernet bool
 	// DefaultRoute says that a default route leaves by it.
 	DefaultRoute bool
 	Addresses    []netip.Addr
@@ -61,7 +66,8 @@ func (n *Net) Devices() ([]Device, error) {
 	at := make(map[int]*Device, len(links))
 	for i, l := range links {
 		attrs := l.Attrs()
-		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0}
+		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0,
+			Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether"}
 		if _, hardware := l.(*netlink.Device); hardware {
 			devices[i].Kind = ""
 		}

@@ -39,33 +39,51 @@ var cgroupHooks = []hook{
 	{datapathProgGetpeername6, datapathProgGetpeername6, ebpf.AttachCgroupInet6GetPeername, 0},
 }
 
-// vethHooks are where the programs of packet.bpf.c run at one port. to_pod comes
-// first: a translated packet must never be answered without it.
-func vethHooks(device int) []hook {
+// packetPort is a device at which the packet path is to be in force.
+type packetPort struct {
+	name string
+	// wire: it is no pod's, packets come by it from other machines.
+	wire bool
+}
+
+// portPrograms are the programs at a port: first the one that sees what goes out,
+// since a translated packet must never be answered without it.
+func portPrograms(wire bool) [2]string {
+	if wire {
+		return [2]string{datapathProgToWire, datapathProgFromWire}
+	}
+	return [2]string{datapathProgToPod, datapathProgFromPod}
+}
+
+// portHooks are where the programs of packet.bpf.c run at one port.
+func portHooks(device int, wire bool) []hook {
+	programs := portPrograms(wire)
 	return []hook{
-		{fmt.Sprintf("%s_%d", datapathProgToPod, device), datapathProgToPod, ebpf.AttachTCXEgress, device},
-		{fmt.Sprintf("%s_%d", datapathProgFromPod, device), datapathProgFromPod, ebpf.AttachTCXIngress, device},
+		{fmt.Sprintf("%s_%d", programs[0], device), programs[0], ebpf.AttachTCXEgress, device},
+		{fmt.Sprintf("%s_%d", programs[1], device), programs[1], ebpf.AttachTCXIngress, device},
 	}
 }
 
-// vethOfHook reads the device from the name of a veth's hook.
-func vethOfHook(name string) (device int, ok bool) {
-	for _, program := range []string{datapathProgToPod, datapathProgFromPod} {
-		if rest, found := strings.CutPrefix(name, program+"_"); found {
-			device, err := strconv.Atoi(rest)
-			return device, err == nil && device > 0
+// portOfHook reads the device from the name of a port's hook.
+func portOfHook(name string) (device int, wire, ok bool) {
+	for _, wire := range []bool{false, true} {
+		for _, program := range portPrograms(wire) {
+			if rest, found := strings.CutPrefix(name, program+"_"); found {
+				device, err := strconv.Atoi(rest)
+				return device, wire, err == nil && device > 0
+			}
 		}
 	}
-	return 0, false
+	return 0, false, false
 }
 
 // hooks are all places where programs of this layer are to run now.
 func (d *datapath) hooks() []hook {
 	all := slices.Clone(cgroupHooks)
-	for device := range d.veths {
-		all = append(all, vethHooks(device)...)
+	for device, port := range d.ports {
+		all = append(all, portHooks(device, port.wire)...)
 	}
-	slices.SortFunc(all[len(cgroupHooks):], func(a, b hook) int { return a.device - b.device })
+	slices.SortStableFunc(all[len(cgroupHooks):], func(a, b hook) int { return a.device - b.device })
 	return all
 }
 
@@ -201,7 +219,7 @@ func (h hook) wentAway(err error) bool {
 func (d *datapath) attachIfThere(h hook, program *ebpf.Program) error {
 	err := d.attach(h, program)
 	if h.wentAway(err) {
-		return d.detachVeth(h.device)
+		return d.detachPort(h.device)
 	}
 	return err
 }
@@ -233,7 +251,7 @@ func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("attach %s to device %s: %w", h.program, d.veths[h.device], err)
+		return nil, fmt.Errorf("attach %s to device %s: %w", h.program, d.ports[h.device].name, err)
 	}
 	return &linked{made, pin, d.place(h)}, nil
 }
@@ -254,17 +272,17 @@ func (d *datapath) openAttachments() error {
 		return fmt.Errorf("read pin folder: %w", err)
 	}
 	for _, entry := range found {
-		device, ok := vethOfHook(strings.TrimPrefix(entry.Name(), linkPrefix))
+		device, wire, ok := portOfHook(strings.TrimPrefix(entry.Name(), linkPrefix))
 		if !ok {
 			continue
 		}
-		d.veths[device] = fmt.Sprintf("device %d", device)
-		for _, h := range vethHooks(device) {
+		d.ports[device] = packetPort{fmt.Sprintf("device %d", device), wire}
+		for _, h := range portHooks(device, wire) {
 			if err := d.openPinned(h); err != nil {
 				return err
 			}
 		}
-		d.dropDeadVeth(device)
+		d.dropDeadPort(device)
 	}
 	if !d.tcx {
 		return d.openFilters()
@@ -272,14 +290,14 @@ func (d *datapath) openAttachments() error {
 	return nil
 }
 
-// dropDeadVeth forgets a veth that is gone.
-func (d *datapath) dropDeadVeth(device int) {
-	for _, h := range vethHooks(device) {
+// dropDeadPort forgets a device that is gone.
+func (d *datapath) dropDeadPort(device int) {
+	for _, h := range portHooks(device, d.ports[device].wire) {
 		if have := d.attached[h.name]; have != nil && have.alive() {
 			return
 		}
 	}
-	_ = d.detachVeth(device)
+	_ = d.detachPort(device)
 }
 
 func (d *datapath) openPinned(h hook) error {
@@ -294,29 +312,36 @@ func (d *datapath) openPinned(h hook) error {
 	return nil
 }
 
-// attachVeth puts the packet path in force at a device. Where programs wait to be
+// attachPort puts the packet path in force at a device. Where programs wait to be
 // put in force, it is put in force with them.
-func (d *datapath) attachVeth(device int, name string) error {
+func (d *datapath) attachPort(device int, p packetPort) error {
+	if have, there := d.ports[device]; there && have.wire != p.wire {
+		if err := d.detachPort(device); err != nil {
+			return err
+		}
+	}
 	if err := d.makeFlows(); err != nil {
 		return err
 	}
-	d.veths[device] = name
+	d.ports[device] = p
 	if d.programs == nil {
 		return nil
 	}
-	for _, h := range vethHooks(device) {
+	for _, h := range portHooks(device, p.wire) {
 		if err := d.attachIfThere(h, d.programs[h.program]); err != nil {
-			return errors.Join(err, d.detachVeth(device))
+			return errors.Join(err, d.detachPort(device))
 		}
 	}
 	return nil
 }
 
-// detachVeth takes the packet path away from a device, from_pod first.
-func (d *datapath) detachVeth(device int) error {
-	delete(d.veths, device)
+// detachPort takes the packet path away from a device, what sees packets come in
+// first.
+func (d *datapath) detachPort(device int) error {
+	hooks := portHooks(device, d.ports[device].wire)
+	delete(d.ports, device)
 	var failures []error
-	for _, h := range slices.Backward(vethHooks(device)) {
+	for _, h := range slices.Backward(hooks) {
 		if have := d.attached[h.name]; have != nil {
 			failures = append(failures, have.detach())
 			delete(d.attached, h.name)

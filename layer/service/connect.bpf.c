@@ -13,6 +13,7 @@
 
 #define IPPROTO_MPTCP 262
 #define ECONNREFUSED  111
+#define EHOSTUNREACH  113
 
 enum { REFUSED = 0, ALLOWED = 1 };
 
@@ -40,19 +41,19 @@ struct {
  * packets are: a sidecar that asks for the original destination must find the
  * Service, and a virtual machine's sockets are not ours to see. If the Service
  * and the namespace disagree, packets win: somebody needs them. */
-static __always_inline bool left_to_packets(struct bpf_sock_addr *ctx, __u8 asked)
+static __always_inline bool left_to_packets(const struct question *asked, __u8 by_service)
 {
-	__u64 cookie = bpf_get_netns_cookie(ctx);
+	__u64 cookie = asked->cookie;
 
-	if (cookie == node_cookie)
+	if (asked->origin == ORIGIN_NODE)
 		return false;
-	if (asked == PATH_PACKET)
+	if (by_service == PATH_PACKET)
 		return true;
 	__u8 *path = bpf_map_lookup_elem(&paths, &cookie);
 
 	if (path)
 		return *path == PATH_PACKET;
-	return asked == PATH_DEFAULT && default_path == PATH_PACKET;
+	return by_service == PATH_DEFAULT && default_path == PATH_PACKET;
 }
 
 /* Where a socket was steered: the answer to getpeername() and recvmsg(). */
@@ -93,23 +94,34 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } sent SEC(".maps");
 
-static __always_inline int refuse(enum reason reason)
+/* turn_away ends a call. What would be dropped as a packet ends at once as well:
+ * nobody has to wait for a timeout. */
+static __always_inline int turn_away(const struct decision *to)
 {
-	count(reason);
-	if (can_set_error)
+	count(to->reason);
+	if (!can_set_error)
+		return REFUSED;
+	if (to->verdict == VERDICT_REFUSE)
 		bpf_set_retval(-ECONNREFUSED);
-	return REFUSED;
+	else if (to->reason == REASON_NO_LOCAL_BACKEND)
+		bpf_set_retval(-EHOSTUNREACH);
+	return REFUSED; /* else EPERM, as from a rule of netfilter */
 }
 
-static __always_inline struct service_key key_of(struct bpf_sock_addr *ctx, struct address address)
+static __always_inline struct question question_of(struct bpf_sock_addr *ctx, struct address address)
 {
-	struct service_key key = {
-		.address = address,
-		.port = ctx->user_port,
-		.protocol = ctx->protocol == IPPROTO_MPTCP ? IPPROTO_TCP : ctx->protocol,
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct question asked = {
+		.key = {
+			.address = address,
+			.port = ctx->user_port,
+			.protocol = ctx->protocol == IPPROTO_MPTCP ? IPPROTO_TCP : ctx->protocol,
+		},
+		.origin = cookie == node_cookie ? ORIGIN_NODE : ORIGIN_POD,
+		.cookie = cookie,
 	};
 
-	return key;
+	return asked;
 }
 
 static __always_inline void make_flow(struct flow *flow, const struct service_key *key, const struct decision *to)
@@ -123,22 +135,22 @@ static __always_inline void make_flow(struct flow *flow, const struct service_ke
 
 /* steer decides for connect() and remembers the flow on the socket. Where the
  * result is ALLOWED and *to is a forward, the caller writes the address. */
-static __always_inline int steer(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
+static __always_inline int steer(struct bpf_sock_addr *ctx, const struct question *asked, struct decision *to)
 {
-	decide(key, to);
-	if (to->verdict != VERDICT_NOT_A_SERVICE && (handed_over() || left_to_packets(ctx, to->path)))
+	decide(asked, to);
+	if (to->verdict != VERDICT_NOT_A_SERVICE && (handed_over() || left_to_packets(asked, to->path)))
 		to->verdict = VERDICT_NOT_A_SERVICE;
 	if (to->verdict == VERDICT_NOT_A_SERVICE) {
 		/* a UDP socket may have been connected to a Service before */
 		bpf_sk_storage_delete(&connected, ctx->sk);
 		return ALLOWED;
 	}
-	if (to->verdict == VERDICT_REFUSE)
-		return refuse(to->reason);
+	if (to->verdict != VERDICT_FORWARD)
+		return turn_away(to);
 	struct flow *flow = bpf_sk_storage_get(&connected, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
 	if (flow)
-		make_flow(flow, key, to);
+		make_flow(flow, &asked->key, to);
 	else
 		count(REASON_NO_STORAGE); /* the connection works, getpeername() shows the backend */
 	count(REASON_FORWARDED);
@@ -148,9 +160,9 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, const struct service
 SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
-	struct service_key key = key_of(ctx, address_from_ip4(ctx->user_ip4));
+	struct question asked = question_of(ctx, address_from_ip4(ctx->user_ip4));
 	struct decision to = {};
-	int result = steer(ctx, &key, &to);
+	int result = steer(ctx, &asked, &to);
 
 	if (to.verdict == VERDICT_FORWARD) {
 		ctx->user_ip4 = to.backend.address.word[3];
@@ -180,9 +192,9 @@ static __always_inline void write_ip6(struct bpf_sock_addr *ctx, const struct ad
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
-	struct service_key key = key_of(ctx, address_from_ip6(ctx));
+	struct question asked = question_of(ctx, address_from_ip6(ctx));
 	struct decision to = {};
-	int result = steer(ctx, &key, &to);
+	int result = steer(ctx, &asked, &to);
 
 	if (to.verdict == VERDICT_FORWARD)
 		write_ip6(ctx, &to.backend.address, to.backend.port);
@@ -249,16 +261,17 @@ static __always_inline bool still_serves(const struct flow *flow, __u32 service)
 /* steer_datagram is steer() for sendmsg(): datagrams of one socket to one
  * Service stay with one backend for as long as it serves, as they would with
  * connection tracking; then the next datagram goes to another. */
-static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struct service_key *key, struct decision *to)
+static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struct question *asked, struct decision *to)
 {
 	struct flow flow = {};
 	struct service service = {};
+	struct service_key own = asked->key;
 
-	if (!read_service(key, &service) || left_to_packets(ctx, service.path))
+	if (!find_service(&own, asked->origin == ORIGIN_NODE, &service) || left_to_packets(asked, service.path))
 		return ALLOWED;
 	struct sent_flows *flows = bpf_sk_storage_get(&sent, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (flows && find_sent(flows, key, &flow) && still_serves(&flow, service.id)) {
+	if (flows && find_sent(flows, &asked->key, &flow) && still_serves(&flow, service.id)) {
 		to->verdict = VERDICT_FORWARD;
 		to->backend.address = flow.backend;
 		to->backend.port = flow.backend_port;
@@ -266,12 +279,12 @@ static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struc
 	}
 	if (handed_over())
 		return ALLOWED;
-	decide(key, to);
+	decide(asked, to);
 	if (to->verdict == VERDICT_NOT_A_SERVICE)
 		return ALLOWED;
-	if (to->verdict == VERDICT_REFUSE)
-		return refuse(to->reason);
-	make_flow(&flow, key, to);
+	if (to->verdict != VERDICT_FORWARD)
+		return turn_away(to);
+	make_flow(&flow, &asked->key, to);
 	if (!flows)
 		count(REASON_NO_STORAGE);
 	else if (keep_sent(flows, &flow))
@@ -283,9 +296,9 @@ static __always_inline int steer_datagram(struct bpf_sock_addr *ctx, const struc
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	struct service_key key = key_of(ctx, address_from_ip4(ctx->user_ip4));
+	struct question asked = question_of(ctx, address_from_ip4(ctx->user_ip4));
 	struct decision to = {};
-	int result = steer_datagram(ctx, &key, &to);
+	int result = steer_datagram(ctx, &asked, &to);
 
 	if (to.verdict == VERDICT_FORWARD) {
 		ctx->user_ip4 = to.backend.address.word[3];
@@ -297,9 +310,9 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg6")
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	struct service_key key = key_of(ctx, address_from_ip6(ctx));
+	struct question asked = question_of(ctx, address_from_ip6(ctx));
 	struct decision to = {};
-	int result = steer_datagram(ctx, &key, &to);
+	int result = steer_datagram(ctx, &asked, &to);
 
 	if (to.verdict == VERDICT_FORWARD)
 		write_ip6(ctx, &to.backend.address, to.backend.port);

@@ -27,6 +27,10 @@ var tableMaps = []string{datapathMapServices, datapathMapSlots, datapathMapBacke
 // flowMaps belong together and hold what the packet path knows of its flows.
 var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapVacant, datapathMapFlowUsage}
 
+// ruleMaps are what the programs know beside the tables.
+var ruleMaps = []string{datapathMapSourceRanges, datapathMapPodRanges, datapathMapNodeAddresses, datapathMapNodePorts,
+	datapathMapWires, datapathMapClients, datapathMapAffinities, datapathMapPaths}
+
 const (
 	linkPrefix = "link_"
 	nextPrefix = "next_" // a pin that is about to become the one without; no dots in these names
@@ -40,9 +44,8 @@ type datapath struct {
 	// left are maps of another version, which are in force until what is in them
 	// has been carried over to those of this one.
 	left map[string]*ebpf.Map
-	// veths are the devices of pods at which the packet path is to be in force:
-	// index -> name.
-	veths    map[int]string
+	// ports are the devices at which the packet path is to be in force, by index.
+	ports    map[int]packetPort
 	attached map[string]attachment // by the name of the hook
 	// carried is how many flows come from another version.
 	carried int
@@ -97,7 +100,7 @@ func open(settings Settings) (*datapath, error) {
 	d := &datapath{
 		settings: settings, rules: nft.In(settings.Netns),
 		maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{},
-		veths: map[int]string{}, attached: map[string]attachment{},
+		ports: map[int]packetPort{}, attached: map[string]attachment{},
 	}
 	if err := d.open(); err != nil {
 		d.close()
@@ -140,7 +143,7 @@ func (d *datapath) prepare() (whole bool, err error) {
 	if err := d.openAttachments(); err != nil {
 		return false, err
 	}
-	d.packets = len(d.veths) > 0
+	d.packets = len(d.ports) > 0
 	adopted := d.maps[datapathMapServices] != nil
 	room, err := d.roomForLeft()
 	if err != nil {
@@ -261,7 +264,7 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 		return loaded{}, err
 	}
 	if !d.packets { // verifying takes most of the time of a start
-		for _, name := range []string{datapathProgFromPod, datapathProgToPod, datapathProgSweep} {
+		for _, name := range []string{datapathProgFromPod, datapathProgToPod, datapathProgFromWire, datapathProgToWire, datapathProgSweep} {
 			delete(spec.Programs, name)
 		}
 	}
@@ -295,6 +298,7 @@ func sizeMaps(spec *ebpf.CollectionSpec, room capacity, places int) {
 	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
 	// a flow's replies are written before its place is taken
 	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2*places + flowSlack)
+	spec.Maps[datapathMapMasquerades].MaxEntries = uint32(2*places + flowSlack)
 	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
 	spec.Maps[datapathMapVacant].MaxEntries = uint32(places)
 }
@@ -513,7 +517,7 @@ func (d *datapath) makeFlows() error {
 		return nil
 	}
 	d.packets = true
-	if err := d.exchange(flowMaps, capacity{1, 1}, func(map[string]*ebpf.Map) error { return nil }); err != nil {
+	if err := d.exchange(append([]string{datapathMapMasquerades}, flowMaps...), capacity{1, 1}, func(map[string]*ebpf.Map) error { return nil }); err != nil {
 		d.packets = false
 		return fmt.Errorf("make the maps of the packet path: %w", err)
 	}

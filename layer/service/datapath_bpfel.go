@@ -13,62 +13,74 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type datapathAddress struct {
+	_    structs.HostLayout
+	Word [4]uint32
+}
+
+type datapathAffinity struct {
+	_      structs.HostLayout
+	Number uint32
+	Until  uint32
+}
+
+type datapathAffinityKey struct {
+	_       structs.HostLayout
+	Service uint32
+	Client  datapathAddress
+}
+
 type datapathBackend struct {
 	_       structs.HostLayout
-	Address struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
+	Address datapathAddress
 	Port    uint16
 	Zero    uint16
 	Service uint32
 }
 
+type datapathClientAddresses struct {
+	_   structs.HostLayout
+	Ip4 datapathAddress
+	Ip6 datapathAddress
+}
+
 type datapathExplanation struct {
 	_      structs.HostLayout
+	ByWire uint32
+	Origin datapathOrigin
 	Packet struct {
-		_           structs.HostLayout
-		Tuple       datapathTuple
-		OuterSource struct {
-			_    structs.HostLayout
-			Word [4]uint32
-		}
-		OuterDestination struct {
-			_    structs.HostLayout
-			Word [4]uint32
-		}
-		Fragment     uint32
-		Network      uint16
-		Transport    uint16
-		OuterNetwork uint16
-		Icmp         uint16
-		Shape        datapathShape
-		Ip4          uint8
-		TcpFlags     uint8
-		Zero         [2]uint8
+		_                structs.HostLayout
+		Tuple            datapathTuple
+		OuterSource      datapathAddress
+		OuterDestination datapathAddress
+		Fragment         uint32
+		Network          uint16
+		Transport        uint16
+		OuterNetwork     uint16
+		Icmp             uint16
+		Shape            datapathShape
+		Ip4              uint8
+		TcpFlags         uint8
+		Zero             [2]uint8
 	}
 	Decision struct {
-		_       structs.HostLayout
-		Verdict datapathVerdict
-		Reason  datapathReason
-		Service uint32
-		Slots   uint32
-		Number  uint32
-		Path    datapathServicePath
-		Backend datapathBackend
+		_          structs.HostLayout
+		Verdict    datapathVerdict
+		Reason     datapathReason
+		Service    uint32
+		Slots      uint32
+		Number     uint32
+		Path       datapathServicePath
+		Flags      datapathServiceFlags
+		Masquerade uint32
+		Backend    datapathBackend
 	}
 }
 
 type datapathFlow struct {
-	_       structs.HostLayout
-	Service struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
-	Backend struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
+	_           structs.HostLayout
+	Service     datapathAddress
+	Backend     datapathAddress
 	ServicePort uint16
 	BackendPort uint16
 	Number      uint32
@@ -81,34 +93,65 @@ type datapathFragment struct {
 }
 
 type datapathFragmentKey struct {
-	_      structs.HostLayout
-	Source struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
-	Destination struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
-	Id       uint32
-	Protocol uint8
-	ToPod    uint8
-	Zero     [2]uint8
+	_           structs.HostLayout
+	Source      datapathAddress
+	Destination datapathAddress
+	Id          uint32
+	Protocol    uint8
+	ToPod       uint8
+	Zero        [2]uint8
+}
+
+type datapathMasquerade struct {
+	_   structs.HostLayout
+	To  datapathTuple
+	Was uint64
+}
+
+type datapathNodeAddress uint32
+
+const (
+	datapathNodeAddressADDRESS_OF_NODE     datapathNodeAddress = 1
+	datapathNodeAddressADDRESS_OF_LOOPBACK datapathNodeAddress = 2
+)
+
+type datapathOrigin uint32
+
+const (
+	datapathOriginORIGIN_POD     datapathOrigin = 0
+	datapathOriginORIGIN_NODE    datapathOrigin = 1
+	datapathOriginORIGIN_OUTSIDE datapathOrigin = 2
+)
+
+type datapathPortRange struct {
+	_       structs.HostLayout
+	Lowest  uint16
+	Highest uint16
+}
+
+type datapathRangeKey struct {
+	_       structs.HostLayout
+	Length  uint32
+	Address datapathAddress
 }
 
 type datapathReason uint32
 
 const (
-	datapathReasonREASON_FORWARDED      datapathReason = 0
-	datapathReasonREASON_NO_BACKEND     datapathReason = 1
-	datapathReasonREASON_UNSETTLED      datapathReason = 2
-	datapathReasonREASON_FLOW_FORGOTTEN datapathReason = 3
-	datapathReasonREASON_NO_STORAGE     datapathReason = 4
-	datapathReasonREASON_FLOWS_FULL     datapathReason = 5
-	datapathReasonREASON_FLOW_CLASH     datapathReason = 6
-	datapathReasonREASON_FLOW_CUT       datapathReason = 7
-	datapathReasonREASON_UNWRITABLE     datapathReason = 8
-	datapathReasonREASON_COUNT          datapathReason = 9
+	datapathReasonREASON_FORWARDED        datapathReason = 0
+	datapathReasonREASON_NO_BACKEND       datapathReason = 1
+	datapathReasonREASON_UNSETTLED        datapathReason = 2
+	datapathReasonREASON_FLOW_FORGOTTEN   datapathReason = 3
+	datapathReasonREASON_NO_STORAGE       datapathReason = 4
+	datapathReasonREASON_FLOWS_FULL       datapathReason = 5
+	datapathReasonREASON_FLOW_CLASH       datapathReason = 6
+	datapathReasonREASON_FLOW_CUT         datapathReason = 7
+	datapathReasonREASON_UNWRITABLE       datapathReason = 8
+	datapathReasonREASON_NO_LOCAL_BACKEND datapathReason = 9
+	datapathReasonREASON_NOT_LET_IN       datapathReason = 10
+	datapathReasonREASON_AFFINITIES_FULL  datapathReason = 11
+	datapathReasonREASON_NO_PORT          datapathReason = 12
+	datapathReasonREASON_COUNT            datapathReason = 13
 )
 
 type datapathRole uint32
@@ -132,7 +175,7 @@ const (
 type datapathSchemaVersion uint32
 
 const (
-	datapathSchemaVersionVERSION_TABLES    datapathSchemaVersion = 1
+	datapathSchemaVersionVERSION_TABLES    datapathSchemaVersion = 2
 	datapathSchemaVersionVERSION_SOCKETS   datapathSchemaVersion = 1
 	datapathSchemaVersionVERSION_FLOWS     datapathSchemaVersion = 1
 	datapathSchemaVersionVERSION_FRAGMENTS datapathSchemaVersion = 1
@@ -151,19 +194,30 @@ type datapathSentFlows struct {
 }
 
 type datapathService struct {
-	_     structs.HostLayout
-	Id    uint32
-	Slots uint32
-	Path  uint8
-	Zero  [7]uint8
+	_            structs.HostLayout
+	Id           uint32
+	Slots        uint32
+	Path         uint8
+	Flags        uint8
+	None         uint16
+	Affinity     uint32
+	Outside      uint32
+	OutsideSlots uint32
 }
 
+type datapathServiceFlags uint32
+
+const (
+	datapathServiceFlagsSERVICE_APART         datapathServiceFlags = 1
+	datapathServiceFlagsSERVICE_DROPS         datapathServiceFlags = 2
+	datapathServiceFlagsSERVICE_DROPS_OUTSIDE datapathServiceFlags = 4
+	datapathServiceFlagsSERVICE_MASQUERADE    datapathServiceFlags = 8
+	datapathServiceFlagsSERVICE_RANGES        datapathServiceFlags = 16
+)
+
 type datapathServiceKey struct {
-	_       structs.HostLayout
-	Address struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
+	_        structs.HostLayout
+	Address  datapathAddress
 	Port     uint16
 	Protocol uint8
 	Zero     uint8
@@ -194,6 +248,13 @@ type datapathSlotKey struct {
 	Slot    uint32
 }
 
+type datapathSourceRangeKey struct {
+	_       structs.HostLayout
+	Length  uint32
+	Service uint32
+	Client  datapathAddress
+}
+
 type datapathTranslation struct {
 	_       structs.HostLayout
 	To      datapathTuple
@@ -207,15 +268,9 @@ type datapathTranslation struct {
 }
 
 type datapathTuple struct {
-	_      structs.HostLayout
-	Source struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
-	Destination struct {
-		_    structs.HostLayout
-		Word [4]uint32
-	}
+	_               structs.HostLayout
+	Source          datapathAddress
+	Destination     datapathAddress
 	SourcePort      uint16
 	DestinationPort uint16
 	Protocol        uint8
@@ -238,28 +293,28 @@ const (
 	datapathVerdictVERDICT_DROP          datapathVerdict = 3
 )
 
+type datapathWire struct {
+	_   structs.HostLayout
+	Ip4 datapathAddress
+	Ip6 datapathAddress
+}
+
 type datapathWorkbench struct {
 	_      structs.HostLayout
 	Packet struct {
-		_           structs.HostLayout
-		Tuple       datapathTuple
-		OuterSource struct {
-			_    structs.HostLayout
-			Word [4]uint32
-		}
-		OuterDestination struct {
-			_    structs.HostLayout
-			Word [4]uint32
-		}
-		Fragment     uint32
-		Network      uint16
-		Transport    uint16
-		OuterNetwork uint16
-		Icmp         uint16
-		Shape        datapathShape
-		Ip4          uint8
-		TcpFlags     uint8
-		Zero         [2]uint8
+		_                structs.HostLayout
+		Tuple            datapathTuple
+		OuterSource      datapathAddress
+		OuterDestination datapathAddress
+		Fragment         uint32
+		Network          uint16
+		Transport        uint16
+		OuterNetwork     uint16
+		Icmp             uint16
+		Shape            datapathShape
+		Ip4              uint8
+		TcpFlags         uint8
+		Zero             [2]uint8
 	}
 	_        [4]byte
 	To       datapathTranslation
@@ -271,32 +326,68 @@ type datapathWorkbench struct {
 	Held     datapathTuple
 	HeldBack datapathTuple
 	Origin   datapathTuple
+	Asked    struct {
+		_      structs.HostLayout
+		Key    datapathServiceKey
+		Client datapathAddress
+		Origin datapathOrigin
+		Cookie uint64
+	}
+	Decision struct {
+		_          structs.HostLayout
+		Verdict    datapathVerdict
+		Reason     datapathReason
+		Service    uint32
+		Slots      uint32
+		Number     uint32
+		Path       datapathServicePath
+		Flags      datapathServiceFlags
+		Masquerade uint32
+		Backend    datapathBackend
+	}
+	ByWire  uint32
+	Zero    uint32
+	OutKey  datapathTuple
+	Out     datapathMasquerade
+	InKey   datapathTuple
+	In      datapathMasquerade
+	Ended   datapathTuple
+	EndedIn datapathTuple
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	datapathMapAffinities    = "affinities"
 	datapathMapBackends      = "backends"
+	datapathMapClients       = "clients"
 	datapathMapConnected     = "connected"
 	datapathMapExplained     = "explained"
 	datapathMapFlowUsage     = "flow_usage"
 	datapathMapFragments     = "fragments"
 	datapathMapHandover      = "handover"
+	datapathMapMasquerades   = "masquerades"
+	datapathMapNodeAddresses = "node_addresses"
+	datapathMapNodePorts     = "node_ports"
 	datapathMapPaths         = "paths"
 	datapathMapPlaces        = "places"
+	datapathMapPodRanges     = "pod_ranges"
 	datapathMapReasons       = "reasons"
 	datapathMapSchema        = "schema"
 	datapathMapSent          = "sent"
 	datapathMapServices      = "services"
 	datapathMapSlots         = "slots"
+	datapathMapSourceRanges  = "source_ranges"
 	datapathMapTranslations  = "translations"
 	datapathMapVacant        = "vacant"
+	datapathMapWires         = "wires"
 	datapathMapWorkbenches   = "workbenches"
 	datapathProgConnect4     = "connect4"
 	datapathProgConnect6     = "connect6"
 	datapathProgExplain      = "explain"
 	datapathProgFromPod      = "from_pod"
+	datapathProgFromWire     = "from_wire"
 	datapathProgGetpeername4 = "getpeername4"
 	datapathProgGetpeername6 = "getpeername6"
 	datapathProgNothing      = "nothing"
@@ -307,10 +398,13 @@ const (
 	datapathProgSendmsg6     = "sendmsg6"
 	datapathProgSweep        = "sweep"
 	datapathProgToPod        = "to_pod"
+	datapathProgToWire       = "to_wire"
 	datapathVarCanSetError   = "can_set_error"
 	datapathVarDefaultPath   = "default_path"
+	datapathVarFirstPort     = "first_port"
 	datapathVarNodeCookie    = "node_cookie"
 	datapathVarPlacesMask    = "places_mask"
+	datapathVarPortCount     = "port_count"
 )
 
 // loadDatapath returns the embedded CollectionSpec for datapath.
@@ -359,6 +453,7 @@ type datapathProgramSpecs struct {
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
 	Explain      *ebpf.ProgramSpec `ebpf:"explain"`
 	FromPod      *ebpf.ProgramSpec `ebpf:"from_pod"`
+	FromWire     *ebpf.ProgramSpec `ebpf:"from_wire"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
 	Nothing      *ebpf.ProgramSpec `ebpf:"nothing"`
@@ -369,28 +464,37 @@ type datapathProgramSpecs struct {
 	Sendmsg6     *ebpf.ProgramSpec `ebpf:"sendmsg6"`
 	Sweep        *ebpf.ProgramSpec `ebpf:"sweep"`
 	ToPod        *ebpf.ProgramSpec `ebpf:"to_pod"`
+	ToWire       *ebpf.ProgramSpec `ebpf:"to_wire"`
 }
 
 // datapathMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathMapSpecs struct {
-	Backends     *ebpf.MapSpec `ebpf:"backends"`
-	Connected    *ebpf.MapSpec `ebpf:"connected"`
-	Explained    *ebpf.MapSpec `ebpf:"explained"`
-	FlowUsage    *ebpf.MapSpec `ebpf:"flow_usage"`
-	Fragments    *ebpf.MapSpec `ebpf:"fragments"`
-	Handover     *ebpf.MapSpec `ebpf:"handover"`
-	Paths        *ebpf.MapSpec `ebpf:"paths"`
-	Places       *ebpf.MapSpec `ebpf:"places"`
-	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
-	Schema       *ebpf.MapSpec `ebpf:"schema"`
-	Sent         *ebpf.MapSpec `ebpf:"sent"`
-	Services     *ebpf.MapSpec `ebpf:"services"`
-	Slots        *ebpf.MapSpec `ebpf:"slots"`
-	Translations *ebpf.MapSpec `ebpf:"translations"`
-	Vacant       *ebpf.MapSpec `ebpf:"vacant"`
-	Workbenches  *ebpf.MapSpec `ebpf:"workbenches"`
+	Affinities    *ebpf.MapSpec `ebpf:"affinities"`
+	Backends      *ebpf.MapSpec `ebpf:"backends"`
+	Clients       *ebpf.MapSpec `ebpf:"clients"`
+	Connected     *ebpf.MapSpec `ebpf:"connected"`
+	Explained     *ebpf.MapSpec `ebpf:"explained"`
+	FlowUsage     *ebpf.MapSpec `ebpf:"flow_usage"`
+	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Handover      *ebpf.MapSpec `ebpf:"handover"`
+	Masquerades   *ebpf.MapSpec `ebpf:"masquerades"`
+	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	NodePorts     *ebpf.MapSpec `ebpf:"node_ports"`
+	Paths         *ebpf.MapSpec `ebpf:"paths"`
+	Places        *ebpf.MapSpec `ebpf:"places"`
+	PodRanges     *ebpf.MapSpec `ebpf:"pod_ranges"`
+	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
+	Schema        *ebpf.MapSpec `ebpf:"schema"`
+	Sent          *ebpf.MapSpec `ebpf:"sent"`
+	Services      *ebpf.MapSpec `ebpf:"services"`
+	Slots         *ebpf.MapSpec `ebpf:"slots"`
+	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
+	Translations  *ebpf.MapSpec `ebpf:"translations"`
+	Vacant        *ebpf.MapSpec `ebpf:"vacant"`
+	Wires         *ebpf.MapSpec `ebpf:"wires"`
+	Workbenches   *ebpf.MapSpec `ebpf:"workbenches"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -399,8 +503,10 @@ type datapathMapSpecs struct {
 type datapathVariableSpecs struct {
 	CanSetError *ebpf.VariableSpec `ebpf:"can_set_error"`
 	DefaultPath *ebpf.VariableSpec `ebpf:"default_path"`
+	FirstPort   *ebpf.VariableSpec `ebpf:"first_port"`
 	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
 	PlacesMask  *ebpf.VariableSpec `ebpf:"places_mask"`
+	PortCount   *ebpf.VariableSpec `ebpf:"port_count"`
 }
 
 // datapathObjects contains all objects after they have been loaded into the kernel.
@@ -423,41 +529,57 @@ func (o *datapathObjects) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathMaps struct {
-	Backends     *ebpf.Map `ebpf:"backends"`
-	Connected    *ebpf.Map `ebpf:"connected"`
-	Explained    *ebpf.Map `ebpf:"explained"`
-	FlowUsage    *ebpf.Map `ebpf:"flow_usage"`
-	Fragments    *ebpf.Map `ebpf:"fragments"`
-	Handover     *ebpf.Map `ebpf:"handover"`
-	Paths        *ebpf.Map `ebpf:"paths"`
-	Places       *ebpf.Map `ebpf:"places"`
-	Reasons      *ebpf.Map `ebpf:"reasons"`
-	Schema       *ebpf.Map `ebpf:"schema"`
-	Sent         *ebpf.Map `ebpf:"sent"`
-	Services     *ebpf.Map `ebpf:"services"`
-	Slots        *ebpf.Map `ebpf:"slots"`
-	Translations *ebpf.Map `ebpf:"translations"`
-	Vacant       *ebpf.Map `ebpf:"vacant"`
-	Workbenches  *ebpf.Map `ebpf:"workbenches"`
+	Affinities    *ebpf.Map `ebpf:"affinities"`
+	Backends      *ebpf.Map `ebpf:"backends"`
+	Clients       *ebpf.Map `ebpf:"clients"`
+	Connected     *ebpf.Map `ebpf:"connected"`
+	Explained     *ebpf.Map `ebpf:"explained"`
+	FlowUsage     *ebpf.Map `ebpf:"flow_usage"`
+	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Handover      *ebpf.Map `ebpf:"handover"`
+	Masquerades   *ebpf.Map `ebpf:"masquerades"`
+	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	NodePorts     *ebpf.Map `ebpf:"node_ports"`
+	Paths         *ebpf.Map `ebpf:"paths"`
+	Places        *ebpf.Map `ebpf:"places"`
+	PodRanges     *ebpf.Map `ebpf:"pod_ranges"`
+	Reasons       *ebpf.Map `ebpf:"reasons"`
+	Schema        *ebpf.Map `ebpf:"schema"`
+	Sent          *ebpf.Map `ebpf:"sent"`
+	Services      *ebpf.Map `ebpf:"services"`
+	Slots         *ebpf.Map `ebpf:"slots"`
+	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
+	Translations  *ebpf.Map `ebpf:"translations"`
+	Vacant        *ebpf.Map `ebpf:"vacant"`
+	Wires         *ebpf.Map `ebpf:"wires"`
+	Workbenches   *ebpf.Map `ebpf:"workbenches"`
 }
 
 func (m *datapathMaps) Close() error {
 	return _DatapathClose(
+		m.Affinities,
 		m.Backends,
+		m.Clients,
 		m.Connected,
 		m.Explained,
 		m.FlowUsage,
 		m.Fragments,
 		m.Handover,
+		m.Masquerades,
+		m.NodeAddresses,
+		m.NodePorts,
 		m.Paths,
 		m.Places,
+		m.PodRanges,
 		m.Reasons,
 		m.Schema,
 		m.Sent,
 		m.Services,
 		m.Slots,
+		m.SourceRanges,
 		m.Translations,
 		m.Vacant,
+		m.Wires,
 		m.Workbenches,
 	)
 }
@@ -468,8 +590,10 @@ func (m *datapathMaps) Close() error {
 type datapathVariables struct {
 	CanSetError *ebpf.Variable `ebpf:"can_set_error"`
 	DefaultPath *ebpf.Variable `ebpf:"default_path"`
+	FirstPort   *ebpf.Variable `ebpf:"first_port"`
 	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`
 	PlacesMask  *ebpf.Variable `ebpf:"places_mask"`
+	PortCount   *ebpf.Variable `ebpf:"port_count"`
 }
 
 // datapathPrograms contains all programs after they have been loaded into the kernel.
@@ -480,6 +604,7 @@ type datapathPrograms struct {
 	Connect6     *ebpf.Program `ebpf:"connect6"`
 	Explain      *ebpf.Program `ebpf:"explain"`
 	FromPod      *ebpf.Program `ebpf:"from_pod"`
+	FromWire     *ebpf.Program `ebpf:"from_wire"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
 	Nothing      *ebpf.Program `ebpf:"nothing"`
@@ -490,6 +615,7 @@ type datapathPrograms struct {
 	Sendmsg6     *ebpf.Program `ebpf:"sendmsg6"`
 	Sweep        *ebpf.Program `ebpf:"sweep"`
 	ToPod        *ebpf.Program `ebpf:"to_pod"`
+	ToWire       *ebpf.Program `ebpf:"to_wire"`
 }
 
 func (p *datapathPrograms) Close() error {
@@ -498,6 +624,7 @@ func (p *datapathPrograms) Close() error {
 		p.Connect6,
 		p.Explain,
 		p.FromPod,
+		p.FromWire,
 		p.Getpeername4,
 		p.Getpeername6,
 		p.Nothing,
@@ -508,6 +635,7 @@ func (p *datapathPrograms) Close() error {
 		p.Sendmsg6,
 		p.Sweep,
 		p.ToPod,
+		p.ToWire,
 	)
 }
 

@@ -9,11 +9,13 @@
 #include "service.h"
 
 struct explanation {
+	__u32 by_wire;      /* what is asked: does the packet come by the wire */
+	enum origin origin; /* else this; where it does, the answer */
 	struct packet packet;
 	struct decision decision;
 };
 
-/* The answer to the last run. */
+/* The question of the next run, and the answer to the last one. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
@@ -29,16 +31,23 @@ int explain(struct __sk_buff *skb)
 
 	if (!answer)
 		return -1;
-	__builtin_memset(answer, 0, sizeof(*answer));
+	__builtin_memset(&answer->packet, 0, sizeof(answer->packet));
+	__builtin_memset(&answer->decision, 0, sizeof(answer->decision));
 	read_packet(skb, &answer->packet);
 	if (answer->packet.shape != SHAPE_WHOLE && answer->packet.shape != SHAPE_FIRST)
 		return VERDICT_NOT_A_SERVICE;
+	if (answer->by_wire)
+		answer->origin = origin_of(&answer->packet.tuple.source);
 
-	struct service_key key = {
-		.address = answer->packet.tuple.destination,
-		.port = answer->packet.tuple.destination_port,
-		.protocol = answer->packet.tuple.protocol,
+	struct question asked = {
+		.key = {
+			.address = answer->packet.tuple.destination,
+			.port = answer->packet.tuple.destination_port,
+			.protocol = answer->packet.tuple.protocol,
+		},
+		.client = answer->packet.tuple.source,
+		.origin = answer->origin,
 	};
 
-	return decide(&key, &answer->decision);
+	return decide(&asked, &answer->decision);
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
@@ -68,7 +69,8 @@ type Choice struct {
 	// Node is where it runs; empty if that is not known.
 	Node string `json:"node"`
 	// Masquerade says that with this backend the source becomes the Service's
-	// address, because the client is the backend itself.
+	// address, because the client is the backend itself, or the node's, because the
+	// client and the backend are on other machines.
 	Masquerade bool `json:"masquerade"`
 }
 
@@ -86,6 +88,8 @@ type Explainer struct {
 	maps     map[string]*ebpf.Map
 	program  *ebpf.Program
 	reasons  []string
+	// wire says that packets from other machines are served.
+	wire bool
 }
 
 // Known is what an Explainer has to know beside the tables.
@@ -137,6 +141,13 @@ func (x *Explainer) open() error {
 // live says that the tables are an agent's.
 func (x *Explainer) live() bool { return x.settings.Pins != "" }
 
+// askedMaps are what an answer depends on; scratchMaps are an Explainer's own.
+var (
+	askedMaps = append([]string{datapathMapSourceRanges, datapathMapPodRanges, datapathMapNodeAddresses, datapathMapNodePorts},
+		tableMaps...)
+	scratchMaps = []string{datapathMapAffinities, datapathMapClients, datapathMapReasons}
+)
+
 // explainSpec is the program explain and the maps that it uses, without the rest
 // of the object.
 func explainSpec() (*ebpf.CollectionSpec, error) {
@@ -150,7 +161,7 @@ func explainSpec() (*ebpf.CollectionSpec, error) {
 		}
 	}
 	for name := range spec.Maps {
-		if name != datapathMapExplained && !slices.Contains(tableMaps, name) {
+		if name != datapathMapExplained && !slices.Contains(askedMaps, name) && !slices.Contains(scratchMaps, name) {
 			delete(spec.Maps, name)
 		}
 	}
@@ -168,13 +179,35 @@ func (x *Explainer) fresh(spec *ebpf.CollectionSpec, planned *Picture) error {
 		return err
 	}
 	x.tables.entries = map[Frontend]*entry{}
-	return errors.Join(x.tables.apply(changes)...)
+	if err := errors.Join(x.tables.apply(changes)...); err != nil {
+		return err
+	}
+	x.wire = x.settings.Wire
+	first, _ := diffSurroundings(surroundings{}, planned.paths, x.devices(), false)
+	for _, change := range first {
+		if err := tell(x.maps, change); err != nil {
+			return fmt.Errorf("%s: %w", change.Subject.Object(), err)
+		}
+	}
+	return nil
+}
+
+// devices stands for those of the node: its addresses as the cluster knows them,
+// and loopback.
+func (x *Explainer) devices() []veth {
+	addresses := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}
+	for _, node := range x.known.Snapshot.Nodes {
+		if node.Name == x.settings.Node {
+			addresses = append(addresses, node.Addresses...)
+		}
+	}
+	return []veth{{Device: link.Device{Addresses: addresses}}}
 }
 
 // additions are what fills empty tables with rows, and how many backends that are.
 func additions(rows map[Frontend]*Row) (changes layer.Changes, backends int) {
 	for _, row := range rows {
-		backends += len(row.Backends)
+		backends += row.backendCount()
 		changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
 	}
 	return changes, backends
@@ -188,7 +221,7 @@ func (x *Explainer) pinned(spec *ebpf.CollectionSpec) error {
 			m.Close() // the program and the collection hold copies
 		}
 	}()
-	for _, name := range tableMaps {
+	for _, name := range askedMaps {
 		pin := filepath.Join(x.settings.Pins, name)
 		m, err := ebpf.LoadPinnedMap(pin, &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
@@ -203,7 +236,19 @@ func (x *Explainer) pinned(spec *ebpf.CollectionSpec) error {
 		}
 		spec.Maps[name].MaxEntries = m.MaxEntries()
 	}
+	x.wire = x.wiresThere()
 	return x.load(spec, have)
+}
+
+// wiresThere says that the agent serves packets from other machines.
+func (x *Explainer) wiresThere() bool {
+	m, err := ebpf.LoadPinnedMap(filepath.Join(x.settings.Pins, datapathMapWires), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return false
+	}
+	defer m.Close()
+	var device uint32
+	return m.NextKey(nil, &device) == nil
 }
 
 func (x *Explainer) load(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
@@ -239,7 +284,8 @@ type Question struct {
 func (x *Explainer) Explain(q Question) (Explanation, error) {
 	q.Source, q.Destination = unmapped(q.Source), unmapped(q.Destination)
 	answer := Explanation{Protocol: q.Protocol, Source: q.Source, Destination: q.Destination, Backends: []Choice{}}
-	said, led, err := x.decide(q)
+	from := x.origin(q.Source.Addr())
+	said, led, err := x.decide(q, from)
 	if err != nil {
 		return answer, fmt.Errorf("explain %s %s %s: %w", q.Protocol, q.Source, q.Destination, err)
 	}
@@ -248,13 +294,12 @@ func (x *Explainer) Explain(q Question) (Explanation, error) {
 	if row := x.names[Frontend{q.Destination, q.Protocol}]; row != nil && held {
 		answer.Service, answer.Port = row.Service.String(), row.Port
 	}
-	from := x.origin(q.Source.Addr())
 	answer.Verdict, answer.Path = verdicts[decision.Verdict], from.servedAt(pathOf(uint8(decision.Path)), x.settings.Path)
-	if answer.Path == FromWire {
+	if answer.Path == FromWire && !x.wire {
 		answer.Verdict = NotAService
 	}
 	if answer.Verdict == Forward {
-		answer.Backends = x.choices(q, answer.Path, led)
+		answer.Backends = x.choices(q, answer.Path, decision.Masquerade != 0, led)
 		answer.Masquerade = slices.ContainsFunc(answer.Backends, func(c Choice) bool { return c.Masquerade })
 	}
 	if answer.Verdict != NotAService {
@@ -275,13 +320,13 @@ var errUnsettled = errors.New("the Service keeps changing while it is read: ask 
 
 // decide runs the program, and reads the slots of the Service that it met: the
 // address of each backend, as often as slots lead there.
-func (x *Explainer) decide(q Question) (*datapathExplanation, []netip.AddrPort, error) {
+func (x *Explainer) decide(q Question, from origin) (*datapathExplanation, []netip.AddrPort, error) {
 	frame, err := frameOf(q)
 	if err != nil {
 		return nil, nil, err
 	}
 	for range readRounds {
-		answer, err := x.run(frame)
+		answer, err := x.run(frame, from)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -297,7 +342,17 @@ func (x *Explainer) decide(q Question) (*datapathExplanation, []netip.AddrPort, 
 }
 
 // run runs the program on one frame and takes its answer.
-func (x *Explainer) run(frame []byte) (*datapathExplanation, error) {
+func (x *Explainer) run(frame []byte, from origin) (*datapathExplanation, error) {
+	asked := &datapathExplanation{Origin: datapathOriginORIGIN_POD}
+	if from.wire {
+		asked.ByWire = 1
+	}
+	if from.host {
+		asked.Origin = datapathOriginORIGIN_NODE
+	}
+	if err := x.maps[datapathMapExplained].Put(uint32(0), asked); err != nil {
+		return nil, fmt.Errorf("write map %s: %w", datapathMapExplained, err)
+	}
 	verdict, err := x.program.Run(&ebpf.RunOptions{Data: frame})
 	if err != nil {
 		return nil, err
@@ -329,19 +384,25 @@ func (x *Explainer) slots(service, count uint32) ([]netip.AddrPort, error) {
 }
 
 // choices weighs the backends: each has as many chances as slots lead to it.
-func (x *Explainer) choices(q Question, at ServedAt, led []netip.AddrPort) []Choice {
+func (x *Explainer) choices(q Question, at ServedAt, masquerade bool, led []netip.AddrPort) []Choice {
 	chances := map[netip.AddrPort]int{}
 	for _, address := range led {
 		chances[address]++
 	}
 	choices := make([]Choice, 0, len(chances))
 	for _, address := range slices.SortedFunc(maps.Keys(chances), netip.AddrPort.Compare) {
-		choices = append(choices, Choice{
+		choice := Choice{
 			Address:     address,
 			Probability: float64(chances[address]) / float64(len(led)),
 			Node:        x.owners.nodeOf(address.Addr()),
-			Masquerade:  at == AtPod && address.Addr() == q.Source.Addr(),
-		})
+		}
+		switch at {
+		case AtPod:
+			choice.Masquerade = address.Addr() == q.Source.Addr()
+		case FromWire:
+			choice.Masquerade = masquerade && (choice.Node == "" || choice.Node != x.settings.Node)
+		}
+		choices = append(choices, choice)
 	}
 	return choices
 }

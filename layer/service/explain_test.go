@@ -420,7 +420,7 @@ func TestDecideIsFair(t *testing.T) {
 	const n = 30_000
 	got := map[netip.AddrPort]int{}
 	for range n {
-		answer, err := a.run(frame)
+		answer, err := a.run(frame, origin{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -443,7 +443,7 @@ func TestProbabilitiesAreTheKernelsWeights(t *testing.T) {
 	e := a.tables.entries[Frontend{netip.MustParseAddrPort("10.96.0.1:80"), model.TCP}]
 	// three of four slots lead to the first endpoint
 	for slot := range uint32(3) {
-		if err := errors.Join(a.tables.slots.Put([]datapathSlotKey{{Service: e.id, Slot: slot}}, []uint32{e.slots[0].number})...); err != nil {
+		if err := errors.Join(a.tables.slots.Put([]datapathSlotKey{{Service: e.inside.id, Slot: slot}}, []uint32{e.inside.slots[0].number})...); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -455,7 +455,7 @@ func TestProbabilitiesAreTheKernelsWeights(t *testing.T) {
 	for _, b := range answer.Backends {
 		got[b.Address.String()] = b.Probability
 	}
-	first, last := e.slots[0].address.String(), e.slots[3].address.String()
+	first, last := e.inside.slots[0].address.String(), e.inside.slots[3].address.String()
 	if want := map[string]float64{first: 0.75, last: 0.25}; !maps.Equal(got, want) {
 		t.Errorf("probabilities %v, should be %v", got, want)
 	}

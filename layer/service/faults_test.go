@@ -327,7 +327,7 @@ func TestCrashAfterEveryWrite(t *testing.T) {
 		_, _, err = l.Apply(have, after, l.Diff(have, after, true))
 		fakes.services.Refuse, fakes.slots.Refuse, fakes.backends.Refuse = nil, nil, nil
 
-		next := &Layer{tables: &tables{services: fakes.services, slots: fakes.slots, backends: fakes.backends}, room: fakes}
+		next := &Layer{tables: fakes.tables(), room: fakes}
 		found, readErr := next.Read()
 		if readErr != nil {
 			t.Fatal(readErr)
@@ -335,7 +335,7 @@ func TestCrashAfterEveryWrite(t *testing.T) {
 		if _, _, err := next.Apply(found, after, next.Diff(found, after, true)); err != nil {
 			t.Fatal(err)
 		}
-		again := &Layer{tables: &tables{services: fakes.services, slots: fakes.slots, backends: fakes.backends}, room: fakes}
+		again := &Layer{tables: fakes.tables(), room: fakes}
 		if found, readErr = again.Read(); readErr != nil || len(again.Diff(found, after, true)) > 0 {
 			t.Fatalf("after a crash at write %d: %v, %v", budget, again.Diff(found, after, true), readErr)
 		}

@@ -113,12 +113,12 @@ func clsact(device int) *netlink.Clsact {
 
 // filtersLeft are the filters of this layer at the node's devices.
 func filtersLeft(settings Settings) (left []*filter, err error) {
-	d := &datapath{settings: settings, veths: map[int]string{}, attached: map[string]attachment{}}
+	d := &datapath{settings: settings, ports: map[int]packetPort{}, attached: map[string]attachment{}}
 	if err := d.openFilters(); err != nil {
 		return nil, err
 	}
-	for device := range d.veths {
-		for _, h := range vethHooks(device) {
+	for device, port := range d.ports {
+		for _, h := range portHooks(device, port.wire) {
 			if f, ok := d.attached[h.name].(*filter); ok {
 				left = append(left, f)
 			}
@@ -148,7 +148,7 @@ func (d *datapath) makeFilter(h hook, program *ebpf.Program, priority uint16) (a
 		err = made.run(program)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("attach %s to device %s by a filter: %w", h.program, d.veths[h.device], err)
+		return nil, fmt.Errorf("attach %s to device %s by a filter: %w", h.program, d.ports[h.device].name, err)
 	}
 	return made, nil
 }
@@ -160,10 +160,12 @@ func (d *datapath) openFilters() error {
 		return err
 	}
 	for _, device := range devices {
-		for _, h := range vethHooks(device.Index) {
-			if left := (&filter{d, h, filterPriority}); left.alive() {
-				d.veths[device.Index] = device.Name
-				d.attached[h.name] = left
+		for _, wire := range []bool{false, true} {
+			for _, h := range portHooks(device.Index, wire) {
+				if left := (&filter{d, h, filterPriority}); left.alive() {
+					d.ports[device.Index] = packetPort{device.Name, wire}
+					d.attached[h.name] = left
+				}
 			}
 		}
 	}

@@ -236,18 +236,18 @@ func TestPacketPathFollowsPods(t *testing.T) {
 			t.Errorf("%s: %v", way.address, err)
 		}
 	}
-	if n := len(v.layer.datapath.veths); n != 3 {
+	if n := len(v.layer.datapath.ports); n != 3 {
 		t.Errorf("the packet path is at %d devices, want 3", n)
 	}
 	v.must(v.node.Delete(late.device))
 	v.become(webAndNames(server))
-	if n := len(v.layer.datapath.veths); n != 2 {
+	if n := len(v.layer.datapath.ports); n != 2 {
 		t.Errorf("the packet path is at %d devices after one went, want 2", n)
 	}
 	pins, err := os.ReadDir(v.layer.settings.Pins)
 	v.must(err)
 	for _, pin := range pins {
-		if device, ok := vethOfHook(pin.Name()[min(len(linkPrefix), len(pin.Name())):]); ok && v.layer.datapath.veths[device] == "" {
+		if device, _, ok := portOfHook(pin.Name()[min(len(linkPrefix), len(pin.Name())):]); ok && v.layer.datapath.ports[device].name == "" {
 			t.Errorf("pin %s is of a device that is gone", pin.Name())
 		}
 	}
@@ -255,7 +255,7 @@ func TestPacketPathFollowsPods(t *testing.T) {
 	v.sweep()
 	v.layer.settings.Path = PathSocket
 	v.become(webAndNames(server))
-	if n := len(v.layer.datapath.veths); n != 0 {
+	if n := len(v.layer.datapath.ports); n != 0 {
 		t.Errorf("switched off, the packet path is still at %d devices", n)
 	}
 }

@@ -163,6 +163,10 @@ func (d *datapath) finish() error {
 		err = flows.run()
 	}
 	d.note(err, "flows of the packet path were not carried over from another version")
+	if from[datapathMapMasquerades] != nil {
+		d.note(carryMap(datapathMapMasquerades, from[datapathMapMasquerades], to[datapathMapMasquerades]),
+			"masqueraded flows were not carried over from another version")
+	}
 	if err := d.promote(); err != nil {
 		return err
 	}
@@ -191,7 +195,7 @@ func awaitRunning() {
 // openPairs opens the maps of flows of which there are two: in force, and beside.
 func (d *datapath) openPairs() (from, to map[string]*ebpf.Map, err error) {
 	from, to = map[string]*ebpf.Map{}, map[string]*ebpf.Map{}
-	names := append([]string{datapathMapConnected, datapathMapSent}, flowMaps...)
+	names := append([]string{datapathMapConnected, datapathMapSent, datapathMapMasquerades}, flowMaps...)
 	for _, name := range names {
 		next, err := ebpf.LoadPinnedMap(d.pin(nextPrefix+name), nil)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -255,7 +259,7 @@ func (d *datapath) eachFilterBeside(f func(*filter) error) error {
 		return err
 	}
 	for _, device := range devices {
-		for _, h := range vethHooks(device.Index) {
+		for _, h := range append(portHooks(device.Index, false), portHooks(device.Index, true)...) {
 			if beside := (&filter{d, h, besidePriority}); beside.alive() {
 				if err := f(beside); err != nil {
 					return err

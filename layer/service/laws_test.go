@@ -279,16 +279,26 @@ type fakeTables struct {
 	services *bpfmap.Fake[datapathServiceKey, datapathService]
 	slots    *bpfmap.Fake[datapathSlotKey, uint32]
 	backends *bpfmap.Fake[uint32, datapathBackend]
+	ranges   *bpfmap.Fake[datapathSourceRangeKey, uint8]
+	ports    *bpfmap.Fake[uint32, datapathPortRange]
 	// grown is the last room that was asked for.
 	grown capacity
+}
+
+// tables are the maps as a new process finds them.
+func (f *fakeTables) tables() *tables {
+	return &tables{services: f.services, slots: f.slots, backends: f.backends, ranges: f.ranges, ports: f.ports}
 }
 
 func (f *fakeTables) settle() error  { return nil }
 func (f *fakeTables) restore() error { return nil }
 func (f *fakeTables) lost() []lost   { return nil }
 
-func (f *fakeTables) findVeths() ([]veth, error)  { return nil, nil }
-func (f *fakeTables) readAsks() ([]*wish, error)  { return nil, nil }
+func (f *fakeTables) findVeths() ([]veth, error) { return nil, nil }
+func (f *fakeTables) readAsks() ([]*wish, error) { return nil, nil }
+
+func (f *fakeTables) readSurroundings() (surroundings, error) { return surroundings{}, nil }
+
 func (f *fakeTables) readTracking() tracking      { return tracking{} }
 func (f *fakeTables) sweep(int, int) error        { return nil }
 func (f *fakeTables) carryOut(layer.Change) error { return nil }
@@ -305,7 +315,10 @@ func onFakes(size int) (*Layer, *fakeTables) {
 		services: bpfmap.NewFake[datapathServiceKey, datapathService](size),
 		slots:    bpfmap.NewFake[datapathSlotKey, uint32](size),
 		backends: bpfmap.NewFake[uint32, datapathBackend](size),
+		ranges:   bpfmap.NewFake[datapathSourceRangeKey, uint8](size),
+		ports:    bpfmap.NewFake[uint32, datapathPortRange](1),
 	}
-	t := &tables{services: f.services, slots: f.slots, backends: f.backends, entries: map[Frontend]*entry{}}
+	t := f.tables()
+	t.entries = map[Frontend]*entry{}
 	return &Layer{tables: t, room: f}, f
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -38,9 +39,15 @@ type Settings struct {
 	// Flows is how many flows of the packet path are remembered at once; 0 is
 	// DefaultFlows. A flow takes about 350 bytes of kernel memory.
 	Flows int
-	// Drain is how long TCP connections to an endpoint that is gone may go on; 0 is
-	// DefaultDrain.
-	Drain time.Duration
+	// Wire says that packets that come from other machines are served, too: node
+	// ports, external and load balancers' addresses, and ClusterIPs.
+	Wire bool
+	// NodePortAddresses are those of the node's addresses that have node ports; nil
+	// is all.
+	NodePortAddresses []netip.Prefix
+	// ClusterCIDRs are the ranges of the cluster's pods; nil are those of the
+	// Snapshot's nodes.
+	ClusterCIDRs []netip.Prefix
 	// Node is this node's name: its own addresses and pods are those of the
 	// Snapshot's node and pods of that name.
 	Node string
@@ -71,8 +78,6 @@ type Layer struct {
 	// there should be some.
 	bypassed   bypass
 	whyTracked string
-	// stuck closes sockets whose endpoint is gone; nil until the layer is open.
-	stuck *stuck
 }
 
 // room is what Apply needs of the datapath.
@@ -88,6 +93,7 @@ type room interface {
 	// path; carryOut changes one of them.
 	findVeths() ([]veth, error)
 	readAsks() ([]*wish, error)
+	readSurroundings() (surroundings, error)
 	// readTracking reads what there is of connection tracking.
 	readTracking() tracking
 	// sweep clears expired flows away, one of so many parts.
@@ -122,7 +128,6 @@ func (l *Layer) Open() error {
 	}
 	l.datapath, l.room, l.tables = datapath, datapath, &tables{}
 	l.tables.use(datapath.maps)
-	l.stuck = newStuck(l.settings, func() map[string]*ebpf.Map { return datapath.maps })
 	return nil
 }
 
@@ -131,6 +136,8 @@ func (t *tables) use(maps map[string]*ebpf.Map) {
 	t.services = bpfmap.New[datapathServiceKey, datapathService](maps[datapathMapServices])
 	t.slots = bpfmap.New[datapathSlotKey, uint32](maps[datapathMapSlots])
 	t.backends = bpfmap.New[uint32, datapathBackend](maps[datapathMapBackends])
+	t.ranges = bpfmap.New[datapathSourceRangeKey, uint8](maps[datapathMapSourceRanges])
+	t.ports = bpfmap.New[uint32, datapathPortRange](maps[datapathMapNodePorts])
 }
 
 // Read implements layer.Layer: the tables, and what of the programs and pins is
@@ -143,12 +150,14 @@ func (l *Layer) Read() (layer.Picture, error) {
 	if picture.asks, err = l.room.readAsks(); err != nil {
 		return nil, fmt.Errorf("read whose paths are asked for: %w", err)
 	}
+	if picture.known, err = l.room.readSurroundings(); err != nil {
+		return nil, err
+	}
 	picture.lost = l.room.lost()
 	return l.Refresh(picture)
 }
 
-// Refresh implements layer.Layer: which devices are there, which rules, and whose
-// sockets are stuck.
+// Refresh implements layer.Layer: which devices are there, and which rules.
 func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	picture := have.(*Picture)
 	veths, err := l.room.findVeths()
@@ -157,7 +166,6 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	}
 	picture.veths = veths
 	picture.tracking = l.room.readTracking()
-	l.stuck.look()
 	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
 		l.swept = now
 		l.part = (l.part + 1) % sweepParts
@@ -178,7 +186,6 @@ const (
 // Watch implements layer.Layer: devices come and go with pods, flows expire,
 // others change their rules.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
-	stuck := l.stuck.wake
 	go func() {
 		for tick := time.NewTicker(sweepEvery); ; {
 			select {
@@ -186,8 +193,6 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 				tick.Stop()
 				return
 			case <-tick.C:
-				changed()
-			case <-stuck:
 				changed()
 			}
 		}
@@ -234,7 +239,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if services, backends := l.tables.need(rows); l.tables.full(services, backends) {
 		failures = appendError(failures, l.room.grow(l.tables, roomFor(services, backends)))
 	}
-	dropped, torn := drops(inForce, rows), false
+	torn := false
 	for i, err := range l.tables.apply(rows) {
 		row := rows[i].Subject.(*Row)
 		switch {
@@ -254,7 +259,8 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		read, err := l.tables.adopt()
 		failures = appendError(failures, err)
 		if err == nil {
-			read.lost, read.veths, read.asks, read.tracking, picture = picture.lost, picture.veths, picture.asks, picture.tracking, read
+			read.lost, read.veths, read.asks, read.known, read.tracking = picture.lost, picture.veths, picture.asks, picture.known, picture.tracking
+			picture = read
 		}
 	}
 	each(last)
@@ -264,7 +270,6 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if len(failures) == 0 {
 		picture.agree(want.(*Picture), known)
 	}
-	l.stuck.applied(picture, want.(*Picture), dropped)
 	return picture, done, errors.Join(failures...)
 }
 
@@ -329,7 +334,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 		if attached := l.datapath.attached[hook.name]; attached != nil && attached.alive() {
 			program := layer.Program{Name: hook.program, Hook: hook.attach.String() + " " + l.settings.Cgroup, Link: attached.id()}
 			if hook.device > 0 {
-				program.Device = l.datapath.veths[hook.device]
+				program.Device = l.datapath.ports[hook.device].name
 				program.Hook = hook.attach.String() + " " + program.Device
 			}
 			d.Programs = append(d.Programs, program)
@@ -337,7 +342,6 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	var err error
 	d.Reasons, err = l.datapath.readReasons()
-	l.stuck.describe(&d)
 	return d, err
 }
 
@@ -361,8 +365,6 @@ func (l *Layer) Close() error {
 		return nil
 	}
 	err := l.datapath.endBypass()
-	l.stuck.close()
-	l.stuck = nil
 	l.datapath.close()
 	l.datapath = nil
 	return err
@@ -498,6 +500,16 @@ func (l *Layer) lookAtTables() (*Picture, error) {
 		}
 		if err == nil {
 			m, err = inOurLayout(m, spec.Maps[name])
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(l.settings.Pins, name), err)
+		}
+		opened[name] = m
+	}
+	for _, name := range []string{datapathMapSourceRanges, datapathMapNodePorts} {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(l.settings.Pins, name), &ebpf.LoadPinOptions{ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) { // a version without them
+			m, err = ebpf.NewMap(spec.Maps[name])
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read pinned map %s: %w", filepath.Join(l.settings.Pins, name), err)

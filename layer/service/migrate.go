@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -20,7 +21,7 @@ import (
 // Nobody writes either meanwhile. Ids and numbers stay, so flows that know them
 // need no change.
 func (d *datapath) carryTables() error {
-	for _, name := range append([]string{datapathMapPaths}, tableMaps...) {
+	for _, name := range slices.Concat(ruleMaps, tableMaps) {
 		from, to := d.left[name], d.maps[name]
 		if from == nil {
 			continue

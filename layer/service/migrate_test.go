@@ -433,7 +433,7 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 			all := v.talkAll(client)
 			v.layer.Close()
 			v.leaveOtherwise(allLayouts...)
-			d := &datapath{settings: v.layer.settings, maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, veths: map[int]string{}, attached: map[string]attachment{}}
+			d := &datapath{settings: v.layer.settings, maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, ports: map[int]packetPort{}, attached: map[string]attachment{}}
 			_, err := d.prepare()
 			v.must(err)
 			v.must(row.steps(d))

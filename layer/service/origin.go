@@ -23,7 +23,7 @@ const (
 	AtSocket ServedAt = "socket"
 	// AtPod: packet by packet, where the pod's packets enter the node.
 	AtPod ServedAt = "from_pod"
-	// FromWire: nowhere on this node, the packet comes from another.
+	// FromWire: packet by packet, where those from other machines enter the node.
 	FromWire ServedAt = "from_wire"
 	// AtHost: at connect() and sendmsg() of a process of the node itself.
 	AtHost ServedAt = "host"
@@ -207,19 +207,38 @@ func (e *Explanation) text(from origin, held bool) string {
 		return fmt.Sprintf("%s: only TCP and UDP are served. The packet is left alone.", to)
 	case !held:
 		return fmt.Sprintf("%s is no address of a Service. The packet is left alone.", to)
-	case e.Path == FromWire:
-		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone: "+
-			"a ClusterIP is served on the node of the client.", to, name, client)
+	case e.Path == FromWire && e.Verdict == NotAService:
+		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone, for the agent runs with --wire=false.",
+			to, name, client)
+	case e.Verdict == Drop && e.Reason == reasonNotLetIn:
+		return fmt.Sprintf("%s is an address of %s, whose loadBalancerSourceRanges do not have the client. %s %s", to, name, client, e.dropped())
+	case e.Verdict == Drop:
+		return fmt.Sprintf("%s is an address of %s, which has endpoints, but wants those of this node alone, and none of them serves. %s %s",
+			to, name, client, e.dropped())
 	case e.Verdict == Refuse:
 		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s %s", to, name, client, e.told())
 	}
 	return fmt.Sprintf("%s is an address of %s. %s %s%s", to, name, client, e.chosen(), e.translated())
 }
 
+// reasonNotLetIn is REASON_NOT_LET_IN of bpf/verdict.h.
+const reasonNotLetIn = "not_let_in"
+
+// dropped is how a client learns that what it sends is dropped.
+func (e *Explanation) dropped() string {
+	switch {
+	case e.Path == AtPod || e.Path == FromWire:
+		return "Its packet is dropped: nobody tells it."
+	case e.Reason == reasonNotLetIn:
+		return "Its call ends at once with EPERM."
+	}
+	return "Its call ends at once with EHOSTUNREACH."
+}
+
 // told is how a client learns that it is refused.
 func (e *Explanation) told() string {
 	switch {
-	case e.Path != AtPod:
+	case e.Path != AtPod && e.Path != FromWire:
 		return "Its call ends at once with ECONNREFUSED."
 	case e.Protocol == model.TCP:
 		return "Its packet is answered with a reset, so that its call ends at once with ECONNREFUSED."
@@ -240,6 +259,11 @@ func (e *Explanation) chosen() string {
 
 func (e *Explanation) translated() string {
 	switch {
+	case e.Path == FromWire && e.Masquerade:
+		return "Each packet is translated where it enters the node. To an endpoint on another node it goes from this node's address, " +
+			"or the answers would not come back this way."
+	case e.Path == FromWire:
+		return "Each packet is translated where it enters the node, and its endpoint sees the client's address."
 	case e.Path != AtPod:
 		return "The socket gets the endpoint's address before the first packet exists, so packets cost nothing."
 	case e.Masquerade:

@@ -1,17 +1,20 @@
 //go:build ignore
 
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-/* The packet path: what a pod sends to a Service goes to a backend, and what
+/* The packet path: what a client sends to a Service goes to a backend, and what
  * the backend answers comes from the Service. It is complete by itself, for
- * those whose sockets are not served: sidecars, virtual machines, raw sockets.
+ * those whose sockets are not served: sidecars, virtual machines, raw sockets, and
+ * clients on other machines.
  *
- * from_pod sees what a pod sends, before routing and before netfilter; to_pod
- * what a pod gets, after them. So the host's stack, connection tracking included,
+ * from_pod sees what a pod sends, from_wire what comes from elsewhere, before
+ * routing and before netfilter; to_pod and to_wire what a pod and others get, after
+ * them. So the host's stack, connection tracking included,
  * sees one consistent flow between the client and the backend, and no reply that
  * it would call INVALID (kube-proxy drops those).
  */
 #include "../../bpf/packet.h"
 #include "../../bpf/rewrite.h"
+#include "masquerade.h"
 #include "refuse.h"
 #include "service.h"
 #include "translation.h"
@@ -154,9 +157,6 @@ static __always_inline bool find_translation(const struct packet *p, struct tran
 /* How many source ports are tried where the client's own leads to a clash. */
 #define CLASH_TRIES 4
 
-#define ENOENT 2
-#define EEXIST 17
-
 /* make_reply makes the entry for the replies. A client may reach one endpoint
  * through two Services from one port: then the endpoint would take two flows for
  * one. Another source port parts them. */
@@ -233,7 +233,7 @@ __noinline int find_before(void)
 /* begin_flow makes both entries of the flow on the workbench. It returns
  * VERDICT_FORWARD, or VERDICT_DROP. Replies come first: none may pass
  * untranslated. */
-__noinline int begin_flow(int again)
+__noinline int begin_flow(struct __sk_buff *skb, int again)
 {
 	struct workbench *w = workbench(OF_PACKETS);
 
@@ -249,10 +249,17 @@ __noinline int begin_flow(int again)
 		count(error == -EEXIST ? REASON_FLOW_CLASH : REASON_NO_STORAGE);
 		return VERDICT_DROP;
 	}
+	if (w->by_wire && w->decision.masquerade && make_masquerade(skb)) {
+		bpf_map_delete_elem(&translations, &w->back);
+		return VERDICT_DROP;
+	}
 	error = make_client(again);
 	if (!error) {
-		if (again && !tuple_equal(&w->before, &w->back))
+		if (again && !tuple_equal(&w->before, &w->back)) {
+			reverse(&w->before, &w->ended);
+			drop_masquerade(w);
 			drop_reply(&w->before, &w->from, &w->origin);
+		}
 		count(REASON_FORWARDED);
 		return VERDICT_FORWARD;
 	}
@@ -279,38 +286,45 @@ static __always_inline void lay_client(struct workbench *w, const struct packet 
 	w->client.role = ROLE_FROM_POD;
 }
 
+/* ask lays the question whether a packet is for a Service on the workbench. */
+static __always_inline void ask(struct workbench *w, const struct packet *p)
+{
+	w->asked.key.address = p->tuple.destination;
+	w->asked.key.port = p->tuple.destination_port;
+	w->asked.key.protocol = p->tuple.protocol;
+	w->asked.client = p->tuple.source;
+	w->asked.origin = w->by_wire ? origin_of(&p->tuple.source) : ORIGIN_POD;
+	w->asked.cookie = 0;
+}
+
 /* open_flow decides for a packet without a flow, or whose flow must begin anew. */
-__noinline int open_flow(const struct packet *p, struct translation *to, int again)
+__noinline int open_flow(struct __sk_buff *skb, const struct packet *p, struct translation *to, int again)
 {
 	struct workbench *w = workbench(OF_PACKETS);
-	struct decision decision = {};
-	struct service_key key = {};
 
 	if (!p || !to || !w)
 		return VERDICT_NOT_A_SERVICE;
-	key.address = p->tuple.destination;
-	key.port = p->tuple.destination_port;
-	key.protocol = p->tuple.protocol;
-
-	int verdict = decide(&key, &decision);
+	ask(w, p);
+	struct decision *decision = &w->decision;
+	int verdict = decide(&w->asked, decision);
 
 	if (verdict != VERDICT_FORWARD) {
-		if (verdict == VERDICT_REFUSE)
-			count(decision.reason);
+		if (verdict != VERDICT_NOT_A_SERVICE)
+			count(decision->reason);
 		return verdict;
 	}
 	lay_client(w, p);
-	w->client.to.destination = decision.backend.address;
-	w->client.to.destination_port = decision.backend.port;
-	w->client.service = decision.service;
-	w->client.number = decision.number;
-	if (address_equal(&decision.backend.address, &p->tuple.source)) {
+	w->client.to.destination = decision->backend.address;
+	w->client.to.destination_port = decision->backend.port;
+	w->client.service = decision->service;
+	w->client.number = decision->number;
+	if (!w->by_wire && address_equal(&decision->backend.address, &p->tuple.source)) {
 		/* The pod itself. It would not take a packet from its own address, so
 		 * this one comes from the Service. */
 		w->client.to.source = p->tuple.destination;
 		w->client.role = ROLE_HAIRPIN;
 	}
-	verdict = begin_flow(again);
+	verdict = begin_flow(skb, again);
 	if (verdict == VERDICT_FORWARD)
 		*to = w->client;
 	return verdict;
@@ -319,7 +333,7 @@ __noinline int open_flow(const struct packet *p, struct translation *to, int aga
 /* keep_apart gives a connection without a Service another source port where its
  * answers would be taken for those of a flow: the pod talks, or has talked, by a
  * Service to the same endpoint from the same port. */
-__noinline int keep_apart(const struct packet *p, struct translation *to, int again)
+__noinline int keep_apart(struct __sk_buff *skb, const struct packet *p, struct translation *to, int again)
 {
 	struct workbench *w = workbench(OF_PACKETS);
 
@@ -331,7 +345,8 @@ __noinline int keep_apart(const struct packet *p, struct translation *to, int ag
 	if (again ? to->service != 0 : !taken || taken->role != ROLE_TO_POD)
 		return VERDICT_NOT_A_SERVICE;
 	lay_client(w, p);
-	int verdict = begin_flow(again);
+	w->decision.masquerade = false;
+	int verdict = begin_flow(skb, again);
 
 	if (verdict == VERDICT_FORWARD)
 		*to = w->client;
@@ -367,8 +382,8 @@ static __always_inline bool begins_anew(const struct packet *p, const struct tra
 	return client->flags & (SEEN_FIN | SEEN_RST) || !serves(client);
 }
 
-/* client_flow finds or makes the flow of a packet that a pod sends. */
-static __always_inline int client_flow(const struct packet *p, struct translation *to)
+/* client_flow finds or makes the flow of a packet that a client sends. */
+static __always_inline int client_flow(struct __sk_buff *skb, const struct packet *p, struct translation *to)
 {
 	bool found = find_translation(p, to);
 
@@ -383,58 +398,72 @@ static __always_inline int client_flow(const struct packet *p, struct translatio
 			count_flow(-1);
 		return VERDICT_NOT_A_SERVICE;
 	}
-	int verdict = open_flow(p, to, found);
+	int verdict = open_flow(skb, p, to, found);
 
 	if (verdict == VERDICT_NOT_A_SERVICE && p->tuple.protocol == IPPROTO_TCP)
-		return keep_apart(p, to, found);
+		return keep_apart(skb, p, to, found);
 	return verdict;
 }
 
-/* error_from_pod translates an ICMP error about a reply: the pod got it from the
- * Service, the backend sent it. */
-__noinline int error_from_pod(struct __sk_buff *skb, const struct packet *p)
+/* find_way copies what becomes of the packets of a tuple, and says whether they are
+ * translated where they come in. */
+static __always_inline bool find_way(const struct tuple *key, struct translation *copy)
 {
-	struct tuple client, inner;
+	struct translation *entry = bpf_map_lookup_elem(&translations, key);
 
-	if (!p)
-		return TC_ACT_UNSPEC;
-	reverse(&p->tuple, &client);
-	struct translation *entry = bpf_map_lookup_elem(&translations, &client);
+	if (entry) {
+		*copy = *entry;
+		return is_for(copy, key);
+	}
+	struct masquerade *beside = bpf_map_lookup_elem(&masquerades, key);
 
-	if (!entry || entry->role == ROLE_TO_POD)
-		return TC_ACT_UNSPEC;
-	struct translation to = *entry;
-
-	if (!is_for(&to, &client))
-		return TC_ACT_UNSPEC;
-	reverse(&to.to, &inner);
-	if (!rewrite_error(skb, p, &inner, to.role == ROLE_HAIRPIN ? &to.to.source : &p->outer_source,
-			   address_equal(&p->outer_destination, &p->tuple.source) ? &inner.source
-										  : &p->outer_destination))
-		return TC_ACT_SHOT;
-	return to.role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+	if (!beside)
+		return false;
+	copy->to = beside->to;
+	copy->role = address_equal(&key->destination, &beside->to.destination) ? ROLE_TO_POD : ROLE_FROM_POD;
+	return beside->was == short_of(key);
 }
 
-/* error_to_pod translates an ICMP error about what the pod sent: a router's, or
- * the backend's own. */
-__noinline int error_to_pod(struct __sk_buff *skb, const struct packet *p)
+/* error_in translates an ICMP error that comes in, about what went out: a pod's
+ * about a reply, for it got that from the Service, and the backend sent it; or a
+ * router's. */
+__noinline int error_in(struct __sk_buff *skb)
 {
-	struct tuple reply, inner;
+	struct workbench *w = workbench(OF_PACKETS);
 
-	if (!p)
+	if (!w)
 		return TC_ACT_UNSPEC;
-	reverse(&p->tuple, &reply);
-	struct translation *entry = bpf_map_lookup_elem(&translations, &reply);
+	const struct packet *p = &w->packet;
+	struct translation *to = &w->to;
 
-	if (!entry || entry->role != ROLE_TO_POD)
+	reverse(&p->tuple, &w->from);
+	if (!find_way(&w->from, to) || to->role == ROLE_TO_POD)
 		return TC_ACT_UNSPEC;
-	struct translation to = *entry;
+	reverse(&to->to, &w->back);
+	if (!rewrite_error(skb, p, &w->back, to->role == ROLE_HAIRPIN ? &to->to.source : &p->outer_source,
+			   address_equal(&p->outer_destination, &p->tuple.source) ? &w->back.source
+										  : &p->outer_destination))
+		return TC_ACT_SHOT;
+	return to->role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+}
 
-	if (!is_for(&to, &reply))
+/* error_out translates an ICMP error that goes out, about what came in: a router's,
+ * or the backend's own. */
+__noinline int error_out(struct __sk_buff *skb)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
 		return TC_ACT_UNSPEC;
-	reverse(&to.to, &inner);
-	if (!rewrite_error(skb, p, &inner,
-			   address_equal(&p->outer_source, &p->tuple.destination) ? &inner.destination
+	const struct packet *p = &w->packet;
+	struct translation *to = &w->to;
+
+	reverse(&p->tuple, &w->from);
+	if (!find_way(&w->from, to) || to->role != ROLE_TO_POD)
+		return TC_ACT_UNSPEC;
+	reverse(&to->to, &w->back);
+	if (!rewrite_error(skb, p, &w->back,
+			   address_equal(&p->outer_source, &p->tuple.destination) ? &w->back.destination
 										  : &p->outer_source,
 			   &p->outer_destination))
 		return TC_ACT_SHOT;
@@ -447,24 +476,12 @@ static __always_inline int unwritable(void)
 	return TC_ACT_SHOT;
 }
 
-SEC("tcx/ingress")
-int from_pod(struct __sk_buff *skb)
+/* come_in does what is to be done where a packet comes in. */
+static __always_inline int come_in(struct __sk_buff *skb, struct workbench *w)
 {
-	struct workbench *w = workbench(OF_PACKETS);
-
-	if (!w)
-		return TC_ACT_SHOT;
-
 	struct packet *p = &w->packet;
 	struct translation *to = &w->to;
-
-	read_packet(skb, p);
-	if (p->shape == SHAPE_ERROR)
-		return error_from_pod(skb, p);
-	if (!has_tuple(p, false))
-		return TC_ACT_UNSPEC;
-
-	int verdict = client_flow(p, to);
+	int verdict = client_flow(skb, p, to);
 
 	if (verdict == VERDICT_NOT_A_SERVICE)
 		return TC_ACT_UNSPEC;
@@ -479,6 +496,42 @@ int from_pod(struct __sk_buff *skb)
 	return to->role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
 }
 
+/* go_out does what is to be done where a packet goes out, if it is an answer. */
+static __always_inline bool go_out(struct workbench *w)
+{
+	struct packet *p = &w->packet;
+	struct translation *to = &w->to;
+
+	if (!find_translation(p, to) || to->role != ROLE_TO_POD)
+		return false;
+	if (!(to->flags & SEEN_REPLY))
+		answered(&p->tuple);
+	return true;
+}
+
+static __always_inline int write_out(struct __sk_buff *skb, const struct packet *p, const struct tuple *to, bool out)
+{
+	if (p->shape == SHAPE_FIRST)
+		keep_fragment(p, out);
+	return rewrite(skb, p, to) ? TC_ACT_UNSPEC : unwritable();
+}
+
+SEC("tcx/ingress")
+int from_pod(struct __sk_buff *skb)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
+		return TC_ACT_SHOT;
+	w->by_wire = false;
+	read_packet(skb, &w->packet);
+	if (w->packet.shape == SHAPE_ERROR)
+		return error_in(skb);
+	if (!has_tuple(&w->packet, false))
+		return TC_ACT_UNSPEC;
+	return come_in(skb, w);
+}
+
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *skb)
 {
@@ -486,22 +539,49 @@ int to_pod(struct __sk_buff *skb)
 
 	if (!w)
 		return TC_ACT_SHOT;
-
-	struct packet *p = &w->packet;
-	struct translation *to = &w->to;
-
-	read_packet(skb, p);
-	if (p->shape == SHAPE_ERROR)
-		return error_to_pod(skb, p);
-	if (!has_tuple(p, true))
+	read_packet(skb, &w->packet);
+	if (w->packet.shape == SHAPE_ERROR)
+		return error_out(skb);
+	if (!has_tuple(&w->packet, true) || !go_out(w))
 		return TC_ACT_UNSPEC;
-	if (!find_translation(p, to) || to->role != ROLE_TO_POD)
+	return write_out(skb, &w->packet, &w->to.to, true);
+}
+
+SEC("tcx/ingress")
+int from_wire(struct __sk_buff *skb)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
+		return TC_ACT_SHOT;
+	w->by_wire = true;
+	read_packet(skb, &w->packet);
+	if (w->packet.shape == SHAPE_ERROR)
+		return error_in(skb);
+	if (!has_tuple(&w->packet, false))
 		return TC_ACT_UNSPEC;
-	if (!(to->flags & SEEN_REPLY))
-		answered(&p->tuple);
-	if (p->shape == SHAPE_FIRST)
-		keep_fragment(p, true);
-	return rewrite(skb, p, &to->to) ? TC_ACT_UNSPEC : unwritable();
+	if (find_masquerade(&w->packet.tuple, &w->in)) /* an answer to the node */
+		return write_out(skb, &w->packet, &w->in.to, false);
+	return come_in(skb, w);
+}
+
+SEC("tcx/egress")
+int to_wire(struct __sk_buff *skb)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+
+	if (!w)
+		return TC_ACT_SHOT;
+	read_packet(skb, &w->packet);
+	if (w->packet.shape == SHAPE_ERROR)
+		return error_out(skb);
+	if (!has_tuple(&w->packet, true))
+		return TC_ACT_UNSPEC;
+	if (go_out(w))
+		return write_out(skb, &w->packet, &w->to.to, true);
+	if (find_masquerade(&w->packet.tuple, &w->out))
+		return write_out(skb, &w->packet, &w->out.to, true);
+	return TC_ACT_UNSPEC;
 }
 
 /* sweep clears expired flows away. The frame holds, after the Ethernet header, the

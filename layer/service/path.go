@@ -98,7 +98,9 @@ func (a *wish) Detail() string { return string(a.path) }
 // the packet path.
 type veth struct {
 	link.Device
-	attached bool
+	attached bool // as a pod's
+	// asWire is what the programs know of it as one by which packets leave the node.
+	asWire *wire
 	// busy says that the packet path has flows, whose sockets know the Service only:
 	// it must stay until they have ended, though nobody asks for it any more.
 	busy bool
@@ -125,6 +127,12 @@ type paths struct {
 	// packets says that somebody may need it.
 	packets bool
 	asks    []*wish
+	// wire says that packets from other machines are served, nodePorts that some
+	// Service has one.
+	wire, nodePorts bool
+	// ranges are those of all pods, where packets from other machines are served.
+	ranges   []netip.Prefix
+	settings Settings
 	// node are the addresses of the node itself.
 	node []netip.Addr
 	// untracked is what it says of connection tracking.
@@ -132,7 +140,13 @@ type paths struct {
 }
 
 func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
-	p := paths{packets: settings.path() == PathPacket, untracked: untrackedOf(settings, snapshot)}
+	p := paths{
+		packets: settings.path() == PathPacket, untracked: untrackedOf(settings, snapshot),
+		wire: settings.Wire, nodePorts: hasNodePort(snapshot), settings: settings,
+	}
+	if p.wire {
+		p.ranges = settings.podRanges(snapshot)
+	}
 	for _, pod := range snapshot.Pods {
 		path := askedPath(pod.Annotations)
 		if path == "" || pod.Node != settings.Node || pod.HostNetwork || len(pod.Addresses) == 0 {
@@ -154,6 +168,13 @@ func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
 // what goes last.
 func diffPaths(have *Picture, want paths, prune bool) (first, last layer.Changes) {
 	first, last = diffBypass(have.tracking, want.untracked, prune)
+	for _, diff := range []func() (first, last layer.Changes){
+		func() (first, last layer.Changes) { return diffSurroundings(have.known, want, have.veths, prune) },
+		func() (first, last layer.Changes) { return diffWires(have, want, prune) },
+	} {
+		begin, end := diff()
+		first, last = append(first, begin...), append(last, end...)
+	}
 	for _, p := range have.veths {
 		needed := want.packets && p.isPods(want.node)
 		if needed && !p.attached {
@@ -214,17 +235,22 @@ func (d *datapath) findVeths() ([]veth, error) {
 	for i, device := range devices {
 		there[device.Index] = true
 		if d.isAnother(device.Index) {
-			_ = d.detachVeth(device.Index)
+			_ = d.detachPort(device.Index)
 		}
-		_, attached := d.veths[device.Index]
+		p, attached := d.ports[device.Index]
 		if attached {
-			d.veths[device.Index] = device.Name
+			p.name = device.Name
+			d.ports[device.Index] = p
 		}
-		veths[i] = veth{device, attached, flows > 0}
+		veths[i] = veth{device, attached && !p.wire, d.readWire(device), flows > 0}
 	}
-	for device := range d.veths {
-		if !there[device] {
-			d.dropDeadVeth(device)
+	for device, p := range d.ports {
+		if there[device] {
+			continue
+		}
+		d.dropDeadPort(device)
+		if p.wire {
+			_ = d.maps[datapathMapWires].Delete(uint32(device))
 		}
 	}
 	return veths, nil
@@ -233,7 +259,7 @@ func (d *datapath) findVeths() ([]veth, error) {
 // isAnother says that a device has the index of one that went, and none of what was
 // attached to that: one that is moved into the node's namespace keeps its index.
 func (d *datapath) isAnother(device int) bool {
-	for _, h := range vethHooks(device) {
+	for _, h := range portHooks(device, d.ports[device].wire) {
 		if have := d.attached[h.name]; have != nil && !have.alive() {
 			return true
 		}
@@ -273,16 +299,19 @@ func (d *datapath) carryOut(change layer.Change) error {
 	switch subject := change.Subject.(type) {
 	case veth:
 		if change.Op == layer.Remove {
-			return d.detachVeth(subject.Index)
+			return d.detachPort(subject.Index)
 		}
-		return d.attachVeth(subject.Index, subject.Name)
+		return d.attachPort(subject.Index, packetPort{subject.Name, false})
+	case wire:
+		if change.Op == layer.Remove {
+			return d.detachWire(subject.Index)
+		}
+		return d.attachWire(subject)
+	case nodeAddress, podRange:
+		return tell(d.maps, change)
 	case *wish:
 		if change.Op == layer.Remove {
-			err := d.maps[datapathMapPaths].Delete(subject.cookie)
-			if errors.Is(err, ebpf.ErrKeyNotExist) {
-				return nil
-			}
-			return err
+			return gone(d.maps[datapathMapPaths].Delete(subject.cookie))
 		}
 		return d.answer(subject)
 	case bypass:
@@ -292,6 +321,14 @@ func (d *datapath) carryOut(change layer.Change) error {
 		return d.setUntracked(subject)
 	}
 	return fmt.Errorf("%T is nothing of this layer", change.Subject)
+}
+
+// gone is success where there was nothing to delete.
+func gone(err error) error {
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	return err
 }
 
 var errNoSpace = errors.New("its network namespace was not found: is it a pod of this node, and does it run?")
@@ -317,6 +354,19 @@ func (p *Picture) note(change layer.Change) {
 				p.veths[i].attached = change.Op != layer.Remove
 			}
 		}
+	case wire:
+		for i := range p.veths {
+			if p.veths[i].Index == subject.Index {
+				p.veths[i].asWire = &subject
+				if change.Op == layer.Remove {
+					p.veths[i].asWire = nil
+				}
+			}
+		}
+	case nodeAddress:
+		p.known.addresses = noted(p.known.addresses, subject.Addr, change.Op)
+	case podRange:
+		p.known.ranges = noted(p.known.ranges, subject.Prefix, change.Op)
 	case *wish:
 		p.asks = slices.DeleteFunc(p.asks, func(a *wish) bool { return a == subject || a.isAbout(subject) })
 		if change.Op != layer.Remove {
@@ -328,4 +378,13 @@ func (p *Picture) note(change layer.Change) {
 			p.tracking.inForce = nil
 		}
 	}
+}
+
+// noted is a list after a change of one in it.
+func noted[T comparable](list []T, one T, op layer.Op) []T {
+	list = slices.DeleteFunc(list, func(other T) bool { return other == one })
+	if op != layer.Remove {
+		list = append(list, one)
+	}
+	return list
 }

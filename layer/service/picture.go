@@ -78,31 +78,59 @@ type Row struct {
 	torn bool
 }
 
+// backendCount is how many slots the row takes.
+func (r *Row) backendCount() int {
+	if r.Outside == nil {
+		return len(r.Backends)
+	}
+	return len(r.Backends) + len(r.Outside.Backends)
+}
+
 // Object implements layer.Subject.
 func (r *Row) Object() string { return "service " + r.Frontend.String() }
 
 // Detail implements layer.Subject. A Service without backends refuses.
 func (r *Row) Detail() string {
-	by := ""
-	if r.Path != "" {
-		by = " by " + string(r.Path)
+	text := "-> " + r.Leads()
+	if r.Outside != nil {
+		text += ", from outside the cluster " + leads(r.Outside.Backends, r.Outside.Drops)
 	}
-	return "-> " + r.Leads() + by
+	if r.SourceRanges != nil {
+		text += fmt.Sprintf(" for %s alone", listed(r.SourceRanges, "nobody"))
+	}
+	if r.Affinity > 0 {
+		text += fmt.Sprintf(", the same for a client for %d s", r.Affinity)
+	}
+	if r.Path != "" {
+		text += " by " + string(r.Path)
+	}
+	return text
 }
 
-// Leads says where the frontend leads: its first backends, and how many more.
-func (r *Row) Leads() string {
-	if len(r.Backends) == 0 {
-		return "refused, no endpoint serves"
+// Leads says where the frontend leads clients inside the cluster: its first
+// backends, and how many more.
+func (r *Row) Leads() string { return leads(r.Backends, r.Drops) }
+
+func leads(backends []netip.AddrPort, drops bool) string {
+	if drops {
+		return "dropped, no endpoint on this node serves"
+	}
+	return listed(backends, "refused, no endpoint serves")
+}
+
+// listed is the first of a list, and how many more, or what none means.
+func listed[T fmt.Stringer](all []T, none string) string {
+	if len(all) == 0 {
+		return none
 	}
 	const shown = 8
 	names := make([]string, 0, shown)
-	for i, b := range r.Backends {
+	for i, one := range all {
 		if i == shown {
-			names = append(names, fmt.Sprintf("and %d more", len(r.Backends)-shown))
+			names = append(names, fmt.Sprintf("and %d more", len(all)-shown))
 			break
 		}
-		names = append(names, b.String())
+		names = append(names, one.String())
 	}
 	return strings.Join(names, ", ")
 }
@@ -112,9 +140,6 @@ func (r *Row) Leads() string {
 type Picture struct {
 	// plans are in the order of the Services' names; nil in a picture in force.
 	plans []*plan
-	// whole says of a plan that the cluster was seen whole: what is not in it is
-	// gone.
-	whole bool
 	index func() map[Frontend]*Row
 	// paths is what a plan says of the packet path; a picture in force has those
 	// of the plan that was applied last.
@@ -123,6 +148,8 @@ type Picture struct {
 	// in a picture in force.
 	veths []veth
 	asks  []*wish
+	// known is what the programs know of node and cluster, in a picture in force.
+	known surroundings
 	// tracking is what there is of connection tracking, in a picture in force.
 	tracking tracking
 	// lost are the programs and pins that somebody else took away.

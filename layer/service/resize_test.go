@@ -59,12 +59,12 @@ func TestADeviceThatGoesStopsNothing(t *testing.T) {
 			index = p.Index
 		}
 	}
-	v.must(v.layer.datapath.detachVeth(index))
+	v.must(v.layer.datapath.detachPort(index))
 	v.must(v.node.Delete(late.device))
-	if err := v.layer.datapath.attachVeth(index, late.device); err != nil {
+	if err := v.layer.datapath.attachPort(index, packetPort{late.device, false}); err != nil {
 		t.Errorf("attaching to a device that went: %v", err)
 	}
-	if _, there := v.layer.datapath.veths[index]; there {
+	if _, there := v.layer.datapath.ports[index]; there {
 		t.Error("a device that went is remembered")
 	}
 }
@@ -88,7 +88,7 @@ func TestADeviceWithTheIndexOfAnother(t *testing.T) {
 			PeerName: "eth0", PeerNamespace: netlink.NsFd(space.Fd())})
 	}))
 	v.become(webAndNames(server))
-	for _, h := range vethHooks(index) {
+	for _, h := range portHooks(index, false) {
 		if have := v.layer.datapath.attached[h.name]; have == nil || !have.alive() {
 			t.Errorf("%s is not in force at the new device", h.name)
 		}
@@ -114,7 +114,7 @@ func TestThePacketPathStaysForItsFlows(t *testing.T) {
 	v.age(61 * time.Second)
 	v.sweep()
 	v.become(webAndNames(server))
-	if n := len(v.layer.datapath.veths); n != 0 {
+	if n := len(v.layer.datapath.ports); n != 0 {
 		t.Errorf("without flows the packet path is still at %d devices", n)
 	}
 }

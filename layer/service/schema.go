@@ -21,16 +21,26 @@ type group struct {
 	without string
 }
 
-var groups = []group{
+var groups = append([]group{
 	{datapathSchemaGroupSCHEMA_TABLES, datapathSchemaVersionVERSION_TABLES, tableMaps, ""},
-	{datapathSchemaGroupSCHEMA_TABLES, datapathSchemaVersionVERSION_TABLES, []string{datapathMapPaths}, ""},
 	{datapathSchemaGroupSCHEMA_SOCKETS, datapathSchemaVersionVERSION_SOCKETS, []string{datapathMapConnected},
 		"getpeername() of sockets that were connected before shows the endpoint"},
 	{datapathSchemaGroupSCHEMA_SOCKETS, datapathSchemaVersionVERSION_SOCKETS, []string{datapathMapSent},
 		"UDP sockets that send without connecting began anew"},
 	{datapathSchemaGroupSCHEMA_FLOWS, datapathSchemaVersionVERSION_FLOWS, flowMaps,
 		"flows of the packet path that were open before are broken"},
+	{datapathSchemaGroupSCHEMA_FLOWS, datapathSchemaVersionVERSION_FLOWS, []string{datapathMapMasquerades},
+		"masqueraded connections that were open before are broken"},
 	{datapathSchemaGroupSCHEMA_FRAGMENTS, datapathSchemaVersionVERSION_FRAGMENTS, []string{datapathMapFragments}, ""},
+}, ruleGroups()...)
+
+// ruleGroups take each of the rules by itself.
+func ruleGroups() []group {
+	var all []group
+	for _, name := range ruleMaps {
+		all = append(all, group{datapathSchemaGroupSCHEMA_TABLES, datapathSchemaVersionVERSION_TABLES, []string{name}, ""})
+	}
+	return all
 }
 
 // unversioned is what a process that knew of no versions left: the first of each.
@@ -157,7 +167,7 @@ func (d *datapath) adoptGroup(g group, version datapathSchemaVersion, found map[
 
 // wantsMore says that there is room for flows, but for fewer than are asked for now.
 func (d *datapath) wantsMore(g group, found map[string]*ebpf.Map) bool {
-	if g.number != datapathSchemaGroupSCHEMA_FLOWS || hasNothing(g, found) {
+	if !slices.Contains(g.maps, datapathMapPlaces) || hasNothing(g, found) {
 		return false
 	}
 	return int(found[datapathMapPlaces].MaxEntries()) < flowPlaces(d.settings.Flows)
@@ -165,9 +175,11 @@ func (d *datapath) wantsMore(g group, found map[string]*ebpf.Map) bool {
 
 // hasNothing says that a group has no entry that would have to be carried over.
 func hasNothing(g group, found map[string]*ebpf.Map) bool {
-	places := found[datapathMapPlaces]
+	if slices.Contains(g.maps, datapathMapMasquerades) {
+		return found[datapathMapMasquerades].MaxEntries() <= 2+flowSlack
+	}
 	return g.number == datapathSchemaGroupSCHEMA_FRAGMENTS ||
-		g.number == datapathSchemaGroupSCHEMA_FLOWS && places.MaxEntries() == 1
+		g.number == datapathSchemaGroupSCHEMA_FLOWS && found[datapathMapPlaces].MaxEntries() == 1
 }
 
 // carriable says whether, and if not why, a group's entries can be carried over.
@@ -226,5 +238,5 @@ func sameLayout(have *ebpf.Map, want *ebpf.MapSpec) bool {
 
 // sizedHere says that a map's size is a setting, not part of its layout.
 func sizedHere(name string) bool {
-	return slices.Contains(tableMaps, name) || slices.Contains(flowMaps, name)
+	return name == datapathMapMasquerades || slices.Contains(tableMaps, name) || slices.Contains(flowMaps, name)
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* The Service tables, and decide(): which backend a Service's next flow goes to.
  *
- * services: address, port, protocol -> id and number of slots
+ * services: address, port, protocol -> id and number of slots, and the rules
  * slots:    id, slot                -> backend number
  * backends: backend number          -> address and port
  *
@@ -13,13 +13,7 @@
 
 #include "../../bpf/address.h"
 #include "../../bpf/verdict.h"
-
-struct service_key {
-	struct address address;
-	__be16 port;
-	__u8 protocol;
-	__u8 zero;
-};
+#include "client.h"
 
 /* Which path serves, as far as a Service or a network namespace asks for one. */
 enum service_path {
@@ -28,15 +22,28 @@ enum service_path {
 	PATH_PACKET,  /* each packet, at the pod's veth */
 };
 
+/* What else a Service asks. */
+enum service_flags {
+	SERVICE_APART = 1,         /* clients from outside the cluster have slots of their own */
+	SERVICE_DROPS = 2,         /* without a backend, drop instead of refusing: other nodes have some */
+	SERVICE_DROPS_OUTSIDE = 4, /* the same for clients from outside */
+	SERVICE_MASQUERADE = 8,    /* those from outside come to the backend from the node's address */
+	SERVICE_RANGES = 16,       /* only clients in source_ranges */
+};
+
 struct service {
 	__u32 id;
-	__u32 slots; /* how many backends; 0: refuse */
-	__u8 path;   /* enum service_path */
-	__u8 zero[7];
+	__u32 slots;    /* how many backends; 0: refuse */
+	__u8 path;      /* enum service_path */
+	__u8 flags;     /* enum service_flags */
+	__u16 none;     /* always 0 */
+	__u32 affinity; /* for how many seconds a client stays with its backend; 0: it does not */
+	__u32 outside;  /* the id whose slots are for clients from outside (SERVICE_APART) */
+	__u32 outside_slots;
 } __attribute__((aligned(8)));
 
 struct slot_key {
-	__u32 service; /* struct service.id */
+	__u32 service; /* struct service.id or outside */
 	__u32 slot;
 };
 
@@ -44,7 +51,7 @@ struct backend {
 	struct address address;
 	__be16 port;
 	__u16 zero;
-	__u32 service; /* the struct service.id it belongs to; a number is never in two */
+	__u32 service; /* the id whose slot leads to it; a number is never in two */
 };
 
 /* The groups of maps that are taken over together from another version of these
@@ -61,7 +68,7 @@ enum schema_group {
  * hold. Between versions, fields of one name are one thing: what changes its
  * meaning changes its name. 0 is never a version. */
 enum schema_version {
-	VERSION_TABLES = 1,
+	VERSION_TABLES = 2,
 	VERSION_SOCKETS = 1,
 	VERSION_FLOWS = 1,
 	VERSION_FRAGMENTS = 1,
@@ -137,10 +144,12 @@ static __always_inline void count(enum reason reason)
 struct decision {
 	enum verdict verdict;
 	enum reason reason;
-	__u32 service;          /* struct service.id; 0 where it is nobody's */
-	__u32 slots;            /* of the Service */
+	__u32 service;          /* the id whose slots were looked at; 0 where it is nobody's */
+	__u32 slots;            /* how many those are */
 	__u32 number;           /* of the backend */
 	enum service_path path; /* as the Service asks */
+	enum service_flags flags;
+	__u32 masquerade; /* a client that comes by the wire gets the node's address */
 	struct backend backend;
 };
 
@@ -154,14 +163,31 @@ struct decision {
  * Service's id nor a backend's number is ever given twice. */
 static __always_inline bool read_service(const struct service_key *key, struct service *copy)
 {
-	struct service *found = bpf_map_lookup_elem(&services, key);
+	volatile __u64 *found = bpf_map_lookup_elem(&services, key);
+	__u64 *to = (__u64 *)copy;
 
 	if (!found)
 		return false;
-	/* id and slots in one load */
-	*(__u64 *)copy = *(volatile __u64 *)found;
-	copy->path = found->path;
+	to[0] = found[0]; /* id and slots in one load, and so on */
+	to[1] = found[1];
+	to[2] = found[2];
 	return true;
+}
+
+static __always_inline bool same_service(const struct service *a, const struct service *b)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+
+	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2];
+}
+
+/* find_service is read_service() also for the node ports, which any of the node's
+ * addresses has; *key becomes the one under which it was found. */
+static __always_inline bool find_service(struct service_key *key, bool own, struct service *copy)
+{
+	if (read_service(key, copy))
+		return true;
+	return any_address(key, own) && read_service(key, copy);
 }
 
 static __always_inline bool read_backend(__u32 number, __u32 service, struct backend *copy)
@@ -174,47 +200,114 @@ static __always_inline bool read_backend(__u32 number, __u32 service, struct bac
 	return copy->service == service && bpf_map_lookup_elem(&backends, &number) == found;
 }
 
-/* decide chooses a backend for a new flow to key, each with the same
- * probability. to->backend is only valid if the verdict is VERDICT_FORWARD. It
- * is the one place where this is decided: a global function, verified by itself,
- * that the programs of both paths and of `explain` call. It returns the verdict. */
-__noinline int decide(const struct service_key *key, struct decision *to)
+/* pick chooses a backend, each with the same probability. */
+static __always_inline bool pick(struct decision *to)
+{
+	struct slot_key slot = {
+		.service = to->service,
+		/* multiply and shift instead of modulo: no division */
+		.slot = ((__u64)bpf_get_prandom_u32() * to->slots) >> 32,
+	};
+	__u32 *number = bpf_map_lookup_elem(&slots, &slot);
+
+	if (!number)
+		return false;
+	to->number = *number;
+	return read_backend(to->number, to->service, &to->backend);
+}
+
+/* stay finds the backend that the client had last, if it is still to have it. */
+static __noinline bool stay(const struct question *asked, struct decision *to)
+{
+	struct affinity_key key = { .service = to->service };
+
+	client_of(asked, &key.client);
+	struct affinity *last = bpf_map_lookup_elem(&affinities, &key);
+
+	if (!last || (__s32)(last->until - seconds()) < 0)
+		return false;
+	to->number = last->number;
+	return read_backend(to->number, to->service, &to->backend);
+}
+
+/* keep notes which backend a client has. */
+static __noinline void keep(const struct question *asked, const struct decision *to, __u32 lasts)
+{
+	struct affinity_key key = { .service = to->service };
+	struct affinity last = { .number = to->number, .until = seconds() + lasts };
+
+	client_of(asked, &key.client);
+	if (bpf_map_update_elem(&affinities, &key, &last, BPF_ANY))
+		count(REASON_AFFINITIES_FULL);
+}
+
+/* let_in says whether a Service that chooses its clients lets this one in. */
+static __noinline bool let_in(const struct question *asked, __u32 service)
+{
+	struct source_range_key key = { .length = 32 + 128, .service = service };
+
+	client_of(asked, &key.client);
+	return bpf_map_lookup_elem(&source_ranges, &key);
+}
+
+/* without says what happens where there is no backend. */
+static __always_inline void without(struct decision *to, bool drops)
+{
+	to->verdict = drops ? VERDICT_DROP : VERDICT_REFUSE;
+	to->reason = drops ? REASON_NO_LOCAL_BACKEND : REASON_NO_BACKEND;
+}
+
+/* consider looks a Service's rules up in to; it says whether a backend is to be
+ * chosen. */
+static __always_inline bool consider(const struct question *asked, const struct service *service, struct decision *to)
+{
+	bool outside = asked->origin == ORIGIN_OUTSIDE;
+	bool apart = outside && service->flags & SERVICE_APART;
+
+	to->service = apart ? service->outside : service->id;
+	to->slots = apart ? service->outside_slots : service->slots;
+	to->path = service->path;
+	to->flags = service->flags;
+	to->masquerade = !outside || service->flags & SERVICE_MASQUERADE;
+	if (service->flags & SERVICE_RANGES && !let_in(asked, service->id)) {
+		to->verdict = VERDICT_DROP;
+		to->reason = REASON_NOT_LET_IN;
+		return false;
+	}
+	if (to->slots == 0) {
+		without(to, service->flags & (apart ? SERVICE_DROPS_OUTSIDE : SERVICE_DROPS));
+		return false;
+	}
+	return true;
+}
+
+/* decide chooses a backend for a new flow. to->backend is only valid if the
+ * verdict is VERDICT_FORWARD. It is the one place where this is decided: a global
+ * function, verified by itself, that the programs of both paths and of `explain`
+ * call. It returns the verdict. */
+__noinline int decide(const struct question *asked, struct decision *to)
 {
 	struct service service = {}, again = {};
 	struct service_key own;
 
-	if (!key || !to) /* for the verifier, who sees no caller */
+	if (!asked || !to) /* for the verifier, who sees no caller */
 		return VERDICT_NOT_A_SERVICE;
-	own = *key; /* before Linux 6.2 a key must lie on one's own stack */
+	own = asked->key; /* before Linux 6.2 a key must lie on one's own stack */
 	to->verdict = VERDICT_REFUSE;
 	to->reason = REASON_UNSETTLED;
-#pragma unroll
 	for (int round = 0; round < DECIDE_ROUNDS; round++) {
-		if (!read_service(&own, &service)) {
+		if (!find_service(&own, asked->origin == ORIGIN_NODE, &service)) {
 			to->verdict = VERDICT_NOT_A_SERVICE;
 			break;
 		}
-		to->service = service.id;
-		to->slots = service.slots;
-		to->path = service.path;
-		if (service.slots == 0) {
-			to->reason = REASON_NO_BACKEND;
+		if (!consider(asked, &service, to))
 			break;
-		}
-		struct slot_key slot = {
-			.service = service.id,
-			/* multiply and shift instead of modulo: no division */
-			.slot = ((__u64)bpf_get_prandom_u32() * service.slots) >> 32,
-		};
-		__u32 *number = bpf_map_lookup_elem(&slots, &slot);
-
-		if (!number)
+		if (!(service.affinity && stay(asked, to)) && !pick(to))
 			continue;
-		to->number = *number;
-		if (!read_backend(to->number, service.id, &to->backend))
+		if (!read_service(&own, &again) || !same_service(&service, &again))
 			continue;
-		if (!read_service(&own, &again) || again.id != service.id)
-			continue;
+		if (service.affinity)
+			keep(asked, to, service.affinity);
 		to->verdict = VERDICT_FORWARD;
 		to->reason = REASON_FORWARDED;
 		break;

@@ -13,11 +13,14 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// tables are the three maps of service.h and what is known to be in them.
+// tables are the maps of service.h, those of client.h that belong to Services, and
+// what is known to be in them.
 type tables struct {
 	services bpfmap.Table[datapathServiceKey, datapathService]
 	slots    bpfmap.Table[datapathSlotKey, uint32]
 	backends bpfmap.Table[uint32, datapathBackend]
+	ranges   bpfmap.Table[datapathSourceRangeKey, uint8]
+	ports    bpfmap.Table[uint32, datapathPortRange]
 
 	entries    map[Frontend]*entry
 	lastID     uint32
@@ -28,15 +31,33 @@ type tables struct {
 	slotCount int
 }
 
-// entry is a frontend as it stands in the maps. Slots with an invalid address
-// are holes: they are missing, or lead nowhere.
+// entry is a frontend as it stands in the maps.
 type entry struct {
-	id    uint32
-	path  Path
-	slots []slot
+	// inside leads all clients, or where outside has an id those inside the cluster.
+	inside, outside slotGroup
+	rules
+	// ranges are the clients that are let in, sorted, if flags say that they are
+	// chosen.
+	ranges []netip.Prefix
 	// torn: a writer died in the middle; the Service is written anew.
 	torn bool
 }
+
+// rules are what a Service asks beside its backends.
+type rules struct {
+	path     Path
+	flags    datapathServiceFlags
+	affinity uint32
+}
+
+// slotGroup is an id and the slots that belong to it. Slots with an invalid address
+// are holes: they are missing, or lead nowhere.
+type slotGroup struct {
+	id    uint32
+	slots []slot
+}
+
+func (e *entry) slotCount() int { return len(e.inside.slots) + len(e.outside.slots) }
 
 type slot struct {
 	number  uint32
@@ -55,7 +76,7 @@ func (t *tables) need(changes layer.Changes) (services, backends int) {
 	for _, change := range changes {
 		if change.Op != layer.Remove {
 			services++
-			backends += len(change.Subject.(*Row).Backends)
+			backends += change.Subject.(*Row).backendCount()
 		}
 	}
 	return services, backends
@@ -68,6 +89,12 @@ func (t *tables) need(changes layer.Changes) (services, backends int) {
 // each change.
 func (t *tables) apply(changes layer.Changes) []error {
 	w := &writing{failed: make([]error, len(changes))}
+	if err := t.widen(changes); err != nil {
+		for i := range changes {
+			w.failed[i] = err
+		}
+		return w.failed
+	}
 	after := make([]*entry, len(changes))
 	for i, change := range changes {
 		row := change.Subject.(*Row)
@@ -76,8 +103,7 @@ func (t *tables) apply(changes layer.Changes) []error {
 			w.remove(i, row.Frontend, before)
 			continue
 		}
-		after[i] = t.arrange(before, row.Backends)
-		after[i].path = row.Path
+		after[i] = t.arrange(before, row)
 		w.write(i, row.Frontend, before, after[i])
 	}
 	w.run(t)
@@ -97,7 +123,7 @@ const readAllFrom = 256
 // confirm reads the changed Services back and notes those that are not as they
 // were written.
 func (t *tables) confirm(changes layer.Changes, after []*entry, failed []error) {
-	there := &tables{services: t.services, slots: t.slots, backends: t.backends}
+	there := &tables{services: t.services, slots: t.slots, backends: t.backends, ranges: t.ranges}
 	look := t.readOne
 	if len(changes) >= readAllFrom {
 		_, _, err := there.read()
@@ -108,6 +134,9 @@ func (t *tables) confirm(changes layer.Changes, after []*entry, failed []error) 
 			continue
 		}
 		found, err := look(change.Subject.(*Row).Frontend)
+		if err == nil {
+			err = t.checkRanges(after[i])
+		}
 		if err == nil && !found.equal(after[i]) {
 			err = errors.New("the map holds something other than was written")
 		}
@@ -123,54 +152,96 @@ func (t *tables) readOne(frontend Frontend) (*entry, error) {
 	if !ok || err != nil {
 		return nil, err
 	}
-	left := orphans{map[datapathSlotKey]uint32{}, map[uint32]datapathBackend{}}
-	for i := range service.Slots {
-		at := datapathSlotKey{Service: service.Id, Slot: i}
+	left := orphans{slots: map[datapathSlotKey]uint32{}, backends: map[uint32]datapathBackend{}}
+	if err := t.readSlots(left, service.Id, service.Slots); err != nil {
+		return nil, err
+	}
+	if err := t.readSlots(left, service.Outside, service.OutsideSlots); err != nil {
+		return nil, err
+	}
+	return left.take(service), nil
+}
+
+// readSlots reads the slots of an id, and the backends that they lead to.
+func (t *tables) readSlots(to orphans, id, count uint32) error {
+	for i := range count {
+		at := datapathSlotKey{Service: id, Slot: i}
 		number, ok, err := t.slots.Get(at)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if ok {
-			left.slots[at] = number
+			to.slots[at] = number
 		}
 		backend, ok, err := t.backends.Get(number)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if ok {
-			left.backends[number] = backend
+			to.backends[number] = backend
 		}
 	}
-	return left.take(service), nil
+	return nil
 }
 
 func (e *entry) equal(other *entry) bool {
 	if e == nil || other == nil {
 		return e == other
 	}
-	return e.id == other.id && e.path == other.path && !e.torn && slices.Equal(e.slots, other.slots)
+	return e.rules == other.rules && !e.torn && e.inside.equal(other.inside) && e.outside.equal(other.outside)
+}
+
+func (g slotGroup) equal(other slotGroup) bool {
+	return g.id == other.id && slices.Equal(g.slots, other.slots)
+}
+
+// checkRanges says which range of a Service was not written.
+func (t *tables) checkRanges(e *entry) error {
+	if e == nil {
+		return nil
+	}
+	for _, p := range e.ranges {
+		if _, there, err := t.ranges.Get(rangeOf(e.inside.id, p)); err != nil || !there {
+			return errors.Join(fmt.Errorf("source range %s is not there", p), err)
+		}
+	}
+	return nil
 }
 
 func (t *tables) settle(frontend Frontend, now *entry) {
 	if old := t.entries[frontend]; old != nil {
-		t.slotCount -= len(old.slots)
+		t.slotCount -= old.slotCount()
 	}
 	if now == nil {
 		delete(t.entries, frontend)
 		return
 	}
-	t.slotCount += len(now.slots)
+	t.slotCount += now.slotCount()
 	t.entries[frontend] = now
 }
 
-// arrange gives each wanted backend a slot, moving as few as possible: those
-// that stay keep their slot if it still exists, the rest fill the holes.
-func (t *tables) arrange(before *entry, wanted []netip.AddrPort) *entry {
+// arrange gives a row's backends slots.
+func (t *tables) arrange(before *entry, row *Row) *entry {
 	if before == nil {
-		before = &entry{id: t.nextID()}
+		before = &entry{inside: slotGroup{id: t.nextID()}}
 	}
+	now := &entry{rules: rulesOf(row), ranges: row.SourceRanges, inside: t.arrangeSlots(before.inside, row.Backends)}
+	if row.Outside == nil {
+		return now
+	}
+	outside := before.outside
+	if outside.id == 0 {
+		outside.id = t.nextID()
+	}
+	now.outside = t.arrangeSlots(outside, row.Outside.Backends)
+	return now
+}
+
+// arrangeSlots gives each wanted backend a slot, moving as few as possible: those
+// that stay keep their slot if it still exists, the rest fill the holes.
+func (t *tables) arrangeSlots(before slotGroup, wanted []netip.AddrPort) slotGroup {
 	stays := make(map[netip.AddrPort]uint32, len(before.slots))
-	now := &entry{id: before.id, slots: make([]slot, len(wanted))}
+	now := slotGroup{id: before.id, slots: make([]slot, len(wanted))}
 	var homeless []slot
 	for i, s := range before.slots {
 		if _, found := slices.BinarySearchFunc(wanted, s.address, netip.AddrPort.Compare); !found {
@@ -199,6 +270,71 @@ func (t *tables) arrange(before *entry, wanted []netip.AddrPort) *entry {
 	return now
 }
 
+// rulesOf are a row's.
+func rulesOf(row *Row) rules {
+	r := rules{path: row.Path, affinity: row.Affinity}
+	set := func(flag datapathServiceFlags, is bool) {
+		if is {
+			r.flags |= flag
+		}
+	}
+	set(datapathServiceFlagsSERVICE_APART, row.Outside != nil)
+	set(datapathServiceFlagsSERVICE_DROPS, row.Drops)
+	set(datapathServiceFlagsSERVICE_DROPS_OUTSIDE, row.Outside != nil && row.Outside.Drops)
+	set(datapathServiceFlagsSERVICE_MASQUERADE, row.Masquerade)
+	set(datapathServiceFlagsSERVICE_RANGES, row.SourceRanges != nil)
+	return r
+}
+
+// row is the entry as a row without names.
+func (e *entry) row(frontend Frontend) *Row {
+	has := func(flag datapathServiceFlags) bool { return e.flags&flag != 0 }
+	row := &Row{
+		Frontend: frontend, Path: e.path, Backends: e.inside.addresses(), Affinity: e.affinity, torn: e.torn,
+		Drops: has(datapathServiceFlagsSERVICE_DROPS), Masquerade: has(datapathServiceFlagsSERVICE_MASQUERADE),
+	}
+	if has(datapathServiceFlagsSERVICE_APART) {
+		row.Outside = &Outside{Backends: e.outside.addresses(), Drops: has(datapathServiceFlagsSERVICE_DROPS_OUTSIDE)}
+	}
+	if has(datapathServiceFlagsSERVICE_RANGES) {
+		row.SourceRanges = slices.Clone(e.ranges)
+		if row.SourceRanges == nil {
+			row.SourceRanges = []netip.Prefix{}
+		}
+	}
+	return row
+}
+
+// widen makes the range of node ports hold those that come. It is made narrower
+// when the tables are read.
+func (t *tables) widen(changes layer.Changes) error {
+	now, _, err := t.ports.Get(0)
+	if err != nil {
+		return fmt.Errorf("read the range of node ports: %w", err)
+	}
+	if now.Highest == 0 { // as it was made
+		now.Lowest, now.Highest = 1, 0
+	}
+	wide := now
+	for _, change := range changes {
+		at := change.Subject.(*Row).Address
+		if change.Op == layer.Remove || !at.Addr().IsUnspecified() {
+			continue
+		}
+		if wide.Lowest > wide.Highest {
+			wide.Lowest, wide.Highest = at.Port(), at.Port()
+		}
+		wide.Lowest, wide.Highest = min(wide.Lowest, at.Port()), max(wide.Highest, at.Port())
+	}
+	if wide == now {
+		return nil
+	}
+	if err := t.ports.Put([]uint32{0}, []datapathPortRange{wide})[0]; err != nil {
+		return fmt.Errorf("write the range of node ports: %w", err)
+	}
+	return nil
+}
+
 // nextNumber gives a number that no backend has. It is one that no backend ever
 // had, until four thousand million have been given.
 func (t *tables) nextNumber() uint32 {
@@ -224,7 +360,7 @@ func (t *tables) nextID() uint32 {
 		}
 		taken := t.lastID == 0
 		for _, e := range t.entries {
-			taken = taken || e.id == t.lastID
+			taken = taken || e.inside.id == t.lastID || e.outside.id == t.lastID
 		}
 		if !taken {
 			return t.lastID
@@ -241,6 +377,7 @@ func (t *tables) adopt() (*Picture, error) {
 	}
 	failed := append(t.slots.Delete(slices.Collect(maps.Keys(left.slots))),
 		t.backends.Delete(slices.Collect(maps.Keys(left.backends)))...)
+	failed = append(failed, t.ranges.Delete(left.rangeKeys())...)
 	if err := errors.Join(failed...); err != nil {
 		return nil, fmt.Errorf("clear away what a killed writer left: %w", err)
 	}
@@ -251,6 +388,18 @@ func (t *tables) adopt() (*Picture, error) {
 type orphans struct {
 	slots    map[datapathSlotKey]uint32
 	backends map[uint32]datapathBackend
+	// ranges are those of each id.
+	ranges map[uint32][]netip.Prefix
+}
+
+func (o orphans) rangeKeys() []datapathSourceRangeKey {
+	var keys []datapathSourceRangeKey
+	for id, ranges := range o.ranges {
+		for _, p := range ranges {
+			keys = append(keys, rangeOf(id, p))
+		}
+	}
+	return keys
 }
 
 // read learns what is in the maps and changes nothing in them.
@@ -267,45 +416,72 @@ func (t *tables) read() (*Picture, orphans, error) {
 	if err != nil {
 		return nil, orphans{}, err
 	}
+	ranges, err := t.ranges.All()
+	if err != nil {
+		return nil, orphans{}, err
+	}
 	for number := range backends {
 		t.lastNumber = max(t.lastNumber, number)
 	}
 	t.entries, t.slotCount = make(map[Frontend]*entry, len(services)), 0
 	rows := make(map[Frontend]*Row, len(services))
-	left := orphans{slots, backends}
+	left := orphans{slots, backends, rangesByID(ranges)}
 	for key, service := range services {
-		t.lastID = max(t.lastID, service.Id)
+		t.lastID = max(t.lastID, service.Id, service.Outside)
 		now := left.take(service)
 		frontend := frontendOf(key)
 		t.settle(frontend, now)
-		rows[frontend] = &Row{Frontend: frontend, Path: now.path, Backends: now.addresses(), torn: now.torn}
+		rows[frontend] = now.row(frontend)
 	}
 	return inForce(rows), left, nil
 }
 
-// take moves a Service's slots and backends from what is left to its entry. A
-// slot that leads nowhere, or where another slot leads already, stays a hole, and
-// the Service is torn: the next diff mends it.
+func rangesByID(keys map[datapathSourceRangeKey]uint8) map[uint32][]netip.Prefix {
+	ranges := map[uint32][]netip.Prefix{}
+	for key := range keys {
+		ranges[key.Service] = append(ranges[key.Service], prefixOf(key.Client.Word, key.Length-32))
+	}
+	for _, list := range ranges {
+		slices.SortFunc(list, netip.Prefix.Compare)
+	}
+	return ranges
+}
+
+// take moves what is a Service's from what is left to its entry.
 func (o orphans) take(service datapathService) *entry {
-	now := &entry{id: service.Id, path: pathOf(service.Path), slots: make([]slot, service.Slots)}
+	now := &entry{
+		rules:  rules{pathOf(service.Path), datapathServiceFlags(service.Flags), service.Affinity},
+		ranges: o.ranges[service.Id],
+	}
+	delete(o.ranges, service.Id)
+	now.inside = o.takeSlots(now, service.Id, service.Slots)
+	now.outside = o.takeSlots(now, service.Outside, service.OutsideSlots)
+	return now
+}
+
+// takeSlots moves slots and their backends to an entry. A slot that leads nowhere,
+// or where another slot leads already, stays a hole, and the Service is torn: the
+// next diff mends it.
+func (o orphans) takeSlots(of *entry, id, count uint32) slotGroup {
+	now := slotGroup{id: id, slots: make([]slot, count)}
 	for i := range now.slots {
-		at := datapathSlotKey{Service: service.Id, Slot: uint32(i)}
+		at := datapathSlotKey{Service: id, Slot: uint32(i)}
 		number, ok := o.slots[at]
 		delete(o.slots, at)
-		if backend, there := o.backends[number]; ok && there && backend.Service == service.Id {
+		if backend, there := o.backends[number]; ok && there && backend.Service == id {
 			now.slots[i] = slot{number, addressOf(backend)}
 			delete(o.backends, number)
 		} else {
-			now.torn = true
+			of.torn = true
 		}
 	}
 	return now
 }
 
-// addresses are the entry's backends in order.
-func (e *entry) addresses() []netip.AddrPort {
+// addresses are the group's backends in order.
+func (g slotGroup) addresses() []netip.AddrPort {
 	var addresses []netip.AddrPort
-	for _, s := range e.slots {
+	for _, s := range g.slots {
 		if s.address.IsValid() {
 			addresses = append(addresses, s.address)
 		}
@@ -317,6 +493,8 @@ func (e *entry) addresses() []netip.AddrPort {
 // writing collects the map operations of many changes by stage.
 type writing struct {
 	failed      []error
+	ranges      puts[datapathSourceRangeKey, uint8]
+	delRanges   puts[datapathSourceRangeKey, struct{}]
 	backends    puts[uint32, datapathBackend]
 	slots       puts[datapathSlotKey, uint32]
 	services    puts[datapathServiceKey, datapathService]
@@ -349,10 +527,34 @@ func (p *puts[K, V]) without(failed []error) {
 }
 
 func (w *writing) write(change int, frontend Frontend, before, now *entry) {
-	var old []slot
-	if before != nil {
-		old = before.slots
+	if before == nil {
+		before = &entry{torn: true}
 	}
+	w.writeSlots(change, before.inside, now.inside)
+	w.writeSlots(change, before.outside, now.outside)
+	if before.torn || before.rules != now.rules || before.outside.id != now.outside.id ||
+		len(before.inside.slots) != len(now.inside.slots) || len(before.outside.slots) != len(now.outside.slots) {
+		w.services.add(change, keyOf(frontend), now.service())
+	}
+	for _, p := range now.ranges {
+		if before.torn || !slices.Contains(before.ranges, p) {
+			w.ranges.add(change, rangeOf(now.inside.id, p), 1)
+		}
+	}
+	w.dropRanges(change, before, now.ranges)
+}
+
+// service is the entry as it stands in the map services.
+func (e *entry) service() datapathService {
+	return datapathService{
+		Id: e.inside.id, Slots: uint32(len(e.inside.slots)),
+		Outside: e.outside.id, OutsideSlots: uint32(len(e.outside.slots)),
+		Path: uint8(e.path.number()), Flags: uint8(e.flags), Affinity: e.affinity,
+	}
+}
+
+func (w *writing) writeSlots(change int, before, now slotGroup) {
+	old := before.slots
 	had := make(map[uint32]bool, len(old))
 	for _, s := range old {
 		had[s.number] = true
@@ -366,10 +568,7 @@ func (w *writing) write(change int, frontend Frontend, before, now *entry) {
 			w.slots.add(change, datapathSlotKey{Service: now.id, Slot: uint32(i)}, s.number)
 		}
 	}
-	if before == nil || before.torn || before.path != now.path || len(old) != len(now.slots) {
-		w.services.add(change, keyOf(frontend), datapathService{Id: now.id, Slots: uint32(len(now.slots)), Path: uint8(now.path.number())})
-	}
-	w.drop(change, now.id, old, len(now.slots), had)
+	w.drop(change, before, len(now.slots), had)
 }
 
 func (w *writing) remove(change int, frontend Frontend, before *entry) {
@@ -377,21 +576,33 @@ func (w *writing) remove(change int, frontend Frontend, before *entry) {
 	if before == nil {
 		return
 	}
-	gone := make(map[uint32]bool, len(before.slots))
-	for _, s := range before.slots {
-		gone[s.number] = true
+	for _, g := range []slotGroup{before.inside, before.outside} {
+		gone := make(map[uint32]bool, len(g.slots))
+		for _, s := range g.slots {
+			gone[s.number] = true
+		}
+		w.drop(change, g, 0, gone)
 	}
-	w.drop(change, before.id, before.slots, 0, gone)
+	w.dropRanges(change, before, nil)
 }
 
-// drop removes the slots from keep on, and the backends in gone.
-func (w *writing) drop(change int, id uint32, old []slot, keep int, gone map[uint32]bool) {
-	for i := keep; i < len(old); i++ {
-		w.delSlots.add(change, datapathSlotKey{Service: id, Slot: uint32(i)}, struct{}{})
+// drop removes the slots of a group from keep on, and the backends in gone.
+func (w *writing) drop(change int, before slotGroup, keep int, gone map[uint32]bool) {
+	for i := keep; i < len(before.slots); i++ {
+		w.delSlots.add(change, datapathSlotKey{Service: before.id, Slot: uint32(i)}, struct{}{})
 	}
-	for _, s := range old {
+	for _, s := range before.slots {
 		if s.address.IsValid() && gone[s.number] {
 			w.delBackends.add(change, s.number, struct{}{})
+		}
+	}
+}
+
+// dropRanges removes the ranges that are not to stay.
+func (w *writing) dropRanges(change int, before *entry, stay []netip.Prefix) {
+	for _, p := range before.ranges {
+		if !slices.Contains(stay, p) {
+			w.delRanges.add(change, rangeOf(before.inside.id, p), struct{}{})
 		}
 	}
 }
@@ -399,8 +610,10 @@ func (w *writing) drop(change int, id uint32, old []slot, keep int, gone map[uin
 func (w *writing) run(t *tables) {
 	put(w, &w.backends, "backend", t.backends)
 	put(w, &w.slots, "slot", t.slots)
+	put(w, &w.ranges, "source range", t.ranges)
 	put(w, &w.services, "service", t.services)
 	remove(w, &w.delServices, "service", t.services)
+	remove(w, &w.delRanges, "source range", t.ranges)
 	remove(w, &w.delSlots, "slot", t.slots)
 	remove(w, &w.delBackends, "backend", t.backends)
 }
@@ -441,6 +654,30 @@ func backendOf(address netip.AddrPort, id uint32) datapathBackend {
 	backend.Port = portOf(address.Port())
 	backend.Service = id
 	return backend
+}
+
+// rangeOf is a range of clients that a Service lets in.
+func rangeOf(id uint32, p netip.Prefix) datapathSourceRangeKey {
+	key := datapathSourceRangeKey{Service: id, Length: 32 + lengthOf(p)}
+	key.Client.Word = wordsOf(p.Masked().Addr())
+	return key
+}
+
+// lengthOf is a prefix's length in struct address.
+func lengthOf(p netip.Prefix) uint32 {
+	if p.Addr().Is4() {
+		return uint32(p.Bits()) + 96
+	}
+	return uint32(p.Bits())
+}
+
+// prefixOf is the range of so many bits in struct address.
+func prefixOf(words [4]uint32, length uint32) netip.Prefix {
+	address := addrOf(words)
+	if address.Is4() && length >= 96 {
+		length -= 96
+	}
+	return netip.PrefixFrom(address, int(length))
 }
 
 func addressOf(b datapathBackend) netip.AddrPort {

@@ -95,11 +95,6 @@ enum {
 	KEEP_LEAST = 1,          /* also in a full table */
 };
 
-static __always_inline __u32 seconds(void)
-{
-	return bpf_ktime_get_coarse_ns() / 1000000000;
-}
-
 static __always_inline void reverse(const struct tuple *of, struct tuple *to)
 {
 	to->source = of->destination;
@@ -173,6 +168,21 @@ static __always_inline void count_flow(int by)
 		__sync_fetch_and_add(&usage->flows, by);
 }
 
+/* Beside translations, for clients from outside (masquerade.h). */
+struct masquerade {
+	struct tuple to; /* what the packet becomes */
+	__u64 was;       /* short_of() the key */
+};
+
+/* Its size is set before load. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct tuple);
+	__type(value, struct masquerade);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} masquerades SEC(".maps");
+
 /* What is needed while a packet is translated, and a flow made or cleared away: too
  * much for the stack, which all functions on the way share. Programs at tc are not
  * interrupted by others on their CPU; sweep, which is run from a system call, may
@@ -188,6 +198,16 @@ struct workbench {
 	struct tuple held;   /* vacate(): the key in a place, and that of its reply */
 	struct tuple held_back;
 	struct tuple origin;
+	struct question asked;
+	struct decision decision;
+	__u32 by_wire; /* the packet did not come from a pod of this node */
+	__u32 zero;
+	struct tuple out_key; /* make_masquerade(): client -> endpoint */
+	struct masquerade out;
+	struct tuple in_key; /* endpoint -> node */
+	struct masquerade in;
+	struct tuple ended; /* drop_make_masquerade(): client -> endpoint */
+	struct tuple ended_in;
 };
 
 struct {
@@ -217,6 +237,18 @@ static __always_inline void drop_reply(const struct tuple *back, const struct tu
 		bpf_map_delete_elem(&translations, back);
 }
 
+/* drop_masquerade removes what was made for the packets w->ended, if anything. */
+static __always_inline void drop_masquerade(struct workbench *w)
+{
+	struct masquerade *out = bpf_map_lookup_elem(&masquerades, &w->ended);
+
+	if (!out)
+		return;
+	reverse(&out->to, &w->ended_in);
+	bpf_map_delete_elem(&masquerades, &w->ended);
+	bpf_map_delete_elem(&masquerades, &w->ended_in);
+}
+
 /* What vacate() found. */
 enum { PLACE_TAKEN, PLACE_FREE, PLACE_FREED };
 
@@ -244,6 +276,8 @@ __noinline int vacate(__u32 place, int pressed, __u32 of)
 		return PLACE_TAKEN;
 	if (state == STATE_SPARE)
 		count(REASON_FLOW_CUT);
+	w->ended = client->to;
+	drop_masquerade(w);
 	drop_reply(&w->held_back, &w->held, &w->origin);
 	if (!bpf_map_delete_elem(&translations, &w->held))
 		count_flow(-1);

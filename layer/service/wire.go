@@ -1,0 +1,296 @@
+package service
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// wire is a device by which packets leave the node: the Subject of attaching
+// from_wire and to_wire there.
+type wire struct {
+	link.Device
+	// ip4 and ip6 are the node's addresses there, those that masqueraded packets
+	// come from; invalid where it has none.
+	ip4, ip6 netip.Addr
+}
+
+// Object implements layer.Subject.
+func (w wire) Object() string { return "services at the wire " + w.Name }
+
+// Detail implements layer.Subject.
+func (w wire) Detail() string {
+	var text string
+	for _, a := range []netip.Addr{w.ip4, w.ip6} {
+		if a.IsValid() {
+			text += " " + a.String()
+		}
+	}
+	if text == "" {
+		return ""
+	}
+	return "masquerading as" + text
+}
+
+// wireOf says which addresses a device has for packets that leave by it: the first
+// of each family that others can answer to.
+func wireOf(device link.Device) wire {
+	w := wire{Device: device}
+	for _, a := range device.Addresses {
+		a = a.Unmap()
+		switch {
+		case !a.IsGlobalUnicast():
+		case a.Is4() && !w.ip4.IsValid():
+			w.ip4 = a
+		case a.Is6() && !w.ip6.IsValid():
+			w.ip6 = a
+		}
+	}
+	return w
+}
+
+// notWires are the kinds of devices by which nothing leaves the node.
+var notWires = []string{"dummy", "ifb", "nlmon", "vcan", "vti"}
+
+// isWire says that packets leave the node by a device: neither a pod's nor a part of
+// another device, with an address or a default route of its own. A bridge is one
+// only if the node's own address or default route is there; else it is one of pods.
+func (v veth) isWire(node []netip.Addr) bool {
+	if !v.Ethernet || v.Master != 0 || slices.Contains(notWires, v.Kind) || v.isPods(node) {
+		return false
+	}
+	own := v.DefaultRoute || slices.ContainsFunc(v.Addresses, func(a netip.Addr) bool { return slices.Contains(node, a.Unmap()) })
+	if v.Kind == "bridge" || v.Kind == "veth" {
+		return own
+	}
+	return own || len(v.Addresses) > 0
+}
+
+// nodeAddress is an address of the node that has node ports: the Subject of a
+// change of the map node_addresses.
+type nodeAddress struct{ netip.Addr }
+
+// Object implements layer.Subject.
+func (a nodeAddress) Object() string { return "node ports at " + a.String() }
+
+// Detail implements layer.Subject.
+func (a nodeAddress) Detail() string {
+	if a.IsLoopback() {
+		return "for the node's own processes"
+	}
+	return ""
+}
+
+// podRange is a range of the cluster's pods: the Subject of a change of the map
+// pod_ranges.
+type podRange struct{ netip.Prefix }
+
+// Object implements layer.Subject.
+func (r podRange) Object() string { return "pod range " + r.String() }
+
+// Detail implements layer.Subject.
+func (r podRange) Detail() string { return "" }
+
+// surroundings is what the programs know of node and cluster.
+type surroundings struct {
+	addresses []netip.Addr
+	ranges    []netip.Prefix
+}
+
+// ipvsDevice holds every ClusterIP where kube-proxy runs in its IPVS mode.
+const ipvsDevice = "kube-ipvs0"
+
+// nodePortAddresses are the addresses of a node's devices that have node ports: all
+// that the setting does not exclude. Of loopback it is the one that kube-proxy
+// serves, too.
+func (s Settings) nodePortAddresses(devices []veth) []netip.Addr {
+	var all []netip.Addr
+	for _, device := range devices {
+		if device.Name == ipvsDevice {
+			continue
+		}
+		for _, a := range device.Addresses {
+			if a = a.Unmap(); s.hasNodePorts(a) && !slices.Contains(all, a) {
+				all = append(all, a)
+			}
+		}
+	}
+	return all
+}
+
+func (s Settings) hasNodePorts(a netip.Addr) bool {
+	if a.IsLinkLocalUnicast() || a.IsLoopback() && a != netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
+		return false
+	}
+	return s.NodePortAddresses == nil ||
+		slices.ContainsFunc(s.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// podRanges are the ranges of all pods of the cluster.
+func (s Settings) podRanges(snapshot *model.Snapshot) []netip.Prefix {
+	ranges := s.ClusterCIDRs
+	if ranges == nil {
+		for _, node := range snapshot.Nodes {
+			ranges = append(ranges, node.PodCIDRs...)
+		}
+	}
+	ranges = slices.Clone(ranges)
+	for i := range ranges {
+		ranges[i] = ranges[i].Masked()
+	}
+	slices.SortFunc(ranges, netip.Prefix.Compare)
+	return slices.Compact(ranges)
+}
+
+// hasNodePort says that some Service has one.
+func hasNodePort(snapshot *model.Snapshot) bool {
+	return slices.ContainsFunc(snapshot.Services, func(s *model.Service) bool {
+		return slices.ContainsFunc(s.Ports, func(p model.ServicePort) bool { return p.NodePort != 0 })
+	})
+}
+
+// diffSurroundings says what the programs have to be told, and what comes last.
+func diffSurroundings(have surroundings, want paths, devices []veth, prune bool) (first, last layer.Changes) {
+	var addresses []netip.Addr
+	if want.nodePorts {
+		addresses = want.settings.nodePortAddresses(devices)
+	}
+	add := func(subject layer.Subject) { first = append(first, layer.Change{Op: layer.Add, Subject: subject}) }
+	remove := func(subject layer.Subject) { last = append(last, layer.Change{Op: layer.Remove, Subject: subject}) }
+	diffSets(have.addresses, addresses, func(a netip.Addr) { add(nodeAddress{a}) }, func(a netip.Addr) { remove(nodeAddress{a}) })
+	diffSets(have.ranges, want.ranges, func(p netip.Prefix) { add(podRange{p}) }, func(p netip.Prefix) { remove(podRange{p}) })
+	if !prune {
+		last = nil
+	}
+	return first, last
+}
+
+func diffSets[T comparable](have, want []T, add, remove func(T)) {
+	there := make(map[T]bool, len(have))
+	for _, one := range have {
+		there[one] = true
+	}
+	for _, one := range want {
+		if !there[one] {
+			add(one)
+		}
+		delete(there, one)
+	}
+	for _, one := range have {
+		if there[one] {
+			remove(one)
+		}
+	}
+}
+
+// diffWires says at which devices services have to be put in force.
+func diffWires(have *Picture, want paths, prune bool) (first, last layer.Changes) {
+	for _, v := range have.veths {
+		needed := want.wire && v.isWire(want.node)
+		now := wireOf(v.Device)
+		switch {
+		case needed && v.asWire == nil:
+			first = append(first, layer.Change{Op: layer.Add, Subject: now})
+		case needed && (v.asWire.ip4 != now.ip4 || v.asWire.ip6 != now.ip6):
+			first = append(first, layer.Change{Op: layer.Alter, Subject: now})
+		case !needed && v.asWire != nil && prune && !(v.busy && want.wire):
+			last = append(last, layer.Change{Op: layer.Remove, Subject: now})
+		}
+	}
+	return first, last
+}
+
+// readSurroundings reads what the programs know.
+func (d *datapath) readSurroundings() (surroundings, error) {
+	var s surroundings
+	var words datapathServiceKey
+	var kind datapathNodeAddress
+	entries := d.maps[datapathMapNodeAddresses].Iterate()
+	for entries.Next(&words.Address.Word, &kind) {
+		s.addresses = append(s.addresses, addrOf(words.Address.Word))
+	}
+	if err := entries.Err(); err != nil {
+		return s, fmt.Errorf("read %s: %w", datapathMapNodeAddresses, err)
+	}
+	var key datapathRangeKey
+	var one uint8
+	entries = d.maps[datapathMapPodRanges].Iterate()
+	for entries.Next(&key, &one) {
+		s.ranges = append(s.ranges, prefixOf(key.Address.Word, key.Length))
+	}
+	if err := entries.Err(); err != nil {
+		return s, fmt.Errorf("read %s: %w", datapathMapPodRanges, err)
+	}
+	return s, nil
+}
+
+// tell carries out a change of what the programs know of node and cluster.
+func tell(maps map[string]*ebpf.Map, change layer.Change) error {
+	switch subject := change.Subject.(type) {
+	case nodeAddress:
+		key := wordsOf(subject.Addr)
+		if change.Op == layer.Remove {
+			return gone(maps[datapathMapNodeAddresses].Delete(key))
+		}
+		kind := datapathNodeAddressADDRESS_OF_NODE
+		if subject.IsLoopback() {
+			kind = datapathNodeAddressADDRESS_OF_LOOPBACK
+		}
+		return maps[datapathMapNodeAddresses].Put(key, kind)
+	case podRange:
+		key := datapathRangeKey{Length: lengthOf(subject.Prefix)}
+		key.Address.Word = wordsOf(subject.Masked().Addr())
+		if change.Op == layer.Remove {
+			return gone(maps[datapathMapPodRanges].Delete(key))
+		}
+		return maps[datapathMapPodRanges].Put(key, uint8(1))
+	}
+	return fmt.Errorf("%T is nothing that programs know", change.Subject)
+}
+
+// readWire is what the programs know of a device; nil if it is no wire to them.
+func (d *datapath) readWire(device link.Device) *wire {
+	var value datapathWire
+	if !d.ports[device.Index].wire || d.maps[datapathMapWires].Lookup(uint32(device.Index), &value) != nil {
+		return nil
+	}
+	return &wire{Device: device, ip4: setAddr(value.Ip4.Word), ip6: setAddr(value.Ip6.Word)}
+}
+
+func setAddr(words [4]uint32) netip.Addr {
+	if words == [4]uint32{} {
+		return netip.Addr{}
+	}
+	return addrOf(words)
+}
+
+// attachWire puts services in force at a device, and says by which addresses
+// packets leave there.
+func (d *datapath) attachWire(w wire) error {
+	if !d.ports[w.Index].wire {
+		if err := d.attachPort(w.Index, packetPort{w.Name, true}); err != nil {
+			return err
+		}
+	}
+	var value datapathWire
+	if w.ip4.IsValid() {
+		value.Ip4.Word = wordsOf(w.ip4)
+	}
+	if w.ip6.IsValid() {
+		value.Ip6.Word = wordsOf(w.ip6)
+	}
+	return d.maps[datapathMapWires].Put(uint32(w.Index), value)
+}
+
+func (d *datapath) detachWire(device int) error {
+	if err := gone(d.maps[datapathMapWires].Delete(uint32(device))); err != nil {
+		return err
+	}
+	return d.detachPort(device)
+}
