@@ -39,6 +39,9 @@ type Settings struct {
 	// Flows is how many flows of the packet path are remembered at once; 0 is
 	// DefaultFlows. A flow takes about 350 bytes of kernel memory.
 	Flows int
+	// Drain is how long TCP connections to an endpoint that is gone may go on; 0 is
+	// DefaultDrain.
+	Drain time.Duration
 	// Wire says that packets that come from other machines are served, too: node
 	// ports, external and load balancers' addresses, and ClusterIPs.
 	Wire bool
@@ -78,6 +81,8 @@ type Layer struct {
 	// there should be some.
 	bypassed   bypass
 	whyTracked string
+	// stuck closes sockets whose endpoint is gone; nil until the layer is open.
+	stuck *stuck
 }
 
 // room is what Apply needs of the datapath.
@@ -128,6 +133,7 @@ func (l *Layer) Open() error {
 	}
 	l.datapath, l.room, l.tables = datapath, datapath, &tables{}
 	l.tables.use(datapath.maps)
+	l.stuck = newStuck(l.settings, func() map[string]*ebpf.Map { return datapath.maps })
 	return nil
 }
 
@@ -157,7 +163,8 @@ func (l *Layer) Read() (layer.Picture, error) {
 	return l.Refresh(picture)
 }
 
-// Refresh implements layer.Layer: which devices are there, and which rules.
+// Refresh implements layer.Layer: which devices are there, which rules, and whose
+// sockets are stuck.
 func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	picture := have.(*Picture)
 	veths, err := l.room.findVeths()
@@ -166,6 +173,7 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	}
 	picture.veths = veths
 	picture.tracking = l.room.readTracking()
+	l.stuck.look()
 	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
 		l.swept = now
 		l.part = (l.part + 1) % sweepParts
@@ -186,6 +194,7 @@ const (
 // Watch implements layer.Layer: devices come and go with pods, flows expire,
 // others change their rules.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
+	stuck := l.stuck.wake
 	go func() {
 		for tick := time.NewTicker(sweepEvery); ; {
 			select {
@@ -193,6 +202,8 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 				tick.Stop()
 				return
 			case <-tick.C:
+				changed()
+			case <-stuck:
 				changed()
 			}
 		}
@@ -239,7 +250,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if services, backends := l.tables.need(rows); l.tables.full(services, backends) {
 		failures = appendError(failures, l.room.grow(l.tables, roomFor(services, backends)))
 	}
-	torn := false
+	dropped, torn := drops(inForce, rows), false
 	for i, err := range l.tables.apply(rows) {
 		row := rows[i].Subject.(*Row)
 		switch {
@@ -270,6 +281,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if len(failures) == 0 {
 		picture.agree(want.(*Picture), known)
 	}
+	l.stuck.applied(picture, want.(*Picture), dropped)
 	return picture, done, errors.Join(failures...)
 }
 
@@ -342,6 +354,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	var err error
 	d.Reasons, err = l.datapath.readReasons()
+	l.stuck.describe(&d)
 	return d, err
 }
 
@@ -365,6 +378,8 @@ func (l *Layer) Close() error {
 		return nil
 	}
 	err := l.datapath.endBypass()
+	l.stuck.close()
+	l.stuck = nil
 	l.datapath.close()
 	l.datapath = nil
 	return err

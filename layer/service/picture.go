@@ -140,6 +140,9 @@ func listed[T fmt.Stringer](all []T, none string) string {
 type Picture struct {
 	// plans are in the order of the Services' names; nil in a picture in force.
 	plans []*plan
+	// whole says of a plan that the cluster was seen whole: what is not in it is
+	// gone.
+	whole bool
 	index func() map[Frontend]*Row
 	// paths is what a plan says of the packet path; a picture in force has those
 	// of the plan that was applied last.
