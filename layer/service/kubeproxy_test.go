@@ -18,7 +18,7 @@ import (
 )
 
 // flowStory is a cluster and what kube-proxy's own tests say of packets in it, seen
-// from the node test-node.
+// from the only Node among its objects.
 type flowStory struct {
 	name string
 	// manifests are the objects, one JSON document after the other.
@@ -190,6 +190,7 @@ type manifest struct {
 		Addresses  []netip.Addr
 		NodeName   string
 		Conditions struct{ Ready, Serving, Terminating *bool }
+		Hints      struct{ ForNodes, ForZones []struct{ Name string } }
 	}
 }
 
@@ -269,10 +270,18 @@ func (m *manifest) join(s *model.Service) {
 				to.Backends = append(to.Backends, model.Backend{
 					Address: netip.AddrPortFrom(e.Addresses[0], p.Port), Node: e.NodeName, Ready: ready,
 					Serving: c.Serving == nil && ready || c.Serving != nil && *c.Serving, Terminating: c.Terminating != nil && *c.Terminating,
+					Hints: model.HintsFor(namesOf(e.Hints.ForNodes), namesOf(e.Hints.ForZones)),
 				})
 			}
 		}
 	}
+}
+
+func namesOf(list []struct{ Name string }) (names []string) {
+	for _, e := range list {
+		names = append(names, e.Name)
+	}
+	return names
 }
 
 // becomes says from the plan alone what becomes of a packet on node.
