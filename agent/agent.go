@@ -124,6 +124,9 @@ func Run(ctx context.Context, config Config) error {
 	defer listeners.shutdown()
 	var sources sync.WaitGroup
 	defer sources.Wait()
+	// Also when the loop panics: the process shall end then, and be started again.
+	ctx, end := context.WithCancel(ctx)
+	defer end()
 	sources.Go(func() { a.watch(ctx) })
 	for _, p := range a.parts {
 		sources.Go(func() { a.watchLayer(ctx, p) })

@@ -292,6 +292,27 @@ func TestTwoAgentsDoNotShareARunFolder(t *testing.T) {
 	}
 }
 
+// An agent that cannot go on ends, so that it is started again; it does not stay
+// and do nothing.
+func TestAPanicEndsTheAgent(t *testing.T) {
+	source := &spring{make(chan any)}
+	ended := make(chan any)
+	go func() {
+		defer func() { ended <- recover() }()
+		Run(context.Background(), Config{Node: "n1", Source: source, Layers: []layer.Layer{&pond{}}, // its map is nil
+			RunFolder: filepath.Join(t.TempDir(), "run"), Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Started: time.Now()})
+	}()
+	source.next <- cluster(true, "a")
+	select {
+	case cause := <-ended:
+		if cause == nil {
+			t.Error("it ended without a panic")
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("ten seconds later it is still there")
+	}
+}
+
 func TestSocketIsClosedToOthers(t *testing.T) {
 	r := start(t, &pond{kernel: map[string]bool{}})
 	for path, want := range map[string]os.FileMode{r.folder: 0o700, socketIn(r.folder): 0o600} {
