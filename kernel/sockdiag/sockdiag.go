@@ -37,12 +37,16 @@ type Socket struct {
 	Local, Remote netip.AddrPort
 	// Device is the index of the network device that it is bound to; 0 for none.
 	Device uint32
-	// Cookie is the kernel's number of the socket (SO_COOKIE).
+	// Cookie is the kernel's number of the socket (SO_COOKIE), or AnyCookie.
 	Cookie uint64
 	// Namespace is the inode number of its network namespace, as in
 	// "net:[4026531840]".
 	Namespace uint32
 }
+
+// AnyCookie stands for the socket that has the addresses now; that is never found by
+// walking.
+const AnyCookie = 1<<64 - 1 // INET_DIAG_NOCOOKIE twice
 
 // ErrEnded says that there is no such socket any more.
 var ErrEnded = errors.New("the socket is closed already")

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -32,9 +33,9 @@ import (
 const DefaultDrain = 30 * time.Second
 
 const (
-	// closeAtMost is how many sockets are closed in one go, before the agent sees
-	// to its other work.
-	closeAtMost = 1000
+	// closeAtMost is how many sockets are closed before the agent sees to its other
+	// work: 25 µs each.
+	closeAtMost = 200
 	// restOfLook keeps what looking costs below a twentieth of one processor,
 	// however fast backends come and go.
 	restOfLook = 20
@@ -74,6 +75,8 @@ type stuck struct {
 	alarm   *time.Timer
 	changed time.Time // when a backend last left the tables
 	rested  time.Time // before then nothing is looked at
+	// condemned are sockets that were found and are yet to be closed.
+	condemned []sockdiag.Socket
 
 	// drains are uses of TCP whose endpoint is gone, and since when.
 	drains map[use]time.Time
@@ -135,7 +138,7 @@ func drops(rows map[Frontend]*Row, changes layer.Changes) bool {
 // left the tables, when an endpoint that had left them before is gone now, and once
 // by every process.
 func (s *stuck) applied(have, wanted *Picture, dropped bool) {
-	if s == nil || s.cannot != nil {
+	if s == nil || s.closer == nil {
 		return
 	}
 	first, same := s.wanted == nil, s.wanted == wanted
@@ -176,28 +179,40 @@ func (s *stuck) lookAt(when time.Time) {
 // cluster that was not seen whole.
 func (s *stuck) look() {
 	now := time.Now()
-	if s == nil || s.cannot != nil || s.due.IsZero() || now.Before(s.due) || s.wanted == nil || !s.wanted.whole {
+	if s == nil || s.closer == nil || s.due.IsZero() || now.Before(s.due) || s.wanted == nil || !s.wanted.whole {
 		return
 	}
 	s.due = time.Time{}
-	if s.cannot = s.prepareWalk(); s.cannot != nil {
-		return
+	if len(s.condemned) == 0 {
+		if s.cannot = s.condemn(now); s.cannot != nil {
+			s.lookAt(now.Add(retryClose))
+			return
+		}
+	}
+	part := s.condemned[:min(len(s.condemned), closeAtMost)]
+	s.condemned = s.condemned[len(part):]
+	s.closeAll(part)
+	switch {
+	case len(s.condemned) > 0:
+		s.rested = now
+		s.lookAt(now)
+	case s.left > 0:
+		s.lookAt(now.Add(retryClose))
+	}
+}
+
+// condemn finds the sockets that are to be closed now, and says when to look again.
+func (s *stuck) condemn(now time.Time) error {
+	if err := s.prepareWalk(); err != nil {
+		return err
 	}
 	begun := time.Now()
-	var sockets []sockdiag.Socket
-	if sockets, s.cannot = s.condemned(now); s.cannot != nil {
-		return
+	if err := s.judge(now); err != nil {
+		return err
 	}
-	more := len(sockets) > closeAtMost
-	s.closeAll(sockets[:min(len(sockets), closeAtMost)])
+	s.left, s.leftBecause = 0, nil
 	end := time.Now()
 	s.rested = end.Add(restOfLook * end.Sub(begun))
-	switch {
-	case more:
-		s.lookAt(end)
-	case s.left > 0:
-		s.lookAt(end.Add(retryClose))
-	}
 	if again := s.changed.Add(lookAgain); now.Before(again) {
 		s.lookAt(again)
 	}
@@ -206,13 +221,14 @@ func (s *stuck) look() {
 			s.lookAt(until)
 		}
 	}
+	return nil
 }
 
-// condemned finds the sockets that are to be closed now, and notes who drains and
-// who stays.
-func (s *stuck) condemned(now time.Time) (sockets []sockdiag.Socket, err error) {
+// judge condemns sockets whose endpoint is gone, and notes who drains and who stays.
+func (s *stuck) judge(now time.Time) error {
+	s.condemned = nil
 	drains, stays, isGone := map[use]time.Time{}, map[use]bool{}, map[use]bool{}
-	err = s.walk.each(func(u use, socket sockdiag.Socket) {
+	err := s.walk.each(func(u use, socket sockdiag.Socket) {
 		gone, known := isGone[u]
 		if !known {
 			gone = s.gone(u)
@@ -233,14 +249,13 @@ func (s *stuck) condemned(now time.Time) (sockets []sockdiag.Socket, err error) 
 				return
 			}
 		}
-		sockets = append(sockets, socket)
+		s.condemned = append(s.condemned, socket)
 	})
 	s.drains, s.stays = drains, stays
-	return sockets, err
+	return err
 }
 
 func (s *stuck) closeAll(sockets []sockdiag.Socket) {
-	s.left, s.leftBecause = 0, nil
 	for i, err := range s.closer.Close(sockets) {
 		switch {
 		case err == nil && sockets[i].Protocol == unix.IPPROTO_TCP:
@@ -383,6 +398,10 @@ func newWalk(backends, connected *ebpf.Map) (*walk, error) {
 	return w, err
 }
 
+// walkRead is how much the kernel gives at a time (kernel/bpf/bpf_iter.c). When it
+// goes on, it counts its way to where it was, so asking for less costs a lot.
+const walkRead = 32 << 10
+
 // each calls f with every connected socket whose flow leads to no backend in force.
 func (w *walk) each(f func(use, sockdiag.Socket)) error {
 	run, err := w.iter.Open()
@@ -393,8 +412,9 @@ func (w *walk) each(f func(use, sockdiag.Socket)) error {
 	var told stuckSteered
 	size := binary.Size(told)
 	record := make([]byte, size+w.flowSize)
+	records := bufio.NewReaderSize(run, walkRead)
 	for {
-		if _, err := io.ReadFull(run, record); err == io.EOF {
+		if _, err := io.ReadFull(records, record); err == io.EOF {
 			return nil
 		} else if err != nil {
 			return fmt.Errorf("walk over sockets: %w", err)
@@ -415,13 +435,18 @@ func (w *walk) meaning(told *stuckSteered, flow []byte) (use, sockdiag.Socket) {
 		return netip.AddrPortFrom(netip.AddrFrom16([16]byte(bytes[:16])).Unmap(), network)
 	}
 	endpoint := at("backend", "backend_port")
+	protocol, cookie := uint8(told.Protocol), told.Cookie
+	if told.Protocol == unix.IPPROTO_MPTCP {
+		// What can be closed is the TCP socket that the kernel made for it.
+		protocol, cookie = unix.IPPROTO_TCP, sockdiag.AnyCookie
+	}
 	socket := sockdiag.Socket{
-		Protocol:  uint8(told.Protocol),
+		Protocol:  protocol,
 		Local:     netip.AddrPortFrom(addrOf(told.Local.Word), told.Port),
 		Remote:    endpoint,
 		Device:    told.Device,
-		Cookie:    told.Cookie,
+		Cookie:    cookie,
 		Namespace: told.Netns,
 	}
-	return use{Frontend{at("service", "service_port"), model.Protocol(told.Protocol)}, endpoint}, socket
+	return use{Frontend{at("service", "service_port"), model.Protocol(protocol)}, endpoint}, socket
 }

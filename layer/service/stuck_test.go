@@ -456,7 +456,7 @@ func TestManySocketsAreClosedInParts(t *testing.T) {
 	v := newVillage(t, Settings{})
 	pod, server := v.pod(), v.pod().servesAll("server")
 	v.open(dnsAt(server))
-	const many = closeAtMost + 100
+	const many = 5*closeAtMost + 100
 	v.must(pod.inside(func() error {
 		for range many {
 			conn, err := net.Dial("udp", "10.96.0.10:53")
@@ -506,6 +506,62 @@ func TestMappedSocketsOfAnEndpointThatIsGone(t *testing.T) {
 	}
 	v.become(dnsAt())
 	v.closes(waiting(clients)...)
+}
+
+// The kernel hides the TCP sockets of one of MPTCP. When they are closed, it waits
+// net.mptcp.close_timeout for others, a minute, before the program is told.
+func TestMultipathSocketsOfAnEndpointThatIsGone(t *testing.T) {
+	v := newVillage(t, Settings{Drain: time.Millisecond})
+	pod, server := v.pod(), v.pod().servesAll("server")
+	v.open(dnsAt(server))
+	c := &client{what: "multipath", ended: make(chan error, 1)}
+	dialer := net.Dialer{}
+	dialer.SetMultipathTCP(true)
+	v.must(pod.inside(func() (err error) {
+		_ = netns.SetSysctl("net.mptcp.close_timeout", "1") // not there before Linux 6.7
+		c.conn, err = dialer.Dial("tcp", "10.96.0.1:80")
+		return err
+	}))
+	t.Cleanup(func() { c.conn.Close() })
+	c.talks(v)
+	v.become(dnsAt())
+	for late := time.Now().Add(patience); v.reason(closedTCP) == 0; time.Sleep(time.Millisecond) {
+		v.tick()
+		if time.Now().After(late) {
+			t.Fatal("its TCP socket is not closed")
+		}
+	}
+}
+
+// A NodePort is a Service's address at each of the node's, and its port may be
+// another Service's at one of them.
+func TestAnEndpointIsGoneForWhomeverLedToIt(t *testing.T) {
+	web := serviceOf("web", model.TCP, 80, []string{"10.96.0.1"}, 8080, "10.244.1.1")
+	web.Type, web.Ports[0].NodePort = model.NodePort, 30080
+	web.Ports[0].Backends[0].Ready = false
+	shop := serviceOf("shop", model.TCP, 30080, []string{"10.96.0.2"}, 8080, "10.244.1.2")
+	shop.ExternalIPs = []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	want := New(Settings{Node: "n1"}).Plan(&model.Snapshot{Complete: true, Services: []*model.Service{shop, web}}).(*Picture)
+	s := &stuck{have: inForce(nil), wanted: want}
+	for _, row := range []struct {
+		frontend, endpoint string
+		gone               bool
+	}{
+		{"10.96.0.1:80", "10.244.1.1:8080", false}, // not ready
+		{"10.96.0.1:80", "10.244.1.1:8081", true},
+		{"10.96.0.1:80", "10.244.1.2:8080", true}, // another Service's
+		{"10.96.0.3:80", "10.244.1.1:8080", true}, // a Service that is deleted
+		{"192.0.2.9:30080", "10.244.1.1:8080", false},
+		{"192.0.2.9:30080", "10.244.1.2:8080", true},
+		{"192.0.2.1:30080", "10.244.1.1:8080", false},
+		{"192.0.2.1:30080", "10.244.1.2:8080", false},
+		{"[2001:db8::1]:30080", "10.244.1.1:8080", true},
+	} {
+		u := use{Frontend{netip.MustParseAddrPort(row.frontend), model.TCP}, netip.MustParseAddrPort(row.endpoint)}
+		if s.gone(u) != row.gone {
+			t.Errorf("%s -> %s: gone: %v", row.frontend, row.endpoint, !row.gone)
+		}
+	}
 }
 
 // The agent is woken when sockets are to be looked at, and not otherwise.
