@@ -72,6 +72,7 @@ func (k *standIn) read(ctx context.Context, at *place, from *wishes, log *slog.L
 	if settings.NodeName != "" && !k.set("node") {
 		at.node = settings.NodeName
 	}
+	at.nodePorts, at.clusterCIDRs = settings.NodePortRanges(), settings.PodRanges()
 	ports := k.ports || k.config != "" && !k.set(portsFlag)
 	if !ports && k.config == "" {
 		return nil, nil

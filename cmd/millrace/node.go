@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -21,6 +22,9 @@ type place struct {
 	flows                 int
 	// wire says that packets from other machines are served, too.
 	wire bool
+	// nodePorts and clusterCIDRs are the service layer's settings of these names; nil
+	// where no configuration of a kube-proxy says otherwise.
+	nodePorts, clusterCIDRs []netip.Prefix
 }
 
 func (p *place) flagRun(c *cobra.Command) {
@@ -86,7 +90,7 @@ func (p *place) pinned() []layer.Layer {
 		service.New(service.Settings{
 			Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
 			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
-			Wire: p.wire,
+			Wire: p.wire, NodePortAddresses: p.nodePorts, ClusterCIDRs: p.clusterCIDRs,
 		}),
 	}
 }

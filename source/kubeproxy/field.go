@@ -64,8 +64,10 @@ func (v value) String() string {
 func (f *Field) asks(v value) bool {
 	text := v.String()
 	switch {
-	case text == "", text == "false", text == "0":
+	case text == "", text == "0":
 		return false
+	case f.shape == flag && len(f.usual) == 0:
+		return text == "true"
 	case f.shape == duration:
 		return !slices.ContainsFunc(append(f.usual, "0s"), func(usual string) bool { return sameTime(usual, text) })
 	}

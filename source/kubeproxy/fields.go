@@ -8,7 +8,8 @@ const (
 	noIPVS     = "there is no IPVS table"
 	noClient   = "`--source kube:PATH` and `--api-server` say how to reach the API server"
 	noKlog     = "the log goes to stderr, as text or with `-o json` as JSON; there are no levels"
-	masquerade = "what is masqueraded goes by the pod ranges of the Node objects; this setting has no effect yet"
+	masquerade = "what goes to a ClusterIP is masqueraded if it comes from outside the cluster's pods and nodes; this setting has no effect yet"
+	ranges     = "pods are known by `clusterCIDR`, or where that is empty by the ranges of the Node objects, not by devices"
 )
 
 // Fields are all fields of the API, in its order. One that has others below it
@@ -40,7 +41,7 @@ var Fields = []Field{
 
 	{Path: "iptables.masqueradeBit", Fate: Unneeded, shape: number, Text: noMark, usual: []string{"14"}},
 	{Path: "iptables.masqueradeAll", Fate: Later, shape: flag, set: func(s *Settings, v value) error { s.masqueradeRules = v.text == "true"; return nil }, Text: masquerade},
-	{Path: "iptables.localhostNodePorts", Fate: Unneeded, shape: flag, Text: "route_localnet stays off, packets to 127.0.0.1 do not leave the host; see docs/service.md for NodePorts", usual: []string{"true"}},
+	{Path: "iptables.localhostNodePorts", Fate: Later, shape: flag, Text: "NodePorts are served at 127.0.0.1, without route_localnet; `nodePortAddresses` can leave it out", usual: []string{"true"}},
 	{Path: "iptables.syncPeriod", Fate: Unneeded, shape: duration, Text: noRules, usual: []string{"30s"}},
 	{Path: "iptables.minSyncPeriod", Fate: Unneeded, shape: duration, Text: noRules, usual: []string{"1s"}},
 
@@ -60,12 +61,12 @@ var Fields = []Field{
 
 	{Path: "winkernel", Fate: Unneeded, shape: anything, Text: "Windows only", usual: []string{emptyWindows}},
 
-	{Path: "detectLocalMode", Fate: Later, set: setLocalMode, Text: masquerade, usual: []string{"ClusterCIDR"}},
-	{Path: "detectLocal.bridgeInterface", Fate: Later, set: func(s *Settings, v value) error { s.DetectLocal.Bridge = v.text; return nil }, Text: masquerade},
-	{Path: "detectLocal.interfaceNamePrefix", Fate: Later, set: func(s *Settings, v value) error { s.DetectLocal.DevicePrefix = v.text; return nil }, Text: masquerade},
-	{Path: "clusterCIDR", Fate: Later, set: setClusterCIDR, Text: masquerade},
+	{Path: "detectLocalMode", Fate: Unneeded, set: setLocalMode, Text: ranges, usual: []string{"ClusterCIDR"}},
+	{Path: "detectLocal.bridgeInterface", Fate: Unneeded, set: func(s *Settings, v value) error { s.DetectLocal.Bridge = v.text; return nil }, Text: ranges},
+	{Path: "detectLocal.interfaceNamePrefix", Fate: Unneeded, set: func(s *Settings, v value) error { s.DetectLocal.DevicePrefix = v.text; return nil }, Text: ranges},
+	{Path: "clusterCIDR", Fate: Honoured, set: setClusterCIDR, Text: "the ranges of the cluster's pods, if detectLocalMode is empty or ClusterCIDR; where it is empty, those of the Node objects"},
 
-	{Path: "nodePortAddresses", Fate: Honoured, shape: list, set: setNodePortAddresses, Text: "the node addresses at which healthCheckNodePort is answered: ranges, `primary`, or all of them"},
+	{Path: "nodePortAddresses", Fate: Honoured, shape: list, set: setNodePortAddresses, Text: "the node addresses that serve NodePorts and answer healthCheckNodePort: ranges, `primary`, or all; primary counts for NodePorts only where `bindAddress` says which address that is, yet"},
 	{Path: "oomScoreAdj", Fate: Unneeded, shape: number, Text: "an agent that is killed loses no packet and takes over what is in force when it starts again", usual: []string{"-999"}},
 
 	{Path: "conntrack.maxPerCore", Fate: Unneeded, shape: number, Text: noTracking, usual: []string{"32768"}},

@@ -1,6 +1,7 @@
 package kubeproxy
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -20,7 +21,7 @@ func read(t *testing.T, text string) Settings {
 const head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 
 // What kubeadm puts into the ConfigMap of a new cluster asks for nothing special,
-// and only what names a file or a range is worth a line.
+// and only what names a file is worth a line.
 func TestConfigurationOfKubeadm(t *testing.T) {
 	data, err := os.ReadFile("testdata/kubeadm.yaml")
 	if err != nil {
@@ -31,12 +32,11 @@ func TestConfigurationOfKubeadm(t *testing.T) {
 		t.Errorf("problems: %v", s.Problems)
 	}
 	for _, note := range s.Notes {
-		if !strings.HasPrefix(note, "clientConnection.kubeconfig: /var/lib/kube-proxy/kubeconfig.conf: not needed: ") &&
-			!strings.HasPrefix(note, "clusterCIDR: 10.244.0.0/16,fd00:10:244::/56: ") {
+		if !strings.HasPrefix(note, "clientConnection.kubeconfig: /var/lib/kube-proxy/kubeconfig.conf: not needed: ") {
 			t.Errorf("note: %s", note)
 		}
 	}
-	if len(s.Notes) != 2 {
+	if len(s.Notes) != 1 {
 		t.Errorf("%d notes", len(s.Notes))
 	}
 	want := "10.244.0.0/16 fd00:10:244::/56"
@@ -68,6 +68,22 @@ detectLocal: {bridgeInterface: cni0}
 	}
 	if want := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("fd00::/64")}; !slices.Equal(s.NodePortAddresses, want) || s.NodePortPrimary {
 		t.Errorf("NodePorts at %v, primary %v", s.NodePortAddresses, s.NodePortPrimary)
+	}
+	if got := fmt.Sprint(s.NodePortRanges(), s.PodRanges()); got != "[192.0.2.0/24 fd00::/64] []" {
+		t.Errorf("ranges of NodePorts and of pods: %s", got)
+	}
+	s = read(t, head+"nodePortAddresses: [192.0.2.0/24]\nclusterCIDR: 10.0.0.0/8")
+	if got := fmt.Sprint(s.NodePortRanges(), s.PodRanges()); got != "[192.0.2.0/24 ::/0] [10.0.0.0/8]" {
+		t.Errorf("a family without a range has all addresses: %s", got)
+	}
+	for addresses, want := range map[string]string{"": "[] 1", "bindAddress: 0.0.0.0": "[] 1", "bindAddress: 192.0.2.7": "[192.0.2.7/32] 0"} {
+		s := read(t, head+"nodePortAddresses: [primary]\n"+addresses)
+		if got := fmt.Sprint(s.NodePortRanges(), len(s.Notes)); got != want {
+			t.Errorf("primary, %s: ranges and notes %s, want %s", addresses, got, want)
+		}
+	}
+	if s := read(t, head+"iptables: {localhostNodePorts: false}"); len(s.Notes) != 1 {
+		t.Errorf("localhostNodePorts false, the default is true: %v", s.Notes)
 	}
 	if s := read(t, head+"mode: nftables"); !s.NodePortPrimary {
 		t.Error("mode nftables has NodePorts at the primary addresses where nothing else is said")

@@ -30,7 +30,7 @@ type Settings struct {
 	NodePortAddresses []netip.Prefix
 	// NodePortPrimary says that only the node's primary addresses do.
 	NodePortPrimary bool
-	// ClusterCIDRs are the ranges of the cluster's pods, at most one a family.
+	// ClusterCIDRs are the ranges of the cluster's pods, at most one of each family.
 	ClusterCIDRs []netip.Prefix
 	DetectLocal  DetectLocal
 	// MasqueradeAll says that whatever goes to a ClusterIP is masqueraded.
@@ -65,6 +65,34 @@ func Default() Settings {
 	return s
 }
 
+// NodePortRanges hold the addresses of the node that serve NodePorts; nil is all.
+// The primary addresses are among them as far as the configuration names them.
+func (s Settings) NodePortRanges() []netip.Prefix {
+	if s.NodePortPrimary && s.NodeIP.IsValid() {
+		return []netip.Prefix{netip.PrefixFrom(s.NodeIP, s.NodeIP.BitLen())}
+	}
+	if len(s.NodePortAddresses) == 0 {
+		return nil
+	}
+	ranges := slices.Clone(s.NodePortAddresses)
+	for _, all := range []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)} {
+		ofFamily := func(r netip.Prefix) bool { return r.Addr().Is4() == all.Addr().Is4() }
+		if !slices.ContainsFunc(s.NodePortAddresses, ofFamily) {
+			ranges = append(ranges, all)
+		}
+	}
+	return ranges
+}
+
+// PodRanges are the ranges of the cluster's pods; nil where the configuration does
+// not say that clients are told apart by them.
+func (s Settings) PodRanges() []netip.Prefix {
+	if s.DetectLocal.Mode != "ClusterCIDR" {
+		return nil
+	}
+	return s.ClusterCIDRs
+}
+
 // complete fills in what follows from other fields.
 func (s *Settings) complete() {
 	if s.Mode == "" {
@@ -92,6 +120,9 @@ func (s *Settings) complete() {
 	}
 	if s.NodeIP.IsUnspecified() {
 		s.NodeIP = netip.Addr{}
+	}
+	if s.NodePortPrimary && !s.NodeIP.IsValid() {
+		s.Notes = append(s.Notes, "nodePortAddresses: primary: NodePorts are at all addresses of the node yet, unless bindAddress names the primary one")
 	}
 }
 
