@@ -38,7 +38,7 @@ func (r *Row) text() string {
 	return text
 }
 
-// an endpoint of a story: "10.1.0.1" on a node and in a state.
+// state is the condition of an endpoint in a story.
 type state int
 
 const (
@@ -54,20 +54,35 @@ func endpoint(address, node string, s state, hints model.Hints) model.Backend {
 	}
 }
 
-// Each row is a Service on node n1 in zone z1 and what is planned for it.
+// rowsTest is a Service and what is planned for it on node n1 in zone z1.
+type rowsTest struct {
+	about     string
+	endpoints []model.Backend
+	change    func(*model.Service)
+	want      []string
+}
+
+func (test *rowsTest) run(t *testing.T) {
+	s := serviceOf("web", model.TCP, 80, []string{"10.96.0.1"}, 8080)
+	s.Ports[0].Backends = test.endpoints
+	test.change(s)
+	var got []string
+	for _, row := range rowsOf(s, place{"n1", "z1"}) {
+		got = append(got, row.text())
+	}
+	if a, b := strings.Join(got, "\n"), strings.Join(test.want, "\n"); a != b {
+		t.Errorf("planned is\n%s\nand should be\n%s", a, b)
+	}
+}
+
+// Which entries a Service has, and where they lead.
 func TestRows(t *testing.T) {
 	addr, prefix := netip.MustParseAddr, netip.MustParsePrefix
 	none := model.Hints{}
 	everywhere := []model.Backend{endpoint("10.1.0.1", "n1", isReady, none), endpoint("10.1.0.2", "n2", isReady, none)}
 	elsewhere := everywhere[1:]
 	nodePort := func(s *model.Service) { s.Ports[0].NodePort = 30080 }
-	zones := func(names ...string) model.Hints { return model.HintsFor(nil, names) }
-	for _, test := range []struct {
-		about     string
-		endpoints []model.Backend
-		change    func(*model.Service)
-		want      []string
-	}{
+	for _, test := range []rowsTest{
 		{"a plain Service", everywhere, func(*model.Service) {}, []string{
 			"cluster-ip 10.96.0.1:80/tcp -> 10.1.0.1:8080 10.1.0.2:8080, masqueraded",
 		}},
@@ -132,10 +147,27 @@ func TestRows(t *testing.T) {
 			"cluster-ip [fd00::1]:80/tcp -> refused, masqueraded",
 			"load-balancer [2001:db8::1]:80/tcp -> refused, masqueraded",
 		}},
+		{"an endpoint of no known node is not local", []model.Backend{endpoint("10.1.0.1", "", isReady, none)}, func(s *model.Service) { s.InternalLocal = true }, []string{
+			"cluster-ip 10.96.0.1:80/tcp -> dropped, masqueraded",
+		}},
+		{"headless", everywhere, func(s *model.Service) { s.Headless = true }, nil},
+		{"ExternalName", everywhere, func(s *model.Service) { s.Type = model.ExternalName }, nil},
+		{"SCTP", everywhere, func(s *model.Service) { s.Ports[0].Protocol = model.SCTP }, nil},
+		{"no address yet", everywhere, func(s *model.Service) { nodePort(s); s.ClusterIPs = nil }, nil},
+	} {
+		t.Run(test.about, test.run)
+	}
+}
+
+// Hints choose among the ready endpoints of the whole cluster.
+func TestRowsByHints(t *testing.T) {
+	none := model.Hints{}
+	zones := func(names ...string) model.Hints { return model.HintsFor(nil, names) }
+	for _, test := range []rowsTest{
 		{"hints for zones", []model.Backend{
 			endpoint("10.1.0.1", "n1", isReady, zones("z2")), endpoint("10.1.0.2", "n2", isReady, zones("z1")),
 			endpoint("10.1.0.3", "n2", isUnready, none), endpoint("10.1.0.4", "n2", isDraining, none),
-		}, func(s *model.Service) { nodePort(s); s.ExternalLocal = true }, []string{
+		}, func(s *model.Service) { s.Ports[0].NodePort, s.ExternalLocal = 30080, true }, []string{
 			"cluster-ip 10.96.0.1:80/tcp -> 10.1.0.2:8080, masqueraded",
 			"node-port 0.0.0.0:30080/tcp -> 10.1.0.2:8080; from outside 10.1.0.1:8080",
 		}},
@@ -151,26 +183,8 @@ func TestRows(t *testing.T) {
 			endpoint("10.1.0.1", "n2", isReady, model.HintsFor([]string{"n2"}, []string{"z2"})),
 			endpoint("10.1.0.2", "n3", isReady, model.HintsFor([]string{"n3"}, []string{"z1"})),
 		}, func(*model.Service) {}, []string{"cluster-ip 10.96.0.1:80/tcp -> 10.1.0.2:8080, masqueraded"}},
-		{"an endpoint of no known node is not local", []model.Backend{endpoint("10.1.0.1", "", isReady, none)}, func(s *model.Service) { s.InternalLocal = true }, []string{
-			"cluster-ip 10.96.0.1:80/tcp -> dropped, masqueraded",
-		}},
-		{"headless", everywhere, func(s *model.Service) { s.Headless = true }, nil},
-		{"ExternalName", everywhere, func(s *model.Service) { s.Type = model.ExternalName }, nil},
-		{"SCTP", everywhere, func(s *model.Service) { s.Ports[0].Protocol = model.SCTP }, nil},
-		{"no address yet", everywhere, func(s *model.Service) { nodePort(s); s.ClusterIPs = nil }, nil},
 	} {
-		t.Run(test.about, func(t *testing.T) {
-			s := serviceOf("web", model.TCP, 80, []string{"10.96.0.1"}, 8080)
-			s.Ports[0].Backends = test.endpoints
-			test.change(s)
-			var got []string
-			for _, row := range rowsOf(s, place{"n1", "z1"}) {
-				got = append(got, row.text())
-			}
-			if a, b := strings.Join(got, "\n"), strings.Join(test.want, "\n"); a != b {
-				t.Errorf("planned is\n%s\nand should be\n%s", a, b)
-			}
-		})
+		t.Run(test.about, test.run)
 	}
 }
 
