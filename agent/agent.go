@@ -272,10 +272,10 @@ func (a *Agent) take(s *model.Snapshot) bool {
 		a.mu.Unlock()
 	}
 	clean := a.applyAll()
-	a.proxy.bring()
 	if clean && !s.Seen.IsZero() {
 		a.metrics.programmed(time.Since(s.Seen))
 	}
+	a.proxy.bring()
 	return clean
 }
 

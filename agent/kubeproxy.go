@@ -156,12 +156,15 @@ func (p *standIn) bring() error {
 	if p.config == nil {
 		return nil
 	}
-	has, err := healthcheck.Addresses(p.config.Netns)
-	if err != nil {
-		p.server.Log.Error("list the node's addresses", "error", err)
+	var has []netip.Addr
+	if p.config.NodePorts.Choose() && len(p.checks) > 0 {
+		var err error
+		if has, err = healthcheck.Addresses(p.config.Netns); err != nil {
+			p.server.Log.Error("list the node's addresses", "error", err)
+		}
 	}
 	listeners := p.config.NodePorts.Listeners(p.checks, has, p.primary, p.health.Well)
-	err = p.server.Bring(append(slices.Clone(p.fixed), listeners...))
+	err := p.server.Bring(append(slices.Clone(p.fixed), listeners...))
 	p.again = nil
 	if err != nil {
 		p.again = time.After(portsAgain)

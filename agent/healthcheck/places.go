@@ -18,6 +18,9 @@ type Places struct {
 	Primary bool
 }
 
+// Choose says that it matters which addresses a node has.
+func (p Places) Choose() bool { return p.Primary || len(p.Ranges) > 0 }
+
 // all says whether a family has all addresses.
 func (p Places) all(is6 bool) bool {
 	some := false
