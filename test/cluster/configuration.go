@@ -52,7 +52,6 @@ volumePluginDir: /var/lib/kubelet/volume-plugins
 # The disk is that of the host, and not ours to clear.
 imageGCHighThresholdPercent: 100
 evictionHard: {}
-localStorageCapacityIsolation: false
 `, dnsV4)
 }
 
