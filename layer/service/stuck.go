@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/sockdiag"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
@@ -334,8 +336,9 @@ func (p *Picture) hasEndpoint(row *Row, endpoint netip.AddrPort) bool {
 
 // walk runs stuck.bpf.c.
 type walk struct {
-	backends *ebpf.Map // that it looks into
-	iter     *link.Iter
+	backends  *ebpf.Map // that it looks into
+	connected *ebpf.Map // that it walks over
+	iter      *link.Iter
 	// flow is where what is in a socket's flow, which has flowSize bytes.
 	flow     fields
 	flowSize int
@@ -351,17 +354,29 @@ func (w *walk) close() {
 func (s *stuck) prepareWalk() error {
 	maps := s.maps()
 	backends, connected := maps[datapathMapBackends], maps[datapathMapConnected]
-	if s.walk != nil && s.walk.backends == backends {
+	if s.walk != nil && s.walk.backends == backends && s.walk.connected == connected {
 		return nil
 	}
 	s.walk.close()
 	s.walk = nil
 	made, err := newWalk(backends, connected)
 	if err != nil {
-		return fmt.Errorf("load the program that looks for them: %w", err)
+		return walkError(err)
 	}
 	s.walk = made
 	return nil
+}
+
+// walkError turns a failed load into what the user can do about it.
+func walkError(err error) error {
+	const act = "look for such sockets"
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"}}
+	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, btf.ErrNotFound):
+		return &need.Feature{Act: act, Feature: fmt.Sprintf("description of its own types (%v)", err), Since: "Linux 5.15 with CONFIG_DEBUG_INFO_BTF"}
+	}
+	return fmt.Errorf("%s: load the program: %w", act, err)
 }
 
 func newWalk(backends, connected *ebpf.Map) (*walk, error) {
@@ -373,7 +388,7 @@ func newWalk(backends, connected *ebpf.Map) (*walk, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &walk{backends: backends, flow: layoutWanted(tables.Maps[datapathMapConnected]).value, flowSize: int(connected.ValueSize())}
+	w := &walk{backends: backends, connected: connected, flow: layoutWanted(tables.Maps[datapathMapConnected]).value, flowSize: int(connected.ValueSize())}
 	backend := layoutWanted(tables.Maps[datapathMapBackends]).value
 	for name, value := range map[string]int{
 		"flow_size":       w.flowSize,

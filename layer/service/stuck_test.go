@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -267,6 +268,22 @@ func TestSocketsWhileTheAgentIsAway(t *testing.T) {
 	datagrams, streams = v.callAll(pod.netns)
 	v.become(dnsAt(first))
 	v.reopen(dnsAt(first))
+	v.closes(waiting(append(datagrams, streams...))...)
+}
+
+// An agent that starts over empty tables gives the numbers of backends again that
+// it gave before.
+func TestANumberThatIsGivenAgainHidesNoSocket(t *testing.T) {
+	v := newVillage(t, Settings{Drain: time.Millisecond})
+	pod, first, second := v.pod(), v.pod().servesAll("first"), v.pod().servesAll("second")
+	v.open(dnsAt(first))
+	datagrams, streams := v.callAll(pod.netns)
+	given := v.layer.tables.lastNumber
+	v.become(dnsAt())
+	v.reopen(dnsAt(second))
+	if now := v.layer.tables.lastNumber; now > given {
+		t.Fatalf("the next number is %d, after %d: they are not given again", now, given)
+	}
 	v.closes(waiting(append(datagrams, streams...))...)
 }
 
@@ -562,6 +579,67 @@ func TestAnEndpointIsGoneForWhomeverLedToIt(t *testing.T) {
 			t.Errorf("%s -> %s: gone: %v", row.frontend, row.endpoint, !row.gone)
 		}
 	}
+}
+
+// cilium#48564: a socket that sends without connecting is nobody's, however it is
+// bound. It goes on with the next endpoint.
+func TestASocketThatIsNotConnectedIsNotClosed(t *testing.T) {
+	v := newVillage(t, Settings{})
+	home, first, second := v.pod(), v.pod().servesAll("first"), v.pod().servesAll("second")
+	v.open(dnsAt(first))
+	var free, left net.PacketConn
+	v.must(home.inside(func() (err error) {
+		if free, err = net.ListenPacket("udp4", ":0"); err != nil {
+			return err
+		}
+		left, err = net.ListenPacket("udp4", ":0")
+		return err
+	}))
+	t.Cleanup(func() { free.Close(); left.Close() })
+	v.must(connectAndLeave(left.(*net.UDPConn)))
+	asks := func(socket net.PacketConn) string {
+		socket.SetDeadline(time.Now().Add(patience))
+		_, err := socket.WriteTo([]byte("?"), &net.UDPAddr{IP: net.IPv4(10, 96, 0, 10), Port: 53})
+		v.must(err)
+		answer := make([]byte, 64)
+		n, _, err := socket.ReadFrom(answer)
+		v.must(err)
+		name, _, _ := strings.Cut(string(answer[:n]), " ")
+		return name
+	}
+	for _, server := range []struct {
+		name string
+		at   *pod
+	}{{"first", first}, {"second", second}} {
+		v.become(dnsAt(server.at))
+		v.settles()
+		for _, socket := range []net.PacketConn{free, left} {
+			if name := asks(socket); name != server.name {
+				t.Errorf("%s answers, want %s", name, server.name)
+			}
+		}
+	}
+	if n := v.reason(closedUDP); n > 0 {
+		t.Errorf("%d sockets were closed", n)
+	}
+}
+
+// connectAndLeave connects a socket to the DNS Service, and takes that back.
+func connectAndLeave(socket *net.UDPConn) error {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	control := raw.Control(func(fd uintptr) {
+		if err = unix.Connect(int(fd), &unix.SockaddrInet4{Port: 53, Addr: [4]byte{10, 96, 0, 10}}); err != nil {
+			return
+		}
+		nobody := unix.RawSockaddr{Family: unix.AF_UNSPEC}
+		if _, _, code := unix.Syscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&nobody)), unsafe.Sizeof(nobody)); code != 0 {
+			err = code
+		}
+	})
+	return errors.Join(control, err)
 }
 
 // The agent is woken when sockets are to be looked at, and not otherwise.
