@@ -181,9 +181,9 @@ func wanted(plans []*plan) *Picture {
 		rows := make(map[Frontend]*Row, 2*len(plans))
 		for _, plan := range plans {
 			for _, row := range plan.rows {
-				// Two Services with one address: sources report it; the first by
-				// name is served.
-				if _, taken := rows[row.Frontend]; !taken {
+				// Two Services with one address: the first by name is served, but
+				// nobody takes a ClusterIP away with an external address (CVE-2020-8554).
+				if old, taken := rows[row.Frontend]; !taken || old.Entry != AtClusterIP && row.Entry == AtClusterIP {
 					rows[row.Frontend] = row
 				}
 			}

@@ -329,7 +329,7 @@ func (t *tables) widen(changes layer.Changes) error {
 	if wide == now {
 		return nil
 	}
-	if err := t.ports.Put([]uint32{0}, []datapathPortRange{wide})[0]; err != nil {
+	if err := errors.Join(t.ports.Put([]uint32{0}, []datapathPortRange{wide})...); err != nil {
 		return fmt.Errorf("write the range of node ports: %w", err)
 	}
 	return nil
