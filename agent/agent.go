@@ -109,7 +109,7 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer listeners.close()
-	if err := a.standIn(); err != nil {
+	if err := a.answerAsProxy(); err != nil {
 		return err
 	}
 	defer a.proxy.server.Close()

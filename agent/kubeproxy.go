@@ -67,9 +67,9 @@ type standIn struct {
 	again <-chan time.Time
 }
 
-// standIn prepares to answer on kube-proxy's ports. It listens before anything is
-// changed, so that a port that is taken can end the agent.
-func (a *Agent) standIn() error {
+// answerAsProxy begins to answer on kube-proxy's ports, before anything is changed,
+// so that a port that is taken can end the agent.
+func (a *Agent) answerAsProxy() error {
 	config := a.config.KubeProxy
 	if config == nil {
 		return nil
@@ -99,8 +99,8 @@ func (a *Agent) standIn() error {
 
 func (p *standIn) healthz() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/healthz", p.health.Healthz(func(code int) { p.counts.healthz.WithLabelValues(codeText(code)).Inc() }))
-	mux.Handle("/livez", p.health.Livez(func(code int) { p.counts.livez.WithLabelValues(codeText(code)).Inc() }))
+	mux.Handle("/healthz", p.health.Healthz(countCode(p.counts.healthz)))
+	mux.Handle("/livez", p.health.Livez(countCode(p.counts.livez)))
 	return mux
 }
 
@@ -172,7 +172,7 @@ func (p *standIn) bring() error {
 	return err
 }
 
-// status is nil where there is nothing of a kube-proxy.
+// kubeProxyStatus is nil where there is nothing of a kube-proxy.
 func (a *Agent) kubeProxyStatus() *KubeProxyStatus {
 	config := a.config.KubeProxy
 	if config == nil {

@@ -46,7 +46,10 @@ func newProxyMetrics(registry *prometheus.Registry) *proxyMetrics {
 	return m
 }
 
-func codeText(code int) string { return strconv.Itoa(code) }
+// countCode counts answers by their status.
+func countCode(in *prometheus.CounterVec) func(code int) {
+	return func(code int) { in.WithLabelValues(strconv.Itoa(code)).Inc() }
+}
 
 func (m *proxyMetrics) queued(at time.Time) {
 	for _, family := range families {

@@ -149,6 +149,18 @@ func save(path string, data []byte) error {
 	return nil
 }
 
+// refusedPort says why one of kube-proxy's ports is not answered; "" if all are.
+func refusedPort(s agent.Status) string {
+	if s.KubeProxy != nil {
+		for _, port := range s.KubeProxy.Ports {
+			if port.Error != "" {
+				return port.Error
+			}
+		}
+	}
+	return ""
+}
+
 func printKubeProxy(k *agent.KubeProxyStatus) {
 	from := ""
 	if k.Config != "" {

@@ -134,6 +134,17 @@ func TestAgentInKubeProxysPlace(t *testing.T) {
 		t.Errorf("Services are in the kernel, and healthz says %s", got)
 	}
 	c.kill()
+	var old net.Listener
+	c.must(c.Inside(func() (err error) { old, err = net.Listen("tcp", "127.0.0.1:10250"); return err }))
+	defer old.Close()
+	c.must(c.Apply(strings.ReplaceAll(proxyConfig, "syncPeriod: 30s", ""))) // somebody corrected it
+	c.down.Store(false)
+	c.standsIn()
+	c.until("it is ready beside somebody who has a port", func(s agent.Status) bool { return s.Ready && len(s.Problems) == 0 })
+	if _, stderr, status := millrace(t, "status", "--run", c.run); status != exitFindings || !strings.Contains(stderr, "not answered: listen at 127.0.0.1:10250 for metrics") {
+		t.Errorf("status of a port that is taken: exit %d, %q", status, stderr)
+	}
+	c.kill()
 	if _, _, status := millrace(t, "remove", "--pins", c.pins, "--run", c.run); status != exitOK {
 		t.Errorf("remove: exit status %d", status)
 	}

@@ -34,7 +34,7 @@ func statusCommand(s *settings) *cobra.Command {
 		} else {
 			printStatus(status)
 		}
-		if !status.Ready || len(status.Problems) > 0 || status.Source.Error != "" {
+		if !status.Ready || len(status.Problems) > 0 || status.Source.Error != "" || refusedPort(status) != "" {
 			return &failure{exitFindings, fmt.Errorf("%s", unready(status))}
 		}
 		return nil
@@ -62,6 +62,9 @@ func unready(s agent.Status) string {
 		return "not ready: the cluster has not been seen whole yet"
 	case !s.Ready:
 		return "not ready: a change failed and is tried again: " + lastError(s)
+	}
+	if len(s.Problems) == 0 {
+		return "not answered: " + refusedPort(s)
 	}
 	return fmt.Sprintf("%d objects of the input cannot be used", len(s.Problems))
 }
