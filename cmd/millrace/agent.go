@@ -23,7 +23,7 @@ func agentCommand(s *settings) *cobra.Command {
 		Long: `
 Runs until it is stopped. What it has put into the kernel stays in force
 without it, and the next agent takes it over: stopping, restarting and
-upgrading lose no packet. Needs CAP_BPF and CAP_NET_ADMIN; where pods ask for a
+upgrading lose no packet. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
 path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
 namespaces.`,
 	}, changesHost, func(ctx context.Context, _ []string) error {

@@ -19,7 +19,7 @@ func benchProgramCommand(s *settings) *cobra.Command {
 Runs the programs of the packet path in single shots, each on a packet of its own,
 over tables of their own: of an open connection, of a new one, and of one that
 goes to no Service, beside an empty program and one that makes one look-up. No
-program is attached anywhere. Needs CAP_BPF and CAP_NET_ADMIN.`,
+program is attached anywhere. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.`,
 	}, readsOnly, func(ctx context.Context, _ []string) error {
 		services, err := bench.ManyServices(options.Services)
 		if err != nil {

@@ -33,7 +33,7 @@ DST that of a Service, as in
   millrace explain tcp shop/client-1 shop/web:80
   millrace explain udp 10.244.1.4 10.96.0.10:53 -o json
   millrace explain tcp fd00:244::4 [fd00:96::1]:80 --source dir:shop --node n1
-Needs CAP_BPF and CAP_NET_ADMIN.`,
+Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 3 {
 				return usage("say PROTO SRC[:PORT] DST:PORT, as in `millrace explain tcp 10.244.1.4 10.96.0.10:80`")

@@ -10,6 +10,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -26,14 +27,21 @@ var ErrNoCgroup2 = errors.New("no cgroup2 hierarchy is mounted: mount one with `
 
 // Root is where the cgroup2 hierarchy is mounted, read from
 // /proc/self/mountinfo (proc(5)): /sys/fs/cgroup on most hosts,
-// /sys/fs/cgroup/unified on hybrid ones.
+// /sys/fs/cgroup/unified on hybrid ones. In a container with a cgroup namespace of
+// its own, the host's hierarchy that was mounted into it has a root above the
+// container's, "/../..": of several mounts it is the one that begins farthest up.
 func Root() (string, error) {
 	file, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return "", fmt.Errorf("find cgroup2: %w", err)
 	}
 	defer file.Close()
-	lines := bufio.NewScanner(file)
+	return rootIn(file)
+}
+
+func rootIn(mounts io.Reader) (string, error) {
+	root, highest := "", -1
+	lines := bufio.NewScanner(mounts)
 	for lines.Scan() {
 		// 36 35 0:31 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw
 		before, after, ok := strings.Cut(lines.Text(), " - ")
@@ -41,14 +49,20 @@ func Root() (string, error) {
 			continue
 		}
 		fields := strings.Fields(before)
-		if len(fields) >= 5 && fields[3] == "/" {
-			return fields[4], nil
+		if len(fields) < 5 || strings.Trim(fields[3], "/.") != "" {
+			continue // a part of the hierarchy
+		}
+		if up := strings.Count(fields[3], ".."); up > highest {
+			root, highest = fields[4], up
 		}
 	}
 	if err := lines.Err(); err != nil {
 		return "", fmt.Errorf("find cgroup2: %w", err)
 	}
-	return "", ErrNoCgroup2
+	if root == "" {
+		return "", ErrNoCgroup2
+	}
+	return root, nil
 }
 
 // Create makes the group at path and its parents. An existing one is no error.

@@ -185,7 +185,7 @@ func lockFolder(path string) (*os.File, error) {
 // ready checks what can be checked before anything is changed.
 func ready(settings Settings) error {
 	const act = "attach the service layer"
-	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN"); err != nil {
+	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
 		return err
 	}
 	var found unix.Statfs_t
@@ -351,7 +351,7 @@ func loadError(err error) error {
 	var refused *ebpf.VerifierError
 	switch {
 	case errors.Is(err, unix.EPERM):
-		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN"}}
+		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}}
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
 		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for them (%v)", err),
 			Since: "Linux 5.15 with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"}

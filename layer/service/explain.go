@@ -108,7 +108,7 @@ type Known struct {
 // CAP_BPF and CAP_NET_ADMIN, which loading a program for packets takes; errors are
 // *need.Privilege, *need.Feature or name the object and the cause.
 func OpenExplainer(settings Settings, known Known) (*Explainer, error) {
-	if err := need.Check("explain", "CAP_BPF", "CAP_NET_ADMIN"); err != nil {
+	if err := need.Check("explain", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
 		return nil, err
 	}
 	x := &Explainer{settings: settings, known: known, owners: ownersOf(settings.Node, known.Snapshot)}
