@@ -5,44 +5,48 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// find looks for a path to each network namespace that is wanted, by its inode
-// number: first those that are at hand, then those of processes, then mounts.
-func find[T any](home string, wanted map[uint32]T) map[uint32]string {
-	paths := map[uint32]string{}
-	missing := func() bool { return len(paths) < len(wanted) }
-	try := func(path string, inode uint32) {
-		if _, asked := wanted[inode]; asked && paths[inode] == "" {
-			paths[inode] = path
-		}
+// search looks for paths to network namespaces, by their inode numbers.
+type search struct {
+	wanted map[uint32]bool
+	paths  map[uint32]string
+}
+
+// find looks for a path to each of these namespaces: first among those that are at
+// hand, then among mounts and processes.
+func find(atHand []string, wanted []uint32) map[uint32]string {
+	s := search{map[uint32]bool{}, map[uint32]string{}}
+	for _, inode := range wanted {
+		s.wanted[inode] = true
 	}
-	tryFile := func(path string) {
+	for _, path := range atHand {
 		var found unix.Stat_t
 		if unix.Stat(path, &found) == nil {
-			try(path, uint32(found.Ino))
+			s.try(path, uint32(found.Ino))
 		}
 	}
-	tryFile("/proc/self/ns/net")
-	if home != "" {
-		tryFile(home)
+	if !s.over() {
+		s.mounts()
 	}
-	if missing() {
-		processes, _ := filepath.Glob("/proc/[0-9]*/ns/net") // the pattern is right
-		for _, path := range processes {
-			if name, err := os.Readlink(path); err == nil && missing() {
-				try(path, inodeOf(name))
-			}
-		}
+	if !s.over() {
+		s.processes()
 	}
-	if missing() {
-		eachMount(try)
-	}
-	return paths
+	return s.paths
 }
+
+func (s *search) try(path string, inode uint32) {
+	if s.wanted[inode] && s.paths[inode] == "" {
+		s.paths[inode] = path
+	}
+}
+
+// over says that all are found.
+func (s *search) over() bool { return len(s.paths) == len(s.wanted) }
 
 // inodeOf reads "net:[4026531840]"; 0 for anything else.
 func inodeOf(name string) (inode uint32) {
@@ -50,19 +54,44 @@ func inodeOf(name string) (inode uint32) {
 	return inode
 }
 
-// eachMount calls f with the network namespaces that are mounted somewhere
+// mounts tries the network namespaces that are mounted somewhere
 // (proc_pid_mountinfo(5): the fourth field is the root, the fifth the place).
-func eachMount(f func(path string, inode uint32)) {
+func (s *search) mounts() {
 	file, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return
 	}
 	defer file.Close()
-	lines := bufio.NewScanner(file)
-	for lines.Scan() {
+	for lines := bufio.NewScanner(file); lines.Scan() && !s.over(); {
 		fields := strings.Fields(lines.Text())
 		if len(fields) > 4 && strings.HasPrefix(fields[3], "net:[") {
-			f(fields[4], inodeOf(fields[3]))
+			s.try(fields[4], inodeOf(fields[3]))
+		}
+	}
+}
+
+// processes tries those of processes, and begins with the youngest: the first are
+// the kernel's own, and the node's.
+func (s *search) processes() {
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return
+	}
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return
+	}
+	for _, name := range slices.Backward(names) {
+		if s.over() {
+			return
+		}
+		if name[0] < '1' || name[0] > '9' {
+			continue
+		}
+		path := filepath.Join("/proc", name, "ns/net")
+		if to, err := os.Readlink(path); err == nil {
+			s.try(path, inodeOf(to))
 		}
 	}
 }

@@ -13,15 +13,17 @@
 // below /run/netns. That takes CAP_SYS_ADMIN, and CAP_SYS_PTRACE for processes of
 // others; closing takes CAP_NET_ADMIN.
 //
-// Costs: a namespace about 0.1 ms and a socket 10 µs by netlink; by walking, 1 µs
-// for each socket that the namespace has.
+// Costs, measured on a busy machine with two processors: a namespace 0.3 ms,
+// or 3 ms where it has to be looked for among 200 processes; a socket 13 µs.
 package sockdiag
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -57,6 +59,8 @@ var ErrOutOfReach = errors.New("no process and no mount leads to its network nam
 // Closer closes sockets.
 type Closer struct {
 	home string
+	// paths led to the namespaces of the last sockets.
+	paths map[uint32]string
 	// walker is used where netlink cannot.
 	walker *walker
 }
@@ -89,7 +93,7 @@ func (c *Closer) End() {
 	}
 }
 
-// Close closes sockets. It returns an error or nil for each: ErrEnded,
+// Close closes sockets, 4096 at most. It returns an error or nil for each: ErrEnded,
 // ErrOutOfReach, or why it could not be closed.
 func (c *Closer) Close(sockets []Socket) []error {
 	result := make([]error, len(sockets))
@@ -97,7 +101,8 @@ func (c *Closer) Close(sockets []Socket) []error {
 	for i, s := range sockets {
 		of[s.Namespace] = append(of[s.Namespace], i)
 	}
-	paths := find(c.home, of)
+	paths := find(slices.Concat([]string{"/proc/self/ns/net", c.home}, slices.Collect(maps.Values(c.paths))), slices.Collect(maps.Keys(of)))
+	c.paths = paths
 	for namespace, members := range of {
 		path, found := paths[namespace]
 		if !found {
