@@ -26,7 +26,9 @@ type flowStory struct {
 	// nodePortAddresses are the ranges in which a node's address has to be to have
 	// node ports; nil for any.
 	nodePortAddresses []netip.Prefix
-	rows              []flowRow
+	// nodes are where the endpoints are.
+	nodes map[netip.Addr]string
+	rows  []flowRow
 }
 
 // flowRow is one packet that begins a flow.
@@ -198,6 +200,7 @@ type manifest struct {
 // tests use, as it stands there.
 func (s *flowStory) snapshot() (*model.Snapshot, error) {
 	snapshot := &model.Snapshot{Number: 1, Complete: true}
+	s.nodes = map[netip.Addr]string{}
 	services := map[model.Name]*model.Service{}
 	for decoder := json.NewDecoder(bytes.NewReader(s.manifests)); ; {
 		var m manifest
@@ -221,6 +224,9 @@ func (s *flowStory) snapshot() (*model.Snapshot, error) {
 			services[service.Name] = service
 			snapshot.Services = append(snapshot.Services, service)
 		case "EndpointSlice":
+			for _, e := range m.Endpoints {
+				s.nodes[e.Addresses[0]] = e.NodeName
+			}
 			m.join(services[model.Name{Namespace: m.Metadata.Namespace, Name: m.Metadata.Labels["kubernetes.io/service-name"]}])
 		}
 	}
@@ -288,7 +294,7 @@ func namesOf(list []struct{ Name string }) (names []string) {
 func (s *flowStory) becomes(f *flowRow, rows map[Frontend]*Row, node *model.Node) flowEnd {
 	contains := func(a netip.Addr) func(netip.Prefix) bool { return func(p netip.Prefix) bool { return p.Contains(a) } }
 	row := rows[Frontend{f.to, f.protocol}]
-	hasNodePorts := slices.Contains(node.Addresses, f.to.Addr()) &&
+	hasNodePorts := (slices.Contains(node.Addresses, f.to.Addr()) || f.to.Addr() == netip.MustParseAddr("127.0.0.1")) &&
 		(s.nodePortAddresses == nil || slices.ContainsFunc(s.nodePortAddresses, contains(f.to.Addr())))
 	if row == nil && hasNodePorts {
 		row = rows[Frontend{netip.AddrPortFrom(anyAddress(f.to.Addr().Is4()), f.to.Port()), f.protocol}]
@@ -310,7 +316,8 @@ func (s *flowStory) becomes(f *flowRow, rows map[Frontend]*Row, node *model.Node
 	case len(to) == 0:
 		return flowEnd{verdict: "refused"}
 	}
-	return flowEnd{endpoints: to, masqueraded: row.Masquerade && !inside}
+	elsewhere := func(e netip.AddrPort) bool { return s.nodes[e.Addr()] != node.Name }
+	return flowEnd{endpoints: to, masqueraded: row.Masquerade && !inside && slices.ContainsFunc(to, elsewhere)}
 }
 
 // What kube-proxy's own tests say of packets is what the plan says, but for the
