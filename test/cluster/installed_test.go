@@ -19,6 +19,14 @@ const root = "../.."
 
 func needsInstalled(t *testing.T) {
 	t.Helper()
+	if os.Getenv("MILLRACE_INSTALLED") == "" {
+		t.Skip("alters a cluster that is up: asked for by MILLRACE_INSTALLED=1")
+	}
+	for _, file := range []string{millraceManifest, millraceRemoval} {
+		if _, err := os.Stat(filepath.Join(root, file)); err != nil {
+			t.Fatalf("what would be installed again is not there (make image): %v", err)
+		}
+	}
 	who, err := os.ReadFile(filepath.Join(root, servedBy()))
 	if err != nil || strings.TrimSpace(string(who)) != "millrace" {
 		t.Skip("needs a cluster with millrace: make cluster-up CLUSTER='--proxy millrace'")
@@ -26,6 +34,9 @@ func needsInstalled(t *testing.T) {
 	if err := exec.Command(folder+"/kubectl", "get", "--raw", "/readyz").Run(); err != nil {
 		t.Skip("needs a cluster that is up: make cluster-up CLUSTER='--proxy millrace'")
 	}
+	before := nodes
+	nodes = nodesThere()
+	t.Cleanup(func() { nodes = before })
 }
 
 // kubectlOf the cluster that is up; what it says has to be wanted.
@@ -206,7 +217,7 @@ func TestInstalledAgentsAreReplacedWithoutLoss(t *testing.T) {
 // be installed again.
 func TestInstalledIsRemoved(t *testing.T) {
 	needsInstalled(t)
-	manifest, removal := filepath.Join(root, millraceManifest), filepath.Join(root, "dist/millrace-remove.yaml")
+	manifest, removal := filepath.Join(root, millraceManifest), filepath.Join(root, millraceRemoval)
 	t.Cleanup(func() {
 		kubectlOf(t, "apply", "-f", manifest)
 		kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=1m")

@@ -11,7 +11,6 @@ import (
 // What the cluster is made of. Everything is inside namespaces of its own, so
 // that the addresses need not be free on the host.
 const (
-	nodes  = 3                   // what tests of zones and of several nodes need
 	prefix = "millrace-cluster-" // of namespaces and cgroups
 	folder = "/var/cache/millrace-cluster"
 
@@ -27,12 +26,24 @@ const (
 	adminToken, proxyToken = "admin", "kube-proxy"
 )
 
+// nodes is how many there are. Three in three zones are what most tests of zones and
+// of several nodes need; each digit of an address has room for nine.
+var nodes = 3
+
+const mostNodes = 9
+
+// nodesThere counts the nodes of the cluster that is up.
+func nodesThere() int {
+	paths, _ := filepath.Glob("/run/netns/" + prefix + "node-*") // the pattern is not malformed
+	return len(paths)
+}
+
 // node is one node: 1, 2 ...
 type node int
 
 func (n node) name() string      { return fmt.Sprintf("node-%d", n) }
 func (n node) namespace() string { return prefix + n.name() }
-func (n node) zone() string      { return fmt.Sprintf("zone-%d", n) }
+func (n node) zone() string      { return fmt.Sprintf("zone-%d", (n-1)%3+1) }
 func (n node) v4() string        { return fmt.Sprintf("10.89.0.1%d", n) }
 func (n node) v6() string        { return fmt.Sprintf("fd00:10:89::1%d", n) }
 func (n node) podsV4() string    { return fmt.Sprintf("10.244.%d.0/24", n) }
@@ -44,7 +55,7 @@ func (n node) file(path ...string) string {
 }
 
 func allNodes() (all []node) {
-	for n := node(1); n <= nodes; n++ {
+	for n := node(1); int(n) <= nodes; n++ {
 		all = append(all, n)
 	}
 	return all

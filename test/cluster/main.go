@@ -2,7 +2,7 @@
 // controllers, scheduler, and three nodes with kubelet, containerd and CoreDNS, dual
 // stack, and the Kubernetes project's own end-to-end tests to put to it.
 //
-//	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables]
+//	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables] [--nodes N]
 //	cluster down
 //	cluster conformance [--focus RE] [--skip RE] [--procs N]
 //	cluster record
@@ -69,9 +69,11 @@ func run(ctx context.Context, command string, arguments []string) error {
 	case "up":
 		proxy := flags.String("proxy", "kube-proxy", "who serves Services: kube-proxy, millrace, or none")
 		mode := flags.String("mode", "nftables", "the mode of kube-proxy: nftables or iptables")
+		flags.IntVar(&nodes, "nodes", nodes, "how many nodes, 1 to 9, in three zones")
 		_ = flags.Parse(arguments)
 		return up(ctx, *proxy, *mode)
 	case "down":
+		nodes = mostNodes
 		_ = flags.Parse(arguments)
 		return down(ctx)
 	case "conformance":
@@ -79,6 +81,7 @@ func run(ctx context.Context, command string, arguments []string) error {
 		skip := flags.String("skip", "", "which of them not")
 		processes := flags.Int("procs", 8, "how many tests at once")
 		_ = flags.Parse(arguments)
+		nodes = nodesThere()
 		return conformance(ctx, *focus, *skip, *processes)
 	case "record":
 		_ = flags.Parse(arguments)

@@ -10,6 +10,7 @@ import (
 const (
 	millraceImage    = "dist/millrace-image.tar"
 	millraceManifest = "dist/millrace.yaml"
+	millraceRemoval  = "dist/millrace-remove.yaml"
 )
 
 // takeImage puts millrace's image to those that nodes import.

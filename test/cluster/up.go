@@ -23,6 +23,9 @@ func up(ctx context.Context, proxy, mode string) error {
 	if !slices.Contains([]string{"kube-proxy", "millrace", "none"}, proxy) {
 		return fmt.Errorf("--proxy %s: it is kube-proxy, millrace or none", proxy)
 	}
+	if nodes < 1 || nodes > mostNodes {
+		return fmt.Errorf("--nodes %d: use 1 to %d", nodes, mostNodes)
+	}
 	if err := controllersInVersion1(); err != nil {
 		return err
 	}
