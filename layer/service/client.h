@@ -15,9 +15,9 @@ struct service_key {
 
 /* Where a client is. */
 enum origin {
-	ORIGIN_POD,     /* in the cluster */
+	ORIGIN_POD,     /* a pod of this node */
 	ORIGIN_NODE,    /* a process of this node itself */
-	ORIGIN_OUTSIDE, /* not in the cluster, or on another node */
+	ORIGIN_OUTSIDE, /* on another machine: also a pod of another node, which asks this one from outside */
 };
 
 /* What is asked of decide(). */
@@ -27,28 +27,6 @@ struct question {
 	enum origin origin;
 	__u64 cookie; /* of the client's network namespace, where its address is not known */
 };
-
-struct range_key {
-	__u32 length; /* in bits */
-	struct address address;
-};
-
-/* The ranges from which the cluster's pods have their addresses. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__type(key, struct range_key);
-	__type(value, __u8);
-	__uint(max_entries, 65536); /* Kubernetes plans for 5,000 nodes, of two families */
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-} pod_ranges SEC(".maps");
-
-/* origin_of says where a client is whose packets come by the wire. */
-static __always_inline enum origin origin_of(const struct address *client)
-{
-	struct range_key key = { .length = 128, .address = *client };
-
-	return bpf_map_lookup_elem(&pod_ranges, &key) ? ORIGIN_POD : ORIGIN_OUTSIDE;
-}
 
 /* For whom an address of the node has node ports. */
 enum node_address {

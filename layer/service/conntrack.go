@@ -73,9 +73,11 @@ type untracked struct {
 }
 
 func untrackedOf(settings Settings, snapshot *model.Snapshot) untracked {
-	var all []netip.Prefix
-	for _, node := range snapshot.Nodes {
-		all = append(all, node.PodCIDRs...)
+	all := slices.Clone(settings.ClusterCIDRs)
+	if all == nil {
+		for _, node := range snapshot.Nodes {
+			all = append(all, node.PodCIDRs...)
+		}
 	}
 	return untracked{settings.Conntrack, nft.Merge(all)}
 }

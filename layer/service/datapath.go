@@ -28,7 +28,7 @@ var tableMaps = []string{datapathMapServices, datapathMapSlots, datapathMapBacke
 var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapVacant, datapathMapFlowUsage}
 
 // ruleMaps are what the programs know beside the tables.
-var ruleMaps = []string{datapathMapSourceRanges, datapathMapPodRanges, datapathMapNodeAddresses, datapathMapNodePorts,
+var ruleMaps = []string{datapathMapSourceRanges, datapathMapNodeAddresses, datapathMapNodePorts,
 	datapathMapWires, datapathMapClients, datapathMapAffinities, datapathMapPaths}
 
 const (

@@ -46,7 +46,6 @@ type datapathClientAddresses struct {
 
 type datapathExplanation struct {
 	_      structs.HostLayout
-	ByWire uint32
 	Origin datapathOrigin
 	Packet struct {
 		_                structs.HostLayout
@@ -127,12 +126,6 @@ type datapathPortRange struct {
 	_       structs.HostLayout
 	Lowest  uint16
 	Highest uint16
-}
-
-type datapathRangeKey struct {
-	_       structs.HostLayout
-	Length  uint32
-	Address datapathAddress
 }
 
 type datapathReason uint32
@@ -372,7 +365,6 @@ const (
 	datapathMapNodePorts     = "node_ports"
 	datapathMapPaths         = "paths"
 	datapathMapPlaces        = "places"
-	datapathMapPodRanges     = "pod_ranges"
 	datapathMapReasons       = "reasons"
 	datapathMapSchema        = "schema"
 	datapathMapSent          = "sent"
@@ -484,7 +476,6 @@ type datapathMapSpecs struct {
 	NodePorts     *ebpf.MapSpec `ebpf:"node_ports"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
 	Places        *ebpf.MapSpec `ebpf:"places"`
-	PodRanges     *ebpf.MapSpec `ebpf:"pod_ranges"`
 	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
 	Schema        *ebpf.MapSpec `ebpf:"schema"`
 	Sent          *ebpf.MapSpec `ebpf:"sent"`
@@ -542,7 +533,6 @@ type datapathMaps struct {
 	NodePorts     *ebpf.Map `ebpf:"node_ports"`
 	Paths         *ebpf.Map `ebpf:"paths"`
 	Places        *ebpf.Map `ebpf:"places"`
-	PodRanges     *ebpf.Map `ebpf:"pod_ranges"`
 	Reasons       *ebpf.Map `ebpf:"reasons"`
 	Schema        *ebpf.Map `ebpf:"schema"`
 	Sent          *ebpf.Map `ebpf:"sent"`
@@ -570,7 +560,6 @@ func (m *datapathMaps) Close() error {
 		m.NodePorts,
 		m.Paths,
 		m.Places,
-		m.PodRanges,
 		m.Reasons,
 		m.Schema,
 		m.Sent,

@@ -9,8 +9,7 @@
 #include "service.h"
 
 struct explanation {
-	__u32 by_wire;      /* what is asked: does the packet come by the wire */
-	enum origin origin; /* else this; where it does, the answer */
+	enum origin origin; /* what is asked */
 	struct packet packet;
 	struct decision decision;
 };
@@ -36,8 +35,6 @@ int explain(struct __sk_buff *skb)
 	read_packet(skb, &answer->packet);
 	if (answer->packet.shape != SHAPE_WHOLE && answer->packet.shape != SHAPE_FIRST)
 		return VERDICT_NOT_A_SERVICE;
-	if (answer->by_wire)
-		answer->origin = origin_of(&answer->packet.tuple.source);
 
 	struct question asked = {
 		.key = {

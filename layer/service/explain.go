@@ -143,7 +143,7 @@ func (x *Explainer) live() bool { return x.settings.Pins != "" }
 
 // askedMaps are what an answer depends on; scratchMaps are an Explainer's own.
 var (
-	askedMaps = append([]string{datapathMapSourceRanges, datapathMapPodRanges, datapathMapNodeAddresses, datapathMapNodePorts},
+	askedMaps = append([]string{datapathMapSourceRanges, datapathMapNodeAddresses, datapathMapNodePorts},
 		tableMaps...)
 	scratchMaps = []string{datapathMapAffinities, datapathMapClients, datapathMapReasons}
 )
@@ -344,10 +344,10 @@ func (x *Explainer) decide(q Question, from origin) (*datapathExplanation, []net
 // run runs the program on one frame and takes its answer.
 func (x *Explainer) run(frame []byte, from origin) (*datapathExplanation, error) {
 	asked := &datapathExplanation{Origin: datapathOriginORIGIN_POD}
-	if from.wire {
-		asked.ByWire = 1
-	}
-	if from.host {
+	switch {
+	case from.wire:
+		asked.Origin = datapathOriginORIGIN_OUTSIDE
+	case from.host:
 		asked.Origin = datapathOriginORIGIN_NODE
 	}
 	if err := x.maps[datapathMapExplained].Put(uint32(0), asked); err != nil {

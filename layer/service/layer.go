@@ -48,8 +48,10 @@ type Settings struct {
 	// NodePortAddresses are those of the node's addresses that have node ports; nil
 	// is all.
 	NodePortAddresses []netip.Prefix
-	// ClusterCIDRs are the ranges of the cluster's pods; nil are those of the
-	// Snapshot's nodes.
+	// NodePortPrimary says that only the node's primary addresses have them.
+	NodePortPrimary bool
+	// ClusterCIDRs are the ranges of the cluster's pods, whose connections are left
+	// out of connection tracking; nil are those of the Snapshot's nodes.
 	ClusterCIDRs []netip.Prefix
 	// Node is this node's name: its own addresses and pods are those of the
 	// Snapshot's node and pods of that name.

@@ -293,7 +293,7 @@ static __always_inline void ask(struct workbench *w, const struct packet *p)
 	w->asked.key.port = p->tuple.destination_port;
 	w->asked.key.protocol = p->tuple.protocol;
 	w->asked.client = p->tuple.source;
-	w->asked.origin = w->by_wire ? origin_of(&p->tuple.source) : ORIGIN_POD;
+	w->asked.origin = w->by_wire ? ORIGIN_OUTSIDE : ORIGIN_POD;
 	w->asked.cookie = 0;
 }
 

@@ -130,9 +130,7 @@ type paths struct {
 	// wire says that packets from other machines are served, nodePorts that some
 	// Service has one.
 	wire, nodePorts bool
-	// ranges are those of all pods, where packets from other machines are served.
-	ranges   []netip.Prefix
-	settings Settings
+	settings        Settings
 	// node are the addresses of the node itself.
 	node []netip.Addr
 	// untracked is what it says of connection tracking.
@@ -143,9 +141,6 @@ func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
 	p := paths{
 		packets: settings.path() == PathPacket, untracked: untrackedOf(settings, snapshot),
 		wire: settings.Wire, nodePorts: hasNodePort(snapshot), settings: settings,
-	}
-	if p.wire {
-		p.ranges = settings.podRanges(snapshot)
 	}
 	for _, pod := range snapshot.Pods {
 		path := askedPath(pod.Annotations)
@@ -307,7 +302,7 @@ func (d *datapath) carryOut(change layer.Change) error {
 			return d.detachWire(subject.Index)
 		}
 		return d.attachWire(subject)
-	case nodeAddress, podRange:
+	case nodeAddress:
 		return tell(d.maps, change)
 	case *wish:
 		if change.Op == layer.Remove {
@@ -365,8 +360,6 @@ func (p *Picture) note(change layer.Change) {
 		}
 	case nodeAddress:
 		p.known.addresses = noted(p.known.addresses, subject.Addr, change.Op)
-	case podRange:
-		p.known.ranges = noted(p.known.ranges, subject.Prefix, change.Op)
 	case *wish:
 		p.asks = slices.DeleteFunc(p.asks, func(a *wish) bool { return a == subject || a.isAbout(subject) })
 		if change.Op != layer.Remove {

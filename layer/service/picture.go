@@ -151,7 +151,7 @@ type Picture struct {
 	// in a picture in force.
 	veths []veth
 	asks  []*wish
-	// known is what the programs know of node and cluster, in a picture in force.
+	// known is what the programs know of the node, in a picture in force.
 	known surroundings
 	// tracking is what there is of connection tracking, in a picture in force.
 	tracking tracking

@@ -268,7 +268,7 @@ static __always_inline bool consider(const struct question *asked, const struct 
 	to->slots = apart ? service->outside_slots : service->slots;
 	to->path = service->path;
 	to->flags = service->flags;
-	to->masquerade = !outside || service->flags & SERVICE_MASQUERADE;
+	to->masquerade = service->flags & SERVICE_MASQUERADE;
 	if (service->flags & SERVICE_RANGES && !let_in(asked, service->id)) {
 		to->verdict = VERDICT_DROP;
 		to->reason = REASON_NOT_LET_IN;

@@ -41,6 +41,8 @@ const (
 	// restOfLook keeps what looking costs below a twentieth of one processor,
 	// however fast backends come and go.
 	restOfLook = 20
+	// restLeast spares the agent what else it does when it is woken.
+	restLeast = 50 * time.Millisecond
 	// lookAgain is when sockets are looked at once more after a change: a call of
 	// connect() that chose its backend before it may have ended after it.
 	lookAgain = time.Second
@@ -214,7 +216,7 @@ func (s *stuck) condemn(now time.Time) error {
 	}
 	s.left, s.leftBecause = 0, nil
 	end := time.Now()
-	s.rested = end.Add(restOfLook * end.Sub(begun))
+	s.rested = end.Add(max(restOfLook*end.Sub(begun), restLeast))
 	if again := s.changed.Add(lookAgain); now.Before(again) {
 		s.lookAt(again)
 	}

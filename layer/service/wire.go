@@ -87,20 +87,9 @@ func (a nodeAddress) Detail() string {
 	return ""
 }
 
-// podRange is a range of the cluster's pods: the Subject of a change of the map
-// pod_ranges.
-type podRange struct{ netip.Prefix }
-
-// Object implements layer.Subject.
-func (r podRange) Object() string { return "pod range " + r.String() }
-
-// Detail implements layer.Subject.
-func (r podRange) Detail() string { return "" }
-
-// surroundings is what the programs know of node and cluster.
+// surroundings is what the programs know of the node.
 type surroundings struct {
 	addresses []netip.Addr
-	ranges    []netip.Prefix
 }
 
 // ipvsDevice holds every ClusterIP where kube-proxy runs in its IPVS mode.
@@ -109,14 +98,14 @@ const ipvsDevice = "kube-ipvs0"
 // nodePortAddresses are the addresses of a node's devices that have node ports: all
 // that the setting does not exclude. Of loopback it is the one that kube-proxy
 // serves, too.
-func (s Settings) nodePortAddresses(devices []veth) []netip.Addr {
+func (s Settings) nodePortAddresses(devices []veth, node []netip.Addr) []netip.Addr {
 	var all []netip.Addr
 	for _, device := range devices {
 		if device.Name == ipvsDevice {
 			continue
 		}
 		for _, a := range device.Addresses {
-			if a = a.Unmap(); s.hasNodePorts(a) && !slices.Contains(all, a) {
+			if a = a.Unmap(); s.hasNodePorts(a, node) && !slices.Contains(all, a) {
 				all = append(all, a)
 			}
 		}
@@ -124,28 +113,18 @@ func (s Settings) nodePortAddresses(devices []veth) []netip.Addr {
 	return all
 }
 
-func (s Settings) hasNodePorts(a netip.Addr) bool {
+// hasNodePorts says whether an address of the node has node ports. The node's
+// primary addresses are the first of each family of its Node object.
+func (s Settings) hasNodePorts(a netip.Addr, node []netip.Addr) bool {
 	if a.IsLinkLocalUnicast() || a.IsLoopback() && a != netip.AddrFrom4([4]byte{127, 0, 0, 1}) {
 		return false
 	}
+	if s.NodePortPrimary {
+		first := slices.IndexFunc(node, func(n netip.Addr) bool { return n.Unmap().Is4() == a.Is4() })
+		return first >= 0 && node[first].Unmap() == a
+	}
 	return s.NodePortAddresses == nil ||
 		slices.ContainsFunc(s.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) })
-}
-
-// podRanges are the ranges of all pods of the cluster.
-func (s Settings) podRanges(snapshot *model.Snapshot) []netip.Prefix {
-	ranges := s.ClusterCIDRs
-	if ranges == nil {
-		for _, node := range snapshot.Nodes {
-			ranges = append(ranges, node.PodCIDRs...)
-		}
-	}
-	ranges = slices.Clone(ranges)
-	for i := range ranges {
-		ranges[i] = ranges[i].Masked()
-	}
-	slices.SortFunc(ranges, netip.Prefix.Compare)
-	return slices.Compact(ranges)
 }
 
 // hasNodePort says that some Service has one.
@@ -159,12 +138,11 @@ func hasNodePort(snapshot *model.Snapshot) bool {
 func diffSurroundings(have surroundings, want paths, devices []veth, prune bool) (first, last layer.Changes) {
 	var addresses []netip.Addr
 	if want.nodePorts {
-		addresses = want.settings.nodePortAddresses(devices)
+		addresses = want.settings.nodePortAddresses(devices, want.node)
 	}
 	add := func(subject layer.Subject) { first = append(first, layer.Change{Op: layer.Add, Subject: subject}) }
 	remove := func(subject layer.Subject) { last = append(last, layer.Change{Op: layer.Remove, Subject: subject}) }
 	diffSets(have.addresses, addresses, func(a netip.Addr) { add(nodeAddress{a}) }, func(a netip.Addr) { remove(nodeAddress{a}) })
-	diffSets(have.ranges, want.ranges, func(p netip.Prefix) { add(podRange{p}) }, func(p netip.Prefix) { remove(podRange{p}) })
 	if !prune {
 		last = nil
 	}
@@ -218,40 +196,21 @@ func (d *datapath) readSurroundings() (surroundings, error) {
 	if err := entries.Err(); err != nil {
 		return s, fmt.Errorf("read %s: %w", datapathMapNodeAddresses, err)
 	}
-	var key datapathRangeKey
-	var one uint8
-	entries = d.maps[datapathMapPodRanges].Iterate()
-	for entries.Next(&key, &one) {
-		s.ranges = append(s.ranges, prefixOf(key.Address.Word, key.Length))
-	}
-	if err := entries.Err(); err != nil {
-		return s, fmt.Errorf("read %s: %w", datapathMapPodRanges, err)
-	}
 	return s, nil
 }
 
-// tell carries out a change of what the programs know of node and cluster.
+// tell carries out a change of what the programs know of the node.
 func tell(maps map[string]*ebpf.Map, change layer.Change) error {
-	switch subject := change.Subject.(type) {
-	case nodeAddress:
-		key := wordsOf(subject.Addr)
-		if change.Op == layer.Remove {
-			return gone(maps[datapathMapNodeAddresses].Delete(key))
-		}
-		kind := datapathNodeAddressADDRESS_OF_NODE
-		if subject.IsLoopback() {
-			kind = datapathNodeAddressADDRESS_OF_LOOPBACK
-		}
-		return maps[datapathMapNodeAddresses].Put(key, kind)
-	case podRange:
-		key := datapathRangeKey{Length: lengthOf(subject.Prefix)}
-		key.Address.Word = wordsOf(subject.Masked().Addr())
-		if change.Op == layer.Remove {
-			return gone(maps[datapathMapPodRanges].Delete(key))
-		}
-		return maps[datapathMapPodRanges].Put(key, uint8(1))
+	subject := change.Subject.(nodeAddress)
+	key := wordsOf(subject.Addr)
+	if change.Op == layer.Remove {
+		return gone(maps[datapathMapNodeAddresses].Delete(key))
 	}
-	return fmt.Errorf("%T is nothing that programs know", change.Subject)
+	kind := datapathNodeAddressADDRESS_OF_NODE
+	if subject.IsLoopback() {
+		kind = datapathNodeAddressADDRESS_OF_LOOPBACK
+	}
+	return maps[datapathMapNodeAddresses].Put(key, kind)
 }
 
 // readWire is what the programs know of a device; nil if it is no wire to them.

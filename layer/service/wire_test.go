@@ -383,8 +383,8 @@ func TestWireIsTakenAway(t *testing.T) {
 	}
 	known, err := h.layer.datapath.readSurroundings()
 	h.must(err)
-	if len(known.addresses)+len(known.ranges)+len(h.layer.datapath.ports) != 0 {
-		t.Errorf("left: %v %v, at %v", known.addresses, known.ranges, h.layer.datapath.ports)
+	if len(known.addresses)+len(h.layer.datapath.ports) != 0 {
+		t.Errorf("left: %v, at %v", known.addresses, h.layer.datapath.ports)
 	}
 }
 
