@@ -73,6 +73,7 @@ func (k *standIn) read(ctx context.Context, at *place, from *wishes, log *slog.L
 		at.node = settings.NodeName
 	}
 	at.nodePorts, at.clusterCIDRs = settings.NodePortRanges(), settings.PodRanges()
+	at.primary = settings.NodePortPrimary && !settings.NodeIP.IsValid()
 	ports := k.ports || k.config != "" && !k.set(portsFlag)
 	if !ports && k.config == "" {
 		return nil, nil

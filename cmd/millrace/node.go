@@ -25,6 +25,7 @@ type place struct {
 	// nodePorts and clusterCIDRs are the service layer's settings of these names; nil
 	// where no configuration of a kube-proxy says otherwise.
 	nodePorts, clusterCIDRs []netip.Prefix
+	primary                 bool
 }
 
 func (p *place) flagRun(c *cobra.Command) {
@@ -90,7 +91,7 @@ func (p *place) pinned() []layer.Layer {
 		service.New(service.Settings{
 			Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
 			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
-			Wire: p.wire, NodePortAddresses: p.nodePorts, ClusterCIDRs: p.clusterCIDRs,
+			Wire: p.wire, NodePortAddresses: p.nodePorts, NodePortPrimary: p.primary, ClusterCIDRs: p.clusterCIDRs,
 		}),
 	}
 }

@@ -9,7 +9,7 @@ const (
 	noClient   = "`--source kube:PATH` and `--api-server` say how to reach the API server"
 	noKlog     = "the log goes to stderr, as text or with `-o json` as JSON; there are no levels"
 	masquerade = "what goes to a ClusterIP is masqueraded if it comes from outside the cluster's pods and nodes; this setting has no effect yet"
-	ranges     = "pods are known by `clusterCIDR`, or where that is empty by the ranges of the Node objects, not by devices"
+	ranges     = "pods of this node are known by their devices, and everybody else comes from outside"
 )
 
 // Fields are all fields of the API, in its order. One that has others below it
@@ -66,7 +66,7 @@ var Fields = []Field{
 	{Path: "detectLocal.interfaceNamePrefix", Fate: Unneeded, set: func(s *Settings, v value) error { s.DetectLocal.DevicePrefix = v.text; return nil }, Text: ranges},
 	{Path: "clusterCIDR", Fate: Honoured, set: setClusterCIDR, Text: "the ranges of the cluster's pods, if detectLocalMode is empty or ClusterCIDR; where it is empty, those of the Node objects"},
 
-	{Path: "nodePortAddresses", Fate: Honoured, shape: list, set: setNodePortAddresses, Text: "the node addresses that serve NodePorts and answer healthCheckNodePort: ranges, `primary`, or all; primary counts for NodePorts only where `bindAddress` says which address that is, yet"},
+	{Path: "nodePortAddresses", Fate: Honoured, shape: list, set: setNodePortAddresses, Text: "the node addresses that serve NodePorts and answer healthCheckNodePort: ranges, `primary`, or all; primary is `bindAddress`, else the first address of each family of the Node object"},
 	{Path: "oomScoreAdj", Fate: Unneeded, shape: number, Text: "an agent that is killed loses no packet and takes over what is in force when it starts again", usual: []string{"-999"}},
 
 	{Path: "conntrack.maxPerCore", Fate: Unneeded, shape: number, Text: noTracking, usual: []string{"32768"}},

@@ -76,7 +76,7 @@ detectLocal: {bridgeInterface: cni0}
 	if got := fmt.Sprint(s.NodePortRanges(), s.PodRanges()); got != "[192.0.2.0/24 ::/0] [10.0.0.0/8]" {
 		t.Errorf("a family without a range has all addresses: %s", got)
 	}
-	for addresses, want := range map[string]string{"": "[] 1", "bindAddress: 0.0.0.0": "[] 1", "bindAddress: 192.0.2.7": "[192.0.2.7/32] 0"} {
+	for addresses, want := range map[string]string{"": "[] 0", "bindAddress: 0.0.0.0": "[] 0", "bindAddress: 192.0.2.7": "[192.0.2.7/32] 0"} {
 		s := read(t, head+"nodePortAddresses: [primary]\n"+addresses)
 		if got := fmt.Sprint(s.NodePortRanges(), len(s.Notes)); got != want {
 			t.Errorf("primary, %s: ranges and notes %s, want %s", addresses, got, want)

@@ -121,9 +121,6 @@ func (s *Settings) complete() {
 	if s.NodeIP.IsUnspecified() {
 		s.NodeIP = netip.Addr{}
 	}
-	if s.NodePortPrimary && !s.NodeIP.IsValid() {
-		s.Notes = append(s.Notes, "nodePortAddresses: primary: NodePorts are at all addresses of the node yet, unless bindAddress names the primary one")
-	}
 }
 
 func setNodeName(s *Settings, v value) error {
