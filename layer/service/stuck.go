@@ -78,6 +78,7 @@ type stuck struct {
 	wake    chan struct{}
 	alarm   *time.Timer
 	changed time.Time // when a backend last left the tables
+	looked  time.Time // when sockets were last looked at
 	rested  time.Time // before then nothing is looked at
 	// condemned are sockets that were found and are yet to be closed.
 	condemned []sockdiag.Socket
@@ -139,15 +140,15 @@ func drops(rows map[Frontend]*Row, changes layer.Changes) bool {
 }
 
 // applied notes what is in force now. Sockets have to be looked at when a backend
-// left the tables, when an endpoint that had left them before is gone now, and once
-// by every process.
+// left the tables, when an endpoint that had left them before is gone now, and when
+// the cluster is seen whole for the first time, or again.
 func (s *stuck) applied(have, wanted *Picture, dropped bool) {
 	if s == nil || s.closer == nil {
 		return
 	}
-	first, same := s.wanted == nil, s.wanted == wanted
+	again, same := s.wanted != nil && s.wanted.whole, s.wanted == wanted
 	s.have, s.wanted = have, wanted
-	if !first && !dropped && (same || !s.someAreGone()) {
+	if !wanted.whole || again && !dropped && (same || !s.someAreGone()) {
 		return
 	}
 	s.changed = time.Now()
@@ -156,9 +157,6 @@ func (s *stuck) applied(have, wanted *Picture, dropped bool) {
 
 // someAreGone says whether one of the endpoints that were only not ready is gone.
 func (s *stuck) someAreGone() bool {
-	if !s.wanted.whole {
-		return false
-	}
 	for u := range s.stays {
 		if s.gone(u) {
 			return true
@@ -183,10 +181,14 @@ func (s *stuck) lookAt(when time.Time) {
 // cluster that was not seen whole.
 func (s *stuck) look() {
 	now := time.Now()
-	if s == nil || s.closer == nil || s.due.IsZero() || now.Before(s.due) || s.wanted == nil || !s.wanted.whole {
+	if s == nil || s.closer == nil || s.due.IsZero() || now.Before(s.due) || s.wanted == nil {
 		return
 	}
 	s.due = time.Time{}
+	if !s.wanted.whole {
+		s.condemned = nil
+		return
+	}
 	if len(s.condemned) == 0 {
 		if s.cannot = s.condemn(now); s.cannot != nil {
 			s.lookAt(now.Add(retryClose))
@@ -196,16 +198,29 @@ func (s *stuck) look() {
 	part := s.condemned[:min(len(s.condemned), closeAtMost)]
 	s.condemned = s.condemned[len(part):]
 	s.closeAll(part)
-	switch {
-	case len(s.condemned) > 0:
+	s.plan(now)
+}
+
+// plan says when to look again.
+func (s *stuck) plan(now time.Time) {
+	if len(s.condemned) > 0 {
 		s.rested = now
 		s.lookAt(now)
-	case s.left > 0:
+	}
+	if s.left > 0 {
 		s.lookAt(now.Add(retryClose))
+	}
+	if again := s.changed.Add(lookAgain); s.looked.Before(again) {
+		s.lookAt(again)
+	}
+	for _, since := range s.drains {
+		if until := since.Add(s.drain); s.looked.Before(until) {
+			s.lookAt(until)
+		}
 	}
 }
 
-// condemn finds the sockets that are to be closed now, and says when to look again.
+// condemn finds the sockets that are to be closed now.
 func (s *stuck) condemn(now time.Time) error {
 	if err := s.prepareWalk(); err != nil {
 		return err
@@ -214,17 +229,9 @@ func (s *stuck) condemn(now time.Time) error {
 	if err := s.judge(now); err != nil {
 		return err
 	}
-	s.left, s.leftBecause = 0, nil
+	s.looked, s.left, s.leftBecause = now, 0, nil
 	end := time.Now()
 	s.rested = end.Add(max(restOfLook*end.Sub(begun), restLeast))
-	if again := s.changed.Add(lookAgain); now.Before(again) {
-		s.lookAt(again)
-	}
-	for _, since := range s.drains {
-		if until := since.Add(s.drain); now.Before(until) {
-			s.lookAt(until)
-		}
-	}
 	return nil
 }
 
