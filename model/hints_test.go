@@ -32,3 +32,17 @@ func TestHints(t *testing.T) {
 		t.Error("hints for zones are hints for nodes")
 	}
 }
+
+// Hints are the same after they were written down.
+func TestHintsAsText(t *testing.T) {
+	for _, h := range []Hints{{}, HintsFor([]string{"n1", "n2"}, nil), HintsFor(nil, []string{"a"}), HintsFor([]string{"n"}, []string{"a", "b"})} {
+		text, err := h.MarshalText()
+		var read Hints
+		if err != nil || read.UnmarshalText(text) != nil || read != h {
+			t.Errorf("%q was read as other hints", text)
+		}
+	}
+	if err := new(Hints).UnmarshalText([]byte("zones")); err == nil {
+		t.Error("what are no hints was read")
+	}
+}

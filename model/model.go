@@ -246,6 +246,38 @@ func (h Hints) text() hints {
 	return h.of.Value()
 }
 
+// MarshalText is the text that UnmarshalText reads.
+func (h Hints) MarshalText() ([]byte, error) {
+	if h == (Hints{}) {
+		return nil, nil
+	}
+	return []byte("nodes=" + strings.Trim(h.text().nodes, ",") + ";zones=" + strings.Trim(h.text().zones, ",")), nil
+}
+
+// UnmarshalText reads "nodes=a,b;zones=c".
+func (h *Hints) UnmarshalText(text []byte) error {
+	nodes, zones, ok := strings.Cut(string(text), ";zones=")
+	nodes, named := strings.CutPrefix(nodes, "nodes=")
+	if len(text) == 0 {
+		*h = Hints{}
+		return nil
+	}
+	if !ok || !named {
+		return fmt.Errorf("read hints %q: write nodes=a,b;zones=c", text)
+	}
+	split := func(list string) []string {
+		return strings.FieldsFunc(list, func(r rune) bool { return r == ',' })
+	}
+	*h = HintsFor(split(nodes), split(zones))
+	return nil
+}
+
+// GobEncode is MarshalText.
+func (h Hints) GobEncode() ([]byte, error) { return h.MarshalText() }
+
+// GobDecode is UnmarshalText.
+func (h *Hints) GobDecode(text []byte) error { return h.UnmarshalText(text) }
+
 func among(list, name string) (any, named bool) {
 	return list != "", name != "" && strings.Contains(list, ","+name+",")
 }

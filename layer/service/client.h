@@ -101,24 +101,28 @@ struct {
 #define UNKNOWN_CLIENT 0x000000ffU
 
 /* client_of is the client's address, the same on both paths; or where nobody
- * knows it what stands for its namespace. */
-static __always_inline void client_of(const struct question *asked, struct address *client)
+ * knows it, which it says, what stands for its namespace. */
+static __always_inline bool client_of(const struct question *asked, struct address *client)
 {
 	__u64 cookie = asked->cookie;
 
 	*client = asked->client;
 	if (!cookie)
-		return;
+		return true;
 	struct client_addresses *known = bpf_map_lookup_elem(&clients, &cookie);
 
 	client->word[0] = UNKNOWN_CLIENT;
 	client->word[1] = 0;
 	client->word[2] = cookie >> 32;
 	client->word[3] = cookie;
-	if (known && is_ip4(&asked->key.address) && known->ip4.word[3])
-		*client = known->ip4;
-	if (known && !is_ip4(&asked->key.address) && known->ip6.word[0])
-		*client = known->ip6;
+	if (!known)
+		return false;
+	const struct address *found = is_ip4(&asked->key.address) ? &known->ip4 : &known->ip6;
+
+	if (!found->word[0] && !found->word[3])
+		return false;
+	*client = *found;
+	return true;
 }
 
 /* The clients that a Service lets in (loadBalancerSourceRanges). */

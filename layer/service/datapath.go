@@ -61,6 +61,7 @@ type datapath struct {
 	lock    *os.File
 	// node is the cookie of the node's own network namespace.
 	node        uint64
+	looked      lookedAt
 	noSetRetval bool
 	// rules is nftables in the node's namespace; untrackable is why ours cannot
 	// be there, bypassing says that this process wrote them.
@@ -298,7 +299,8 @@ func sizeMaps(spec *ebpf.CollectionSpec, room capacity, places int) {
 	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
 	// a flow's replies are written before its place is taken
 	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2*places + flowSlack)
-	spec.Maps[datapathMapMasquerades].MaxEntries = uint32(2*places + flowSlack)
+	// two for each flow, and at most half of the flows are masqueraded
+	spec.Maps[datapathMapMasquerades].MaxEntries = uint32(places)
 	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
 	spec.Maps[datapathMapVacant].MaxEntries = uint32(places)
 }
@@ -331,7 +333,13 @@ func (d *datapath) probe() {
 
 // adapt gives the programs their read-only settings.
 func (d *datapath) adapt(spec *ebpf.CollectionSpec, places int) error {
+	first, count, err := d.sourcePorts()
+	if err != nil {
+		return err
+	}
 	settings := map[string]any{
+		"first_port":    first,
+		"port_count":    count,
 		"can_set_error": !d.noSetRetval,
 		"default_path":  uint8(d.settings.Path.number()),
 		"node_cookie":   d.node,
@@ -344,6 +352,9 @@ func (d *datapath) adapt(spec *ebpf.CollectionSpec, places int) error {
 	}
 	return nil
 }
+
+// cookie is that of the node's own network namespace.
+func (d *datapath) cookie() uint64 { return d.node }
 
 // loadError turns a failed load into what the user can do about it.
 func loadError(err error) error {

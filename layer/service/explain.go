@@ -182,7 +182,7 @@ func (x *Explainer) fresh(spec *ebpf.CollectionSpec, planned *Picture) error {
 	if err := errors.Join(x.tables.apply(changes)...); err != nil {
 		return err
 	}
-	x.wire = x.settings.Wire
+	x.wire = planned.paths.wire
 	first, _ := diffSurroundings(surroundings{}, planned.paths, x.devices(), false)
 	for _, change := range first {
 		if err := tell(x.maps, change); err != nil {

@@ -52,6 +52,11 @@ const sweepPlaces = 256
 // full it clears all parts, in one nearly full also flows that can be
 // spared: closed, never answered, or of one question.
 func (d *datapath) sweep(part, parts int) error {
+	if part == 0 {
+		if err := d.sweepAffinities(); err != nil {
+			return err
+		}
+	}
 	program := d.programs[datapathProgSweep]
 	if program == nil || !d.packets {
 		return nil // not in force

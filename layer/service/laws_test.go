@@ -297,6 +297,10 @@ func (f *fakeTables) lost() []lost   { return nil }
 func (f *fakeTables) findVeths() ([]veth, error) { return nil, nil }
 func (f *fakeTables) readAsks() ([]*wish, error) { return nil, nil }
 
+func (f *fakeTables) readClients() ([]knownClient, error) { return nil, nil }
+func (f *fakeTables) findClients([]veth) []knownClient    { return nil }
+func (f *fakeTables) cookie() uint64                      { return 0 }
+
 func (f *fakeTables) readSurroundings() (surroundings, error) { return surroundings{}, nil }
 
 func (f *fakeTables) readTracking() tracking      { return tracking{} }

@@ -101,6 +101,11 @@ type room interface {
 	findVeths() ([]veth, error)
 	readAsks() ([]*wish, error)
 	readSurroundings() (surroundings, error)
+	// readClients and findClients are the namespaces that the programs know, and
+	// those that there are; node is the cookie of the node's own.
+	readClients() ([]knownClient, error)
+	findClients([]veth) []knownClient
+	cookie() uint64
 	// readTracking reads what there is of connection tracking.
 	readTracking() tracking
 	// sweep clears expired flows away, one of so many parts.
@@ -161,6 +166,10 @@ func (l *Layer) Read() (layer.Picture, error) {
 	if picture.known, err = l.room.readSurroundings(); err != nil {
 		return nil, err
 	}
+	if picture.clients, err = l.room.readClients(); err != nil {
+		return nil, err
+	}
+	picture.node = l.room.cookie()
 	picture.lost = l.room.lost()
 	return l.Refresh(picture)
 }
@@ -174,6 +183,9 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	picture.veths = veths
+	if picture.paths.clients {
+		picture.found = l.room.findClients(veths)
+	}
 	picture.tracking = l.room.readTracking()
 	l.stuck.look()
 	if now := time.Now(); now.Sub(l.swept) >= sweepEvery {
@@ -273,6 +285,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		failures = appendError(failures, err)
 		if err == nil {
 			read.lost, read.veths, read.asks, read.known, read.tracking = picture.lost, picture.veths, picture.asks, picture.known, picture.tracking
+			read.clients, read.found, read.node = picture.clients, picture.found, picture.node
 			picture = read
 		}
 	}

@@ -208,7 +208,7 @@ func (e *Explanation) text(from origin, held bool) string {
 	case !held:
 		return fmt.Sprintf("%s is no address of a Service. The packet is left alone.", to)
 	case e.Path == FromWire && e.Verdict == NotAService:
-		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone, for the agent runs with --wire=false.",
+		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone: no Service here is to be reached from outside the cluster, or the agent runs with --wire=false.",
 			to, name, client)
 	case e.Verdict == Drop && e.Reason == reasonNotLetIn:
 		return fmt.Sprintf("%s is an address of %s, whose loadBalancerSourceRanges do not have the client. %s %s", to, name, client, e.dropped())

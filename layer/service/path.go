@@ -130,7 +130,9 @@ type paths struct {
 	// wire says that packets from other machines are served, nodePorts that some
 	// Service has one.
 	wire, nodePorts bool
-	settings        Settings
+	// clients says that some Service asks for its clients' addresses.
+	clients  bool
+	settings Settings
 	// node are the addresses of the node itself.
 	node []netip.Addr
 	// untracked is what it says of connection tracking.
@@ -140,7 +142,7 @@ type paths struct {
 func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
 	p := paths{
 		packets: settings.path() == PathPacket, untracked: untrackedOf(settings, snapshot),
-		wire: settings.Wire, nodePorts: hasNodePort(snapshot), settings: settings,
+		wire: settings.Wire && hasEntrance(snapshot), nodePorts: hasNodePort(snapshot), clients: asksForClients(snapshot), settings: settings,
 	}
 	for _, pod := range snapshot.Pods {
 		path := askedPath(pod.Annotations)
@@ -166,6 +168,7 @@ func diffPaths(have *Picture, want paths, prune bool) (first, last layer.Changes
 	for _, diff := range []func() (first, last layer.Changes){
 		func() (first, last layer.Changes) { return diffSurroundings(have.known, want, have.veths, prune) },
 		func() (first, last layer.Changes) { return diffWires(have, want, prune) },
+		func() (first, last layer.Changes) { return diffClients(have, want, prune) },
 	} {
 		begin, end := diff()
 		first, last = append(first, begin...), append(last, end...)
@@ -304,6 +307,8 @@ func (d *datapath) carryOut(change layer.Change) error {
 		return d.attachWire(subject)
 	case nodeAddress:
 		return tell(d.maps, change)
+	case knownClient:
+		return d.know(change)
 	case *wish:
 		if change.Op == layer.Remove {
 			return gone(d.maps[datapathMapPaths].Delete(subject.cookie))
@@ -357,6 +362,11 @@ func (p *Picture) note(change layer.Change) {
 					p.veths[i].asWire = nil
 				}
 			}
+		}
+	case knownClient:
+		p.clients = slices.DeleteFunc(p.clients, func(c knownClient) bool { return c.cookie == subject.cookie })
+		if change.Op != layer.Remove {
+			p.clients = append(p.clients, subject)
 		}
 	case nodeAddress:
 		p.known.addresses = noted(p.known.addresses, subject.Addr, change.Op)

@@ -153,6 +153,10 @@ type Picture struct {
 	asks  []*wish
 	// known is what the programs know of the node, in a picture in force.
 	known surroundings
+	// clients are the namespaces that the programs know, and found those that there
+	// are; node is the cookie of the node's own. In a picture in force.
+	clients, found []knownClient
+	node           uint64
 	// tracking is what there is of connection tracking, in a picture in force.
 	tracking tracking
 	// lost are the programs and pins that somebody else took away.

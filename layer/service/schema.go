@@ -176,7 +176,7 @@ func (d *datapath) wantsMore(g group, found map[string]*ebpf.Map) bool {
 // hasNothing says that a group has no entry that would have to be carried over.
 func hasNothing(g group, found map[string]*ebpf.Map) bool {
 	if slices.Contains(g.maps, datapathMapMasquerades) {
-		return found[datapathMapMasquerades].MaxEntries() <= 2+flowSlack
+		return found[datapathMapMasquerades].MaxEntries() == 1
 	}
 	return g.number == datapathSchemaGroupSCHEMA_FRAGMENTS ||
 		g.number == datapathSchemaGroupSCHEMA_FLOWS && found[datapathMapPlaces].MaxEntries() == 1

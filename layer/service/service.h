@@ -241,13 +241,16 @@ static __noinline void keep(const struct question *asked, const struct decision 
 		count(REASON_AFFINITIES_FULL);
 }
 
-/* let_in says whether a Service that chooses its clients lets this one in. */
-static __noinline bool let_in(const struct question *asked, __u32 service)
+/* let_in says whether a Service that chooses its clients lets this one in: then it
+ * is VERDICT_FORWARD. A socket whose address nobody knows is left alone: its packets
+ * have one. */
+static __noinline int let_in(const struct question *asked, __u32 service)
 {
 	struct source_range_key key = { .length = 32 + 128, .service = service };
 
-	client_of(asked, &key.client);
-	return bpf_map_lookup_elem(&source_ranges, &key);
+	if (!client_of(asked, &key.client))
+		return VERDICT_NOT_A_SERVICE;
+	return bpf_map_lookup_elem(&source_ranges, &key) ? VERDICT_FORWARD : VERDICT_DROP;
 }
 
 /* without says what happens where there is no backend. */
@@ -269,10 +272,11 @@ static __always_inline bool consider(const struct question *asked, const struct 
 	to->path = service->path;
 	to->flags = service->flags;
 	to->masquerade = service->flags & SERVICE_MASQUERADE;
-	if (service->flags & SERVICE_RANGES && !let_in(asked, service->id)) {
-		to->verdict = VERDICT_DROP;
+	if (service->flags & SERVICE_RANGES) {
+		to->verdict = let_in(asked, service->id);
 		to->reason = REASON_NOT_LET_IN;
-		return false;
+		if (to->verdict != VERDICT_FORWARD)
+			return false;
 	}
 	if (to->slots == 0) {
 		without(to, service->flags & (apart ? SERVICE_DROPS_OUTSIDE : SERVICE_DROPS));
@@ -293,8 +297,6 @@ __noinline int decide(const struct question *asked, struct decision *to)
 	if (!asked || !to) /* for the verifier, who sees no caller */
 		return VERDICT_NOT_A_SERVICE;
 	own = asked->key; /* before Linux 6.2 a key must lie on one's own stack */
-	to->verdict = VERDICT_REFUSE;
-	to->reason = REASON_UNSETTLED;
 	for (int round = 0; round < DECIDE_ROUNDS; round++) {
 		if (!find_service(&own, asked->origin == ORIGIN_NODE, &service)) {
 			to->verdict = VERDICT_NOT_A_SERVICE;
@@ -302,6 +304,8 @@ __noinline int decide(const struct question *asked, struct decision *to)
 		}
 		if (!consider(asked, &service, to))
 			break;
+		to->verdict = VERDICT_REFUSE;
+		to->reason = REASON_UNSETTLED;
 		if (!(service.affinity && stay(asked, to)) && !pick(to))
 			continue;
 		if (!read_service(&own, &again) || !same_service(&service, &again))

@@ -3,6 +3,7 @@ package service
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -125,6 +126,13 @@ func (s Settings) hasNodePorts(a netip.Addr, node []netip.Addr) bool {
 	}
 	return s.NodePortAddresses == nil ||
 		slices.ContainsFunc(s.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// hasEntrance says that some Service is to be reached from outside the cluster.
+func hasEntrance(snapshot *model.Snapshot) bool {
+	return hasNodePort(snapshot) || slices.ContainsFunc(snapshot.Services, func(s *model.Service) bool {
+		return len(s.ExternalIPs)+len(s.LoadBalancerIPs) > 0
+	})
 }
 
 // hasNodePort says that some Service has one.
@@ -252,4 +260,53 @@ func (d *datapath) detachWire(device int) error {
 		return err
 	}
 	return d.detachPort(device)
+}
+
+// What source ports of the node are not given to masqueraded flows.
+const (
+	firstUnprivileged = 1024
+	// firstNodePort and lastNodePort are kube-apiserver's --service-node-port-range.
+	firstNodePort, lastNodePort = 30000, 32767
+)
+
+// sourcePorts are the ports that masqueraded flows get: the largest range without
+// those that the kernel gives to the node's own sockets (ip_local_port_range), and
+// without node ports.
+func (d *datapath) sourcePorts() (first, count uint16, err error) {
+	var text []byte
+	err = d.inNetns(func() error {
+		text, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+		return err
+	})
+	if err != nil {
+		return 0, 0, fmt.Errorf("read which ports sockets are given: %w", err)
+	}
+	var low, high int
+	if _, err := fmt.Sscan(string(text), &low, &high); err != nil {
+		return 0, 0, fmt.Errorf("read ip_local_port_range %q: %w", text, err)
+	}
+	first, count = largestGap(low, high)
+	if count < 1024 {
+		d.degraded = append(d.degraded, fmt.Sprintf("clients from outside have %d source ports towards each endpoint on another node: "+
+			"net.ipv4.ip_local_port_range is %d %d", count, low, high))
+	}
+	return first, count, nil
+}
+
+// largestGap is the largest range of ports outside low to high and the node ports;
+// where there is none it is what lies between the node ports and the end.
+func largestGap(low, high int) (first, count uint16) {
+	taken := [][2]int{{0, firstUnprivileged - 1}, {low, high}, {firstNodePort, lastNodePort}, {1 << 16, 1 << 16}}
+	slices.SortFunc(taken, func(a, b [2]int) int { return a[0] - b[0] })
+	free := 0
+	for _, t := range taken {
+		if t[0]-free > int(count) {
+			first, count = uint16(free), uint16(t[0]-free)
+		}
+		free = max(free, t[1]+1)
+	}
+	if count == 0 {
+		return lastNodePort + 1, 1<<16 - 1 - lastNodePort
+	}
+	return first, count
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -308,7 +309,7 @@ func TestAffinity(t *testing.T) {
 	second := h.pod()
 	second.serveAll("second")
 	h.other.serveAll("far")
-	stays := func(s *model.Service) { s.Affinity = 10_800_000_000_000 }
+	stays := func(s *model.Service) { s.Affinity = 3 * time.Hour }
 	h.open(h.services(stays, h.local, second, h.other))
 	for _, way := range []struct{ network, address string }{
 		{"tcp", nodeToClient + ":30080"}, {"udp", nodeToClient + ":30053"}, {"tcp", "[" + nodeToClient6 + "]:30080"},
@@ -392,4 +393,63 @@ func TestWireIsTakenAway(t *testing.T) {
 func clearFlows(d *datapath) error {
 	zero := uint32(0)
 	return d.maps[datapathMapFlowUsage].Put(zero, datapathUsage{})
+}
+
+// The ports that masqueraded flows get are nobody else's.
+func TestSourcePortsAreNobodyElses(t *testing.T) {
+	for _, row := range []struct {
+		low, high    int
+		first, count uint16
+	}{
+		{32768, 60999, 1024, 28976},
+		{1024, 65535, 32768, 32768}, // there is none: those above the node ports
+		{10000, 65535, 1024, 8976},
+		{1024, 60999, 61000, 4536},
+		{1024, 29999, 32768, 32768},
+	} {
+		if first, count := largestGap(row.low, row.high); first != row.first || count != row.count {
+			t.Errorf("beside %d to %d: %d from %d on, want %d from %d on", row.low, row.high, count, first, row.count, row.first)
+		}
+	}
+}
+
+// A pod is the same client by its sockets and by its packets, and so is the node.
+func TestAffinityIsTheSameOnBothPaths(t *testing.T) {
+	h := newHarbour(t)
+	h.local.serveAll("local")
+	h.other.serveAll("far")
+	client := h.pod()
+	defer client.stay()()
+	stays := func(s *model.Service) { s.Affinity = time.Hour }
+	h.open(h.services(stays, h.local, h.other))
+	h.become(h.services(stays, h.local, h.other)) // clients are looked for when somebody asks
+	byPackets, _, err := client.call("tcp", "10.96.0.1:80", "hello")
+	h.must(err)
+	sockets := func(s *model.Service) {
+		stays(s)
+		s.Annotations = map[string]string{PathAnnotation: string(PathSocket)}
+	}
+	h.become(h.services(sockets, h.local, h.other))
+	for range 12 {
+		bySockets, _, err := client.call("tcp", "10.96.0.1:80", "hello")
+		if err != nil || bySockets != byPackets {
+			t.Errorf("by its packets the pod met %q, by its sockets %q, %v", byPackets, bySockets, err)
+		}
+	}
+	if n := h.layer.datapath.affinityCount(t); n != 1 {
+		t.Errorf("%d affinities of one client", n)
+	}
+}
+
+func (d *datapath) affinityCount(t *testing.T) (n int) {
+	var key datapathAffinityKey
+	var value datapathAffinity
+	entries := d.maps[datapathMapAffinities].Iterate()
+	for entries.Next(&key, &value) {
+		n++
+	}
+	if err := entries.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
