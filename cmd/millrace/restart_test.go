@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -398,7 +399,8 @@ func nextVersion(t *testing.T) string {
 		replace(t, filepath.Join(tree, change.file), change.after, change.after+"\n\t__u32 new_one, new_two;\n\t")
 	}
 	for _, group := range []string{"TABLES", "SOCKETS", "FLOWS"} {
-		replace(t, filepath.Join(tree, "layer/service/service.h"), "VERSION_"+group+" = 1,", fmt.Sprintf("VERSION_%s = %d,", group, theirVersion))
+		header := filepath.Join(tree, "layer/service/service.h")
+		replace(t, header, versionIn(t, header, group), fmt.Sprintf("VERSION_%s = %d,", group, theirVersion))
 	}
 	binary := filepath.Join(t.TempDir(), "millrace")
 	for _, args := range [][]string{{"generate", "./layer/service"}, {"build", "-o", binary, "./cmd/millrace"}} {
@@ -440,6 +442,16 @@ func copyTree(t *testing.T, from, to string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// versionIn is where a header says which version a group has.
+func versionIn(t *testing.T, path, group string) string {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(regexp.MustCompile("VERSION_" + group + ` = \d+,`).Find(content))
 }
 
 func replace(t *testing.T, path, old, new string) {

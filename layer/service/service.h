@@ -168,17 +168,21 @@ static __always_inline bool read_service(const struct service_key *key, struct s
 
 	if (!found)
 		return false;
-	to[0] = found[0]; /* id and slots in one load, and so on */
-	to[1] = found[1];
-	to[2] = found[2];
+#pragma unroll
+	for (__u32 i = 0; i < sizeof(*copy) / 8; i++)
+		to[i] = found[i]; /* id and slots in one load, and so on */
 	return true;
 }
 
 static __always_inline bool same_service(const struct service *a, const struct service *b)
 {
 	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+	__u64 differences = 0;
 
-	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2];
+#pragma unroll
+	for (__u32 i = 0; i < sizeof(*a) / 8; i++)
+		differences |= x[i] ^ y[i];
+	return !differences;
 }
 
 /* find_service is read_service() also for the node ports, which any of the node's
