@@ -93,6 +93,10 @@ func TestRestartsAndUpgradesFailNothing(t *testing.T) {
 		least = 1_000_000
 	}
 	r := &restarter{t: t, ours: os.Args[0], theirs: nextVersion(t), binary: map[string]*atomic.Pointer[string]{}}
+	header := filepath.Join("..", "..", "layer/service/service.h")
+	if _, err := fmt.Sscanf(versionIn(t, header, "TABLES"), "VERSION_TABLES = %d,", &r.version); err != nil {
+		t.Fatal(err)
+	}
 	r.up()
 	begun := time.Now()
 	load := r.load(least)
@@ -110,6 +114,8 @@ func TestRestartsAndUpgradesFailNothing(t *testing.T) {
 
 // restarter is a lab whose agents' program can be changed.
 type restarter struct {
+	// version is that of our tables.
+	version                               uint32
 	t                                     *testing.T
 	ours, theirs                          string
 	binary                                map[string]*atomic.Pointer[string] // by node
@@ -252,7 +258,7 @@ func (r *restarter) check(node *lab.NodeStatus) error {
 	if err := versions.Lookup(uint32(0), &version); err != nil {
 		return err
 	}
-	want := uint32(1)
+	want := r.version
 	if *r.binary[node.Node].Load() == r.theirs {
 		want = theirVersion
 	}
@@ -377,7 +383,7 @@ func (c *calls) report(t *testing.T, least int) {
 }
 
 // theirVersion is that of each group of maps in the next version.
-const theirVersion = 2
+const theirVersion = 1000
 
 // nextVersion builds the program of a version whose maps have other layouts:
 // fields have come into the middle of what tables, sockets and flows hold.

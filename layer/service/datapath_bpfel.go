@@ -339,7 +339,7 @@ type datapathWorkbench struct {
 		Backend    datapathBackend
 	}
 	ByWire  uint32
-	Zero    uint32
+	Made    uint32
 	OutKey  datapathTuple
 	Out     datapathMasquerade
 	InKey   datapathTuple

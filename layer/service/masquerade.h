@@ -142,6 +142,7 @@ __noinline int make_masquerade(struct __sk_buff *skb)
 
 	if (!w)
 		return -1;
+	w->made = false;
 	w->out_key = w->client.to;
 	if (bpf_map_lookup_elem(&masquerades, &w->out_key))
 		return 0; /* of the same two before */
@@ -152,9 +153,24 @@ __noinline int make_masquerade(struct __sk_buff *skb)
 	reverse(&w->client.to, &w->in.to);
 	long error = give_port(skb, w);
 
-	if (!error)
-		error = bpf_map_update_elem(&masquerades, &w->out_key, &w->out, BPF_ANY);
+	if (!error) {
+		error = bpf_map_update_elem(&masquerades, &w->out_key, &w->out, BPF_NOEXIST);
+		w->made = !error;
+		if (error)
+			bpf_map_delete_elem(&masquerades, &w->in_key);
+		if (error == -EEXIST) /* the same flow's next packet was faster, on another CPU */
+			return 0;
+	}
 	if (error)
 		count(error == -EEXIST ? REASON_NO_PORT : REASON_NO_STORAGE);
 	return error;
+}
+
+/* unmake_masquerade takes back what make_masquerade() made for this packet. */
+static __always_inline void unmake_masquerade(struct workbench *w)
+{
+	if (!w->made)
+		return;
+	w->ended = w->out_key;
+	drop_masquerade(w);
 }

@@ -243,6 +243,7 @@ __noinline int begin_flow(struct __sk_buff *skb, int again)
 	w->client.was = short_of(&w->from);
 	if (again)
 		find_before();
+	w->made = false;
 	int error = make_reply();
 
 	if (error) {
@@ -267,11 +268,14 @@ __noinline int begin_flow(struct __sk_buff *skb, int again)
 
 	if (error == -EEXIST && other) {
 		/* The same flow's next packet was faster, on another CPU. */
-		if (!tuple_equal(&other->to, &w->client.to))
+		if (!tuple_equal(&other->to, &w->client.to)) {
+			unmake_masquerade(w);
 			bpf_map_delete_elem(&translations, &w->back);
+		}
 		w->client = *other;
 		return VERDICT_FORWARD;
 	}
+	unmake_masquerade(w);
 	bpf_map_delete_elem(&translations, &w->back);
 	count(error == -1 ? REASON_FLOWS_FULL : REASON_NO_STORAGE);
 	return VERDICT_DROP;

@@ -200,8 +200,8 @@ struct workbench {
 	struct tuple origin;
 	struct question asked;
 	struct decision decision;
-	__u32 by_wire; /* the packet did not come from a pod of this node */
-	__u32 zero;
+	__u32 by_wire;        /* the packet did not come from a pod of this node */
+	__u32 made;           /* make_masquerade() made entries for this packet */
 	struct tuple out_key; /* make_masquerade(): client -> endpoint */
 	struct masquerade out;
 	struct tuple in_key; /* endpoint -> node */
