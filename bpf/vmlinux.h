@@ -53,6 +53,11 @@ enum {
 	TC_ACT_SHOT = 2,
 };
 
+/* struct __sk_buff.pkt_type (linux/if_packet.h). */
+enum {
+	PACKET_OTHERHOST = 3,
+};
+
 /* bpf_l4_csum_replace() and bpf_skb_adjust_room(). */
 enum {
 	BPF_F_PSEUDO_HDR = 1 << 4,

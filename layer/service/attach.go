@@ -335,6 +335,15 @@ func (d *datapath) attachPort(device int, p packetPort) error {
 	return nil
 }
 
+// detachPortAs is detachPort, if the device still is what it was: one that turned from
+// a pod's to a wire, or back, has the programs of the other by now.
+func (d *datapath) detachPortAs(device int, wire bool) error {
+	if port, there := d.ports[device]; there && port.wire != wire {
+		return nil
+	}
+	return d.detachPort(device)
+}
+
 // detachPort takes the packet path away from a device, what sees packets come in
 // first.
 func (d *datapath) detachPort(device int) error {

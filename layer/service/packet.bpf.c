@@ -558,6 +558,8 @@ int from_wire(struct __sk_buff *skb)
 
 	if (!w)
 		return TC_ACT_SHOT;
+	if (skb->pkt_type == PACKET_OTHERHOST)
+		return TC_ACT_UNSPEC; /* a switch that floods: it is another machine's */
 	w->by_wire = true;
 	read_packet(skb, &w->packet);
 	if (w->packet.shape == SHAPE_ERROR)

@@ -242,16 +242,12 @@ func (d *datapath) findVeths() ([]veth, error) {
 		}
 		veths[i] = veth{device, attached && !p.wire, d.readWire(device), flows > 0}
 	}
-	for device, p := range d.ports {
-		if there[device] {
-			continue
-		}
-		d.dropDeadPort(device)
-		if p.wire {
-			_ = d.maps[datapathMapWires].Delete(uint32(device))
+	for device := range d.ports {
+		if !there[device] {
+			d.dropDeadPort(device)
 		}
 	}
-	return veths, nil
+	return veths, d.forgetWires()
 }
 
 // isAnother says that a device has the index of one that went, and none of what was
@@ -297,7 +293,7 @@ func (d *datapath) carryOut(change layer.Change) error {
 	switch subject := change.Subject.(type) {
 	case veth:
 		if change.Op == layer.Remove {
-			return d.detachPort(subject.Index)
+			return d.detachPortAs(subject.Index, false)
 		}
 		return d.attachPort(subject.Index, packetPort{subject.Name, false})
 	case wire:

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -259,7 +260,29 @@ func (d *datapath) detachWire(device int) error {
 	if err := gone(d.maps[datapathMapWires].Delete(uint32(device))); err != nil {
 		return err
 	}
-	return d.detachPort(device)
+	return d.detachPortAs(device, true)
+}
+
+// forgetWires clears away what the programs know of devices that are wires no more:
+// they went, also while no process ran, or turned into a pod's.
+func (d *datapath) forgetWires() error {
+	var gone []uint32
+	var device uint32
+	var value datapathWire
+	entries := d.maps[datapathMapWires].Iterate()
+	for entries.Next(&device, &value) {
+		if !d.ports[int(device)].wire {
+			gone = append(gone, device)
+		}
+	}
+	err := entries.Err()
+	for _, device := range gone {
+		err = errors.Join(err, d.maps[datapathMapWires].Delete(device))
+	}
+	if err != nil {
+		return fmt.Errorf("clear %s: %w", datapathMapWires, err)
+	}
+	return nil
 }
 
 // What source ports of the node are not given to masqueraded flows.
