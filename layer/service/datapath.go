@@ -299,8 +299,7 @@ func sizeMaps(spec *ebpf.CollectionSpec, room capacity, places int) {
 	spec.Maps[datapathMapBackends].MaxEntries = uint32(room.backends)
 	// a flow's replies are written before its place is taken
 	spec.Maps[datapathMapTranslations].MaxEntries = uint32(2*places + flowSlack)
-	// two for each flow, and at most half of the flows are masqueraded
-	spec.Maps[datapathMapMasquerades].MaxEntries = uint32(places)
+	spec.Maps[datapathMapMasquerades].MaxEntries = masqueradesOf(places)
 	spec.Maps[datapathMapPlaces].MaxEntries = uint32(places)
 	spec.Maps[datapathMapVacant].MaxEntries = uint32(places)
 }

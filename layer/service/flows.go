@@ -37,6 +37,10 @@ func (d *datapath) places() int {
 // being made, and because the kernel counts entries of a large map only roughly.
 const flowSlack = 4096
 
+// masqueradesOf is the size of the map masquerades: where most endpoints are on other
+// nodes, nearly every flow from outside has its two entries there.
+func masqueradesOf(places int) uint32 { return uint32(2*places + flowSlack) }
+
 // haveTCX finds out by asking for the tcx programs of the loopback device, which
 // every namespace has.
 var haveTCX = func() bool {

@@ -114,7 +114,7 @@ func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) error {
 
 // leftFlows says that flows of another version are to be carried over.
 func (d *datapath) leftFlows() bool {
-	for _, name := range []string{datapathMapConnected, datapathMapSent, datapathMapTranslations} {
+	for _, name := range []string{datapathMapConnected, datapathMapSent, datapathMapTranslations, datapathMapMasquerades} {
 		if d.left[name] != nil {
 			return true
 		}
@@ -167,16 +167,22 @@ func (d *datapath) adoptGroup(g group, version datapathSchemaVersion, found map[
 
 // wantsMore says that there is room for flows, but for fewer than are asked for now.
 func (d *datapath) wantsMore(g group, found map[string]*ebpf.Map) bool {
-	if !slices.Contains(g.maps, datapathMapPlaces) || hasNothing(g, found) {
+	places := flowPlaces(d.settings.Flows)
+	switch {
+	case hasNothing(g, found):
 		return false
+	case slices.Contains(g.maps, datapathMapPlaces):
+		return int(found[datapathMapPlaces].MaxEntries()) < places
+	case slices.Contains(g.maps, datapathMapMasquerades):
+		return found[datapathMapMasquerades].MaxEntries() < masqueradesOf(places)
 	}
-	return int(found[datapathMapPlaces].MaxEntries()) < flowPlaces(d.settings.Flows)
+	return false
 }
 
 // hasNothing says that a group has no entry that would have to be carried over.
 func hasNothing(g group, found map[string]*ebpf.Map) bool {
 	if slices.Contains(g.maps, datapathMapMasquerades) {
-		return found[datapathMapMasquerades].MaxEntries() == 1
+		return found[datapathMapMasquerades].MaxEntries() <= masqueradesOf(1)
 	}
 	return g.number == datapathSchemaGroupSCHEMA_FRAGMENTS ||
 		g.number == datapathSchemaGroupSCHEMA_FLOWS && found[datapathMapPlaces].MaxEntries() == 1

@@ -306,33 +306,56 @@ func (e *entry) row(frontend Frontend) *Row {
 }
 
 // widen makes the range of node ports hold those that come. It is made narrower
-// when the tables are read.
+// when the tables are adopted.
 func (t *tables) widen(changes layer.Changes) error {
 	now, _, err := t.ports.Get(0)
 	if err != nil {
 		return fmt.Errorf("read the range of node ports: %w", err)
 	}
-	if now.Highest == 0 { // as it was made
-		now.Lowest, now.Highest = 1, 0
-	}
 	wide := now
 	for _, change := range changes {
-		at := change.Subject.(*Row).Address
-		if change.Op == layer.Remove || !at.Addr().IsUnspecified() {
-			continue
+		if change.Op != layer.Remove {
+			wide = wide.with(change.Subject.(*Row).Frontend)
 		}
-		if wide.Lowest > wide.Highest {
-			wide.Lowest, wide.Highest = at.Port(), at.Port()
-		}
-		wide.Lowest, wide.Highest = min(wide.Lowest, at.Port()), max(wide.Highest, at.Port())
 	}
-	if wide == now {
+	return t.setRange(now, wide)
+}
+
+// fitRange makes the range of node ports hold those that there are, and no others:
+// whoever was before may have left a wider one, or none.
+func (t *tables) fitRange() error {
+	now, _, err := t.ports.Get(0)
+	if err != nil {
+		return fmt.Errorf("read the range of node ports: %w", err)
+	}
+	var fits datapathPortRange
+	for frontend := range t.entries {
+		fits = fits.with(frontend)
+	}
+	return t.setRange(now, fits)
+}
+
+func (t *tables) setRange(now, next datapathPortRange) error {
+	if next == now {
 		return nil
 	}
-	if err := errors.Join(t.ports.Put([]uint32{0}, []datapathPortRange{wide})...); err != nil {
+	if err := errors.Join(t.ports.Put([]uint32{0}, []datapathPortRange{next})...); err != nil {
 		return fmt.Errorf("write the range of node ports: %w", err)
 	}
 	return nil
+}
+
+// with is the range that holds a frontend's port, too, if that is a node port. Where
+// there is none, both ends are 0, as the map is made.
+func (r datapathPortRange) with(frontend Frontend) datapathPortRange {
+	port := frontend.Address.Port()
+	switch {
+	case !frontend.Address.Addr().IsUnspecified():
+		return r
+	case r == datapathPortRange{}:
+		return datapathPortRange{Lowest: port, Highest: port}
+	}
+	return datapathPortRange{Lowest: min(r.Lowest, port), Highest: max(r.Highest, port)}
 }
 
 // nextNumber gives a number that no backend has. It is one that no backend ever
@@ -381,7 +404,7 @@ func (t *tables) adopt() (*Picture, error) {
 	if err := errors.Join(failed...); err != nil {
 		return nil, fmt.Errorf("clear away what a killed writer left: %w", err)
 	}
-	return picture, nil
+	return picture, t.fitRange()
 }
 
 // orphans are entries that belong to no Service.

@@ -241,11 +241,6 @@ func setAddr(words [4]uint32) netip.Addr {
 // attachWire puts services in force at a device, and says by which addresses
 // packets leave there.
 func (d *datapath) attachWire(w wire) error {
-	if !d.ports[w.Index].wire {
-		if err := d.attachPort(w.Index, packetPort{w.Name, true}); err != nil {
-			return err
-		}
-	}
 	var value datapathWire
 	if w.ip4.IsValid() {
 		value.Ip4.Word = wordsOf(w.ip4)
@@ -253,7 +248,15 @@ func (d *datapath) attachWire(w wire) error {
 	if w.ip6.IsValid() {
 		value.Ip6.Word = wordsOf(w.ip6)
 	}
-	return d.maps[datapathMapWires].Put(uint32(w.Index), value)
+	// First, for a flow that begins without it goes without to its end. What is left
+	// of a device at which nothing could be attached is forgotten (forgetWires).
+	if err := d.maps[datapathMapWires].Put(uint32(w.Index), value); err != nil {
+		return err
+	}
+	if d.ports[w.Index].wire {
+		return nil
+	}
+	return d.attachPort(w.Index, packetPort{w.Name, true})
 }
 
 func (d *datapath) detachWire(device int) error {
