@@ -75,3 +75,74 @@ func holdsRules(domain, level int, table string) bool {
 	}
 	return int(info.count) > bits.OnesCount32(info.hooks)+1
 }
+
+// LegacyHolds lists the tables of iptables-legacy that have a chain of this name, as
+// in "ip nat". They can be read here, but not written.
+func (n *Net) LegacyHolds(chain string) (tables []string, err error) {
+	uses, err := n.legacy()
+	if err != nil || len(uses) == 0 {
+		return nil, err
+	}
+	read := func() error {
+		for _, use := range uses {
+			domain, level := unix.AF_INET, unix.SOL_IP
+			if use.Family == "ip6" {
+				domain, level = unix.AF_INET6, unix.SOL_IPV6
+			}
+			holds, err := holdsChain(domain, level, use.Table, chain)
+			if err != nil {
+				return fmt.Errorf("read table %s %s of iptables-legacy: %w", use.Family, use.Table, err)
+			}
+			if holds {
+				tables = append(tables, use.Family+" "+use.Table)
+			}
+		}
+		return nil
+	}
+	if n.path == "" {
+		return tables, read()
+	}
+	err = netns.Do(n.path, read)
+	return tables, err
+}
+
+// holdsChain says whether a table has a chain: its entries hold the name where the
+// chain begins (struct xt_error_target of linux/netfilter/x_tables.h). Rules that
+// jump hold an offset.
+func holdsChain(domain, level int, table, chain string) (bool, error) {
+	const getInfo, getEntries = 64, 65 // IPT_SO_GET_INFO and _ENTRIES, IP6T_SO_*
+	const headerLength = 40            // struct ipt_get_entries: name, size, alignment
+	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(fd)
+	ask := func(what int, into []byte) error {
+		size := uint32(len(into))
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(what),
+			uintptr(unsafe.Pointer(&into[0])), uintptr(unsafe.Pointer(&size)), 0)
+		if errno != 0 {
+			return errno
+		}
+		return nil
+	}
+	const tries = 5 // somebody may change the table in between: EAGAIN
+	for range tries {
+		var info tableInfo
+		copy(info.name[:], table)
+		header := unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info))
+		if err := ask(getInfo, header); err != nil {
+			return false, err
+		}
+		entries := make([]byte, headerLength+int(info.size))
+		copy(entries, table)
+		host.PutUint32(entries[len(info.name):], info.size)
+		if err = ask(getEntries, entries); err == nil {
+			return bytes.Contains(entries, append([]byte(chain), 0)), nil
+		}
+		if !errors.Is(err, unix.EAGAIN) {
+			break
+		}
+	}
+	return false, err
+}

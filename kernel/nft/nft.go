@@ -4,9 +4,12 @@
 //
 // It writes one table, `inet millrace`, in the namespace that a Net is for: two
 // sets of ranges and two chains that say `notrack`, at prerouting and output
-// before tracking. What others have in nftables is read, never written, and the
-// table outlives the process. Beside it, it reads which tables of
-// iptables-legacy hold rules.
+// before tracking. The table outlives the process. Beside it, it reads which tables
+// of iptables-legacy hold rules.
+//
+// What others have in nftables is read, and removed only by Take: what a caller
+// names as one program's, whose place it takes. Take may leave a table
+// `inet millrace-hold`, until Release.
 //
 // Costs: a packet meets two look-ups in a set of ranges (docs/decisions has
 // what that takes); each call opens one netlink socket and takes about 0.2

@@ -88,7 +88,7 @@ func (n *Net) SetUntracked(ranges []netip.Prefix) error {
 	defer s.close()
 	name := attributes(nil).text(unix.NFTA_TABLE_NAME, Table)
 	// Adding what may be there already, so that it can be deleted.
-	steps := []step{{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, name}, {unix.NFT_MSG_DELTABLE, 0, name}}
+	steps := []step{{message: unix.NFT_MSG_NEWTABLE, flags: unix.NLM_F_CREATE, attributes: name}, {message: unix.NFT_MSG_DELTABLE, attributes: name}}
 	if len(ranges) > 0 {
 		steps = append(steps, table(Merge(ranges))...)
 	}
@@ -126,22 +126,22 @@ func (f family) is(p netip.Prefix) bool { return uint32(p.Addr().BitLen()) == 8*
 // table are the steps that write the table for merged ranges.
 func table(ranges []netip.Prefix) []step {
 	text := append([]byte{0, byte(len(comment) + 1)}, comment...) // type comment, length
-	steps := []step{{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, attributes(nil).
+	steps := []step{{message: unix.NFT_MSG_NEWTABLE, flags: unix.NLM_F_CREATE, attributes: attributes(nil).
 		text(unix.NFTA_TABLE_NAME, Table).put(tableUserdata, append(text, 0))}}
 	id := uint32(0)
 	for _, f := range families {
 		for name, set := range f.newSets() {
 			id++
-			steps = append(steps, step{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, set.number(unix.NFTA_SET_ID, id)})
+			steps = append(steps, step{message: unix.NFT_MSG_NEWSET, flags: unix.NLM_F_CREATE, attributes: set.number(unix.NFTA_SET_ID, id)})
 			for _, list := range f.newElements(name, ranges) {
-				steps = append(steps, step{unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, list})
+				steps = append(steps, step{message: unix.NFT_MSG_NEWSETELEM, flags: unix.NLM_F_CREATE, attributes: list})
 			}
 		}
 	}
 	for _, c := range chains {
-		steps = append(steps, step{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, c.newChain()})
+		steps = append(steps, step{message: unix.NFT_MSG_NEWCHAIN, flags: unix.NLM_F_CREATE, attributes: c.newChain()})
 		for _, rule := range c.newRules() {
-			steps = append(steps, step{unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE | unix.NLM_F_APPEND, rule})
+			steps = append(steps, step{message: unix.NFT_MSG_NEWRULE, flags: unix.NLM_F_CREATE | unix.NLM_F_APPEND, attributes: rule})
 		}
 	}
 	return steps

@@ -203,13 +203,25 @@ func (s *socket) receive() iter.Seq2[received, error] {
 type step struct {
 	message, flags uint16
 	attributes     attributes
+	family         byte // 0: inet
 }
 
-// commit carries out the steps, in the family inet, all or none.
+// commit carries out the steps, all or none. Only the last is answered, beside
+// those that fail: answers to many would not fit into the socket.
 func (s *socket) commit(steps []step) error {
+	if len(steps) == 0 {
+		return nil
+	}
 	batch := s.message(unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, nil)
-	for _, step := range steps {
-		batch = append(batch, s.message(kindOf(step.message), step.flags|unix.NLM_F_ACK, familyInet, step.attributes)...)
+	for i, step := range steps {
+		flags, family := step.flags, step.family
+		if i == len(steps)-1 {
+			flags |= unix.NLM_F_ACK
+		}
+		if family == 0 {
+			family = familyInet
+		}
+		batch = append(batch, s.message(kindOf(step.message), flags, family, step.attributes)...)
 	}
 	last := s.sequence
 	batch = append(batch, s.message(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, nil)...)
