@@ -36,7 +36,9 @@ var serviceTests = []string{"TestEveryProgramPassesTheVerifier", "TestConnection
 	"TestPacketsReachTheEndpointAndComeFromTheService", "TestErrorsAboutTranslatedPackets", "TestPacketPathByFilters",
 	"TestHairpin", "TestRefusedPacketsAreToldAtOnce", "TestFlowsExpire", "TestNextProcessTakesThePacketPathOver",
 	"TestMapsGrowUnderTraffic", "TestOtherLayoutIsReplacedWithoutAGap", "TestUpgradeKeepsTheFlowsOfSockets",
-	"TestDatagramsStayWithTheirEndpointUntilItIsGone", "TestNoEndpointIsRefusedAtOnce", "TestLaws"}
+	"TestDatagramsStayWithTheirEndpointUntilItIsGone", "TestNoEndpointIsRefusedAtOnce", "TestLaws",
+	"TestClientsElsewhereReachEveryEntry", "TestExternalPolicyLocal", "TestSourceRanges", "TestAffinity",
+	"TestErrorsAboutMasqueradedPackets"}
 
 // serviceFlags: all of it on emulated processors takes many minutes.
 func serviceFlags() []string {
