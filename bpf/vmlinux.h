@@ -70,7 +70,24 @@ struct bpf_spin_lock {
 	__u32 val;
 };
 
-struct bpf_sock;
+/* What a program sees of a socket. */
+struct bpf_sock {
+	__u32 bound_dev_if;
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 mark;
+	__u32 priority;
+	__u32 src_ip4;
+	__u32 src_ip6[4];
+	__u32 src_port; /* in the host's order */
+	__be16 dst_port;
+	__u16 zero;
+	__u32 dst_ip4;
+	__u32 dst_ip6[4];
+	__u32 state;
+	__s32 rx_queue_mapping;
+};
 
 /* bpf_sk_lookup_tcp() and bpf_sk_lookup_udp(), with BPF_F_CURRENT_NETNS. */
 struct bpf_sock_tuple {

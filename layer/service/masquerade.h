@@ -43,15 +43,17 @@ const volatile __u16 port_count = 28976;
 #define ENOENT 2
 #define EEXIST 17
 
-/* find_masquerade copies the entry for a tuple. */
-static __always_inline bool find_masquerade(const struct tuple *key, struct masquerade *copy)
+/* find_masquerade copies the entry for a tuple: with out one for what leaves the
+ * node, whose source becomes another, else one for what comes back, whose
+ * destination does. */
+static __always_inline bool find_masquerade(const struct tuple *key, bool out, struct masquerade *copy)
 {
 	struct masquerade *entry = bpf_map_lookup_elem(&masquerades, key);
 
 	if (!entry)
 		return false;
 	*copy = *entry;
-	return copy->was == short_of(key);
+	return copy->was == short_of(key) && out == address_equal(&key->destination, &copy->to.destination);
 }
 
 /* leaves_from is the node's address where packets to an endpoint leave the node;
@@ -87,8 +89,14 @@ static __noinline bool leaves_from(struct __sk_buff *skb, const struct tuple *to
 	return from->word[3];
 }
 
-/* in_use says whether a socket of the node would get what comes for this tuple. */
-static __noinline bool in_use(struct __sk_buff *skb, const struct tuple *incoming)
+/* What a socket of the node is to what comes for a tuple. */
+enum socket_use {
+	SOCKET_NONE,
+	SOCKET_OPEN,      /* it would get it, as from anybody */
+	SOCKET_CONNECTED, /* it is connected to the sender */
+};
+
+static __noinline enum socket_use socket_for(struct __sk_buff *skb, const struct tuple *incoming)
 {
 	struct bpf_sock_tuple tuple = {};
 	__u32 size;
@@ -109,9 +117,12 @@ static __noinline bool in_use(struct __sk_buff *skb, const struct tuple *incomin
 	}
 	sk = incoming->protocol == IPPROTO_TCP ? bpf_sk_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0)
 					       : bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-	if (sk)
-		bpf_sk_release(sk);
-	return sk;
+	if (!sk)
+		return SOCKET_NONE;
+	enum socket_use use = sk->dst_port == incoming->source_port ? SOCKET_CONNECTED : SOCKET_OPEN;
+
+	bpf_sk_release(sk);
+	return use;
 }
 
 /* give_port gives the flow on the workbench a port of the node towards its
@@ -128,7 +139,7 @@ static __always_inline long give_port(struct __sk_buff *skb, struct workbench *w
 		w->out.to.source_port = __builtin_bswap16(port);
 		reverse(&w->out.to, &w->in_key);
 		w->in.was = short_of(&w->in_key);
-		if (!in_use(skb, &w->in_key))
+		if (socket_for(skb, &w->in_key) == SOCKET_NONE)
 			error = bpf_map_update_elem(&masquerades, &w->in_key, &w->in, BPF_NOEXIST);
 	}
 	return error;

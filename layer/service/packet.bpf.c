@@ -312,6 +312,11 @@ __noinline int open_flow(struct __sk_buff *skb, const struct packet *p, struct t
 	struct decision *decision = &w->decision;
 	int verdict = decide(&w->asked, decision);
 
+	/* An answer to the node itself, from a port that is a node port, too: a
+	 * connected socket waits for it. */
+	if (verdict != VERDICT_NOT_A_SERVICE && w->by_wire && p->tuple.protocol == IPPROTO_UDP &&
+	    socket_for(skb, &p->tuple) == SOCKET_CONNECTED)
+		return VERDICT_NOT_A_SERVICE;
 	if (verdict != VERDICT_FORWARD) {
 		if (verdict != VERDICT_NOT_A_SERVICE)
 			count(decision->reason);
@@ -551,6 +556,14 @@ int to_pod(struct __sk_buff *skb)
 	return write_out(skb, &w->packet, &w->to.to, true);
 }
 
+/* of_vlan says that a packet is tagged for a VLAN, whose own device is the wire: what
+ * the tag's carrier translates as well would be translated twice. Number 0 is none
+ * (IEEE 802.1Q: a priority only). */
+static __always_inline bool of_vlan(const struct __sk_buff *skb)
+{
+	return skb->vlan_present && skb->vlan_tci & 0xfff;
+}
+
 SEC("tcx/ingress")
 int from_wire(struct __sk_buff *skb)
 {
@@ -558,7 +571,7 @@ int from_wire(struct __sk_buff *skb)
 
 	if (!w)
 		return TC_ACT_SHOT;
-	if (skb->pkt_type == PACKET_OTHERHOST)
+	if (skb->pkt_type == PACKET_OTHERHOST || of_vlan(skb))
 		return TC_ACT_UNSPEC; /* a switch that floods: it is another machine's */
 	w->by_wire = true;
 	read_packet(skb, &w->packet);
@@ -566,7 +579,7 @@ int from_wire(struct __sk_buff *skb)
 		return error_in(skb);
 	if (!has_tuple(&w->packet, false))
 		return TC_ACT_UNSPEC;
-	if (find_masquerade(&w->packet.tuple, &w->in)) /* an answer to the node */
+	if (find_masquerade(&w->packet.tuple, false, &w->in)) /* an answer to the node */
 		return write_out(skb, &w->packet, &w->in.to, false);
 	return come_in(skb, w);
 }
@@ -578,6 +591,8 @@ int to_wire(struct __sk_buff *skb)
 
 	if (!w)
 		return TC_ACT_SHOT;
+	if (of_vlan(skb))
+		return TC_ACT_UNSPEC;
 	read_packet(skb, &w->packet);
 	if (w->packet.shape == SHAPE_ERROR)
 		return error_out(skb);
@@ -585,7 +600,7 @@ int to_wire(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (go_out(w))
 		return write_out(skb, &w->packet, &w->to.to, true);
-	if (find_masquerade(&w->packet.tuple, &w->out))
+	if (find_masquerade(&w->packet.tuple, true, &w->out))
 		return write_out(skb, &w->packet, &w->out.to, true);
 	return TC_ACT_UNSPEC;
 }
