@@ -75,7 +75,8 @@ func TestWireBesideConntrack(t *testing.T) {
 	h := newHarbour(t)
 	h.rules(`table inet k { chain f { type filter hook forward priority 0; ct state invalid counter drop; ct state established,related accept; }
 		chain i { type filter hook input priority 0; ct state invalid counter drop; }
-		chain s { type nat hook postrouting priority 100; } }`)
+		chain s { type nat hook postrouting priority 100; }
+		}`)
 	h.local.serveAll("local")
 	h.other.serveAll("far")
 	h.open(h.services(nil, h.local))
@@ -102,32 +103,28 @@ func TestWireBesideConntrack(t *testing.T) {
 // and a process of the node does.
 func TestNodePortsFromTheNode(t *testing.T) {
 	for _, path := range []Path{PathSocket, PathPacket} {
-		h := newHarbour(t)
-		h.layer.settings.Path = path
-		h.local.serveAll("local")
-		h.other.serveAll("far")
-		asks := h.pod()
-		h.routes(h.other.netns, "10.244.1.2/32", nodeToOther)
-		h.open(h.services(func(s *model.Service) { s.ExternalLocal = true }, h.other))
-		for _, way := range append(entrances[:5:5], entrances[5]) {
-			line, _, err := asks.call(way.network, way.address, "hello")
-			if err != nil || !strings.HasPrefix(line, "far ") {
-				t.Errorf("path %s, %s to %s: %q, %v", path, way.network, way.address, line, err)
+		t.Run(string(path), func(t *testing.T) {
+			h := newHarbour(t)
+			h.layer.settings.Path = path
+			h.other.serveAll("far")
+			h.routes(h.other.netns, client4+"/32", nodeToOther, client6+"/128", nodeToOther6)
+			h.open(h.services(func(s *model.Service) { s.ExternalLocal = true }, h.other))
+			for _, way := range entrances[:6] {
+				line, _, err := h.local.call(way.network, way.address, "hello")
+				if err != nil || !strings.HasPrefix(line, "far ") {
+					t.Errorf("a pod to %s %s: %q, %v", way.network, way.address, line, err)
+				}
 			}
-		}
-		node := &pod{v: h.village, netns: h.NetNS}
-		for _, address := range []string{"127.0.0.1:30080", nodeToClient + ":30080", nodeToOther + ":30080", "[" + nodeToOther6 + "]:30080"} {
-			line, _, err := node.call("tcp", address, "hello")
-			if err != nil || !strings.HasPrefix(line, "far ") {
-				t.Errorf("path %s, the node to %s: %q, %v", path, address, line, err)
+			node := &pod{v: h.village, netns: h.NetNS}
+			for _, address := range []string{"127.0.0.1:30080", nodeToClient + ":30080", nodeToOther + ":30080", "[" + nodeToOther6 + "]:30080"} {
+				line, _, err := node.call("tcp", address, "hello")
+				if err != nil || !strings.HasPrefix(line, "far ") {
+					t.Errorf("the node to %s: %q, %v", address, line, err)
+				}
 			}
-		}
-		if n := h.masqueraded(); n != 0 {
-			t.Errorf("path %s: %d masquerades of clients on the node", path, n)
-		}
-		h.layer.Close()
-		_, err := New(h.layer.settings).Remove()
-		h.must(err)
-		return
+			if n := h.masqueraded(); n != 0 {
+				t.Errorf("%d masquerades of clients on the node", n)
+			}
+		})
 	}
 }

@@ -201,3 +201,34 @@ func TestRemoveLeavesNothingAtWires(t *testing.T) {
 	h.layer = New(h.layer.settings)
 	h.must(h.layer.Open())
 }
+
+// Masqueraded packets come from an address that stays the node's.
+func TestAddressesOfWires(t *testing.T) {
+	node := addrs("192.0.2.1", "fd00:2::1")
+	for _, row := range []struct {
+		name       string
+		has, other []string // addresses of the device, and of another one
+		ip4, ip6   string
+	}{
+		{name: "the only ones", has: []string{"192.0.2.1", "fe80::1", "fd00:2::1"}, ip4: "192.0.2.1", ip6: "fd00:2::1"},
+		{name: "a load balancer's that is the newest", has: []string{"198.51.100.7", "192.0.2.1", "fd00:99::7", "fd00:2::1"}, ip4: "192.0.2.1", ip6: "fd00:2::1"},
+		{name: "none of the Node object's", has: []string{"192.0.9.1", "192.0.9.2"}, ip4: "192.0.9.1"},
+		{name: "unnumbered", has: []string{"fe80::1"}, other: []string{"127.0.0.1", "192.0.2.1", "fd00:2::1"}, ip4: "192.0.2.1", ip6: "fd00:2::1"},
+		{name: "an external address that no device has", has: []string{"fd00:2::1"}, ip6: "fd00:2::1"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			device, other := link.Device{Addresses: addrs(row.has...)}, link.Device{Addresses: addrs(row.other...)}
+			w := wireOf(device, node, []veth{{Device: device}, {Device: other}})
+			var ip4, ip6 netip.Addr
+			if row.ip4 != "" {
+				ip4 = netip.MustParseAddr(row.ip4)
+			}
+			if row.ip6 != "" {
+				ip6 = netip.MustParseAddr(row.ip6)
+			}
+			if w.ip4 != ip4 || w.ip6 != ip6 {
+				t.Errorf("%v and %v, want %v and %v", w.ip4, w.ip6, ip4, ip6)
+			}
+		})
+	}
+}

@@ -40,21 +40,36 @@ func (w wire) Detail() string {
 	return "masquerading as" + text
 }
 
-// wireOf says which addresses a device has for packets that leave by it: the first
-// of each family that others can answer to.
-func wireOf(device link.Device) wire {
-	w := wire{Device: device}
+// wireOf says which addresses packets that leave by a device are to come from: of each
+// family one that the Node object names, for those stay, which an address that moves
+// between nodes (a load balancer's, say) does not; else the device's first; else, where it has
+// none (an unnumbered link), the node's at another device.
+func wireOf(device link.Device, node []netip.Addr, devices []veth) wire {
+	return wire{device, wireAddress(device, node, devices, netip.Addr.Is4), wireAddress(device, node, devices, netip.Addr.Is6)}
+}
+
+func wireAddress(device link.Device, node []netip.Addr, devices []veth, family func(netip.Addr) bool) netip.Addr {
+	var first netip.Addr
 	for _, a := range device.Addresses {
 		a = a.Unmap()
 		switch {
-		case !a.IsGlobalUnicast():
-		case a.Is4() && !w.ip4.IsValid():
-			w.ip4 = a
-		case a.Is6() && !w.ip6.IsValid():
-			w.ip6 = a
+		case !a.IsGlobalUnicast() || !family(a):
+		case slices.Contains(node, a):
+			return a
+		case !first.IsValid():
+			first = a
 		}
 	}
-	return w
+	if first.IsValid() {
+		return first
+	}
+	for _, a := range node {
+		here := func(v veth) bool { return slices.Contains(v.Addresses, a) }
+		if a = a.Unmap(); family(a) && slices.ContainsFunc(devices, here) {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // notWires are the kinds of devices by which nothing leaves the node.
@@ -180,7 +195,7 @@ func diffSets[T comparable](have, want []T, add, remove func(T)) {
 func diffWires(have *Picture, want paths, prune bool) (first, last layer.Changes) {
 	for _, v := range have.veths {
 		needed := want.wire && v.isWire(want.node)
-		now := wireOf(v.Device)
+		now := wireOf(v.Device, want.node, have.veths)
 		switch {
 		case needed && v.asWire == nil:
 			first = append(first, layer.Change{Op: layer.Add, Subject: now})
