@@ -50,7 +50,9 @@ var exitMeanings = map[int]string{
 const (
 	readsOnly   = "Reads only."
 	changesHost = "Changes this host; has --dry-run, prints the changes, and can be undone with `millrace remove`."
-	inOwnSpaces = "Changes only namespaces, cgroups and a run folder of its own, and removes them."
+	// replacesOther is about what somebody else wrote, whom we replace.
+	replacesOther = "Changes this host; has --dry-run, prints the changes, and is undone by starting kube-proxy again."
+	inOwnSpaces   = "Changes only namespaces, cgroups and a run folder of its own, and removes them."
 )
 
 // started is as near to the start of the process as Go code gets.
@@ -167,7 +169,7 @@ millrace is a Kubernetes network stack in Go and eBPF. Start with
 	root.PersistentFlags().StringVarP(&s.output, "output", "o", "text", "text for people, json for machines")
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(demoCommand(s), labCommand(s), labRunCommand(), agentCommand(s), statusCommand(s), showCommand(s),
-		planCommand(s), explainCommand(s), benchCommand(s), removeCommand(s), versionCommand(s))
+		planCommand(s), explainCommand(s), benchCommand(s), removeCommand(s), kubeProxyCommand(s), versionCommand(s))
 	return root
 }
 

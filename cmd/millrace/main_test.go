@@ -63,8 +63,8 @@ func TestHelpOfEveryCommand(t *testing.T) {
 	var visit func(*cobra.Command)
 	visit = func(c *cobra.Command) {
 		first, _, _ := strings.Cut(c.Long, "\n")
-		if first != readsOnly && first != changesHost && first != inOwnSpaces {
-			t.Errorf("%s: the help starts with %q, which is none of the three effects", c.CommandPath(), first)
+		if first != readsOnly && first != changesHost && first != replacesOther && first != inOwnSpaces {
+			t.Errorf("%s: the help starts with %q, which is none of the effects", c.CommandPath(), first)
 		}
 		if !c.HasSubCommands() && !strings.Contains(c.Long, "Exit statuses:\n  0   done") {
 			t.Errorf("%s: the help lists no exit statuses", c.CommandPath())
@@ -72,7 +72,7 @@ func TestHelpOfEveryCommand(t *testing.T) {
 		if c.Short == "" {
 			t.Errorf("%s has no short help", c.CommandPath())
 		}
-		if first == changesHost && c.Flags().Lookup("dry-run") == nil {
+		if (first == changesHost || first == replacesOther) && !c.HasSubCommands() && c.Flags().Lookup("dry-run") == nil {
 			t.Errorf("%s changes the host and has no --dry-run", c.CommandPath())
 		}
 		c.Flags().VisitAll(func(f *pflag.Flag) { flags[f.Name] = true })
@@ -116,6 +116,7 @@ func TestExitStatuses(t *testing.T) {
 		{[]string{"lab", "up", "-f", broken, "--nodes", "500"}, exitUsage, "--nodes 500: use 1 to 200"},
 		{[]string{"bench", "services", "--variants", "foo"}, exitUsage, "foo"},
 		{[]string{"bench", "services", "--services", "0"}, exitUsage, "0 Services: use 1 to"},
+		{[]string{"kube-proxy"}, exitUsage, "say what to do: remove"},
 		{[]string{"lab", "exec", "pod"}, exitUsage, "say POD -- COMMAND"},
 	} {
 		stdout, stderr, status := millrace(t, row.args...)

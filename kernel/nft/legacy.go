@@ -59,8 +59,8 @@ type tableInfo struct {
 // holdsRules says whether there is more in a table than the policies of its
 // chains and its end. What cannot be told counts as rules.
 func holdsRules(domain, level int, table string) bool {
-	const getInfo = 64 // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	const getInfo = 64                                                   // IPT_SO_GET_INFO, IP6T_SO_GET_INFO
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0) // a raw one takes CAP_NET_RAW
 	if err != nil {
 		return true
 	}
@@ -110,9 +110,9 @@ func (n *Net) LegacyHolds(chain string) (tables []string, err error) {
 // chain begins (struct xt_error_target of linux/netfilter/x_tables.h). Rules that
 // jump hold an offset.
 func holdsChain(domain, level int, table, chain string) (bool, error) {
-	const getInfo, getEntries = 64, 65 // IPT_SO_GET_INFO and _ENTRIES, IP6T_SO_*
-	const headerLength = 40            // struct ipt_get_entries: name, size, alignment
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	const getInfo, getEntries = 64, 65                                   // IPT_SO_GET_INFO and _ENTRIES, IP6T_SO_*
+	const headerLength = 40                                              // struct ipt_get_entries: name, size, alignment
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0) // a raw one takes CAP_NET_RAW
 	if err != nil {
 		return false, err
 	}
