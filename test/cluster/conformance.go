@@ -17,7 +17,7 @@ import (
 // about network policies or ingress controllers, or need what is not here: the
 // Internet, a cloud and its load balancers (each waits for ten minutes and more),
 // SSH to nodes, SCTP, iperf, a metric of the kernel.
-const unfit = `Netpol|NetworkPolicy|Ingress|Disruptive|SCTP|sctp|Internet|Networking-|Performance|LoadBalancer\]|GCE|DNS configMap|NFAcct`
+const unfit = `Netpol|NetworkPolicy|Feature:Ingress|Disruptive|SCTP|sctp|Internet|Networking-|Performance|LoadBalancer\]|GCE|DNS configMap|NFAcct`
 
 // conformance puts end-to-end tests of the Kubernetes project to the cluster that
 // is up, from the namespace of the control plane, which is outside the cluster as
