@@ -164,7 +164,7 @@ func (d *datapath) finish() error {
 	}
 	d.note(err, "flows of the packet path were not carried over from another version")
 	if from[datapathMapMasquerades] != nil {
-		d.note(carryMap(datapathMapMasquerades, from[datapathMapMasquerades], to[datapathMapMasquerades]),
+		d.note(d.carryMasquerades(from[datapathMapMasquerades], to),
 			"masqueraded flows were not carried over from another version")
 	}
 	if err := d.promote(); err != nil {
@@ -175,6 +175,50 @@ func (d *datapath) finish() error {
 		d.note(flows.run(), "flows of the packet path were not wholly carried over from another version")
 	}
 	return d.takeNames()
+}
+
+// carryMasquerades copies the entries of masqueraded flows that were carried over, or
+// have stayed where they were; nobody would ever clear the others away.
+func (d *datapath) carryMasquerades(from *ebpf.Map, to map[string]*ebpf.Map) error {
+	next, flows := to[datapathMapMasquerades], to[datapathMapTranslations]
+	if flows == nil {
+		stayed, err := ebpf.LoadPinnedMap(d.pin(datapathMapTranslations), nil)
+		if err != nil {
+			return fmt.Errorf("open pinned map %s: %w", datapathMapTranslations, err)
+		}
+		defer stayed.Close()
+		flows = stayed
+	}
+	if err := carryMap(datapathMapMasquerades, from, next); err != nil {
+		return err
+	}
+	var over []datapathTuple
+	var key datapathTuple
+	var value datapathMasquerade
+	var reply datapathTranslation
+	entries := next.Iterate()
+	for entries.Next(&key, &value) {
+		// A flow's replies have an entry before it is masqueraded, and until after.
+		if err := flows.Lookup(repliesOf(key, value), &reply); errors.Is(err, ebpf.ErrKeyNotExist) {
+			over = append(over, key)
+		}
+	}
+	err := entries.Err()
+	for _, key := range over {
+		err = errors.Join(err, gone(next.Delete(key)))
+	}
+	return err
+}
+
+// repliesOf is what the replies of a masqueraded flow are where they are translated:
+// from the endpoint to the client.
+func repliesOf(key datapathTuple, value datapathMasquerade) datapathTuple {
+	if key.Destination != value.To.Destination { // an answer, which goes to the client
+		return value.To
+	}
+	key.Source, key.Destination = key.Destination, key.Source
+	key.SourcePort, key.DestinationPort = key.DestinationPort, key.SourcePort
+	return key
 }
 
 // note tells a person of what went wrong where going on is better than staying.

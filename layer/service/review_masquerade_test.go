@@ -107,3 +107,37 @@ func TestMoreFlowsMoreMasquerades(t *testing.T) {
 	h.again(snapshot)
 	h.must(exchangeLine(conn, "and again"))
 }
+
+// An upgrade carries masqueraded connections over, and nothing of those that are over.
+func TestUpgradeCarriesMasquerades(t *testing.T) {
+	h := newHarbour(t)
+	h.other.serveAll("far")
+	snapshot := h.services(nil, h.other)
+	h.open(snapshot)
+	conn, err := h.client.fromPort("tcp", nodeToClient+":30080", 4000)
+	h.must(err)
+	defer conn.Close()
+	h.must(exchangeLine(conn, "before"))
+	var over datapathTuple
+	over.SourcePort = 1
+	h.must(h.layer.datapath.maps[datapathMapMasquerades].Put(over, datapathMasquerade{}))
+	h.must(h.layer.Close())
+	h.leaveOtherwise(datapathMapTranslations, datapathMapPlaces) // of one version with masquerades
+	h.layer = New(h.layer.settings)
+	h.must(h.layer.Open())
+	h.have, err = h.layer.Read()
+	h.must(err)
+	h.become(snapshot)
+	for i := range 3 {
+		h.must(exchangeLine(conn, fmt.Sprint("after ", i)))
+	}
+	if _, _, err := h.client.call("tcp", nodeToClient+":30080", "anew"); err != nil {
+		t.Error(err)
+	}
+	h.masqueradesFit("after an upgrade")
+	description, err := h.layer.Describe()
+	h.must(err)
+	for _, text := range description.Degraded {
+		t.Log(text)
+	}
+}
