@@ -186,7 +186,7 @@ func (n *node) namesAll(rules, stdout string) {
 	n.t.Helper()
 	want := []string{"- table ip kube-proxy, 17 rules", "- table ip6 kube-proxy, 1 rule"}
 	if rules == "iptables.rules" {
-		want = []string{"- chain ip filter KUBE-FORWARD, 3 rules", "- rule in ip nat PREROUTING, jump KUBE-SERVICES", "- chains ip nat KUBE-SEP-*: 1, 2 rules"}
+		want = []string{"- chain ip filter KUBE-FORWARD, 3 rules", "- rule in ip nat PREROUTING, jump KUBE-SERVICES", "- chains ip nat KUBE-SEP-*: 2, 4 rules"}
 	}
 	lines := strings.Split(stdout, "\n")
 	for _, line := range want {

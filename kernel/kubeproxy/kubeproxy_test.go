@@ -53,6 +53,11 @@ func newBed(t *testing.T) *bed {
 				return err
 			}
 		}
+		for _, state := range []string{"udp_timeout", "udp_timeout_stream"} {
+			if err := netns.SetSysctl("net/netfilter/nf_conntrack_"+state, "5"); err != nil {
+				return err
+			}
+		}
 		return netns.SetSysctl("net/ipv4/ip_forward", "1")
 	}))
 	return b
@@ -144,6 +149,20 @@ func (b *bed) answer() {
 			return err
 		}
 		b.t.Cleanup(func() { l.Close() })
+		datagrams, err := net.ListenPacket("udp4", "10.244.9.2:8080")
+		if err != nil {
+			return err
+		}
+		b.t.Cleanup(func() { datagrams.Close() })
+		go func() {
+			for buffer := make([]byte, 100); ; {
+				n, from, err := datagrams.ReadFrom(buffer)
+				if err != nil {
+					return
+				}
+				_, _ = datagrams.WriteTo(buffer[:n], from) // who asked has gone: it says so itself
+			}
+		}()
 		go func() {
 			for {
 				c, err := l.Accept()
@@ -162,9 +181,9 @@ func (b *bed) answer() {
 	}))
 }
 
-func (b *bed) connect() (t *talk, err error) {
+func (b *bed) connect(network string) (t *talk, err error) {
 	err = netns.Do(b.client, func() error {
-		c, err := net.DialTimeout("tcp4", "10.96.0.10:80", time.Second)
+		c, err := net.DialTimeout(network, "10.96.0.10:80", time.Second)
 		if err == nil {
 			t = &talk{c, bufio.NewReader(c)}
 			b.t.Cleanup(func() { c.Close() })
@@ -247,27 +266,36 @@ func TestConnectionsOutliveTheRules(t *testing.T) {
 			b := newBed(t)
 			b.load(mode)
 			b.answer()
-			c, err := b.connect()
+			c, err := b.connect("tcp4")
 			b.must(err)
-			b.must(c.says("before"))
-			if n := b.remove(); n != 1 {
-				t.Errorf("%d connections are kept, want one", n)
+			datagrams, err := b.connect("udp4")
+			b.must(err)
+			all := []*talk{c, datagrams}
+			for _, one := range all {
+				b.must(one.says("before"))
+			}
+			if n := b.remove(); n != len(all) {
+				t.Errorf("%d connections are kept, want %d", n, len(all))
 			}
 			for _, word := range []string{"after", "again"} {
-				if err := c.says(word); err != nil {
-					t.Fatalf("%v\n%s", err, b.rules())
+				for _, one := range all {
+					if err := one.says(word); err != nil {
+						t.Fatalf("%s: %v\n%s", one.RemoteAddr().Network(), err, b.rules())
+					}
 				}
 			}
-			if n := b.remove(); n != 1 || !b.find().Held {
+			if n := b.remove(); n != len(all) || !b.find().Held {
 				t.Errorf("called again: %d connections are kept", n)
 			}
-			if other, err := b.connect(); err == nil {
+			if other, err := b.connect("tcp4"); err == nil {
 				t.Errorf("a new connection to %v", other.RemoteAddr())
 			}
 			// Somebody may save all rules and load them again.
 			saved := b.rules()
 			b.run(b.node, "flush ruleset\n"+saved, "nft", "-f", "-")
-			b.must(c.says("loaded"))
+			for _, one := range all {
+				b.must(one.says("loaded"))
+			}
 			tracking, err := nft.In(b.node).Tracking()
 			b.must(err)
 			if len(tracking.Uses) == 0 {
@@ -294,7 +322,7 @@ func TestConnectionsBreakIfNothingKeepsThem(t *testing.T) {
 			b := newBed(t)
 			b.load(mode)
 			b.answer()
-			c, err := b.connect()
+			c, err := b.connect("tcp4")
 			b.must(err)
 			b.must(c.says("before"))
 			b.must(nft.In(b.node).Take(b.find().Parts, false))
