@@ -232,3 +232,29 @@ func TestAddressesOfWires(t *testing.T) {
 		})
 	}
 }
+
+// The last Service that can be reached from outside goes: connections that are open
+// go on, as with any other; when they are over the programs go.
+func TestConnectionsOutliveTheLastEntrance(t *testing.T) {
+	h := newHarbour(t)
+	h.other.serveAll("far")
+	h.open(h.services(nil, h.other))
+	conn, err := h.client.fromPort("tcp", nodeToClient+":30080", 4000)
+	h.must(err)
+	defer conn.Close()
+	h.must(exchangeLine(conn, "before"))
+	none := h.services(nil)
+	none.Services = nil
+	h.become(none)
+	h.must(exchangeWithin(3*time.Second, conn, "after"))
+	conn.Close()
+	h.awaitClosed()
+	h.age(90000 * time.Second)
+	h.sweep()
+	h.become(none)
+	for _, port := range h.layer.datapath.ports {
+		if port.wire {
+			t.Errorf("when all is over there are programs at %s", port.name)
+		}
+	}
+}

@@ -201,7 +201,7 @@ func diffWires(have *Picture, want paths, prune bool) (first, last layer.Changes
 			first = append(first, layer.Change{Op: layer.Add, Subject: now})
 		case needed && (v.asWire.ip4 != now.ip4 || v.asWire.ip6 != now.ip6):
 			first = append(first, layer.Change{Op: layer.Alter, Subject: now})
-		case !needed && v.asWire != nil && prune && !(v.busy && want.wire):
+		case !needed && v.asWire != nil && prune && !(v.busy && want.settings.Wire):
 			last = append(last, layer.Change{Op: layer.Remove, Subject: now})
 		}
 	}
