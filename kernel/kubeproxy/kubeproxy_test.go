@@ -2,6 +2,7 @@ package kubeproxy
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -50,11 +51,6 @@ func newBed(t *testing.T) *bed {
 		// So that a connection that has ended is forgotten soon.
 		for _, state := range []string{"time_wait", "close", "last_ack", "fin_wait", "close_wait"} {
 			if err := netns.SetSysctl("net/netfilter/nf_conntrack_tcp_timeout_"+state, "1"); err != nil {
-				return err
-			}
-		}
-		for _, state := range []string{"udp_timeout", "udp_timeout_stream"} {
-			if err := netns.SetSysctl("net/netfilter/nf_conntrack_"+state, "5"); err != nil {
 				return err
 			}
 		}
@@ -137,7 +133,8 @@ func (b *bed) remove() int {
 // talk is a connection to the Service and what comes back of a word.
 type talk struct {
 	net.Conn
-	lines *bufio.Reader
+	lines    *bufio.Reader
+	patience time.Duration // for a word to come back
 }
 
 // answer serves, at the endpoint, connections that say again what they hear.
@@ -185,7 +182,7 @@ func (b *bed) connect(network string) (t *talk, err error) {
 	err = netns.Do(b.client, func() error {
 		c, err := net.DialTimeout(network, "10.96.0.10:80", time.Second)
 		if err == nil {
-			t = &talk{c, bufio.NewReader(c)}
+			t = &talk{c, bufio.NewReader(c), 20 * time.Second}
 			b.t.Cleanup(func() { c.Close() })
 		}
 		return err
@@ -195,7 +192,7 @@ func (b *bed) connect(network string) (t *talk, err error) {
 
 // says says a word and hears it again.
 func (t *talk) says(word string) error {
-	if err := t.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
+	if err := t.SetDeadline(time.Now().Add(t.patience)); err != nil {
 		return err
 	}
 	if _, err := fmt.Fprintln(t, word); err != nil {
@@ -301,8 +298,13 @@ func TestConnectionsOutliveTheRules(t *testing.T) {
 			if len(tracking.Uses) == 0 {
 				t.Error("nobody would keep connection tracking")
 			}
+			b.must(netns.Do(b.node, func() error { // the last datagram starts its time anew
+				return errors.Join(netns.SetSysctl("net/netfilter/nf_conntrack_udp_timeout", "1"),
+					netns.SetSysctl("net/netfilter/nf_conntrack_udp_timeout_stream", "1"))
+			}))
+			b.must(datagrams.says("last"))
 			c.Close()
-			for deadline := time.Now().Add(20 * time.Second); b.find().Held; time.Sleep(50 * time.Millisecond) {
+			for deadline := time.Now().Add(time.Minute); b.find().Held; time.Sleep(50 * time.Millisecond) {
 				b.remove()
 				if time.Now().After(deadline) {
 					t.Fatalf("kept after all have ended: %+v", b.find())
@@ -326,6 +328,7 @@ func TestConnectionsBreakIfNothingKeepsThem(t *testing.T) {
 			b.must(err)
 			b.must(c.says("before"))
 			b.must(nft.In(b.node).Take(b.find().Parts, false))
+			c.patience = 2 * time.Second
 			if err := c.says("after"); err == nil {
 				t.Error("the connection goes on")
 			}
