@@ -79,6 +79,8 @@ type Layer struct {
 	// swept is when flows were last swept, part what part of them.
 	swept time.Time
 	part  int
+	// asked says that Services ask for their clients' addresses.
+	asked bool
 	// bypassed are the ranges in force; whyTracked says why there are none where
 	// there should be some.
 	bypassed   bypass
@@ -183,7 +185,9 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	picture.veths = veths
-	if picture.paths.clients {
+	// Before it is known whether somebody asks, those that are known stay.
+	picture.found = picture.clients
+	if l.asked {
 		picture.found = l.room.findClients(veths)
 	}
 	picture.tracking = l.room.readTracking()
@@ -291,6 +295,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	}
 	each(last)
 	picture.paths = want.(*Picture).paths // what a drift check compares with
+	l.asked = picture.paths.clients
 	l.bypassed = picture.tracking.inForce
 	_, l.whyTracked = picture.tracking.decide(picture.paths.untracked)
 	if len(failures) == 0 {

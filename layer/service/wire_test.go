@@ -436,6 +436,11 @@ func TestAffinityIsTheSameOnBothPaths(t *testing.T) {
 			t.Errorf("by its packets the pod met %q, by its sockets %q, %v", byPackets, bySockets, err)
 		}
 	}
+	read, err := h.layer.Read() // as a drift check does
+	h.must(err)
+	if changes := h.layer.Diff(read, h.layer.Plan(h.services(sockets, h.local, h.other)), true); len(changes) > 0 {
+		t.Errorf("what was read is to be changed: %v", changes)
+	}
 	if n := h.layer.datapath.affinityCount(t); n != 1 {
 		t.Errorf("%d affinities of one client", n)
 	}
