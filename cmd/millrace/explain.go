@@ -190,6 +190,9 @@ func printExplanation(e *service.Explanation) error {
 		becomes := "-"
 		if b.Masquerade {
 			becomes = e.Destination.Addr().String()
+			if e.Path == service.FromWire {
+				becomes = "the node's"
+			}
 		}
 		t.row(b.Address.String(), fmt.Sprintf("%.2f %%", 100*b.Probability), orDash(b.Node), becomes)
 	}

@@ -44,7 +44,7 @@ struct {
 
 /* Between which ports all node ports lie. */
 struct port_range {
-	__u16 lowest; /* in the host's order; above highest where there is none */
+	__u16 lowest; /* in the host's order; both 0 where there is none */
 	__u16 highest;
 };
 

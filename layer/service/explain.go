@@ -291,7 +291,7 @@ func (x *Explainer) Explain(q Question) (Explanation, error) {
 	}
 	decision := said.Decision
 	held := decision.Service != 0
-	if row := x.names[Frontend{q.Destination, q.Protocol}]; row != nil && held {
+	if row := x.named(Frontend{q.Destination, q.Protocol}); row != nil && held {
 		answer.Service, answer.Port = row.Service.String(), row.Port
 	}
 	answer.Verdict, answer.Path = verdicts[decision.Verdict], from.servedAt(pathOf(uint8(decision.Path)), x.settings.Path)
@@ -307,6 +307,16 @@ func (x *Explainer) Explain(q Question) (Explanation, error) {
 	}
 	answer.Text = answer.text(from, held)
 	return answer, nil
+}
+
+// named is the row of an address, or that of the node port that any address of the
+// node has.
+func (x *Explainer) named(f Frontend) *Row {
+	if row := x.names[f]; row != nil {
+		return row
+	}
+	f.Address = netip.AddrPortFrom(anyAddress(f.Address.Addr().Is4()), f.Address.Port())
+	return x.names[f]
 }
 
 func unmapped(a netip.AddrPort) netip.AddrPort {
