@@ -133,6 +133,7 @@ func TestErrorsOfOneKindAreToldAndTakeNothingAway(t *testing.T) {
 	b.apply(service("web", "10.96.0.2") + slice("web", "10.244.1.1"))
 	b.run()
 	b.shows("web 10.244.1.1")
+	b.watched()
 	failing.Store(true)
 	b.Cut(true)
 	s := b.until("it is told", func(s *model.Snapshot) bool { return problem(s, "services") != "" })
@@ -160,6 +161,7 @@ func TestServerGoneAndBack(t *testing.T) {
 	b.apply(service("web", "10.96.0.2") + slice("web", "10.244.1.1"))
 	b.run()
 	last := b.shows("web 10.244.1.1")
+	b.watched()
 	gone.Store(true)
 	b.Cut(true)
 	if err := b.over(); err == nil || !strings.Contains(err.Error(), "watch the cluster: ") || !strings.Contains(err.Error(), b.url) {
@@ -216,6 +218,7 @@ func TestExpiredWatchListsAgain(t *testing.T) {
 	b.apply(service("web", "10.96.0.2") + slice("web", "10.244.1.1") + service("mail", "10.96.0.3"))
 	b.run()
 	b.shows("mail, web 10.244.1.1")
+	b.watched()
 	blind.Store(true)
 	b.Cut(false)
 	b.remove(service("web", "10.96.0.2"))

@@ -197,10 +197,10 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q *asked) {
 	lasts, _ := strconv.Atoi(q.query("timeoutSeconds"))
 	over := time.NewTimer(min(grace, time.Duration(max(lasts, 1))*time.Second))
 	defer over.Stop()
+	_, since := s.news(q.resource, from) // before it is counted: then a cut is seen
 	s.mu.Lock()
 	s.watches[q.resource]++
 	s.mu.Unlock()
-	_, since := s.news(q.resource, from)
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
