@@ -40,12 +40,17 @@ var serviceTests = []string{"TestEveryProgramPassesTheVerifier", "TestConnection
 	"TestClientsElsewhereReachEveryEntry", "TestExternalPolicyLocal", "TestSourceRanges", "TestAffinity",
 	"TestErrorsAboutMasqueradedPackets"}
 
-// serviceFlags: all of it on emulated processors takes many minutes.
+// serviceFlags: all of it on emulated processors takes many minutes. With
+// MILLRACE_KERNEL_RUN, a regular expression, other tests are chosen.
 func serviceFlags() []string {
+	const whole = "-test.timeout=35m"
+	if chosen := os.Getenv("MILLRACE_KERNEL_RUN"); chosen != "" {
+		return []string{whole, "-test.run=" + chosen}
+	}
 	if os.Getenv("MILLRACE_LONG") == "" {
 		return []string{"-test.run=^(" + strings.Join(serviceTests, "|") + ")$"}
 	}
-	return nil
+	return []string{whole}
 }
 
 // labTests are what of the lab is always tested there.
