@@ -45,6 +45,10 @@ type matrixRow struct {
 
 const mostExamples = 10
 
+// matrixPatience of each call, in milliseconds: longer than a busy machine stands
+// still. A datagram that is lost fails all the same.
+const matrixPatience = 10_000
+
 // callEverything lets every pod that is ready call every Service.
 func callEverything(ctx context.Context, client *lab.Client, p *progress) (*matrix, error) {
 	status, err := client.Status(ctx)
@@ -125,7 +129,7 @@ func (m *matrix) callFrom(ctx context.Context, client *lab.Client, pod lab.PodSt
 	column := slices.Index(m.Nodes, pod.Node)
 	for i := range m.Rows {
 		row := &m.Rows[i]
-		answers, err := client.Call(ctx, pod.String(), lab.CallRequest{Proto: row.How, Target: row.target})
+		answers, err := client.Call(ctx, pod.String(), lab.CallRequest{Proto: row.How, Target: row.target, Timeout: matrixPatience})
 		if err != nil {
 			return err
 		}

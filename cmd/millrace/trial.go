@@ -132,6 +132,14 @@ func (l *leaving) choose(ctx context.Context, client *lab.Client) (string, error
 // last one is ready again, under load and with steady endpoints.
 func killAgents(ctx context.Context, client *lab.Client, p *progress, kills int) (*trial, error) {
 	what := "agents killed with SIGKILL and started again"
+	// A pod that ends while its node's agent is away cannot be told from one that is
+	// there: those of the trial before are to be gone.
+	nobodyLeaves := func(s *lab.Status) bool {
+		return !slices.ContainsFunc(s.Pods, func(p lab.PodStatus) bool { return p.Terminating })
+	}
+	if _, err := client.Await(ctx, nobodyLeaves); err != nil {
+		return nil, err
+	}
 	return underLoad(ctx, client, kills, what, func(ctx context.Context, _ time.Time, _ map[string]bool) (int, error) {
 		for i := range kills {
 			status, err := client.Status(ctx)
