@@ -62,12 +62,20 @@ func TestMasqueradedFlowsGiveWay(t *testing.T) {
 	h.layer.settings.Flows = 256
 	h.other.serveAll("far")
 	h.open(h.services(nil, h.other))
+	lacked := h.reason("no_storage")
 	for i := range 400 {
 		if i%50 == 49 {
 			h.age(2 * time.Second)
 			h.sweep()
 		}
-		if _, _, err := h.client.call("udp", nodeToClient+":30053", "where?"); err != nil {
+		_, _, err := h.client.call("udp", nodeToClient+":30053", "where?")
+		// On a slow machine with one processor the kernel has no memory at hand for a
+		// moment (kernel/bpf/memalloc.c gets it in the background).
+		if now := h.reason("no_storage"); err != nil && now > lacked && now <= 3 {
+			lacked = now
+			_, _, err = h.client.call("udp", nodeToClient+":30053", "where?")
+		}
+		if err != nil {
 			t.Fatalf("question %d: %v; flows_full is %d, no_storage %d, with %d entries", i, err, h.reason("flows_full"), h.reason("no_storage"), h.masqueraded())
 		}
 	}
