@@ -81,7 +81,7 @@ func (p Places) Listeners(checks []Check, has, primary []netip.Addr, well func()
 // Addresses are those of the devices in the network namespace at path; the empty
 // path is this process's own.
 func Addresses(path string) (has []netip.Addr, err error) {
-	err = within(path, func() error {
+	err = netns.In(path, func() error {
 		all, err := net.InterfaceAddrs()
 		for _, one := range all {
 			if prefix, err := netip.ParsePrefix(one.String()); err == nil {
@@ -91,13 +91,6 @@ func Addresses(path string) (has []netip.Addr, err error) {
 		return err
 	})
 	return has, err
-}
-
-func within(path string, f func() error) error {
-	if path == "" {
-		return f()
-	}
-	return netns.Do(path, f)
 }
 
 // Listener is a place and who answers there.

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/millrace/millrace/kernel/netns"
 )
 
 // Server listens as it was last told. Its zero value listens nowhere.
@@ -95,7 +97,7 @@ func (s *Server) put(at place, l Listener) error {
 		return nil
 	}
 	var listener net.Listener
-	err := within(s.Netns, func() (err error) {
+	err := netns.In(s.Netns, func() (err error) {
 		listener, err = net.Listen(at.network, at.address.String())
 		return err
 	})

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/kernel/nft"
 )
 
@@ -128,17 +129,16 @@ func running(path string) (int, error) {
 	if err := unix.Stat(path, &home); err != nil {
 		return 0, fmt.Errorf("look for kube-proxy: namespace %s: %w", path, err)
 	}
-	commands, err := filepath.Glob("/proc/[0-9]*/comm")
+	processes, err := netns.Processes()
 	if err != nil {
 		return 0, fmt.Errorf("look for kube-proxy: %w", err)
 	}
-	for _, file := range commands {
-		command, err := os.ReadFile(file)
+	for _, folder := range processes {
+		command, err := os.ReadFile(filepath.Join(folder, "comm"))
 		if err != nil || strings.TrimSpace(string(command)) != "kube-proxy" {
 			continue // it has ended
 		}
 		var its unix.Stat_t
-		folder := filepath.Dir(file)
 		if unix.Stat(filepath.Join(folder, "ns/net"), &its) == nil && its.Dev == home.Dev && its.Ino == home.Ino {
 			var process int
 			_, err := fmt.Sscan(filepath.Base(folder), &process)

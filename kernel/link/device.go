@@ -108,13 +108,7 @@ func Watch(ctx context.Context, path string, changed func()) error {
 			ErrorCallback: func(error) {},
 		})
 	}
-	var err error
-	if path == "" {
-		err = subscribe()
-	} else {
-		err = netns.Do(path, subscribe)
-	}
-	if err != nil {
+	if err := netns.In(path, subscribe); err != nil {
 		return fmt.Errorf("watch devices: %w", err)
 	}
 	changed() // what came before

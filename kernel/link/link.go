@@ -36,11 +36,7 @@ func Open(path string) (*Net, error) {
 		n.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE)
 		return err
 	}
-	enter := func() error { return netns.Do(path, open) }
-	if path == "" {
-		enter = open
-	}
-	if err := enter(); err != nil {
+	if err := netns.In(path, open); err != nil {
 		return nil, fmt.Errorf("open rtnetlink in %s: %w", path, err)
 	}
 	return n, nil

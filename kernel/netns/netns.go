@@ -75,6 +75,15 @@ func Do(path string, f func() error) error {
 	})
 }
 
+// In is Do, but for the empty path, which is this process's own namespace: there it
+// just calls f.
+func In(path string, f func() error) error {
+	if path == "" {
+		return f()
+	}
+	return Do(path, f)
+}
+
 // Start starts a command inside the namespace at path and born in the cgroup2
 // group, so that every socket it ever makes belongs to both. It has a process
 // group of its own: a person's Ctrl-C is for whoever started it.

@@ -38,10 +38,7 @@ func (n *Net) legacy() (uses []Use, err error) {
 		}
 		return nil
 	}
-	if n.path == "" {
-		return uses, read()
-	}
-	err = netns.Do(n.path, read)
+	err = netns.In(n.path, read)
 	return uses, err
 }
 
@@ -99,10 +96,7 @@ func (n *Net) LegacyHolds(chain string) (tables []string, err error) {
 		}
 		return nil
 	}
-	if n.path == "" {
-		return tables, read()
-	}
-	err = netns.Do(n.path, read)
+	err = netns.In(n.path, read)
 	return tables, err
 }
 

@@ -47,11 +47,7 @@ func (n *Net) dial(groups uint32) (*socket, error) {
 		}
 		return err
 	}
-	enter := func() error { return netns.Do(n.path, open) }
-	if n.path == "" {
-		enter = open
-	}
-	err := enter()
+	err := netns.In(n.path, open)
 	if err == nil {
 		err = unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: patience})
 	}

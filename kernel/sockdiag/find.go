@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/netns"
 )
 
 // search looks for paths to network namespaces, by their inode numbers.
@@ -73,23 +75,15 @@ func (s *search) mounts() {
 // processes tries those of processes, and begins with the youngest: the first are
 // the kernel's own, and the node's.
 func (s *search) processes() {
-	proc, err := os.Open("/proc")
+	folders, err := netns.Processes()
 	if err != nil {
 		return
 	}
-	defer proc.Close()
-	names, err := proc.Readdirnames(-1)
-	if err != nil {
-		return
-	}
-	for _, name := range slices.Backward(names) {
+	for _, folder := range slices.Backward(folders) {
 		if s.over() {
 			return
 		}
-		if name[0] < '1' || name[0] > '9' {
-			continue
-		}
-		path := filepath.Join("/proc", name, "ns/net")
+		path := filepath.Join(folder, "ns/net")
 		if to, err := os.Readlink(path); err == nil {
 			s.try(path, inodeOf(to))
 		}

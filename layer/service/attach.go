@@ -156,12 +156,7 @@ func (l *linked) detach() error {
 }
 
 // inNetns runs f where the devices are.
-func (d *datapath) inNetns(f func() error) error {
-	if d.settings.Netns == "" {
-		return f()
-	}
-	return netns.Do(d.settings.Netns, f)
-}
+func (d *datapath) inNetns(f func() error) error { return netns.In(d.settings.Netns, f) }
 
 // pinOf is the path of a hook's pin; "" where nothing is pinned.
 func (d *datapath) pinOf(h hook) string {
