@@ -58,7 +58,7 @@ func TestClientsComeAgainFromTheSamePort(t *testing.T) {
 				}
 			}
 		}
-		conn.Close()
+		hangUp(conn)
 		h.masqueradesFit(fmt.Sprintf("after round %d", i))
 		h.whole(fmt.Sprintf("after round %d", i))
 	}

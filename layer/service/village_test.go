@@ -268,6 +268,17 @@ func exchangeWithin(limit time.Duration, conn net.Conn, text string) error {
 	return nil
 }
 
+// hangUp closes a connection, a TCP one when its server has closed it, too: before
+// that its port cannot be taken again, for the socket is in FIN-WAIT.
+func hangUp(conn net.Conn) {
+	defer conn.Close()
+	if stream, ok := conn.(*net.TCPConn); ok {
+		conn.SetDeadline(time.Now().Add(patience))
+		stream.CloseWrite()
+		io.Copy(io.Discard, conn)
+	}
+}
+
 // narrow gives the node's routes to a pod an MTU. The device keeps its own: a veth
 // drops what its peer sends beyond it, and tells nobody.
 func (p *pod) narrow(mtu int) error {
