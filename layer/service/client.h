@@ -13,6 +13,12 @@ struct service_key {
 	__u8 zero;
 };
 
+/* Somebody's addresses; all zero where there is none of a family. */
+struct addresses {
+	struct address ip4;
+	struct address ip6;
+};
+
 /* Where a client is. */
 enum origin {
 	ORIGIN_POD,     /* a pod of this node */
@@ -83,15 +89,10 @@ static __always_inline bool any_address(struct service_key *key, bool own)
 
 /* The addresses of network namespaces, for those who ask from a socket, which may
  * have none yet. Only written where a Service asks for its clients' addresses. */
-struct client_addresses {
-	struct address ip4;
-	struct address ip6;
-};
-
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__type(key, __u64); /* the namespace's cookie */
-	__type(value, struct client_addresses);
+	__type(value, struct addresses);
 	__uint(max_entries, 4096); /* pods of one node; Kubernetes plans for 110 */
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } clients SEC(".maps");
@@ -109,7 +110,7 @@ static __always_inline bool client_of(const struct question *asked, struct addre
 	*client = asked->client;
 	if (!cookie)
 		return true;
-	struct client_addresses *known = bpf_map_lookup_elem(&clients, &cookie);
+	struct addresses *known = bpf_map_lookup_elem(&clients, &cookie);
 
 	client->word[0] = UNKNOWN_CLIENT;
 	client->word[1] = 0;

@@ -2,7 +2,6 @@ package service
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -10,15 +9,14 @@ import (
 
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
-	"github.com/millrace/millrace/model"
 )
 
 // knownClient is a network namespace of this node and its addresses: the Subject of a
 // change of the map clients. A socket that connects has none yet, so Services that
 // ask for their clients' addresses look there.
 type knownClient struct {
-	cookie   uint64
-	ip4, ip6 netip.Addr // invalid where it has none
+	cookie uint64
+	addresses
 }
 
 // Object implements layer.Subject.
@@ -26,34 +24,7 @@ func (c knownClient) Object() string { return fmt.Sprintf("client of namespace %
 
 // Detail implements layer.Subject.
 func (c knownClient) Detail() string {
-	switch {
-	case !c.ip6.IsValid():
-		return c.ip4.String()
-	case !c.ip4.IsValid():
-		return c.ip6.String()
-	}
-	return c.ip4.String() + ", " + c.ip6.String()
-}
-
-// clientAt is a namespace with the first of its addresses of each family.
-func clientAt(cookie uint64, addresses []netip.Addr) knownClient {
-	c := knownClient{cookie: cookie}
-	for _, a := range addresses {
-		a = a.Unmap()
-		switch {
-		case !a.IsGlobalUnicast():
-		case a.Is4() && !c.ip4.IsValid():
-			c.ip4 = a
-		case a.Is6() && !c.ip6.IsValid():
-			c.ip6 = a
-		}
-	}
-	return c
-}
-
-// asksForClients says that some Service asks for its clients' addresses.
-func asksForClients(snapshot *model.Snapshot) bool {
-	return slices.ContainsFunc(snapshot.Services, func(s *model.Service) bool { return s.Affinity > 0 || s.SourceRanges != nil })
+	return c.join(", ")
 }
 
 // clientsAtMost is how long a namespace that got its address after its device is
@@ -75,8 +46,8 @@ func (d *datapath) findClients(devices []veth) []knownClient {
 	spaces, _ := netns.Spaces(d.settings.Netns) // what may not be looked into stays unknown
 	var found []knownClient
 	for _, space := range spaces {
-		if c := clientAt(space.Cookie, space.Addresses); c.ip4.IsValid() || c.ip6.IsValid() {
-			found = append(found, c)
+		if its := firstOf(space.Addresses); its != (addresses{}) {
+			found = append(found, knownClient{space.Cookie, its})
 		}
 	}
 	d.looked = lookedAt{indexes, time.Now(), found}
@@ -94,10 +65,10 @@ type lookedAt struct {
 func (d *datapath) readClients() ([]knownClient, error) {
 	var all []knownClient
 	var cookie uint64
-	var value datapathClientAddresses
+	var value datapathAddresses
 	entries := d.maps[datapathMapClients].Iterate()
 	for entries.Next(&cookie, &value) {
-		all = append(all, knownClient{cookie, setAddr(value.Ip4.Word), setAddr(value.Ip6.Word)})
+		all = append(all, knownClient{cookie, addressesOf(value)})
 	}
 	if err := entries.Err(); err != nil {
 		return nil, fmt.Errorf("read %s: %w", datapathMapClients, err)
@@ -113,8 +84,8 @@ func diffClients(have *Picture, want paths, prune bool) (first, last layer.Chang
 		for _, c := range have.found {
 			wanted[c.cookie] = c
 		}
-		if own := clientAt(have.node, want.node); have.node != 0 && (own.ip4.IsValid() || own.ip6.IsValid()) {
-			wanted[own.cookie] = own
+		if own := firstOf(want.node); have.node != 0 && own != (addresses{}) {
+			wanted[have.node] = knownClient{have.node, own}
 		}
 	}
 	for _, c := range have.clients {
@@ -145,14 +116,7 @@ func (d *datapath) know(change layer.Change) error {
 	if change.Op == layer.Remove {
 		return gone(d.maps[datapathMapClients].Delete(c.cookie))
 	}
-	var value datapathClientAddresses
-	if c.ip4.IsValid() {
-		value.Ip4.Word = wordsOf(c.ip4)
-	}
-	if c.ip6.IsValid() {
-		value.Ip6.Word = wordsOf(c.ip6)
-	}
-	return d.maps[datapathMapClients].Put(c.cookie, value)
+	return d.maps[datapathMapClients].Put(c.cookie, c.value())
 }
 
 // sweepAffinities forgets which endpoints clients had whose time is over.

@@ -27,6 +27,9 @@ var tableMaps = []string{datapathMapServices, datapathMapSlots, datapathMapBacke
 // flowMaps belong together and hold what the packet path knows of its flows.
 var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapVacant, datapathMapFlowUsage}
 
+// packetMaps are those that the packet path needs, with flows or without.
+var packetMaps = append([]string{datapathMapMasquerades}, flowMaps...)
+
 // ruleMaps are what the programs know beside the tables.
 var ruleMaps = []string{datapathMapSourceRanges, datapathMapNodeAddresses, datapathMapNodePorts,
 	datapathMapWires, datapathMapClients, datapathMapAffinities, datapathMapPaths}
@@ -60,9 +63,11 @@ type datapath struct {
 	waiting map[string]*ebpf.Program
 	lock    *os.File
 	// node is the cookie of the node's own network namespace.
-	node        uint64
-	looked      lookedAt
-	noSetRetval bool
+	node   uint64
+	looked lookedAt
+	// firstPort and portCount are the source ports of masqueraded flows.
+	firstPort, portCount uint16
+	noSetRetval          bool
 	// rules is nftables in the node's namespace; untrackable is why ours cannot
 	// be there, bypassing says that this process wrote them.
 	rules       *nft.Net
@@ -135,6 +140,9 @@ func (d *datapath) prepare() (whole bool, err error) {
 		return false, err
 	}
 	d.probe()
+	if err := d.findSourcePorts(); err != nil {
+		return false, err
+	}
 	if err := d.resume(); err != nil {
 		return false, err
 	}
@@ -332,13 +340,9 @@ func (d *datapath) probe() {
 
 // adapt gives the programs their read-only settings.
 func (d *datapath) adapt(spec *ebpf.CollectionSpec, places int) error {
-	first, count, err := d.sourcePorts()
-	if err != nil {
-		return err
-	}
 	settings := map[string]any{
-		"first_port":    first,
-		"port_count":    count,
+		"first_port":    d.firstPort,
+		"port_count":    d.portCount,
 		"can_set_error": !d.noSetRetval,
 		"default_path":  uint8(d.settings.Path.number()),
 		"node_cookie":   d.node,
@@ -527,7 +531,7 @@ func (d *datapath) makeFlows() error {
 		return nil
 	}
 	d.packets = true
-	if err := d.exchange(append([]string{datapathMapMasquerades}, flowMaps...), capacity{1, 1}, func(map[string]*ebpf.Map) error { return nil }); err != nil {
+	if err := d.exchange(packetMaps, capacity{1, 1}, func(map[string]*ebpf.Map) error { return nil }); err != nil {
 		d.packets = false
 		return fmt.Errorf("make the maps of the packet path: %w", err)
 	}

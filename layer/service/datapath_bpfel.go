@@ -18,6 +18,12 @@ type datapathAddress struct {
 	Word [4]uint32
 }
 
+type datapathAddresses struct {
+	_   structs.HostLayout
+	Ip4 datapathAddress
+	Ip6 datapathAddress
+}
+
 type datapathAffinity struct {
 	_      structs.HostLayout
 	Number uint32
@@ -36,12 +42,6 @@ type datapathBackend struct {
 	Port    uint16
 	Zero    uint16
 	Service uint32
-}
-
-type datapathClientAddresses struct {
-	_   structs.HostLayout
-	Ip4 datapathAddress
-	Ip6 datapathAddress
 }
 
 type datapathExplanation struct {
@@ -285,12 +285,6 @@ const (
 	datapathVerdictVERDICT_REFUSE        datapathVerdict = 2
 	datapathVerdictVERDICT_DROP          datapathVerdict = 3
 )
-
-type datapathWire struct {
-	_   structs.HostLayout
-	Ip4 datapathAddress
-	Ip6 datapathAddress
-}
 
 type datapathWorkbench struct {
 	_      structs.HostLayout

@@ -69,6 +69,11 @@ func anyAddress(ip4 bool) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
+// nodePort is the frontend at which the same port is a node port.
+func (f Frontend) nodePort() Frontend {
+	return Frontend{netip.AddrPortFrom(anyAddress(f.Address.Addr().Is4()), f.Address.Port()), f.Protocol}
+}
+
 // doorsOf are a Service's addresses of one family, no two equal; none if it has no
 // ClusterIP of that family, as with kube-proxy. An address that is a load
 // balancer's and more stays guarded by its source ranges.

@@ -183,9 +183,9 @@ func (x *Explainer) fresh(spec *ebpf.CollectionSpec, planned *Picture) error {
 		return err
 	}
 	x.wire = planned.paths.wire
-	first, _ := diffSurroundings(surroundings{}, planned.paths, x.devices(), false)
+	first, _ := diffNodeAddresses(nil, planned.paths, x.devices(), false)
 	for _, change := range first {
-		if err := tell(x.maps, change); err != nil {
+		if err := tellAddress(x.maps, change); err != nil {
 			return fmt.Errorf("%s: %w", change.Subject.Object(), err)
 		}
 	}
@@ -315,8 +315,7 @@ func (x *Explainer) named(f Frontend) *Row {
 	if row := x.names[f]; row != nil {
 		return row
 	}
-	f.Address = netip.AddrPortFrom(anyAddress(f.Address.Addr().Is4()), f.Address.Port())
-	return x.names[f]
+	return x.names[f.nodePort()]
 }
 
 func unmapped(a netip.AddrPort) netip.AddrPort {

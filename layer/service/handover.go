@@ -239,7 +239,7 @@ func awaitRunning() {
 // openPairs opens the maps of flows of which there are two: in force, and beside.
 func (d *datapath) openPairs() (from, to map[string]*ebpf.Map, err error) {
 	from, to = map[string]*ebpf.Map{}, map[string]*ebpf.Map{}
-	names := append([]string{datapathMapConnected, datapathMapSent, datapathMapMasquerades}, flowMaps...)
+	names := append([]string{datapathMapConnected, datapathMapSent}, packetMaps...)
 	for _, name := range names {
 		next, err := ebpf.LoadPinnedMap(d.pin(nextPrefix+name), nil)
 		if errors.Is(err, fs.ErrNotExist) {

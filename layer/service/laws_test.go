@@ -301,7 +301,7 @@ func (f *fakeTables) readClients() ([]knownClient, error) { return nil, nil }
 func (f *fakeTables) findClients([]veth) []knownClient    { return nil }
 func (f *fakeTables) cookie() uint64                      { return 0 }
 
-func (f *fakeTables) readSurroundings() (surroundings, error) { return surroundings{}, nil }
+func (f *fakeTables) readNodeAddresses() ([]netip.Addr, error) { return nil, nil }
 
 func (f *fakeTables) readTracking() tracking      { return tracking{} }
 func (f *fakeTables) sweep(int, int) error        { return nil }

@@ -102,7 +102,7 @@ type room interface {
 	// path; carryOut changes one of them.
 	findVeths() ([]veth, error)
 	readAsks() ([]*wish, error)
-	readSurroundings() (surroundings, error)
+	readNodeAddresses() ([]netip.Addr, error)
 	// readClients and findClients are the namespaces that the programs know, and
 	// those that there are; node is the cookie of the node's own.
 	readClients() ([]knownClient, error)
@@ -165,7 +165,7 @@ func (l *Layer) Read() (layer.Picture, error) {
 	if picture.asks, err = l.room.readAsks(); err != nil {
 		return nil, fmt.Errorf("read whose paths are asked for: %w", err)
 	}
-	if picture.known, err = l.room.readSurroundings(); err != nil {
+	if picture.nodeAddresses, err = l.room.readNodeAddresses(); err != nil {
 		return nil, err
 	}
 	if picture.clients, err = l.room.readClients(); err != nil {
@@ -288,7 +288,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		read, err := l.tables.adopt()
 		failures = appendError(failures, err)
 		if err == nil {
-			read.lost, read.veths, read.asks, read.known, read.tracking = picture.lost, picture.veths, picture.asks, picture.known, picture.tracking
+			read.lost, read.veths, read.asks, read.nodeAddresses, read.tracking = picture.lost, picture.veths, picture.asks, picture.nodeAddresses, picture.tracking
 			read.clients, read.found, read.node = picture.clients, picture.found, picture.node
 			picture = read
 		}

@@ -19,15 +19,10 @@
 #include "translation.h"
 
 /* The devices by which packets leave the node, and the node's addresses there. */
-struct wire {
-	struct address ip4;
-	struct address ip6;
-};
-
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__type(key, __u32); /* the device's index */
-	__type(value, struct wire);
+	__type(value, struct addresses);
 	__uint(max_entries, 256);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } wires SEC(".maps");
@@ -81,7 +76,7 @@ static __noinline bool leaves_from(struct __sk_buff *skb, const struct tuple *to
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH &&
 	    result != BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		return false;
-	struct wire *wire = bpf_map_lookup_elem(&wires, &way.ifindex);
+	struct addresses *wire = bpf_map_lookup_elem(&wires, &way.ifindex);
 
 	if (!wire)
 		return false;
@@ -153,7 +148,6 @@ __noinline int make_masquerade(struct __sk_buff *skb)
 
 	if (!w)
 		return -1;
-	w->made = false;
 	w->out_key = w->client.to;
 	if (bpf_map_lookup_elem(&masquerades, &w->out_key))
 		return 0; /* of the same two before */

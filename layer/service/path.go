@@ -139,10 +139,10 @@ type paths struct {
 	untracked untracked
 }
 
-func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
+func pathsOf(settings Settings, snapshot *model.Snapshot, services demands) paths {
 	p := paths{
-		packets: settings.path() == PathPacket, untracked: untrackedOf(settings, snapshot),
-		wire: settings.Wire && hasEntrance(snapshot), nodePorts: hasNodePort(snapshot), clients: asksForClients(snapshot), settings: settings,
+		packets: settings.path() == PathPacket || services.packets, untracked: untrackedOf(settings, snapshot),
+		wire: settings.Wire && services.entrance, nodePorts: services.nodePorts, clients: services.clients, settings: settings,
 	}
 	for _, pod := range snapshot.Pods {
 		path := askedPath(pod.Annotations)
@@ -165,14 +165,10 @@ func pathsOf(settings Settings, snapshot *model.Snapshot) paths {
 // what goes last.
 func diffPaths(have *Picture, want paths, prune bool) (first, last layer.Changes) {
 	first, last = diffBypass(have.tracking, want.untracked, prune)
-	for _, diff := range []func() (first, last layer.Changes){
-		func() (first, last layer.Changes) { return diffSurroundings(have.known, want, have.veths, prune) },
-		func() (first, last layer.Changes) { return diffWires(have, want, prune) },
-		func() (first, last layer.Changes) { return diffClients(have, want, prune) },
-	} {
-		begin, end := diff()
-		first, last = append(first, begin...), append(last, end...)
-	}
+	add := func(begin, end layer.Changes) { first, last = append(first, begin...), append(last, end...) }
+	add(diffNodeAddresses(have.nodeAddresses, want, have.veths, prune))
+	add(diffWires(have, want, prune))
+	add(diffClients(have, want, prune))
 	for _, p := range have.veths {
 		needed := want.packets && p.isPods(want.node)
 		if needed && !p.attached {
@@ -302,7 +298,7 @@ func (d *datapath) carryOut(change layer.Change) error {
 		}
 		return d.attachWire(subject)
 	case nodeAddress:
-		return tell(d.maps, change)
+		return tellAddress(d.maps, change)
 	case knownClient:
 		return d.know(change)
 	case *wish:
@@ -365,7 +361,10 @@ func (p *Picture) note(change layer.Change) {
 			p.clients = append(p.clients, subject)
 		}
 	case nodeAddress:
-		p.known.addresses = noted(p.known.addresses, subject.Addr, change.Op)
+		p.nodeAddresses = slices.DeleteFunc(p.nodeAddresses, func(a netip.Addr) bool { return a == subject.Addr })
+		if change.Op != layer.Remove {
+			p.nodeAddresses = append(p.nodeAddresses, subject.Addr)
+		}
 	case *wish:
 		p.asks = slices.DeleteFunc(p.asks, func(a *wish) bool { return a == subject || a.isAbout(subject) })
 		if change.Op != layer.Remove {
@@ -377,13 +376,4 @@ func (p *Picture) note(change layer.Change) {
 			p.tracking.inForce = nil
 		}
 	}
-}
-
-// noted is a list after a change of one in it.
-func noted[T comparable](list []T, one T, op layer.Op) []T {
-	list = slices.DeleteFunc(list, func(other T) bool { return other == one })
-	if op != layer.Remove {
-		list = append(list, one)
-	}
-	return list
 }

@@ -151,8 +151,8 @@ type Picture struct {
 	// in a picture in force.
 	veths []veth
 	asks  []*wish
-	// known is what the programs know of the node, in a picture in force.
-	known surroundings
+	// nodeAddresses are those that have node ports, in a picture in force.
+	nodeAddresses []netip.Addr
 	// clients are the namespaces that the programs know, and found those that there
 	// are; node is the cookie of the node's own. In a picture in force.
 	clients, found []knownClient
@@ -169,7 +169,7 @@ type Picture struct {
 // that did not change keeps its plan.
 type plan struct {
 	service *model.Service
-	path    Path // that it asks for
+	demands demands
 	rows    []*Row
 }
 

@@ -28,10 +28,11 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	p.last = plans
 	picture := wanted(plans)
 	picture.whole = snapshot.Complete && snapshot.Unread == 0
-	picture.paths = pathsOf(settings, snapshot)
+	var asked demands
 	for _, plan := range plans {
-		picture.paths.packets = picture.paths.packets || plan.path == PathPacket
+		asked = asked.and(plan.demands)
 	}
+	picture.paths = pathsOf(settings, snapshot, asked)
 	return picture
 }
 
@@ -55,7 +56,7 @@ func (p *planner) merge(services []*model.Service) (plans []*plan, ordered bool)
 		if run {
 			plans[i], old = old[0], old[1:]
 		} else {
-			plans[i] = &plan{service, askedPath(service.Annotations), rowsOf(service, p.at)}
+			plans[i] = &plan{service, demandsOf(service), rowsOf(service, p.at)}
 		}
 	}
 	return plans, true

@@ -74,7 +74,7 @@ func TestWireThatWentMeanwhileIsForgotten(t *testing.T) {
 	h.have, err = h.layer.Read()
 	h.must(err)
 	h.become(snapshot)
-	var value datapathWire
+	var value datapathAddresses
 	if err := h.layer.datapath.maps[datapathMapWires].Lookup(gone, &value); err == nil {
 		t.Error("the device that went is still a wire")
 	}

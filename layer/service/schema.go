@@ -244,5 +244,5 @@ func sameLayout(have *ebpf.Map, want *ebpf.MapSpec) bool {
 
 // sizedHere says that a map's size is a setting, not part of its layout.
 func sizedHere(name string) bool {
-	return name == datapathMapMasquerades || slices.Contains(tableMaps, name) || slices.Contains(flowMaps, name)
+	return slices.Contains(tableMaps, name) || slices.Contains(packetMaps, name)
 }

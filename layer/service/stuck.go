@@ -298,13 +298,8 @@ func (s *stuck) describe(d *layer.Description) {
 // gone says that the Service at a socket's address, if there still is one, has no
 // such endpoint, in whatever condition.
 func (s *stuck) gone(u use) bool {
-	anywhere := netip.IPv6Unspecified() // a NodePort, at each of the node's addresses
-	if u.frontend.Address.Addr().Is4() {
-		anywhere = netip.IPv4Unspecified()
-	}
-	port := u.frontend.Address.Port()
-	for _, at := range []netip.Addr{u.frontend.Address.Addr(), anywhere} {
-		row := s.row(Frontend{netip.AddrPortFrom(at, port), u.frontend.Protocol})
+	for _, at := range []Frontend{u.frontend, u.frontend.nodePort()} {
+		row := s.row(at)
 		if row != nil && s.wanted.hasEndpoint(row, u.endpoint) {
 			return false
 		}

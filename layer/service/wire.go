@@ -18,9 +18,8 @@ import (
 // from_wire and to_wire there.
 type wire struct {
 	link.Device
-	// ip4 and ip6 are the node's addresses there, those that masqueraded packets
-	// come from; invalid where it has none.
-	ip4, ip6 netip.Addr
+	// addresses are the node's there, those that masqueraded packets come from.
+	addresses
 }
 
 // Object implements layer.Subject.
@@ -28,16 +27,10 @@ func (w wire) Object() string { return "services at the wire " + w.Name }
 
 // Detail implements layer.Subject.
 func (w wire) Detail() string {
-	var text string
-	for _, a := range []netip.Addr{w.ip4, w.ip6} {
-		if a.IsValid() {
-			text += " " + a.String()
-		}
-	}
-	if text == "" {
+	if w.addresses == (addresses{}) {
 		return ""
 	}
-	return "masquerading as" + text
+	return "masquerading as " + w.join(" ")
 }
 
 // wireOf says which addresses packets that leave by a device are to come from: of each
@@ -45,19 +38,16 @@ func (w wire) Detail() string {
 // between nodes (a load balancer's, say) does not; else the device's first; else, where it has
 // none (an unnumbered link), the node's at another device.
 func wireOf(device link.Device, node []netip.Addr, devices []veth) wire {
-	return wire{device, wireAddress(device, node, devices, netip.Addr.Is4), wireAddress(device, node, devices, netip.Addr.Is6)}
+	first := firstOf(device.Addresses)
+	return wire{device, addresses{
+		wireAddress(device, node, devices, netip.Addr.Is4, first.ip4), wireAddress(device, node, devices, netip.Addr.Is6, first.ip6),
+	}}
 }
 
-func wireAddress(device link.Device, node []netip.Addr, devices []veth, family func(netip.Addr) bool) netip.Addr {
-	var first netip.Addr
+func wireAddress(device link.Device, node []netip.Addr, devices []veth, family func(netip.Addr) bool, first netip.Addr) netip.Addr {
 	for _, a := range device.Addresses {
-		a = a.Unmap()
-		switch {
-		case !a.IsGlobalUnicast() || !family(a):
-		case slices.Contains(node, a):
+		if a = a.Unmap(); a.IsGlobalUnicast() && family(a) && slices.Contains(node, a) {
 			return a
-		case !first.IsValid():
-			first = a
 		}
 	}
 	if first.IsValid() {
@@ -104,11 +94,6 @@ func (a nodeAddress) Detail() string {
 	return ""
 }
 
-// surroundings is what the programs know of the node.
-type surroundings struct {
-	addresses []netip.Addr
-}
-
 // ipvsDevice holds every ClusterIP where kube-proxy runs in its IPVS mode.
 const ipvsDevice = "kube-ipvs0"
 
@@ -144,51 +129,48 @@ func (s Settings) hasNodePorts(a netip.Addr, node []netip.Addr) bool {
 		slices.ContainsFunc(s.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// hasEntrance says that some Service is to be reached from outside the cluster.
-func hasEntrance(snapshot *model.Snapshot) bool {
-	return hasNodePort(snapshot) || slices.ContainsFunc(snapshot.Services, func(s *model.Service) bool {
-		return len(s.ExternalIPs)+len(s.LoadBalancerIPs) > 0
-	})
+// demands are what a Service asks of the node beside its rows.
+type demands struct {
+	// packets: its packets are to be translated, not its clients' sockets.
+	packets bool
+	// entrance: it is to be reached from outside the cluster; nodePorts: so by one.
+	entrance, nodePorts bool
+	// clients: it asks for its clients' addresses.
+	clients bool
 }
 
-// hasNodePort says that some Service has one.
-func hasNodePort(snapshot *model.Snapshot) bool {
-	return slices.ContainsFunc(snapshot.Services, func(s *model.Service) bool {
-		return slices.ContainsFunc(s.Ports, func(p model.ServicePort) bool { return p.NodePort != 0 })
-	})
+func demandsOf(s *model.Service) demands {
+	d := demands{
+		packets:   askedPath(s.Annotations) == PathPacket,
+		nodePorts: slices.ContainsFunc(s.Ports, func(p model.ServicePort) bool { return p.NodePort != 0 }),
+		clients:   s.Affinity > 0 || s.SourceRanges != nil,
+	}
+	d.entrance = d.nodePorts || len(s.ExternalIPs)+len(s.LoadBalancerIPs) > 0
+	return d
 }
 
-// diffSurroundings says what the programs have to be told, and what comes last.
-func diffSurroundings(have surroundings, want paths, devices []veth, prune bool) (first, last layer.Changes) {
+// and is what either asks.
+func (d demands) and(o demands) demands {
+	return demands{d.packets || o.packets, d.entrance || o.entrance, d.nodePorts || o.nodePorts, d.clients || o.clients}
+}
+
+// diffNodeAddresses says at which addresses node ports come, and where they go last.
+func diffNodeAddresses(have []netip.Addr, want paths, devices []veth, prune bool) (first, last layer.Changes) {
 	var addresses []netip.Addr
 	if want.nodePorts {
 		addresses = want.settings.nodePortAddresses(devices, want.node)
 	}
-	add := func(subject layer.Subject) { first = append(first, layer.Change{Op: layer.Add, Subject: subject}) }
-	remove := func(subject layer.Subject) { last = append(last, layer.Change{Op: layer.Remove, Subject: subject}) }
-	diffSets(have.addresses, addresses, func(a netip.Addr) { add(nodeAddress{a}) }, func(a netip.Addr) { remove(nodeAddress{a}) })
-	if !prune {
-		last = nil
+	for _, a := range addresses {
+		if !slices.Contains(have, a) {
+			first = append(first, layer.Change{Op: layer.Add, Subject: nodeAddress{a}})
+		}
+	}
+	for _, a := range have {
+		if prune && !slices.Contains(addresses, a) {
+			last = append(last, layer.Change{Op: layer.Remove, Subject: nodeAddress{a}})
+		}
 	}
 	return first, last
-}
-
-func diffSets[T comparable](have, want []T, add, remove func(T)) {
-	there := make(map[T]bool, len(have))
-	for _, one := range have {
-		there[one] = true
-	}
-	for _, one := range want {
-		if !there[one] {
-			add(one)
-		}
-		delete(there, one)
-	}
-	for _, one := range have {
-		if there[one] {
-			remove(one)
-		}
-	}
 }
 
 // diffWires says at which devices services have to be put in force.
@@ -199,7 +181,7 @@ func diffWires(have *Picture, want paths, prune bool) (first, last layer.Changes
 		switch {
 		case needed && v.asWire == nil:
 			first = append(first, layer.Change{Op: layer.Add, Subject: now})
-		case needed && (v.asWire.ip4 != now.ip4 || v.asWire.ip6 != now.ip6):
+		case needed && v.asWire.addresses != now.addresses:
 			first = append(first, layer.Change{Op: layer.Alter, Subject: now})
 		case !needed && v.asWire != nil && prune && !(v.busy && want.settings.Wire):
 			last = append(last, layer.Change{Op: layer.Remove, Subject: now})
@@ -208,23 +190,22 @@ func diffWires(have *Picture, want paths, prune bool) (first, last layer.Changes
 	return first, last
 }
 
-// readSurroundings reads what the programs know.
-func (d *datapath) readSurroundings() (surroundings, error) {
-	var s surroundings
-	var words datapathServiceKey
+// readNodeAddresses reads at which addresses node ports are.
+func (d *datapath) readNodeAddresses() (all []netip.Addr, err error) {
+	var words [4]uint32
 	var kind datapathNodeAddress
 	entries := d.maps[datapathMapNodeAddresses].Iterate()
-	for entries.Next(&words.Address.Word, &kind) {
-		s.addresses = append(s.addresses, addrOf(words.Address.Word))
+	for entries.Next(&words, &kind) {
+		all = append(all, addrOf(words))
 	}
 	if err := entries.Err(); err != nil {
-		return s, fmt.Errorf("read %s: %w", datapathMapNodeAddresses, err)
+		return nil, fmt.Errorf("read %s: %w", datapathMapNodeAddresses, err)
 	}
-	return s, nil
+	return all, nil
 }
 
-// tell carries out a change of what the programs know of the node.
-func tell(maps map[string]*ebpf.Map, change layer.Change) error {
+// tellAddress carries out the change of a node's address.
+func tellAddress(maps map[string]*ebpf.Map, change layer.Change) error {
 	subject := change.Subject.(nodeAddress)
 	key := wordsOf(subject.Addr)
 	if change.Op == layer.Remove {
@@ -239,33 +220,19 @@ func tell(maps map[string]*ebpf.Map, change layer.Change) error {
 
 // readWire is what the programs know of a device; nil if it is no wire to them.
 func (d *datapath) readWire(device link.Device) *wire {
-	var value datapathWire
+	var value datapathAddresses
 	if !d.ports[device.Index].wire || d.maps[datapathMapWires].Lookup(uint32(device.Index), &value) != nil {
 		return nil
 	}
-	return &wire{Device: device, ip4: setAddr(value.Ip4.Word), ip6: setAddr(value.Ip6.Word)}
-}
-
-func setAddr(words [4]uint32) netip.Addr {
-	if words == [4]uint32{} {
-		return netip.Addr{}
-	}
-	return addrOf(words)
+	return &wire{device, addressesOf(value)}
 }
 
 // attachWire puts services in force at a device, and says by which addresses
 // packets leave there.
 func (d *datapath) attachWire(w wire) error {
-	var value datapathWire
-	if w.ip4.IsValid() {
-		value.Ip4.Word = wordsOf(w.ip4)
-	}
-	if w.ip6.IsValid() {
-		value.Ip6.Word = wordsOf(w.ip6)
-	}
 	// First, for a flow that begins without it goes without to its end. What is left
 	// of a device at which nothing could be attached is forgotten (forgetWires).
-	if err := d.maps[datapathMapWires].Put(uint32(w.Index), value); err != nil {
+	if err := d.maps[datapathMapWires].Put(uint32(w.Index), w.value()); err != nil {
 		return err
 	}
 	if d.ports[w.Index].wire {
@@ -286,7 +253,7 @@ func (d *datapath) detachWire(device int) error {
 func (d *datapath) forgetWires() error {
 	var gone []uint32
 	var device uint32
-	var value datapathWire
+	var value datapathAddresses
 	entries := d.maps[datapathMapWires].Iterate()
 	for entries.Next(&device, &value) {
 		if !d.ports[int(device)].wire {
@@ -310,28 +277,28 @@ const (
 	firstNodePort, lastNodePort = 30000, 32767
 )
 
-// sourcePorts are the ports that masqueraded flows get: the largest range without
-// those that the kernel gives to the node's own sockets (ip_local_port_range), and
-// without node ports.
-func (d *datapath) sourcePorts() (first, count uint16, err error) {
+// findSourcePorts finds the ports that masqueraded flows get: the largest range
+// without those that the kernel gives to the node's own sockets
+// (ip_local_port_range), and without node ports.
+func (d *datapath) findSourcePorts() error {
 	var text []byte
-	err = d.inNetns(func() error {
+	err := d.inNetns(func() (err error) {
 		text, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
 		return err
 	})
 	if err != nil {
-		return 0, 0, fmt.Errorf("read which ports sockets are given: %w", err)
+		return fmt.Errorf("read which ports sockets are given: %w", err)
 	}
 	var low, high int
 	if _, err := fmt.Sscan(string(text), &low, &high); err != nil {
-		return 0, 0, fmt.Errorf("read ip_local_port_range %q: %w", text, err)
+		return fmt.Errorf("read ip_local_port_range %q: %w", text, err)
 	}
-	first, count = largestGap(low, high)
-	if count < 1024 {
+	d.firstPort, d.portCount = largestGap(low, high)
+	if d.portCount < 1024 {
 		d.degraded = append(d.degraded, fmt.Sprintf("clients from outside have %d source ports towards each endpoint on another node: "+
-			"net.ipv4.ip_local_port_range is %d %d", count, low, high))
+			"net.ipv4.ip_local_port_range is %d %d", d.portCount, low, high))
 	}
-	return first, count, nil
+	return nil
 }
 
 // largestGap is the largest range of ports outside low to high and the node ports;

@@ -382,10 +382,10 @@ func TestWireIsTakenAway(t *testing.T) {
 		h.must(clearFlows(h.layer.datapath))
 		h.become(h.services(func(s *model.Service) { s.Ports[0].NodePort = 0 }, h.local))
 	}
-	known, err := h.layer.datapath.readSurroundings()
+	known, err := h.layer.datapath.readNodeAddresses()
 	h.must(err)
-	if len(known.addresses)+len(h.layer.datapath.ports) != 0 {
-		t.Errorf("left: %v, at %v", known.addresses, h.layer.datapath.ports)
+	if len(known)+len(h.layer.datapath.ports) != 0 {
+		t.Errorf("left: %v, at %v", known, h.layer.datapath.ports)
 	}
 }
 
