@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/agent/healthcheck"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -69,6 +70,7 @@ type Agent struct {
 	attached time.Duration
 	// litter: much memory became garbage just now.
 	litter bool
+	health healthcheck.Health
 	proxy  standIn
 
 	mu       sync.Mutex // guards what status reads
@@ -147,7 +149,7 @@ func (a *Agent) open(l layer.Layer) error {
 	}
 	if n := p.have.Len(); n > 0 {
 		a.config.Log.Info("took over", "layer", l.Name(), "objects", n)
-		a.proxy.health.TookOver()
+		a.health.TookOver()
 	}
 	return nil
 }
@@ -264,6 +266,7 @@ func (a *Agent) take(s *model.Snapshot) bool {
 	a.mu.Lock()
 	a.snapshot, a.received = s, time.Now()
 	a.mu.Unlock()
+	a.health.Asked()
 	a.proxy.take(s)
 	for _, p := range a.parts {
 		want := p.Plan(s)
@@ -292,7 +295,10 @@ func (a *Agent) applyAll() bool {
 		clean = a.apply(p) && clean
 	}
 	a.ready = clean && a.snapshot.Complete
-	a.proxy.applied(clean, a.snapshot.Complete, time.Since(begun))
+	if clean {
+		a.health.Done(a.snapshot.Complete)
+	}
+	a.proxy.applied(clean, time.Since(begun))
 	return clean
 }
 

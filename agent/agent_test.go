@@ -322,6 +322,41 @@ func TestSocketIsClosedToOthers(t *testing.T) {
 	}
 }
 
+// Who waits for /readyz waits until the Services are in the kernel, and not for an
+// API server: what an earlier agent left there counts, and a source that is lost is no
+// reason. /livez answers all the time.
+func TestProbes(t *testing.T) {
+	get := func(r *running, path string) string {
+		response, err := http.Get("http://" + r.port + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		text, _ := io.ReadAll(response.Body)
+		return fmt.Sprint(response.StatusCode, " ", strings.TrimSpace(string(text)))
+	}
+	says := func(r *running, when, readyz string) {
+		t.Helper()
+		if got := get(r, "/readyz"); got != readyz {
+			t.Errorf("%s, /readyz: %s, want %s", when, got, readyz)
+		}
+		if got := get(r, "/livez"); got != "200 ok" {
+			t.Errorf("%s, /livez: %s", when, got)
+		}
+	}
+	const notYet = "503 the cluster's Services are not in the kernel yet"
+	r := start(t, &pond{kernel: map[string]bool{}})
+	says(r, "at first", notYet)
+	r.source.next <- cluster(false, "a")
+	r.untilHolds("a")
+	says(r, "before the cluster was seen whole", notYet)
+	r.source.next <- cluster(true, "a", "b")
+	r.untilHolds("a b")
+	r.until("it is ready", func() bool { s, _ := r.status(); return s.Ready })
+	says(r, "with all of them", "200 ok")
+	says(start(t, &pond{kernel: map[string]bool{"a": true}}), "after a restart", "200 ok")
+}
+
 func TestMetricsAreServed(t *testing.T) {
 	r := start(t, &pond{kernel: map[string]bool{}})
 	r.source.next <- cluster(true, "a", "b")

@@ -56,7 +56,7 @@ type standIn struct {
 	config *KubeProxy
 	node   string
 	server healthcheck.Server
-	health healthcheck.Health
+	health *healthcheck.Health
 	counts *proxyMetrics
 	// fixed are the listeners that are there from the start.
 	fixed []healthcheck.Listener
@@ -84,7 +84,7 @@ func (a *Agent) answerAsProxy() error {
 		return nil
 	}
 	p := &a.proxy
-	p.config, p.node = config, a.config.Node
+	p.config, p.node, p.health = config, a.config.Node, &a.health
 	p.server.Netns, p.server.Log = config.Netns, a.config.Log
 	p.counts = newProxyMetrics(a.metrics.registry)
 	p.fixed = []healthcheck.Listener{
@@ -125,7 +125,6 @@ func (p *standIn) take(s *model.Snapshot) {
 	if p.config == nil {
 		return
 	}
-	p.health.Asked()
 	p.counts.queued(time.Now())
 	p.counts.withoutLocal(s, p.node)
 	p.checks = healthcheck.Of(s, p.node)
@@ -140,14 +139,10 @@ func (p *standIn) take(s *model.Snapshot) {
 	p.health.Absent(here < 0 && len(s.Nodes) > 0 && s.Complete && s.Unread == 0)
 }
 
-// applied says how applying went. whole says that this was a whole cluster.
-func (p *standIn) applied(clean, whole bool, took time.Duration) {
-	if p.config == nil {
-		return
-	}
-	p.counts.synced(clean, took)
-	if clean {
-		p.health.Done(whole)
+// applied says how applying went.
+func (p *standIn) applied(clean bool, took time.Duration) {
+	if p.config != nil {
+		p.counts.synced(clean, took)
 	}
 }
 

@@ -94,12 +94,24 @@ func (m *metrics) applied(name string, t layer.Tally, failed int) {
 
 func (m *metrics) drift(name string, n int) { m.drifts.WithLabelValues(name).Add(float64(n)) }
 
-// handler serves /metrics, and /healthz for a liveness probe.
+// handler serves /metrics, and /livez and /readyz for a kubelet's probes: restart the
+// agent? may one rely on it?
 func (m *metrics) handler(a *Agent) http.Handler {
 	m.registry.MustRegister(&statusCollector{a})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		a.mu.Lock() // not to be had while the agent hangs: then there is no answer
+		defer a.mu.Unlock()
+		w.Write([]byte("ok\n"))
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := a.health.Ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		w.Write([]byte("ok\n"))
+	})
 	return mux
 }
 

@@ -1,6 +1,8 @@
 package healthcheck
 
 import (
+	"errors"
+	"fmt"
 	"net/http"
 	"sync"
 	"time"
@@ -58,6 +60,19 @@ func (h *Health) Absent(absent bool) {
 
 // Well says whether changes get into the kernel.
 func (h *Health) Well() bool { return h.state(time.Now()).Healthy }
+
+// Ready says why Services cannot be relied on here; nil where they are in the kernel
+// and follow the cluster. A cluster that cannot be reached is no reason.
+func (h *Health) Ready() error {
+	s := h.state(time.Now())
+	switch {
+	case !s.serving:
+		return errors.New("the cluster's Services are not in the kernel yet")
+	case !s.Healthy:
+		return fmt.Errorf("a change is not in the kernel after %v: see millrace status", patience)
+	}
+	return nil
+}
 
 // state has the fields of kube-proxy's answer.
 type state struct {

@@ -65,7 +65,7 @@ namespaces.`,
 	at.flagWire(c)
 	proxy.flagConfig(c)
 	proxy.flagPorts(c)
-	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus and /healthz; empty for none")
+	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus, /livez and /readyz; empty for none")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, change nothing and end")
 	return c
 }
