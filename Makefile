@@ -27,7 +27,7 @@ CONFORMANCE ?=
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench test-kernel long image cluster-up cluster-down conformance conformance-table clean
+.PHONY: help build test demo generate check lint bench test-kernel test-cluster long image cluster-up cluster-down conformance conformance-table clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,7 @@ test: ## everything CI runs; installs what it needs; needs root
 	@test/check
 	@test/kernel/fetch
 	$(TESTS) -- -count=1 -p 1 -vet off -timeout 10m ./...
+	@$(MAKE) --no-print-directory test-cluster
 
 demo: ## see it: a shop of Services in a lab on this machine, and the bench table; needs root
 	@test/needs root bench
@@ -69,6 +70,11 @@ test-kernel: ## the tests of the data path on Debian's kernel in a virtual machi
 	@test/needs go kernel
 	@test/kernel/fetch
 	$(TESTS) -v -- -count=1 ./test/kernel
+
+test-cluster: ## on a real Kubernetes with millrace: its project's conformance tests, and docs/install.md; takes a cluster that is up down
+	@test/needs root go cluster
+	@$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH)
+	MILLRACE_CLUSTER=1 $(TESTS) -C test/cluster -- -count=1 -timeout 40m ./...
 
 long: ## what takes too long for CI: large labs, all of the lab on Debian's kernel, data races, fuzzing; needs root
 	@test/needs root go race bench kernel

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -23,7 +24,7 @@ const unfit = `Netpol|NetworkPolicy|Feature:Ingress|Disruptive|SCTP|sctp|Interne
 // is up, from the namespace of the control plane, which is outside the cluster as
 // far as Services are concerned. It prints a line for each test, and writes what
 // they said to .cache/cluster/report.
-func conformance(ctx context.Context, focus, skip string, processes int) error {
+func conformance(ctx context.Context, focus, skip string, processes, attempts int) error {
 	bin, err := build(ctx, append(clusterTools, testTools...))
 	if err != nil {
 		return err
@@ -44,13 +45,22 @@ func conformance(ctx context.Context, focus, skip string, processes int) error {
 	}
 	defer log.Close()
 	say("end-to-end tests, %d at once; they talk to %s", processes, log.Name())
-	command := inside(control, filepath.Join(bin, "ginkgo"), "--procs="+strconv.Itoa(processes), "--no-color",
+	command := inside(control, filepath.Join(bin, "ginkgo"), "--procs="+strconv.Itoa(processes), "--flake-attempts="+strconv.Itoa(attempts), "--no-color",
 		"--focus="+focus, "--skip="+skip, filepath.Join(bin, "e2e.test"), "--",
 		"--provider=skeleton", "--kubeconfig="+kubeconfig, "--kubectl-path="+filepath.Join(bin, "kubectl"),
 		"--disable-log-dump", "--num-nodes="+strconv.Itoa(nodes), "--allowed-not-ready-nodes=0", "--report-dir="+report)
 	command.Stdout, command.Stderr = log, log
 	ran := runUntil(ctx, command)
-	return errors.Join(judge(report), ran)
+	return errors.Join(judge(report), tellRetries(log.Name()), ran)
+}
+
+// tellRetries says how many tests were tried more than once, which the report does not.
+func tellRetries(log string) error {
+	text, err := os.ReadFile(log)
+	if n := bytes.Count(text, []byte("Attempt #1 Failed")); n > 0 {
+		say("%d tests failed at their first attempt: search %s for \"Attempt #1 Failed\"", n, log)
+	}
+	return err
 }
 
 // runUntil ends a command as a person would, by an interrupt: so ginkgo cleans up.

@@ -4,7 +4,7 @@
 //
 //	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables] [--nodes N]
 //	cluster down
-//	cluster conformance [--focus RE] [--skip RE] [--procs N]
+//	cluster conformance [--focus RE] [--skip RE] [--procs N] [--attempts N]
 //	cluster record
 //
 // It is run by `make cluster-up` and its like, from the root of the repository, as
@@ -80,9 +80,10 @@ func run(ctx context.Context, command string, arguments []string) error {
 		focus := flags.String("focus", `\[sig-network\].*\[Conformance\]`, "which tests, a regular expression over their names")
 		skip := flags.String("skip", unfit, "which of them not; as it is, those that this cluster cannot pass")
 		processes := flags.Int("procs", 8, "how many tests at once")
+		attempts := flags.Int("attempts", 1, "how often one that fails is tried")
 		_ = flags.Parse(arguments)
 		nodes = nodesThere()
-		return conformance(ctx, *focus, *skip, *processes)
+		return conformance(ctx, *focus, *skip, *processes, *attempts)
 	case "record":
 		_ = flags.Parse(arguments)
 		return record()

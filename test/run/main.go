@@ -37,6 +37,7 @@ type event struct {
 
 func main() {
 	allowed := flag.String("allowed-skips", "", "file of the skips that are allowed")
+	folder := flag.String("C", "", "run go test in this folder, of another module")
 	verbose := flag.Bool("v", false, "show the output of tests that pass too")
 	flag.Parse()
 	r := &run{out: os.Stdout, verbose: *verbose, running: map[string]time.Time{}, output: map[string]*strings.Builder{}}
@@ -49,7 +50,7 @@ func main() {
 		r.allowed = parseAllowed(string(text))
 	}
 	command := exec.Command("go", append([]string{"test", "-json"}, flag.Args()...)...)
-	command.Stderr = os.Stderr
+	command.Dir, command.Stderr = *folder, os.Stderr
 	events, err := command.StdoutPipe()
 	if err == nil {
 		err = command.Start()
@@ -231,12 +232,22 @@ func (r *run) heartbeat(every time.Duration) {
 	for range time.Tick(every) {
 		r.mutex.Lock()
 		for _, name := range slices.Sorted(maps.Keys(r.running)) {
-			if since := time.Since(r.running[name]); since > every {
+			if since := time.Since(r.running[name]); since > every && !r.hasParts(name) {
 				fmt.Fprintf(r.out, "... %s runs for %v\n", name, since.Round(time.Second))
 			}
 		}
 		r.mutex.Unlock()
 	}
+}
+
+// hasParts says that a part of a test runs, which says more than the test.
+func (r *run) hasParts(name string) bool {
+	for other := range r.running {
+		if strings.HasPrefix(other, name+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // summary says how it ended, and whether well. Its last line is the count.
