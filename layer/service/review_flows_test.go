@@ -128,3 +128,35 @@ func TestNodePortsFromTheNode(t *testing.T) {
 		})
 	}
 }
+
+// Beside a plug-in that masquerades what goes to other nodes' pods from outside
+// (flannel's FLANNEL-POSTRTG, here in nftables), connection tracking gives the client
+// another address before ours would: every entry works, and answers come from it.
+func TestWireBesideAPluginThatMasquerades(t *testing.T) {
+	h := newHarbour(t)
+	h.rules(`table inet flannel { chain postrtg { type nat hook postrouting priority 100;
+		ip saddr 10.244.0.0/16 ip daddr 10.244.0.0/16 return
+		ip saddr 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
+		ip saddr != 10.244.0.0/16 ip daddr 10.244.1.0/24 return
+		ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 counter masquerade fully-random
+		ip6 saddr != fd00:244::/32 ip6 daddr fd00:244:2::/48 masquerade fully-random
+		}
+		}`)
+	h.local.serveAll("local")
+	h.other.serveAll("far")
+	h.open(h.services(nil, h.local))
+	for _, server := range []*pod{h.local, h.other} {
+		h.become(h.services(nil, server))
+		for _, way := range entrances[:4] {
+			text := strings.Repeat("x", 3000)
+			for range 3 {
+				if line, rest, err := h.client.call(way.network, way.address, text); err != nil || rest != text {
+					t.Errorf("%s to %s: %q, %d of %d bytes, %v\n%s", way.network, way.address, line, len(rest), len(text), err, h.ruleset())
+				}
+			}
+		}
+	}
+	if strings.Contains(h.ruleset(), "packets 0 bytes 0") {
+		t.Errorf("nothing was masqueraded by the plug-in:\n%s", h.ruleset())
+	}
+}
