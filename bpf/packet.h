@@ -53,7 +53,8 @@ struct packet {
 	enum shape shape;
 	__u8 ip4;
 	__u8 tcp_flags;
-	__u8 zero[2];
+	__u8 frame; /* what stands before the IP packet: ETHERNET_LENGTH, or 0 */
+	__u8 zero;
 };
 
 #define ETHERNET_LENGTH 14
@@ -287,19 +288,30 @@ static __always_inline void icmp_error(struct __sk_buff *skb, __u32 at, struct p
 		p->shape = SHAPE_ERROR;
 }
 
-/* parse reads a frame as far as it lies in the linear part of the buffer. */
-static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
+/* ethertype of a packet with so much before its IP header; 0 if it is not readable. */
+static __always_inline __be16 ethertype_of(struct __sk_buff *skb, __u32 frame)
 {
 	const __be16 *ethertype = (void *)(long)skb->data + 12;
+
+	if (!frame)
+		return skb->protocol;
+	return (const void *)(ethertype + 1) > (void *)(long)skb->data_end ? 0 : *ethertype;
+}
+
+/* parse reads a packet as far as it lies in the linear part of the buffer. */
+static __always_inline void parse(struct __sk_buff *skb, struct packet *p, __u32 frame)
+{
+	__be16 ethertype = ethertype_of(skb, frame);
 	__u32 at;
 
+	p->frame = frame;
 	p->shape = SHAPE_UNREADABLE;
-	if ((const void *)(ethertype + 1) > (void *)(long)skb->data_end)
+	if (!ethertype)
 		return;
-	if (*ethertype == __builtin_bswap16(ETHERTYPE_IP4)) {
-		at = ip4_header(skb, ETHERNET_LENGTH, p);
-	} else if (*ethertype == __builtin_bswap16(ETHERTYPE_IP6)) {
-		at = ip6_header(skb, ETHERNET_LENGTH, p);
+	if (ethertype == __builtin_bswap16(ETHERTYPE_IP4)) {
+		at = ip4_header(skb, frame, p);
+	} else if (ethertype == __builtin_bswap16(ETHERTYPE_IP6)) {
+		at = ip6_header(skb, frame, p);
 	} else {
 		p->shape = SHAPE_OTHER;
 		return;
@@ -315,16 +327,17 @@ static __always_inline void parse(struct __sk_buff *skb, struct packet *p)
 /* How much is brought into the linear part where headers lie behind it. */
 #define READ_AHEAD 256
 
-/* read_packet reads a packet at tc. What cannot be read is SHAPE_OTHER. */
-static __always_inline void read_packet(struct __sk_buff *skb, struct packet *p)
+/* read_packet reads a packet at tc, of a device whose packets have so much before the
+ * IP header. What cannot be read is SHAPE_OTHER. */
+static __always_inline void read_packet(struct __sk_buff *skb, struct packet *p, __u32 frame)
 {
 	__builtin_memset(p, 0, sizeof(*p));
-	parse(skb, p);
+	parse(skb, p, frame);
 	if (p->shape != SHAPE_UNREADABLE)
 		return;
 	if (!bpf_skb_pull_data(skb, skb->len < READ_AHEAD ? skb->len : READ_AHEAD)) {
 		__builtin_memset(p, 0, sizeof(*p));
-		parse(skb, p);
+		parse(skb, p, frame);
 	}
 	if (p->shape == SHAPE_UNREADABLE)
 		p->shape = SHAPE_OTHER;

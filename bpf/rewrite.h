@@ -156,12 +156,14 @@ struct tcp_header {
 	__be16 urgent;
 };
 
-/* send_back swaps the Ethernet addresses and sends the packet out of the device
- * it came in by. It returns what the program is to return. */
-static __always_inline int send_back(struct __sk_buff *skb)
+/* send_back swaps the Ethernet addresses, if there are any, and sends the packet out
+ * of the device it came in by. It returns what the program is to return. */
+static __always_inline int send_back(struct __sk_buff *skb, const struct packet *p)
 {
 	__u16 *frame = (void *)(long)skb->data;
 
+	if (!p->frame)
+		return bpf_redirect(skb->ifindex, 0);
 	if ((void *)(frame + 6) > (void *)(long)skb->data_end)
 		return TC_ACT_SHOT;
 #pragma unroll

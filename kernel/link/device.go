@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -24,12 +25,17 @@ type Device struct {
 	// Master is the index of the bridge, bond or the like that it is a part of; 0 for
 	// none.
 	Master int
-	// Ethernet says that its packets have Ethernet headers.
-	Ethernet bool
+	// Ethernet says that its packets have Ethernet headers; Layer3, that they begin
+	// with the IP header (tun, WireGuard, IPIP, SIT, PPP). Both are false of others:
+	// loopback, InfiniBand, and GRE, which may have the outer header before it.
+	Ethernet, Layer3 bool
 	// DefaultRoute says that a default route leaves by it.
 	DefaultRoute bool
 	Addresses    []netip.Addr
 }
+
+// layer3 are the names of such types of devices (linux/if_arp.h).
+var layer3 = []string{"none", "ipip", "tunnel6", "sit", "ppp"}
 
 // listTries is how often a list is asked for that changed while it was told
 // (NLM_F_DUMP_INTR, netlink(7)): pods come and go all the time.
@@ -67,7 +73,7 @@ func (n *Net) Devices() ([]Device, error) {
 	for i, l := range links {
 		attrs := l.Attrs()
 		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0,
-			Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether"}
+			Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether", Layer3: slices.Contains(layer3, attrs.EncapType)}
 		if _, hardware := l.(*netlink.Device); hardware {
 			devices[i].Kind = ""
 		}
@@ -98,39 +104,62 @@ func nextHops(route netlink.Route) (indexes []int) {
 	return indexes
 }
 
-// Watch calls changed once it watches, and when devices come, go or change in the
-// namespace at path (empty: that of this process), until ctx ends. It returns an error only where
-// it cannot begin; when messages were lost, it calls changed, too.
+// Watch calls changed once it watches, and when devices or their addresses come, go or
+// change in the namespace at path (empty: that of this process), until ctx ends. It
+// returns an error only where it cannot begin; when messages were lost, it calls
+// changed, too.
 func Watch(ctx context.Context, path string, changed func()) error {
-	updates := make(chan netlink.LinkUpdate, 64)
-	subscribe := func() error {
-		return netlink.LinkSubscribeWithOptions(updates, ctx.Done(), netlink.LinkSubscribeOptions{
-			ErrorCallback: func(error) {},
-		})
+	for {
+		err := watchOnce(ctx, path, changed)
+		if err != nil || ctx.Err() != nil {
+			return err
+		}
+		// A socket overflowed and was closed: begin again.
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
-	if err := netns.In(path, subscribe); err != nil {
+}
+
+// watchOnce watches until ctx ends or the kernel's messages do.
+func watchOnce(ctx context.Context, path string, changed func()) error {
+	ctx, end := context.WithCancel(ctx) // both sockets go when one did
+	defer end()
+	devices, addresses := make(chan netlink.LinkUpdate, 64), make(chan netlink.AddrUpdate, 64)
+	quiet := func(error) {}
+	err := netns.In(path, func() error {
+		return errors.Join(
+			netlink.LinkSubscribeWithOptions(devices, ctx.Done(), netlink.LinkSubscribeOptions{ErrorCallback: quiet}),
+			netlink.AddrSubscribeWithOptions(addresses, ctx.Done(), netlink.AddrSubscribeOptions{ErrorCallback: quiet}))
+	})
+	if err != nil {
 		return fmt.Errorf("watch devices: %w", err)
 	}
+	// They end when their sockets are closed and nothing waits to be taken.
+	defer func() { go rest(devices); go rest(addresses) }()
 	changed() // what came before
-	for {
+	for open := true; open; changed() {
 		select {
 		case <-ctx.Done():
 			return nil
-		case _, open := <-updates:
-			for len(updates) > 0 {
-				<-updates
-			}
-			changed()
-			if open {
-				continue
-			}
+		case _, open = <-devices:
+		case _, open = <-addresses:
 		}
-		// The socket overflowed and was closed: begin again.
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(100 * time.Millisecond):
-			return Watch(ctx, path, changed)
-		}
+		drain(devices)
+		drain(addresses)
+	}
+	return nil
+}
+
+func rest[T any](messages chan T) {
+	for range messages {
+	}
+}
+
+// drain takes what is waiting.
+func drain[T any](messages chan T) {
+	for len(messages) > 0 {
+		<-messages
 	}
 }

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -188,5 +189,48 @@ func TestWhatIsNotThere(t *testing.T) {
 	}
 	if _, err := Open("/nowhere"); err == nil {
 		t.Error("a namespace that is not there was opened")
+	}
+}
+
+// A device that comes and an address that it is given are told at once, and nothing
+// is told while nothing happens or after the end.
+func TestWatchTellsDevicesAndAddresses(t *testing.T) {
+	path, n := namespace(t, "watched")
+	told := make(chan bool, 1000)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- Watch(ctx, path, func() { told <- true }) }()
+	tells := func(what string) {
+		t.Helper()
+		select {
+		case <-told:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("nothing was told of %s", what)
+		}
+		for quiet := false; !quiet; { // the last of it
+			select {
+			case <-told:
+			case <-time.After(300 * time.Millisecond):
+				quiet = true
+			}
+		}
+	}
+	tells("the beginning")
+	bridge, err := n.Bridge("br0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tells("a device")
+	if err := n.Addr(bridge, netip.MustParsePrefix("192.0.2.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	tells("an IPv4 address")
+	if err := n.Addr(bridge, netip.MustParsePrefix("fd00::1/64")); err != nil {
+		t.Fatal(err)
+	}
+	tells("an IPv6 address")
+	stop()
+	if err := <-ended; err != nil {
+		t.Errorf("the watch ended with %v", err)
 	}
 }

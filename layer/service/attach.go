@@ -42,22 +42,35 @@ var cgroupHooks = []hook{
 // packetPort is a device at which the packet path is to be in force.
 type packetPort struct {
 	name string
-	// wire: it is no pod's, packets come by it from other machines.
-	wire bool
+	side side
 }
 
-// portPrograms are the programs at a port: first the one that sees what goes out,
-// since a translated packet must never be answered without it.
-func portPrograms(wire bool) [2]string {
-	if wire {
+// side is what lies behind a port.
+type side int
+
+const (
+	ofPod    side = iota
+	ofWire        // other machines
+	ofWireL3      // likewise, and its packets have no Ethernet headers
+)
+
+var sides = []side{ofPod, ofWire, ofWireL3}
+
+// programs are those at a port: first the one that sees what goes out, since a
+// translated packet must never be answered without it.
+func (s side) programs() [2]string {
+	switch s {
+	case ofWire:
 		return [2]string{datapathProgToWire, datapathProgFromWire}
+	case ofWireL3:
+		return [2]string{datapathProgToWireL3, datapathProgFromWireL3}
 	}
 	return [2]string{datapathProgToPod, datapathProgFromPod}
 }
 
 // portHooks are where the programs of packet.bpf.c run at one port.
-func portHooks(device int, wire bool) []hook {
-	programs := portPrograms(wire)
+func portHooks(device int, s side) []hook {
+	programs := s.programs()
 	return []hook{
 		{fmt.Sprintf("%s_%d", programs[0], device), programs[0], ebpf.AttachTCXEgress, device},
 		{fmt.Sprintf("%s_%d", programs[1], device), programs[1], ebpf.AttachTCXIngress, device},
@@ -65,23 +78,23 @@ func portHooks(device int, wire bool) []hook {
 }
 
 // portOfHook reads the device from the name of a port's hook.
-func portOfHook(name string) (device int, wire, ok bool) {
-	for _, wire := range []bool{false, true} {
-		for _, program := range portPrograms(wire) {
-			if rest, found := strings.CutPrefix(name, program+"_"); found {
-				device, err := strconv.Atoi(rest)
-				return device, wire, err == nil && device > 0
+func portOfHook(name string) (device int, s side, ok bool) {
+	for _, s := range sides {
+		for _, program := range s.programs() {
+			rest, found := strings.CutPrefix(name, program+"_")
+			if device, err := strconv.Atoi(rest); found && err == nil && device > 0 {
+				return device, s, true
 			}
 		}
 	}
-	return 0, false, false
+	return 0, ofPod, false
 }
 
 // hooks are all places where programs of this layer are to run now.
 func (d *datapath) hooks() []hook {
 	all := slices.Clone(cgroupHooks)
 	for device, port := range d.ports {
-		all = append(all, portHooks(device, port.wire)...)
+		all = append(all, portHooks(device, port.side)...)
 	}
 	slices.SortStableFunc(all[len(cgroupHooks):], func(a, b hook) int { return a.device - b.device })
 	return all
@@ -267,12 +280,12 @@ func (d *datapath) openAttachments() error {
 		return fmt.Errorf("read pin folder: %w", err)
 	}
 	for _, entry := range found {
-		device, wire, ok := portOfHook(strings.TrimPrefix(entry.Name(), linkPrefix))
+		device, side, ok := portOfHook(strings.TrimPrefix(entry.Name(), linkPrefix))
 		if !ok {
 			continue
 		}
-		d.ports[device] = packetPort{fmt.Sprintf("device %d", device), wire}
-		for _, h := range portHooks(device, wire) {
+		d.ports[device] = packetPort{fmt.Sprintf("device %d", device), side}
+		for _, h := range portHooks(device, side) {
 			if err := d.openPinned(h); err != nil {
 				return err
 			}
@@ -287,7 +300,7 @@ func (d *datapath) openAttachments() error {
 
 // dropDeadPort forgets a device that is gone.
 func (d *datapath) dropDeadPort(device int) {
-	for _, h := range portHooks(device, d.ports[device].wire) {
+	for _, h := range portHooks(device, d.ports[device].side) {
 		if have := d.attached[h.name]; have != nil && have.alive() {
 			return
 		}
@@ -310,7 +323,7 @@ func (d *datapath) openPinned(h hook) error {
 // attachPort puts the packet path in force at a device. Where programs wait to be
 // put in force, it is put in force with them.
 func (d *datapath) attachPort(device int, p packetPort) error {
-	if have, there := d.ports[device]; there && have.wire != p.wire {
+	if have, there := d.ports[device]; there && have.side != p.side {
 		if err := d.detachPort(device); err != nil {
 			return err
 		}
@@ -322,7 +335,7 @@ func (d *datapath) attachPort(device int, p packetPort) error {
 	if d.programs == nil {
 		return nil
 	}
-	for _, h := range portHooks(device, p.wire) {
+	for _, h := range portHooks(device, p.side) {
 		if err := d.attachIfThere(h, d.programs[h.program]); err != nil {
 			return errors.Join(err, d.detachPort(device))
 		}
@@ -333,7 +346,7 @@ func (d *datapath) attachPort(device int, p packetPort) error {
 // detachPortAs is detachPort, if the device still is what it was: one that turned from
 // a pod's to a wire, or back, has the programs of the other by now.
 func (d *datapath) detachPortAs(device int, wire bool) error {
-	if port, there := d.ports[device]; there && port.wire != wire {
+	if port, there := d.ports[device]; there && (port.side != ofPod) != wire {
 		return nil
 	}
 	return d.detachPort(device)
@@ -342,7 +355,7 @@ func (d *datapath) detachPortAs(device int, wire bool) error {
 // detachPort takes the packet path away from a device, what sees packets come in
 // first.
 func (d *datapath) detachPort(device int) error {
-	hooks := portHooks(device, d.ports[device].wire)
+	hooks := portHooks(device, d.ports[device].side)
 	delete(d.ports, device)
 	var failures []error
 	for _, h := range slices.Backward(hooks) {

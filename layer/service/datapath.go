@@ -273,9 +273,7 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 		return loaded{}, err
 	}
 	if !d.packets { // verifying takes most of the time of a start
-		for _, name := range []string{datapathProgFromPod, datapathProgToPod, datapathProgFromWire, datapathProgToWire, datapathProgSweep} {
-			delete(spec.Programs, name)
-		}
+		maps.DeleteFunc(spec.Programs, func(_ string, p *ebpf.ProgramSpec) bool { return p.Type == ebpf.SchedCLS })
 	}
 	sizeMaps(spec, room, places)
 	for name, m := range have {

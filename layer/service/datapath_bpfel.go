@@ -60,7 +60,8 @@ type datapathExplanation struct {
 		Shape            datapathShape
 		Ip4              uint8
 		TcpFlags         uint8
-		Zero             [2]uint8
+		Frame            uint8
+		Zero             uint8
 	}
 	Decision struct {
 		_          structs.HostLayout
@@ -301,7 +302,8 @@ type datapathWorkbench struct {
 		Shape            datapathShape
 		Ip4              uint8
 		TcpFlags         uint8
-		Zero             [2]uint8
+		Frame            uint8
+		Zero             uint8
 	}
 	_        [4]byte
 	To       datapathTranslation
@@ -374,6 +376,7 @@ const (
 	datapathProgExplain      = "explain"
 	datapathProgFromPod      = "from_pod"
 	datapathProgFromWire     = "from_wire"
+	datapathProgFromWireL3   = "from_wire_l3"
 	datapathProgGetpeername4 = "getpeername4"
 	datapathProgGetpeername6 = "getpeername6"
 	datapathProgNothing      = "nothing"
@@ -385,6 +388,7 @@ const (
 	datapathProgSweep        = "sweep"
 	datapathProgToPod        = "to_pod"
 	datapathProgToWire       = "to_wire"
+	datapathProgToWireL3     = "to_wire_l3"
 	datapathVarCanSetError   = "can_set_error"
 	datapathVarDefaultPath   = "default_path"
 	datapathVarFirstPort     = "first_port"
@@ -440,6 +444,7 @@ type datapathProgramSpecs struct {
 	Explain      *ebpf.ProgramSpec `ebpf:"explain"`
 	FromPod      *ebpf.ProgramSpec `ebpf:"from_pod"`
 	FromWire     *ebpf.ProgramSpec `ebpf:"from_wire"`
+	FromWireL3   *ebpf.ProgramSpec `ebpf:"from_wire_l3"`
 	Getpeername4 *ebpf.ProgramSpec `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.ProgramSpec `ebpf:"getpeername6"`
 	Nothing      *ebpf.ProgramSpec `ebpf:"nothing"`
@@ -451,6 +456,7 @@ type datapathProgramSpecs struct {
 	Sweep        *ebpf.ProgramSpec `ebpf:"sweep"`
 	ToPod        *ebpf.ProgramSpec `ebpf:"to_pod"`
 	ToWire       *ebpf.ProgramSpec `ebpf:"to_wire"`
+	ToWireL3     *ebpf.ProgramSpec `ebpf:"to_wire_l3"`
 }
 
 // datapathMapSpecs contains maps before they are loaded into the kernel.
@@ -588,6 +594,7 @@ type datapathPrograms struct {
 	Explain      *ebpf.Program `ebpf:"explain"`
 	FromPod      *ebpf.Program `ebpf:"from_pod"`
 	FromWire     *ebpf.Program `ebpf:"from_wire"`
+	FromWireL3   *ebpf.Program `ebpf:"from_wire_l3"`
 	Getpeername4 *ebpf.Program `ebpf:"getpeername4"`
 	Getpeername6 *ebpf.Program `ebpf:"getpeername6"`
 	Nothing      *ebpf.Program `ebpf:"nothing"`
@@ -599,6 +606,7 @@ type datapathPrograms struct {
 	Sweep        *ebpf.Program `ebpf:"sweep"`
 	ToPod        *ebpf.Program `ebpf:"to_pod"`
 	ToWire       *ebpf.Program `ebpf:"to_wire"`
+	ToWireL3     *ebpf.Program `ebpf:"to_wire_l3"`
 }
 
 func (p *datapathPrograms) Close() error {
@@ -608,6 +616,7 @@ func (p *datapathPrograms) Close() error {
 		p.Explain,
 		p.FromPod,
 		p.FromWire,
+		p.FromWireL3,
 		p.Getpeername4,
 		p.Getpeername6,
 		p.Nothing,
@@ -619,6 +628,7 @@ func (p *datapathPrograms) Close() error {
 		p.Sweep,
 		p.ToPod,
 		p.ToWire,
+		p.ToWireL3,
 	)
 }
 

@@ -32,6 +32,6 @@
 // Connections that were made at the socket stay, for their packets carry endpoint
 // addresses; those of the packet path end.
 //
-// Not here: SCTP, DSR, schedulers, XDP at the node's devices, and devices without
-// Ethernet headers.
+// Not here: SCTP, DSR, schedulers, XDP at the node's devices, GRE and InfiniBand
+// devices.
 package service

@@ -32,7 +32,7 @@ int explain(struct __sk_buff *skb)
 		return -1;
 	__builtin_memset(&answer->packet, 0, sizeof(answer->packet));
 	__builtin_memset(&answer->decision, 0, sizeof(answer->decision));
-	read_packet(skb, &answer->packet);
+	read_packet(skb, &answer->packet, ETHERNET_LENGTH);
 	if (answer->packet.shape != SHAPE_WHOLE && answer->packet.shape != SHAPE_FIRST)
 		return VERDICT_NOT_A_SERVICE;
 

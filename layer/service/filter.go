@@ -118,7 +118,7 @@ func filtersLeft(settings Settings) (left []*filter, err error) {
 		return nil, err
 	}
 	for device, port := range d.ports {
-		for _, h := range portHooks(device, port.wire) {
+		for _, h := range portHooks(device, port.side) {
 			if f, ok := d.attached[h.name].(*filter); ok {
 				left = append(left, f)
 			}
@@ -160,10 +160,10 @@ func (d *datapath) openFilters() error {
 		return err
 	}
 	for _, device := range devices {
-		for _, wire := range []bool{false, true} {
-			for _, h := range portHooks(device.Index, wire) {
+		for _, side := range sides {
+			for _, h := range portHooks(device.Index, side) {
 				if left := (&filter{d, h, filterPriority}); left.alive() {
-					d.ports[device.Index] = packetPort{device.Name, wire}
+					d.ports[device.Index] = packetPort{device.Name, side}
 					d.attached[h.name] = left
 				}
 			}

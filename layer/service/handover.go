@@ -303,8 +303,12 @@ func (d *datapath) eachFilterBeside(f func(*filter) error) error {
 		return err
 	}
 	for _, device := range devices {
-		for _, h := range append(portHooks(device.Index, false), portHooks(device.Index, true)...) {
-			if beside := (&filter{d, h, besidePriority}); beside.alive() {
+		for _, side := range sides {
+			for _, h := range portHooks(device.Index, side) {
+				beside := &filter{d, h, besidePriority}
+				if !beside.alive() {
+					continue
+				}
 				if err := f(beside); err != nil {
 					return err
 				}

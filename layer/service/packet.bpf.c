@@ -453,7 +453,7 @@ __noinline int error_in(struct __sk_buff *skb)
 			   address_equal(&p->outer_destination, &p->tuple.source) ? &w->back.source
 										  : &p->outer_destination))
 		return TC_ACT_SHOT;
-	return to->role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+	return to->role == ROLE_HAIRPIN ? send_back(skb, p) : TC_ACT_UNSPEC;
 }
 
 /* error_out translates an ICMP error that goes out, about what came in: a router's,
@@ -502,7 +502,7 @@ static __always_inline int come_in(struct __sk_buff *skb, struct workbench *w)
 		keep_fragment(p, false);
 	if (!rewrite(skb, p, &to->to))
 		return unwritable();
-	return to->role == ROLE_HAIRPIN ? send_back(skb) : TC_ACT_UNSPEC;
+	return to->role == ROLE_HAIRPIN ? send_back(skb, p) : TC_ACT_UNSPEC;
 }
 
 /* go_out does what is to be done where a packet goes out, if it is an answer. */
@@ -533,7 +533,7 @@ int from_pod(struct __sk_buff *skb)
 	if (!w)
 		return TC_ACT_SHOT;
 	w->by_wire = false;
-	read_packet(skb, &w->packet);
+	read_packet(skb, &w->packet, ETHERNET_LENGTH);
 	if (w->packet.shape == SHAPE_ERROR)
 		return error_in(skb);
 	if (!has_tuple(&w->packet, false))
@@ -548,7 +548,7 @@ int to_pod(struct __sk_buff *skb)
 
 	if (!w)
 		return TC_ACT_SHOT;
-	read_packet(skb, &w->packet);
+	read_packet(skb, &w->packet, ETHERNET_LENGTH);
 	if (w->packet.shape == SHAPE_ERROR)
 		return error_out(skb);
 	if (!has_tuple(&w->packet, true) || !go_out(w))
@@ -564,8 +564,8 @@ static __always_inline bool of_vlan(const struct __sk_buff *skb)
 	return skb->vlan_present && skb->vlan_tci & 0xfff;
 }
 
-SEC("tcx/ingress")
-int from_wire(struct __sk_buff *skb)
+/* wire_in is from_wire, at a device whose packets have so much before the IP header. */
+static __always_inline int wire_in(struct __sk_buff *skb, __u32 frame)
 {
 	struct workbench *w = workbench(OF_PACKETS);
 
@@ -574,7 +574,7 @@ int from_wire(struct __sk_buff *skb)
 	if (skb->pkt_type == PACKET_OTHERHOST || of_vlan(skb))
 		return TC_ACT_UNSPEC; /* a switch that floods: it is another machine's */
 	w->by_wire = true;
-	read_packet(skb, &w->packet);
+	read_packet(skb, &w->packet, frame);
 	if (w->packet.shape == SHAPE_ERROR)
 		return error_in(skb);
 	if (!has_tuple(&w->packet, false))
@@ -584,8 +584,7 @@ int from_wire(struct __sk_buff *skb)
 	return come_in(skb, w);
 }
 
-SEC("tcx/egress")
-int to_wire(struct __sk_buff *skb)
+static __always_inline int wire_out(struct __sk_buff *skb, __u32 frame)
 {
 	struct workbench *w = workbench(OF_PACKETS);
 
@@ -593,7 +592,7 @@ int to_wire(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	if (of_vlan(skb))
 		return TC_ACT_UNSPEC;
-	read_packet(skb, &w->packet);
+	read_packet(skb, &w->packet, frame);
 	if (w->packet.shape == SHAPE_ERROR)
 		return error_out(skb);
 	if (!has_tuple(&w->packet, true))
@@ -603,6 +602,32 @@ int to_wire(struct __sk_buff *skb)
 	if (find_masquerade(&w->packet.tuple, true, &w->out))
 		return write_out(skb, &w->packet, &w->out.to, true);
 	return TC_ACT_UNSPEC;
+}
+
+SEC("tcx/ingress")
+int from_wire(struct __sk_buff *skb)
+{
+	return wire_in(skb, ETHERNET_LENGTH);
+}
+
+SEC("tcx/egress")
+int to_wire(struct __sk_buff *skb)
+{
+	return wire_out(skb, ETHERNET_LENGTH);
+}
+
+/* The same at devices that carry IP packets and nothing before them: WireGuard, IPIP,
+ * tun, PPP. */
+SEC("tcx/ingress")
+int from_wire_l3(struct __sk_buff *skb)
+{
+	return wire_in(skb, 0);
+}
+
+SEC("tcx/egress")
+int to_wire_l3(struct __sk_buff *skb)
+{
+	return wire_out(skb, 0);
 }
 
 /* sweep clears expired flows away. The frame holds, after the Ethernet header, the

@@ -236,7 +236,7 @@ func (d *datapath) findVeths() ([]veth, error) {
 			p.name = device.Name
 			d.ports[device.Index] = p
 		}
-		veths[i] = veth{device, attached && !p.wire, d.readWire(device), flows > 0}
+		veths[i] = veth{device, attached && p.side == ofPod, d.readWire(device), flows > 0}
 	}
 	for device := range d.ports {
 		if !there[device] {
@@ -249,7 +249,7 @@ func (d *datapath) findVeths() ([]veth, error) {
 // isAnother says that a device has the index of one that went, and none of what was
 // attached to that: one that is moved into the node's namespace keeps its index.
 func (d *datapath) isAnother(device int) bool {
-	for _, h := range portHooks(device, d.ports[device].wire) {
+	for _, h := range portHooks(device, d.ports[device].side) {
 		if have := d.attached[h.name]; have != nil && !have.alive() {
 			return true
 		}
@@ -291,7 +291,7 @@ func (d *datapath) carryOut(change layer.Change) error {
 		if change.Op == layer.Remove {
 			return d.detachPortAs(subject.Index, false)
 		}
-		return d.attachPort(subject.Index, packetPort{subject.Name, false})
+		return d.attachPort(subject.Index, packetPort{subject.Name, ofPod})
 	case wire:
 		if change.Op == layer.Remove {
 			return d.detachWire(subject.Index)

@@ -194,7 +194,7 @@ func readingOf(e *datapathExplanation) reading {
 		to:        netip.AddrPortFrom(family(p.Tuple.Destination.Word, p.Ip4 == 1), portOf(p.Tuple.DestinationPort)),
 		outerFrom: outer(p.OuterSource.Word), outerTo: outer(p.OuterDestination.Word),
 		network: p.Network, transport: p.Transport, outerNetwork: p.OuterNetwork, icmp: p.Icmp,
-		padding: [5]uint8{p.Tuple.Zero[0], p.Tuple.Zero[1], p.Tuple.Zero[2], p.Zero[0], p.Zero[1]},
+		padding: [5]uint8{p.Tuple.Zero[0], p.Tuple.Zero[1], p.Tuple.Zero[2], p.Zero, p.Frame - 14},
 	}
 	if p.Shape == datapathShapeSHAPE_FIRST || p.Shape == datapathShapeSHAPE_LATER {
 		r.fragment = p.Fragment

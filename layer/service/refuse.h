@@ -70,7 +70,7 @@ __noinline int refuse_datagram(struct __sk_buff *skb, const struct packet *p)
 		return TC_ACT_SHOT;
 	if (bpf_skb_change_tail(skb, p->network + quote, 0) ||
 	    bpf_skb_adjust_room(skb, room, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_NO_CSUM_RESET) ||
-	    bpf_skb_store_bytes(skb, ETHERNET_LENGTH + address_length, &icmp, sizeof(icmp), 0))
+	    bpf_skb_store_bytes(skb, p->frame + address_length, &icmp, sizeof(icmp), 0))
 		return TC_ACT_SHOT;
 	if (p->ip4) {
 		struct ip4_header ip = {
@@ -83,7 +83,7 @@ __noinline int refuse_datagram(struct __sk_buff *skb, const struct packet *p)
 		};
 
 		ip.checksum = ~fold16((__u32)bpf_csum_diff(0, 0, (__be32 *)&ip, sizeof(ip), 0));
-		if (bpf_skb_store_bytes(skb, ETHERNET_LENGTH, &ip, sizeof(ip), 0))
+		if (bpf_skb_store_bytes(skb, p->frame, &ip, sizeof(ip), 0))
 			return TC_ACT_SHOT;
 	} else {
 		struct ip6_header ip = {
@@ -95,10 +95,10 @@ __noinline int refuse_datagram(struct __sk_buff *skb, const struct packet *p)
 			.destination = p->tuple.source,
 		};
 
-		if (bpf_skb_store_bytes(skb, ETHERNET_LENGTH, &ip, sizeof(ip), 0))
+		if (bpf_skb_store_bytes(skb, p->frame, &ip, sizeof(ip), 0))
 			return TC_ACT_SHOT;
 	}
-	return send_back(skb);
+	return send_back(skb, p);
 }
 
 /* set_length writes how long the IP packet is now. */
@@ -142,7 +142,7 @@ __noinline int reset(struct __sk_buff *skb, const struct packet *p)
 	reverse(&p->tuple, &back);
 	if (!rewrite_ip(skb, p->network, p->ip4, &back.source, &back.destination))
 		return TC_ACT_SHOT;
-	return send_back(skb);
+	return send_back(skb, p);
 }
 
 static __always_inline int refuse_packet(struct __sk_buff *skb, const struct packet *p)

@@ -61,7 +61,7 @@ func TestADeviceThatGoesStopsNothing(t *testing.T) {
 	}
 	v.must(v.layer.datapath.detachPort(index))
 	v.must(v.node.Delete(late.device))
-	if err := v.layer.datapath.attachPort(index, packetPort{late.device, false}); err != nil {
+	if err := v.layer.datapath.attachPort(index, packetPort{late.device, ofPod}); err != nil {
 		t.Errorf("attaching to a device that went: %v", err)
 	}
 	if _, there := v.layer.datapath.ports[index]; there {
@@ -88,7 +88,7 @@ func TestADeviceWithTheIndexOfAnother(t *testing.T) {
 			PeerName: "eth0", PeerNamespace: netlink.NsFd(space.Fd())})
 	}))
 	v.become(webAndNames(server))
-	for _, h := range portHooks(index, false) {
+	for _, h := range portHooks(index, ofPod) {
 		if have := v.layer.datapath.attached[h.name]; have == nil || !have.alive() {
 			t.Errorf("%s is not in force at the new device", h.name)
 		}

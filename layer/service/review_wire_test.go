@@ -36,16 +36,16 @@ func TestDeviceTurnsFromPodToWireAndBack(t *testing.T) {
 	expect := func(what string, wire bool) {
 		t.Helper()
 		port, there := h.layer.datapath.ports[device]
-		if !there || port.wire != wire {
-			t.Errorf("%s: in force there: %v, as a wire: %v", what, there, port.wire)
+		if !there || (port.side == ofWire) != wire {
+			t.Errorf("%s: in force there: %v, side %d", what, there, port.side)
 		}
 		if known := h.layer.datapath.readWire(link.Device{Index: device}) != nil; known != wire {
 			t.Errorf("%s: the programs know it as a wire: %v", what, known)
 		}
-		for _, other := range []bool{false, true} {
+		for _, other := range sides {
 			for _, hook := range portHooks(device, other) {
 				have := h.layer.datapath.attached[hook.name]
-				if there := have != nil && have.alive(); there != (other == wire) {
+				if there := have != nil && have.alive(); there != (other == port.side) {
 					t.Errorf("%s: %s is in force: %v", what, hook.name, there)
 				}
 			}
@@ -253,7 +253,7 @@ func TestConnectionsOutliveTheLastEntrance(t *testing.T) {
 	h.sweep()
 	h.become(none)
 	for _, port := range h.layer.datapath.ports {
-		if port.wire {
+		if port.side != ofPod {
 			t.Errorf("when all is over there are programs at %s", port.name)
 		}
 	}

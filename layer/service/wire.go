@@ -69,7 +69,7 @@ var notWires = []string{"dummy", "ifb", "nlmon", "vcan", "vti"}
 // another device, with an address or a default route of its own. A bridge is one
 // only if the node's own address or default route is there; else it is one of pods.
 func (v veth) isWire(node []netip.Addr) bool {
-	if !v.Ethernet || v.Master != 0 || slices.Contains(notWires, v.Kind) || v.isPods(node) {
+	if !v.Ethernet && !v.Layer3 || v.Master != 0 || slices.Contains(notWires, v.Kind) || v.isPods(node) {
 		return false
 	}
 	own := v.DefaultRoute || slices.ContainsFunc(v.Addresses, func(a netip.Addr) bool { return slices.Contains(node, a.Unmap()) })
@@ -221,7 +221,7 @@ func tellAddress(maps map[string]*ebpf.Map, change layer.Change) error {
 // readWire is what the programs know of a device; nil if it is no wire to them.
 func (d *datapath) readWire(device link.Device) *wire {
 	var value datapathAddresses
-	if !d.ports[device.Index].wire || d.maps[datapathMapWires].Lookup(uint32(device.Index), &value) != nil {
+	if d.ports[device.Index].side == ofPod || d.maps[datapathMapWires].Lookup(uint32(device.Index), &value) != nil {
 		return nil
 	}
 	return &wire{device, addressesOf(value)}
@@ -235,10 +235,14 @@ func (d *datapath) attachWire(w wire) error {
 	if err := d.maps[datapathMapWires].Put(uint32(w.Index), w.value()); err != nil {
 		return err
 	}
-	if d.ports[w.Index].wire {
+	side := ofWire
+	if w.Layer3 {
+		side = ofWireL3
+	}
+	if d.ports[w.Index].side == side {
 		return nil
 	}
-	return d.attachPort(w.Index, packetPort{w.Name, true})
+	return d.attachPort(w.Index, packetPort{w.Name, side})
 }
 
 func (d *datapath) detachWire(device int) error {
@@ -256,7 +260,7 @@ func (d *datapath) forgetWires() error {
 	var value datapathAddresses
 	entries := d.maps[datapathMapWires].Iterate()
 	for entries.Next(&device, &value) {
-		if !d.ports[int(device)].wire {
+		if d.ports[int(device)].side == ofPod {
 			gone = append(gone, device)
 		}
 	}

@@ -33,10 +33,14 @@ const (
 type harbour struct {
 	*village
 	client, other, local *pod
+	line                 func(h *harbour, p *pod) (index int)
 }
 
-func newHarbour(t *testing.T) *harbour {
-	h := &harbour{village: newVillage(t, Settings{Wire: true, Node: "n1", Path: PathPacket})}
+func newHarbour(t *testing.T) *harbour { return harbourBy(t, (*harbour).cable) }
+
+// harbourBy has the machines at other ends of something else.
+func harbourBy(t *testing.T, line func(h *harbour, p *pod) (index int)) *harbour {
+	h := &harbour{village: newVillage(t, Settings{Wire: true, Node: "n1", Path: PathPacket}), line: line}
 	h.client = h.machine("eth0", []string{nodeToClient + "/24", nodeToClient6 + "/64"}, []string{client4 + "/24", client6 + "/64"})
 	h.other = h.machine("eth1", []string{nodeToOther + "/24", nodeToOther6 + "/64"}, []string{farPod4 + "/32", farPod6 + "/128"})
 	h.routes(h.NetNS, farPod4+"/32", "eth1", farPod6+"/128", "eth1")
@@ -55,16 +59,22 @@ func (h *harbour) machine(device string, here, there []string) *pod {
 	h.must(netns.Create(p.netns))
 	h.t.Cleanup(func() { h.must(netns.Remove(p.netns)) })
 	h.sysctl(p.netns, "net.ipv6.conf.all.accept_dad", "0", "net.ipv6.conf.default.accept_dad", "0")
-	number := byte(len(device)*16) + device[len(device)-1]
-	outer, err := h.node.Veth(link.Veth{Name: device, MAC: net.HardwareAddr{2, 0, 0, 2, 0, number}, Peer: "eth0",
-		PeerMAC: net.HardwareAddr{2, 0, 0, 3, 0, number}, PeerNamespace: p.netns})
-	h.must(err)
+	outer := h.line(h, p)
 	for _, a := range here {
 		h.must(h.node.Addr(outer, netip.MustParsePrefix(a)))
 	}
 	h.must(h.node.Up(outer))
 	p.has(there...)
 	return p
+}
+
+// cable leads from the node to a machine's eth0.
+func (h *harbour) cable(p *pod) int {
+	number := byte(len(p.device)*16) + p.device[len(p.device)-1]
+	outer, err := h.node.Veth(link.Veth{Name: p.device, MAC: net.HardwareAddr{2, 0, 0, 2, 0, number}, Peer: "eth0",
+		PeerMAC: net.HardwareAddr{2, 0, 0, 3, 0, number}, PeerNamespace: p.netns})
+	h.must(err)
+	return outer
 }
 
 // has gives a machine addresses.
