@@ -136,7 +136,8 @@ func (p *standIn) take(s *model.Snapshot) {
 	if p.config.NodeIP.IsValid() {
 		p.primary = append([]netip.Addr{p.config.NodeIP}, p.primary...)
 	}
-	p.health.Absent(here < 0 && len(s.Nodes) > 0 && s.Complete && s.Unread == 0)
+	gone := here < 0 && len(s.Nodes) > 0 && s.Complete && s.Unread == 0
+	p.health.Leaving(gone || here >= 0 && s.Nodes[here].Leaving)
 }
 
 // applied says how applying went.

@@ -129,6 +129,13 @@ func TestInKubeProxysPlace(t *testing.T) {
 	if err != nil || s.KubeProxy == nil || len(s.KubeProxy.Notes) != 1 || len(s.KubeProxy.Ports) != 3 || s.KubeProxy.Ports[0].Error != "" || len(s.Problems) != 1 {
 		t.Errorf("status %+v, problems %v, %v", s.KubeProxy, s.Problems, err)
 	}
+	leaving := local("n1", "n2")
+	leaving.Nodes[0].Leaving = true
+	r.source.next <- leaving
+	until("127.0.0.1:10256/healthz", "503 ")
+	until("127.0.0.1:10256/livez", "200 ")
+	r.source.next <- local("n1", "n2")
+	until("127.0.0.1:10256/healthz", "200 ")
 	gone := cluster(true)
 	gone.Nodes = []*model.Node{{Name: "n2"}}
 	r.source.next <- gone

@@ -311,6 +311,9 @@ type Node struct {
 	// PodCIDRs are the ranges its pods take their addresses from.
 	PodCIDRs []netip.Prefix
 	Labels   map[string]string
+	// Leaving says that it is being deleted, or that an autoscaler is about to take
+	// the machine away.
+	Leaving bool
 	// Where is the file and line or API object it came from, for messages.
 	Where string
 }

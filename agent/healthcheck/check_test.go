@@ -158,7 +158,7 @@ func TestHealth(t *testing.T) {
 		}
 		h.Done(false)
 		says("it got through", 200, 200)
-		h.Absent(true)
+		h.Leaving(true)
 		if body := says("the node is no more", 503, 200); body["nodeEligible"] != false {
 			t.Errorf("%v", body)
 		}

@@ -22,8 +22,8 @@ type Health struct {
 	updated time.Time
 	// serving: Services are in the kernel, by this process or the one before.
 	serving bool
-	// absent: the cluster has Nodes, and this one is not among them.
-	absent bool
+	// leaving: new traffic shall go to other nodes.
+	leaving bool
 }
 
 // Asked says that a change came in.
@@ -51,11 +51,11 @@ func (h *Health) TookOver() {
 	h.serving = true
 }
 
-// Absent says whether the node is missing in the cluster.
-func (h *Health) Absent(absent bool) {
+// Leaving says whether the node is about to go, or has gone from the cluster.
+func (h *Health) Leaving(leaving bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.absent = absent
+	h.leaving = leaving
 }
 
 // Well says whether changes get into the kernel.
@@ -82,7 +82,7 @@ type state struct {
 	Healthy      bool              `json:"healthy"`
 	Status       map[string]family `json:"status,omitempty"`
 
-	serving, absent bool
+	serving, leaving bool
 }
 
 type family struct {
@@ -93,7 +93,7 @@ type family struct {
 func (h *Health) state(now time.Time) state {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	s := state{LastUpdated: h.updated, CurrentTime: now, serving: h.serving, absent: h.absent}
+	s := state{LastUpdated: h.updated, CurrentTime: now, serving: h.serving, leaving: h.leaving}
 	s.Healthy = h.pending.IsZero() || now.Sub(h.pending) < patience
 	if !h.updated.IsZero() { // both families are brought into the kernel at once
 		one := family{h.updated, s.Healthy}
@@ -112,7 +112,7 @@ func (h *Health) state(now time.Time) state {
 func (h *Health) Healthz(counted func(code int)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		s := h.state(time.Now())
-		eligible := !s.absent
+		eligible := !s.leaving
 		s.NodeEligible = &eligible
 		tell(w, s, s.Healthy && eligible && s.serving, counted)
 	})

@@ -13,9 +13,10 @@ import (
 
 func (r *reader) node(obj *corev1.Node) *model.Node {
 	n := &model.Node{
-		Name:   r.object.name.Name,
-		Labels: copied(obj.Labels),
-		Where:  r.object.Where(),
+		Name:    r.object.name.Name,
+		Labels:  copied(obj.Labels),
+		Leaving: obj.DeletionTimestamp != nil || slices.ContainsFunc(obj.Spec.Taints, func(t corev1.Taint) bool { return t.Key == autoscalerTaint }),
+		Where:   r.object.Where(),
 	}
 	for i, a := range obj.Status.Addresses {
 		if a.Type != corev1.NodeInternalIP {
@@ -35,6 +36,10 @@ func (r *reader) node(obj *corev1.Node) *model.Node {
 	}
 	return n
 }
+
+// autoscalerTaint is put on a Node by the cluster autoscaler before it takes the
+// machine away (k8s.io/kubernetes/pkg/proxy/healthcheck).
+const autoscalerTaint = "ToBeDeletedByClusterAutoscaler"
 
 // podRange reads one range of pod addresses into n.
 func (r *reader) podRange(n *model.Node, field, text string) {

@@ -19,7 +19,11 @@ func dump(s *model.Snapshot) string {
 		fmt.Fprintf(&b, "pod %s%s\n", p.Name, dumpPod(p))
 	}
 	for _, n := range s.Nodes {
-		fmt.Fprintf(&b, "node %s%s%s%s\n", n.Name, some(" at", n.Addresses), some(" pods", n.PodCIDRs), pairs(" labels", n.Labels))
+		fmt.Fprintf(&b, "node %s%s%s%s", n.Name, some(" at", n.Addresses), some(" pods", n.PodCIDRs), pairs(" labels", n.Labels))
+		if n.Leaving {
+			b.WriteString(" leaving")
+		}
+		b.WriteString("\n")
 	}
 	for _, w := range s.Workloads {
 		count := fmt.Sprint(w.Replicas)
