@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 
@@ -285,9 +287,11 @@ const (
 // without those that the kernel gives to the node's own sockets
 // (ip_local_port_range), and without node ports.
 func (d *datapath) findSourcePorts() error {
-	var text []byte
+	var text, reserved []byte
 	err := d.inNetns(func() (err error) {
-		text, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+		if text, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
+			reserved, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_reserved_ports")
+		}
 		return err
 	})
 	if err != nil {
@@ -297,12 +301,40 @@ func (d *datapath) findSourcePorts() error {
 	if _, err := fmt.Sscan(string(text), &low, &high); err != nil {
 		return fmt.Errorf("read ip_local_port_range %q: %w", text, err)
 	}
+	if givesNodePorts(low, high, string(reserved)) {
+		d.degraded = append(d.degraded, fmt.Sprintf("net.ipv4.ip_local_port_range %d %d has node ports in it: a UDP socket of this node that is given the number of one "+
+			"and does not connect gets no answers; set net.ipv4.ip_local_reserved_ports to %d-%d", low, high, firstNodePort, lastNodePort))
+	}
 	d.firstPort, d.portCount = largestGap(low, high)
 	if d.portCount < 1024 {
 		d.degraded = append(d.degraded, fmt.Sprintf("clients from outside have %d source ports towards each endpoint on another node: "+
 			"net.ipv4.ip_local_port_range is %d %d", d.portCount, low, high))
 	}
 	return nil
+}
+
+// givesNodePorts says that the kernel may give node ports to sockets: some are in the
+// range that it gives from and not in the list of those that it does not give, such as
+// "8080,30000-32767".
+func givesNodePorts(low, high int, reserved string) bool {
+	kept := map[int]bool{}
+	for part := range strings.SplitSeq(strings.TrimSpace(reserved), ",") {
+		first, last, isRange := strings.Cut(part, "-")
+		from, err := strconv.Atoi(first)
+		to := from
+		if isRange && err == nil {
+			to, err = strconv.Atoi(last)
+		}
+		for port := from; err == nil && port <= to; port++ {
+			kept[port] = true
+		}
+	}
+	for port := max(low, firstNodePort); port <= min(high, lastNodePort); port++ {
+		if !kept[port] {
+			return true
+		}
+	}
+	return false
 }
 
 // largestGap is the largest range of ports outside low to high and the node ports;

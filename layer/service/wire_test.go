@@ -423,6 +423,27 @@ func TestSourcePortsAreNobodyElses(t *testing.T) {
 	}
 }
 
+// Node ports are safe from the node's own sockets where the kernel gives others, or was
+// told to leave them out.
+func TestNodePortsThatSocketsAreGiven(t *testing.T) {
+	for _, row := range []struct {
+		low, high int
+		reserved  string
+		want      bool
+	}{
+		{32768, 60999, "\n", false},
+		{1024, 65535, "\n", true},
+		{1024, 65535, "8080,30000-32767\n", false},
+		{1024, 65535, "30000-32000,32002-32767\n", true},
+		{1024, 65535, "30000-32000,32001,32002-32767\n", false},
+		{32000, 60999, "32000-32767", false},
+	} {
+		if got := givesNodePorts(row.low, row.high, row.reserved); got != row.want {
+			t.Errorf("%d to %d without %q: %v", row.low, row.high, row.reserved, got)
+		}
+	}
+}
+
 // A pod is the same client by its sockets and by its packets, and so is the node.
 func TestAffinityIsTheSameOnBothPaths(t *testing.T) {
 	h := newHarbour(t)
