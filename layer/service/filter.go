@@ -59,7 +59,7 @@ func (f *filter) find() (id int, found bool) {
 		filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: f.hook.device}}, f.attrs().Parent)
 		for _, there := range filters {
 			if ours, ok := there.(*netlink.BpfFilter); ok && ours.Attrs().Priority == f.priority &&
-				strings.HasPrefix(ours.Name, filterPrefix+f.hook.program) {
+				ours.Name == filterPrefix+f.hook.program {
 				id, found = ours.Id, true
 			}
 		}

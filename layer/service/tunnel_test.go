@@ -1,7 +1,6 @@
 package service
 
 import (
-	"io"
 	"os"
 	"strings"
 	"testing"
@@ -19,10 +18,21 @@ func (h *harbour) tunnel(p *pod) int {
 	h.t.Helper()
 	here, index := h.tun("", p.device)
 	there, _ := h.tun(p.netns, "eth0")
-	for from, to := range map[*os.File]*os.File{here: there, there: here} {
-		go io.CopyBuffer(to, struct{ io.Reader }{from}, make([]byte, 65536)) // a packet each
-	}
+	go forward(here, there)
+	go forward(there, here)
 	return index
+}
+
+// forward forwards packets until from is closed. A device that is not up takes none.
+func forward(from, to *os.File) {
+	packet := make([]byte, 65536)
+	for {
+		n, err := from.Read(packet)
+		if err != nil {
+			return
+		}
+		to.Write(packet[:n])
+	}
 }
 
 // tun makes a device in a namespace, the node's if path is empty.
@@ -54,6 +64,14 @@ func (h *harbour) tun(path, name string) (file *os.File, index int) {
 // one behind another such device, which sees the node's address there; and what has no
 // endpoint is refused at once.
 func TestWiresWithoutEthernetHeaders(t *testing.T) {
+	t.Run("tcx", wiresWithoutEthernetHeaders)
+	t.Run("filters", func(t *testing.T) {
+		withoutTCX(t)
+		wiresWithoutEthernetHeaders(t)
+	})
+}
+
+func wiresWithoutEthernetHeaders(t *testing.T) {
 	h := harbourBy(t, (*harbour).tunnel)
 	h.routes(h.client.netns, "192.0.3.0/24", nodeToClient)
 	h.local.serveAll("local")
@@ -65,6 +83,7 @@ func TestWiresWithoutEthernetHeaders(t *testing.T) {
 		sees4, sees6 string
 	}{{h.local, "local", client4, client6}, {h.other, "far", nodeToOther, nodeToOther6}} {
 		h.become(h.services(nil, row.server))
+		h.again(h.services(nil, row.server)) // another process takes it over
 		for _, way := range entrances {
 			text := strings.Repeat("x", 9000)
 			if way.network == "tcp" {
