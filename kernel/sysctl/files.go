@@ -1,0 +1,55 @@
+package sysctl
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// folders of sysctl.d(5), and the one file that is older than they are.
+var folders = []string{"etc/sysctl.d/*.conf", "run/sysctl.d/*.conf", "usr/local/lib/sysctl.d/*.conf", "usr/lib/sysctl.d/*.conf", "etc/sysctl.conf"}
+
+// node is the first process's root folder: from a container with the node's
+// processes that of the node.
+const node = "/proc/1/root"
+
+// Files are those of sysctl.d(5) that set a setting when the machine starts, and
+// whenever somebody runs `sysctl --system`. Files that cannot be seen from here are
+// not among them.
+func Files(name string) []string {
+	if _, err := os.Stat(filepath.Join(node, "etc")); err == nil {
+		return filesBelow(node, name)
+	}
+	return filesBelow("/", name)
+}
+
+func filesBelow(root, name string) (found []string) {
+	for _, folder := range folders {
+		paths, _ := filepath.Glob(filepath.Join(root, folder)) // the patterns are not malformed
+		for _, path := range paths {
+			if sets(path, name) {
+				found = append(found, "/"+strings.TrimPrefix(strings.TrimPrefix(path, root), "/"))
+			}
+		}
+	}
+	return found
+}
+
+// sets says whether a file has a line "name = value"; its name may have slashes for
+// dots, a dash before it, and wildcards.
+func sets(path, name string) bool {
+	file, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		key, _, assigned := strings.Cut(strings.TrimSpace(lines.Text()), "=")
+		pattern := strings.ReplaceAll(strings.TrimSpace(strings.TrimPrefix(key, "-")), "/", ".")
+		if fits, err := filepath.Match(pattern, name); assigned && err == nil && fits {
+			return true
+		}
+	}
+	return false
+}
