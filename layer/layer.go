@@ -152,6 +152,8 @@ type Description struct {
 	Maps    []Map  `json:"maps"`
 	// Settings are those in force, by the names of their flags.
 	Settings map[string]string `json:"settings,omitempty"`
+	// Values are settings of the kernel that the layer has set.
+	Values []Value `json:"values,omitempty"`
 	// Reasons counts what the programs did, by the names of `enum reason`.
 	Reasons map[string]uint64 `json:"reasons"`
 	// Programs are attached, by name.
@@ -167,6 +169,16 @@ type Map struct {
 	Entries  int    `json:"entries"`
 	Capacity int    `json:"capacity"`
 	Bytes    uint64 `json:"bytes"`
+}
+
+// Value is one setting of the kernel that a layer has set.
+type Value struct {
+	Name string `json:"name"`
+	// Value is what it is now, Before what it was before.
+	Value  string `json:"value"`
+	Before string `json:"before"`
+	// Owner is who asks for it.
+	Owner string `json:"owner"`
 }
 
 // Program is one eBPF program in force.

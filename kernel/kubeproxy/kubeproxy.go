@@ -90,7 +90,7 @@ func Find(path string) (found Found, err error) {
 			return found, err
 		}
 	}
-	found.Process, err = running(path)
+	found.Process, err = Running(path)
 	return found, err
 }
 
@@ -119,9 +119,9 @@ func left(path string, rules *nft.Net) (left []string, err error) {
 	return left, nil
 }
 
-// running is the number of a kube-proxy in the namespace bound to path, which would
-// write its rules again.
-func running(path string) (int, error) {
+// Running is the number of a kube-proxy in the namespace bound to path (empty: that
+// of the calling thread), which would write its rules again; 0 where there is none.
+func Running(path string) (int, error) {
 	if path == "" {
 		path = "/proc/thread-self/ns/net"
 	}

@@ -18,6 +18,9 @@ type Subject struct {
 	// Snapshots are at least two clusters, each different from the next. Works
 	// must hold for the first and the last of them without interruption.
 	Snapshots []*model.Snapshot
+	// Nothing is what is in force before anything is; nil where that is the plan of a
+	// cluster in which there is nothing.
+	Nothing func() layer.Picture
 	// Observe prints everything in the kernel that the layer could have touched.
 	Observe func() string
 	// Stranger puts something of somebody else next to the layer's things, and
@@ -187,6 +190,9 @@ func (s Subject) strangersStay(t *testing.T) {
 func (s Subject) failureIsAlone(t *testing.T) {
 	want := s.New().Plan(s.Snapshots[0])
 	nothing := s.New().Plan(&model.Snapshot{})
+	if s.Nothing != nil {
+		nothing = s.Nothing()
+	}
 	plan := s.New().Diff(nothing, want, true)
 	if len(plan) < 2 {
 		t.Fatal("needs a snapshot of at least two objects")
