@@ -57,6 +57,7 @@ namespaces.`,
 	at.flagCgroup(c)
 	at.flagPins(c)
 	at.flagRun(c)
+	at.flagProcSys(c)
 	from.flags(c)
 	at.flagNode(c)
 	at.flagPath(c)

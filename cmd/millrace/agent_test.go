@@ -38,9 +38,9 @@ func newNode(t *testing.T) *node {
 func (n *node) source() string { return "dir:" + n.manifests }
 
 // start runs an agent as its own process, in the bed's namespace.
-func (n *node) start() {
+func (n *node) start(more ...string) {
 	n.t.Helper()
-	n.agent = product("agent", "--source", n.source(), "--node", "n1", "--cgroup", n.Cgroup, "--pins", n.pins, "--run", n.run, "--metrics", "")
+	n.agent = product(append([]string{"agent", "--source", n.source(), "--node", "n1", "--cgroup", n.Cgroup, "--pins", n.pins, "--run", n.run, "--metrics", ""}, more...)...)
 	n.agent.Stderr = &n.log
 	if err := netns.Do(n.NetNS, n.agent.Start); err != nil {
 		n.t.Fatal(err)

@@ -32,6 +32,9 @@ type standIn struct {
 const (
 	configFlag = "kube-proxy-config"
 	portsFlag  = "kube-proxy-ports"
+	// configVariable stands for the flag, so that deploy/millrace.yaml can leave it to
+	// a ConfigMap that may say nothing.
+	configVariable = "KUBE_PROXY_CONFIG"
 	// configKey is where kubeadm puts the configuration in its ConfigMap.
 	configKey = "config.conf"
 	// configCopy is the last configuration that was read from the API, in the run
@@ -41,8 +44,8 @@ const (
 
 func (k *standIn) flagConfig(c *cobra.Command) {
 	k.set = func(name string) bool { return c.Flags().Changed(name) }
-	c.Flags().StringVar(&k.config, configFlag, "",
-		"kube-proxy's configuration, a file or configmap:kube-system/kube-proxy: what of it counts here does, the rest is named")
+	c.Flags().StringVar(&k.config, configFlag, os.Getenv(configVariable),
+		"kube-proxy's configuration, a file or configmap:kube-system/kube-proxy: what of it counts here does, the rest is named ($"+configVariable+")")
 }
 
 // Nobody can choose this for a user: beside a kube-proxy that runs on, its ports
@@ -73,6 +76,7 @@ func (k *standIn) read(ctx context.Context, at *place, from *wishes, log *slog.L
 		at.node = settings.NodeName
 	}
 	at.nodePorts, at.clusterCIDRs = settings.NodePortRanges(), settings.PodRanges()
+	at.tracking, at.trackingFrom = settings.Conntrack, k.config
 	at.primary = settings.NodePortPrimary && !settings.NodeIP.IsValid()
 	ports := k.ports || k.config != "" && !k.set(portsFlag)
 	if !ports && k.config == "" {

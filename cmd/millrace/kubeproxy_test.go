@@ -145,9 +145,12 @@ func TestAgentInKubeProxysPlace(t *testing.T) {
 		t.Errorf("status of a port that is taken: exit %d, %q", status, stderr)
 	}
 	c.kill()
-	if _, _, status := millrace(t, "remove", "--pins", c.pins, "--run", c.run); status != exitOK {
-		t.Errorf("remove: exit status %d", status)
-	}
+	c.must(c.Inside(func() error {
+		if _, stderr, status := millrace(t, "remove", "--pins", c.pins, "--run", c.run); status != exitOK {
+			t.Errorf("remove: exit status %d, %s", status, stderr)
+		}
+		return nil
+	}))
 	if left, _ := os.ReadDir(c.run); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}

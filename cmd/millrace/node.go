@@ -4,12 +4,17 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"github.com/spf13/cobra"
 
 	"github.com/millrace/millrace/kernel/cgroup"
+	"github.com/millrace/millrace/kernel/cpu"
+	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/service"
+	"github.com/millrace/millrace/layer/tune"
+	"github.com/millrace/millrace/model"
 )
 
 // place says where on a host millrace works. Two places on one host (the nodes
@@ -26,6 +31,10 @@ type place struct {
 	// where no configuration of a kube-proxy says otherwise.
 	nodePorts, clusterCIDRs []netip.Prefix
 	primary                 bool
+	// procSys is the folder that stands for /proc/sys. tracking is what a kube-proxy's
+	// configuration asks of connection tracking, and trackingFrom where it is.
+	procSys, trackingFrom string
+	tracking              model.Conntrack
 }
 
 func (p *place) flagRun(c *cobra.Command) {
@@ -62,6 +71,10 @@ func (p *place) flagFlows(c *cobra.Command) {
 	c.Flags().IntVar(&p.flows, "flows", service.DefaultFlows, "how many flows of the packet path are remembered at once")
 }
 
+func (p *place) flagProcSys(c *cobra.Command) {
+	c.Flags().StringVar(&p.procSys, "proc-sys", "", "folder through which settings of the node are set (default: "+sysctl.Mounted+" where that is mounted, else /proc/sys)")
+}
+
 // layers are all that there are, in the order in which they are applied. This
 // list is the only place that knows them.
 func (p *place) layers() ([]layer.Layer, error) {
@@ -84,8 +97,8 @@ func (p *place) layers() ([]layer.Layer, error) {
 	return p.pinned(), nil
 }
 
-// pinned are the layers for looking at what is pinned and for removing it, which
-// takes no cgroup.
+// pinned are the layers for looking at what outlives the agent and for removing it,
+// which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
 	return []layer.Layer{
 		service.New(service.Settings{
@@ -93,7 +106,25 @@ func (p *place) pinned() []layer.Layer {
 			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
 			Wire: p.wire, NodePortAddresses: p.nodePorts, NodePortPrimary: p.primary, ClusterCIDRs: p.clusterCIDRs,
 		}),
+		p.tune(),
 	}
+}
+
+func (p *place) tune() layer.Layer {
+	return tune.New(tune.Settings{
+		Conntrack: p.tracking, From: p.trackingFrom, CPUs: processors(),
+		Tree: sysctl.Tree{Root: p.procSys}, Folder: filepath.Join(p.run, "tune"),
+	})
+}
+
+// processors are those of the machine, or where that cannot be read those of this
+// process.
+func processors() int {
+	n, err := cpu.Online()
+	if err != nil {
+		return runtime.NumCPU()
+	}
+	return n
 }
 
 func hostname() string {

@@ -27,6 +27,8 @@ pinned everything is new.`,
 		return plan(ctx, s, &at, &from, &proxy)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)
+	at.flagRun(c)
+	at.flagProcSys(c)
 	at.flagNode(c)
 	at.flagPath(c)
 	at.flagConntrack(c)

@@ -21,8 +21,9 @@ func removeCommand(s *settings) *cobra.Command {
 		Use:   "remove",
 		Short: "Take everything of millrace out of this host",
 		Long: `
-Detaches the programs and removes maps, pins and the run folder, so that the
-host is as it was found. Connections that are open stay open. It is undone by
+Detaches the programs, removes maps and pins, puts back settings of the kernel
+that nobody else has set since, and removes the run folder, so that the host is
+as it was found. Connections that are open stay open. It is undone by
 starting an agent again. Stop the agent first.`,
 	}, changesHost, func(context.Context, []string) error {
 		if agent.Running(at.run) {
@@ -56,6 +57,7 @@ starting an agent again. Stop the agent first.`,
 	}, exitPrivilege)
 	at.flagPins(c)
 	at.flagRun(c)
+	at.flagProcSys(c)
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would be removed and remove nothing")
 	return c
 }

@@ -8,22 +8,54 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/service"
+	"github.com/millrace/millrace/layer/tune"
 )
 
 func showCommand(s *settings) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "show",
 		Short: "What is in force in the kernel",
-		Long:  readsOnly + "\n\nShows Services or backends as they are in the kernel now.",
+		Long:  readsOnly + "\n\nShows Services, backends or settings as they are in the kernel now.",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usage("say what to show: services or backends")
+			return usage("say what to show: services, backends or settings")
 		},
 	}
 	c.AddCommand(showRows(s, "services", "Services and where they lead", printServices),
-		showRows(s, "backends", "Endpoints and the Services that lead to them", printBackends))
+		showRows(s, "backends", "Endpoints and the Services that lead to them", printBackends), showSettings(s))
 	return c
+}
+
+func showSettings(s *settings) *cobra.Command {
+	var at place
+	c := command(&cobra.Command{
+		Use:   "settings",
+		Short: "Settings of this node that millrace has set, and what they were before",
+		Long:  "Reads the journal in the run folder and the settings, so that it works without an agent.",
+	}, readsOnly, func(context.Context, []string) error {
+		picture, err := at.tune().Look()
+		if err != nil {
+			return err
+		}
+		values := picture.(*tune.Picture).Values()
+		if s.json() {
+			return printJSON(map[string]any{"settings": append([]layer.Value{}, values...)})
+		}
+		return printValues("", values)
+	}, exitPrivilege)
+	at.flagRun(c)
+	at.flagProcSys(c)
+	return c
+}
+
+func printValues(indent string, values []layer.Value) error {
+	t := newTable(os.Stdout, indent+"SETTING", "VALUE", "BEFORE", "ASKED FOR BY")
+	for _, v := range values {
+		t.row(indent+v.Name, v.Value, v.Before, v.Owner)
+	}
+	return t.print()
 }
 
 // backend is the JSON form of one endpoint of one Service address.

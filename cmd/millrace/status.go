@@ -112,17 +112,24 @@ func printStatus(s agent.Status) {
 func printLayer(l agent.LayerStatus) {
 	fmt.Printf("\n%s  %d objects, changes: %d added, %d altered, %d removed, %d failed, %d drifted; longest apply %.1f ms\n", bold("layer "+l.Name), l.Objects,
 		l.Changes.Added, l.Changes.Altered, l.Changes.Removed, l.Failed, l.Drifted, l.LongestApplyMS)
-	t := newTable(os.Stdout, "  MAP", "ENTRIES", "ROOM", "FILL", "MEMORY")
-	for _, m := range l.Maps {
-		t.row("  "+m.Name, fmt.Sprint(m.Entries), fmt.Sprint(m.Capacity),
-			fmt.Sprintf("%.1f %%", 100*float64(m.Entries)/float64(max(1, m.Capacity))), bytesText(m.Bytes))
+	if len(l.Maps) > 0 {
+		t := newTable(os.Stdout, "  MAP", "ENTRIES", "ROOM", "FILL", "MEMORY")
+		for _, m := range l.Maps {
+			t.row("  "+m.Name, fmt.Sprint(m.Entries), fmt.Sprint(m.Capacity),
+				fmt.Sprintf("%.1f %%", 100*float64(m.Entries)/float64(max(1, m.Capacity))), bytesText(m.Bytes))
+		}
+		t.print()
 	}
-	t.print()
+	if len(l.Values) > 0 {
+		printValues("  ", l.Values)
+	}
 	var reasons []string
 	for _, name := range slices.Sorted(maps.Keys(l.Reasons)) {
 		reasons = append(reasons, fmt.Sprintf("%s %d", name, l.Reasons[name]))
 	}
-	fmt.Println("  events:", strings.Join(reasons, ", "))
+	if len(reasons) > 0 {
+		fmt.Println("  events:", strings.Join(reasons, ", "))
+	}
 	var settings []string
 	for _, name := range slices.Sorted(maps.Keys(l.Settings)) {
 		settings = append(settings, name+" "+l.Settings[name])
@@ -130,7 +137,9 @@ func printLayer(l agent.LayerStatus) {
 	if len(settings) > 0 {
 		fmt.Println("  settings:", strings.Join(settings, ", "))
 	}
-	fmt.Println("  attached:", strings.Join(attachedTexts(l), ", "))
+	if attached := attachedTexts(l); len(attached) > 0 || len(l.Maps) > 0 {
+		fmt.Println("  attached:", strings.Join(attached, ", "))
+	}
 	for _, text := range l.Degraded {
 		fmt.Println("  degraded:", text)
 	}

@@ -1,11 +1,18 @@
 package kubeproxy
 
+import "time"
+
 // Why whole groups of fields are not needed.
 const (
-	noRules    = "there are no rules to write anew: a change costs what changed, at once, and the kernel is read again once a minute"
-	noMark     = "no packet mark is used: what is masqueraded is decided where it is rewritten"
-	noTracking = "millrace's flows are in a table of its own (`--flows`), with times of their own (docs/service.md); nf_conntrack stays as the node has it"
-	noIPVS     = "there is no IPVS table"
+	noRules  = "there are no rules to write anew: a change costs what changed, at once, and the kernel is read again once a minute"
+	noMark   = "no packet mark is used: what is masqueraded is decided where it is rewritten"
+	noIPVS   = "there is no IPVS table"
+	ownFlows = "millrace's flows are in a table of its own (`--flows`), with times of their own (docs/service.md)"
+	// What is honoured by setting it in the node; docs/tune.md.
+	tracking     = "`net.netfilter.nf_conntrack_"
+	atLeastMax   = "1,048,576 at most, and `nf_conntrack_buckets` at least a quarter of it; neither is ever lowered, and 0 leaves both alone ([tune](tune.md))"
+	wholeSeconds = "whole seconds, 0 leaves it alone"
+
 	noClient   = "`--source kube:PATH` and `--api-server` say how to reach the API server"
 	noKlog     = "the log goes to stderr, as text or with `-o json` as JSON; there are no levels"
 	masquerade = "what goes to a ClusterIP is masqueraded if it comes from outside the cluster's pods and nodes; this setting has no effect yet"
@@ -50,9 +57,9 @@ var Fields = []Field{
 	{Path: "ipvs.scheduler", Fate: Later, Text: "schedulers come later; until then each new flow goes to an endpoint by chance, all alike"},
 	{Path: "ipvs.excludeCIDRs", Fate: Unneeded, shape: list, Text: noIPVS + ": that of others is not touched"},
 	{Path: "ipvs.strictARP", Fate: Unneeded, shape: flag, Text: "no address of a Service is on any device, so the node answers no ARP for one"},
-	{Path: "ipvs.tcpTimeout", Fate: Unneeded, shape: duration, Text: noIPVS + ": " + noTracking},
-	{Path: "ipvs.tcpFinTimeout", Fate: Unneeded, shape: duration, Text: noIPVS + ": " + noTracking},
-	{Path: "ipvs.udpTimeout", Fate: Unneeded, shape: duration, Text: noIPVS + ": " + noTracking},
+	{Path: "ipvs.tcpTimeout", Fate: Unneeded, shape: duration, Text: noIPVS + ": " + ownFlows},
+	{Path: "ipvs.tcpFinTimeout", Fate: Unneeded, shape: duration, Text: noIPVS + ": " + ownFlows},
+	{Path: "ipvs.udpTimeout", Fate: Unneeded, shape: duration, Text: noIPVS + ": " + ownFlows},
 
 	{Path: "nftables.masqueradeBit", Fate: Unneeded, shape: number, Text: noMark, usual: []string{"14"}},
 	{Path: "nftables.masqueradeAll", Fate: Later, shape: flag, set: func(s *Settings, v value) error { s.masqueradeSets = v.text == "true"; return nil }, Text: masquerade},
@@ -69,13 +76,13 @@ var Fields = []Field{
 	{Path: "nodePortAddresses", Fate: Honoured, shape: list, set: setNodePortAddresses, Text: "the node addresses that serve NodePorts and answer healthCheckNodePort: ranges, `primary`, or all; primary is `bindAddress`, else the first address of each family of the Node object"},
 	{Path: "oomScoreAdj", Fate: Unneeded, shape: number, Text: "an agent that is killed loses no packet and takes over what is in force when it starts again", usual: []string{"-999"}},
 
-	{Path: "conntrack.maxPerCore", Fate: Unneeded, shape: number, Text: noTracking, usual: []string{"32768"}},
-	{Path: "conntrack.min", Fate: Unneeded, shape: number, Text: noTracking, usual: []string{"131072"}},
-	{Path: "conntrack.tcpEstablishedTimeout", Fate: Unneeded, shape: duration, Text: noTracking, usual: []string{"24h"}},
-	{Path: "conntrack.tcpCloseWaitTimeout", Fate: Unneeded, shape: duration, Text: noTracking, usual: []string{"1h"}},
-	{Path: "conntrack.tcpBeLiberal", Fate: Unneeded, shape: flag, Text: "packets that a Service's flow needs are not judged by nf_conntrack before they are rewritten back"},
-	{Path: "conntrack.udpTimeout", Fate: Unneeded, shape: duration, Text: noTracking},
-	{Path: "conntrack.udpStreamTimeout", Fate: Unneeded, shape: duration, Text: noTracking},
+	{Path: "conntrack.maxPerCore", Fate: Honoured, shape: number, set: count(func(s *Settings) *int64 { return &s.Conntrack.MaxPerCore }), Text: tracking + "max` is at least this times the number of processors, " + atLeastMax},
+	{Path: "conntrack.min", Fate: Honoured, shape: number, set: count(func(s *Settings) *int64 { return &s.Conntrack.Min }), Text: tracking + "max` is at least this, if maxPerCore is not 0, as with kube-proxy"},
+	{Path: "conntrack.tcpEstablishedTimeout", Fate: Honoured, shape: duration, set: timeout(func(s *Settings) *time.Duration { return &s.Conntrack.TCPEstablished }), Text: tracking + "tcp_timeout_established`; " + wholeSeconds},
+	{Path: "conntrack.tcpCloseWaitTimeout", Fate: Honoured, shape: duration, set: timeout(func(s *Settings) *time.Duration { return &s.Conntrack.TCPCloseWait }), Text: tracking + "tcp_timeout_close_wait`; " + wholeSeconds},
+	{Path: "conntrack.tcpBeLiberal", Fate: Honoured, shape: flag, set: func(s *Settings, v value) error { s.Conntrack.TCPBeLiberal = v.text == "true"; return nil }, Text: tracking + "tcp_be_liberal` is 1; false leaves it alone. What a Service's flow needs is not judged by it"},
+	{Path: "conntrack.udpTimeout", Fate: Honoured, shape: duration, set: timeout(func(s *Settings) *time.Duration { return &s.Conntrack.UDP }), Text: tracking + "udp_timeout`; " + wholeSeconds},
+	{Path: "conntrack.udpStreamTimeout", Fate: Honoured, shape: duration, set: timeout(func(s *Settings) *time.Duration { return &s.Conntrack.UDPStream }), Text: tracking + "udp_timeout_stream`; " + wholeSeconds},
 	{Path: "configSyncPeriod", Fate: Unneeded, shape: duration, Text: "changes are watched; lists are compared when a watch begins anew", usual: []string{"15m"}},
 	{Path: "portRange", Fate: Unneeded, Text: "kube-proxy does not use it either"},
 	{Path: "windowsRunAsService", Fate: Unneeded, shape: flag, Text: "Windows only"},

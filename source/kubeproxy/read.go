@@ -36,7 +36,7 @@ func Read(where string, data []byte) (Settings, error) {
 	if err != nil {
 		return Settings{}, fmt.Errorf("read %s: %w", where, err)
 	}
-	r := reader{where: where}
+	r := reader{where: where, settings: Settings{Conntrack: usualConntrack}}
 	r.mapping("", document)
 	r.settings.complete()
 	return r.settings, nil

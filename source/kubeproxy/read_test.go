@@ -7,6 +7,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/millrace/millrace/model"
 )
 
 func read(t *testing.T, text string) Settings {
@@ -93,13 +96,35 @@ detectLocal: {bridgeInterface: cni0}
 	}
 }
 
+// What is not said of connection tracking is kube-proxy's default, 0 is its word for
+// leaving something alone, and without a configuration nothing is asked for.
+func TestConntrack(t *testing.T) {
+	if got := Default().Conntrack; got != (model.Conntrack{}) {
+		t.Errorf("without a configuration: %+v", got)
+	}
+	usual := model.Conntrack{MaxPerCore: 32768, Min: 131072, TCPEstablished: 24 * time.Hour, TCPCloseWait: time.Hour}
+	for yaml, want := range map[string]model.Conntrack{
+		"": usual,
+		"conntrack: {maxPerCore: null, min: null, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: null, tcpBeLiberal: false, udpTimeout: 0s}": usual,
+		"conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}":                                                {},
+		"conntrack: {maxPerCore: 65536, min: 1, tcpEstablishedTimeout: 2h, tcpCloseWaitTimeout: 1m30s, tcpBeLiberal: true, udpTimeout: 30s, udpStreamTimeout: 3m}": {
+			MaxPerCore: 65536, Min: 1, TCPEstablished: 2 * time.Hour, TCPCloseWait: 90 * time.Second, TCPBeLiberal: true, UDP: 30 * time.Second, UDPStream: 3 * time.Minute},
+		"conntrack: {tcpCloseWaitTimeout: -1h}": usual, // what cannot be understood counts as not set
+	} {
+		s := read(t, head+yaml)
+		if s.Conntrack != want || len(s.Notes) > 0 {
+			t.Errorf("%q: %+v, notes %q; want %+v", yaml, s.Conntrack, s.Notes, want)
+		}
+	}
+}
+
 // A user of IPVS learns what becomes of each thing that was set.
 func TestNotesSayWhatTakesItsPlace(t *testing.T) {
 	s := read(t, head+`
 mode: ipvs
 featureGates: {TopologyAwareHints: true}
 ipvs: {scheduler: lc, strictARP: true, tcpTimeout: 900s, udpTimeout: 0s, excludeCIDRs: [10.0.0.0/24], syncPeriod: 30000ms}
-conntrack: {maxPerCore: 65536, min: 131072, tcpEstablishedTimeout: 24h0m0s}
+conntrack: {maxPerCore: 65536}
 `)
 	want := []string{
 		"featureGates: {\"TopologyAwareHints\":true}: not needed: they are kube-proxy's",
@@ -107,7 +132,6 @@ conntrack: {maxPerCore: 65536, min: 131072, tcpEstablishedTimeout: 24h0m0s}
 		"ipvs.strictARP: true: not needed: no address of a Service is on any device",
 		"ipvs.tcpTimeout: 900s: not needed: there is no IPVS table",
 		"ipvs.excludeCIDRs: 10.0.0.0/24: not needed: there is no IPVS table",
-		"conntrack.maxPerCore: 65536: not needed: millrace's flows are in a table of its own",
 	}
 	if len(s.Notes) != len(want) || len(s.Problems) > 0 {
 		t.Errorf("%d notes, want %d: %s; problems %v", len(s.Notes), len(want), strings.Join(s.Notes, "\n"), s.Problems)
@@ -131,6 +155,11 @@ func TestWhatIsWrongIsNamed(t *testing.T) {
 		"ipvs: {syncPeriod: 30}":                   `ipvs.syncPeriod: "30" is no time`,
 		"ipvs: [rr]":                               "ipvs: write fields below it",
 		"conntrack: {min: many}":                   "conntrack.min: write a number",
+		"conntrack: {min: 1.5}":                    "conntrack.min: 1.5 is no number of connections",
+		"conntrack: {maxPerCore: -1}":              "conntrack.maxPerCore: -1 is no number of connections",
+		"conntrack: {maxPerCore: 5000000000}":      "conntrack.maxPerCore: 5000000000 is no number of connections",
+		"conntrack: {udpTimeout: -30s}":            "conntrack.udpTimeout: -30s cannot be a timeout",
+		"conntrack: {udpStreamTimeout: 500ms}":     "conntrack.udpStreamTimeout: 500ms cannot be a timeout",
 		"bindAddress: node-1":                      `bindAddress: "node-1" is no IP address`,
 		"healthzBindAddress: 0.0.0.0:http":         `healthzBindAddress: "0.0.0.0:http" is no address with a port: write one such as 0.0.0.0:10256`,
 		"clusterCIDR: 10.0.0.0":                    `clusterCIDR: "10.0.0.0" is no range of addresses`,

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/millrace/millrace/model"
 )
@@ -37,6 +38,9 @@ type Settings struct {
 	MasqueradeAll bool
 	// Healthz and Metrics are where these are served.
 	Healthz, Metrics netip.AddrPort
+	// Conntrack is what is asked of the node's connection tracking; kube-proxy's
+	// defaults where a configuration says nothing of it, nothing where there is none.
+	Conntrack model.Conntrack
 	// HardFail says that a port that is taken ends the program.
 	HardFail bool
 
@@ -58,7 +62,12 @@ type DetectLocal struct {
 	Bridge, DevicePrefix string
 }
 
-// Default is what a kube-proxy does whose configuration says nothing.
+// usualConntrack are the defaults of the API; pkg/proxy/apis/config/v1alpha1/defaults.go
+// of Kubernetes.
+var usualConntrack = model.Conntrack{MaxPerCore: 32 << 10, Min: 128 << 10, TCPEstablished: 24 * time.Hour, TCPCloseWait: time.Hour}
+
+// Default is for who has no configuration: a kube-proxy's ports and ranges, and
+// nothing that is set in the node.
 func Default() Settings {
 	s := Settings{}
 	s.complete()
@@ -160,6 +169,30 @@ func bindAddress(text string, port uint16) (netip.AddrPort, error) {
 }
 
 func setHardFail(s *Settings, v value) error { s.HardFail = v.text == "true"; return nil }
+
+// count sets a number of connections.
+func count(of func(*Settings) *int64) func(*Settings, value) error {
+	return func(s *Settings, v value) error {
+		n, err := strconv.ParseInt(v.text, 0, 32)
+		if err != nil || n < 0 {
+			return fmt.Errorf("%s is no number of connections: write a whole number from 0 on", clip(v.text))
+		}
+		*of(s) = n
+		return nil
+	}
+}
+
+// timeout sets a time of connection tracking, which knows whole seconds.
+func timeout(of func(*Settings) *time.Duration) func(*Settings, value) error {
+	return func(s *Settings, v value) error {
+		d, err := time.ParseDuration(v.text)
+		if err != nil || d < 0 || d > 0 && d < time.Second {
+			return fmt.Errorf("%s cannot be a timeout of connection tracking: write 1s or more, or 0s to leave it as it is", v.text)
+		}
+		*of(s) = d
+		return nil
+	}
+}
 
 func setMode(s *Settings, v value) error {
 	if !slices.Contains([]string{"iptables", "ipvs", "nftables"}, v.text) {
