@@ -11,7 +11,7 @@ func configure(n node, mode string) error {
 		write("/etc/hosts", fmt.Sprintf("127.0.0.1 localhost\n::1 localhost\n%s %s\n%s %s\n", n.v4(), n.name(), n.v6(), n.name()), 0o644),
 		write("/etc/containerd.toml", containerdConfiguration(), 0o644),
 		write("/etc/kubelet.yaml", kubeletConfiguration(), 0o644),
-		write("/etc/kube-proxy.yaml", kubeProxyConfiguration(n, mode), 0o644),
+		write("/etc/kube-proxy.yaml", kubeProxyConfiguration(mode, n.name(), pki("kube-proxy.kubeconfig")), 0o644),
 		write("/etc/cni/net.d/10-ptp.conflist", podNetwork(n), 0o644))
 }
 
@@ -55,17 +55,18 @@ evictionHard: {}
 `, dnsV4)
 }
 
-// How many connections may be tracked is said by the host alone.
-func kubeProxyConfiguration(n node, mode string) string {
+// kubeProxyConfiguration for a node of a name, or for all.
+func kubeProxyConfiguration(mode, name, kubeconfig string) string {
+	// How many connections may be tracked is said by the host alone.
 	return fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
-mode: %s
-hostnameOverride: %s
+mode: "%s"
+hostnameOverride: "%s"
 clusterCIDR: "%s,%s"
 clientConnection: {kubeconfig: %s}
 conntrack: {maxPerCore: 0, min: 0}
 oomScoreAdj: 0
-`, mode, n.name(), podsV4, podsV6, pki("kube-proxy.kubeconfig"))
+`, mode, name, podsV4, podsV6, kubeconfig)
 }
 
 // podNetwork is a veth for each pod, and routes: no bridge, no masquerade.

@@ -80,6 +80,25 @@ func TestInstalledAgentHasFiveCapabilities(t *testing.T) {
 	}
 }
 
+// What kube-proxy's configuration asks of connection tracking is in force on each
+// node, set through the one folder that the container was given for it.
+func TestInstalledSetsConntrack(t *testing.T) {
+	needsInstalled(t)
+	const closeWait = "net.netfilter.nf_conntrack_tcp_timeout_close_wait"
+	for _, n := range allNodes() {
+		if value := strings.TrimSpace(on(t, n, "cat /proc/sys/"+strings.ReplaceAll(closeWait, ".", "/"))); value != "3600" {
+			t.Errorf("%s: %s is %s", n.name(), closeWait, value)
+		}
+	}
+	shown := strings.Join(strings.Fields(kubectlOf(t, "-n", "kube-system", "exec", "ds/millrace", "--", "/millrace", "show", "settings")), " ")
+	if want := closeWait + " 3600 60 conntrack.tcpCloseWaitTimeout of configmap:kube-system/kube-proxy"; !strings.Contains(shown, want) {
+		t.Errorf("show settings lacks %q: %s", want, shown)
+	}
+	if said := kubectlOf(t, "-n", "kube-system", "exec", "ds/millrace", "--", "/millrace", "status"); strings.Contains(said, "degraded: not as configmap") {
+		t.Errorf("status: %s", said)
+	}
+}
+
 const shop = `
 apiVersion: v1
 kind: Namespace
@@ -227,7 +246,7 @@ func TestInstalledIsRemoved(t *testing.T) {
 	kubectlOf(t, "apply", "-f", removal)
 	kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace-remove", "--timeout=1m")
 	for _, n := range allNodes() {
-		left := on(t, n, "ls -d /sys/fs/bpf/millrace /run/millrace/* 2>/dev/null; nft list tables | grep millrace; tc filter show dev eth0 ingress | grep millrace; true")
+		left := on(t, n, "ls -d /sys/fs/bpf/millrace /run/millrace/* 2>/dev/null; nft list tables | grep millrace; tc filter show dev eth0 ingress | grep millrace; grep -v '^60$' /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait; true")
 		if left = strings.TrimSpace(left); left != "" {
 			t.Errorf("%s still has %s", n.name(), left)
 		}

@@ -33,6 +33,7 @@ func TestKubernetes(t *testing.T) {
 	t.Run("conformance", judged)
 	t.Setenv("MILLRACE_INSTALLED", "1")
 	t.Run("capabilities", TestInstalledAgentHasFiveCapabilities)
+	t.Run("conntrack", TestInstalledSetsConntrack)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
 }

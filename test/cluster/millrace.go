@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strings"
 )
 
 // What `make image` made, from the root of the repository.
@@ -22,14 +23,27 @@ func takeImage() error {
 	return write(folder+"/images/millrace.tar", string(content), 0o644)
 }
 
-// install millrace as docs/install.md says, and wait until each node has it.
+// kubeadmConfiguration is the ConfigMap that kubeadm makes for its kube-proxy.
+func kubeadmConfiguration() string {
+	text := kubeProxyConfiguration("", "", "/var/lib/kube-proxy/kubeconfig.conf")
+	return "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: kube-proxy, namespace: kube-system}\ndata:\n  config.conf: |\n    " +
+		strings.TrimSpace(strings.ReplaceAll(text, "\n", "\n    ")) + "\n"
+}
+
+// install millrace as docs/install.md says for a cluster of kubeadm, and wait until
+// each node has it.
 func install(ctx context.Context, bin string) error {
-	for _, arguments := range [][]string{
-		{"-n", "kube-system", "create", "configmap", "millrace", "--from-literal=api-server=" + server},
-		{"apply", "-f", millraceManifest},
-		{"-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=2m"},
+	for _, step := range []struct {
+		input     string
+		arguments []string
+	}{
+		{kubeadmConfiguration(), []string{"create", "-f", "-"}},
+		{"", []string{"-n", "kube-system", "create", "configmap", "millrace", "--from-literal=api-server=" + server,
+			"--from-literal=kube-proxy-config=configmap:kube-system/kube-proxy"}},
+		{"", []string{"apply", "-f", millraceManifest}},
+		{"", []string{"-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=2m"}},
 	} {
-		if _, err := kubectl(ctx, bin, "", arguments...); err != nil {
+		if _, err := kubectl(ctx, bin, step.input, step.arguments...); err != nil {
 			return fmt.Errorf("install millrace: %w", err)
 		}
 	}
