@@ -44,6 +44,7 @@ var clusterTools = []tool{
 	{"agnhost", "k8s.io/kubernetes/test/images/agnhost"},
 	{"regression-issue-74839", "k8s.io/kubernetes/test/images/regression-issue-74839"},
 	{"pause", "./pause"},
+	{"calls", "./calls"},
 	{"coredns", ""}, // see writeCoreDNS
 }
 
@@ -100,7 +101,7 @@ func build(ctx context.Context, tools []tool) (string, error) {
 	}
 	for _, tool := range tools {
 		file := filepath.Join(folder, tool.name)
-		if _, err := os.Stat(file); err == nil {
+		if _, err := os.Stat(file); err == nil && !strings.HasPrefix(tool.path, "./") { // our own may be others now
 			continue
 		}
 		say("build %s", tool.name)

@@ -23,6 +23,9 @@ import (
 // tests ask for.
 const pauseImage = "registry.k8s.io/pause:3.10.2"
 
+// callsImage is of our own program, in test/cluster/calls.
+const callsImage = "localhost/calls:1"
+
 func coreDNSImage() string {
 	return "registry.k8s.io/coredns/coredns:" + version("github.com/coredns/coredns")
 }
@@ -51,6 +54,7 @@ func images(bin string) error {
 	return errors.Join(
 		image{[]string{pauseImage}, []string{"/pause"}, nil, files{{"pause", 0o755, fromFile(bin, "pause")}}}.write(to),
 		image{[]string{coreDNSImage()}, []string{"/coredns"}, nil, files{{"coredns", 0o755, fromFile(bin, "coredns")}}}.write(to),
+		image{[]string{callsImage}, []string{"/calls"}, nil, files{{"calls", 0o755, fromFile(bin, "calls")}}}.write(to),
 		// Some tests want programs that are in here from other images.
 		image{[]string{e2e + "agnhost:" + strings.TrimSpace(string(number)), e2e + "glibc-dns-testing:2.0.0",
 			e2e + "busybox:1.37.0-1", "registry.k8s.io/build-image/distroless-iptables:v0.9.6"},
