@@ -1,10 +1,12 @@
 package service
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/netns"
@@ -119,19 +121,19 @@ func (d *datapath) know(change layer.Change) error {
 	return d.maps[datapathMapClients].Put(c.cookie, c.value())
 }
 
-// sweepAffinities forgets which endpoints clients had whose time is over.
+// sweepAffinities forgets which endpoints clients had whose time is over, or whose
+// endpoint serves no more: the Service may be deleted long before.
 func (d *datapath) sweepAffinities() error {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+	now, err := monotonicSeconds()
+	if err != nil {
 		return fmt.Errorf("sweep affinities: %w", err)
 	}
-	m := d.maps[datapathMapAffinities]
 	var over []datapathAffinityKey
 	var key datapathAffinityKey
 	var value datapathAffinity
-	entries := m.Iterate()
+	entries := d.maps[datapathMapAffinities].Iterate()
 	for entries.Next(&key, &value) {
-		if int32(value.Until-uint32(now.Sec)) < 0 {
+		if d.affinityOver(key, value, now) {
 			over = append(over, key)
 		}
 	}
@@ -139,9 +141,42 @@ func (d *datapath) sweepAffinities() error {
 		return fmt.Errorf("read %s: %w", datapathMapAffinities, err)
 	}
 	for _, key := range over {
-		if err := gone(m.Delete(key)); err != nil {
+		if err := d.forgetAffinity(key, now); err != nil {
 			return fmt.Errorf("sweep affinities: %w", err)
 		}
 	}
 	return nil
+}
+
+func monotonicSeconds() (uint32, error) {
+	var now unix.Timespec
+	err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	return uint32(now.Sec), err
+}
+
+func (d *datapath) affinityOver(key datapathAffinityKey, value datapathAffinity, now uint32) bool {
+	if int32(value.Until-now) < 0 {
+		return true
+	}
+	var backend datapathBackend
+	err := d.maps[datapathMapBackends].Lookup(value.Number, &backend)
+	return errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && backend.Service != key.Service
+}
+
+// forgetAffinity removes what was over when it was read. If the client has come back
+// meanwhile, it is what the client has now, and is put back, unless there is newer yet.
+func (d *datapath) forgetAffinity(key datapathAffinityKey, now uint32) error {
+	m := d.maps[datapathMapAffinities]
+	var value datapathAffinity
+	if err := m.LookupAndDelete(key, &value); err != nil {
+		return gone(err)
+	}
+	if d.affinityOver(key, value, now) {
+		return nil
+	}
+	err := m.Update(key, value, ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return nil
+	}
+	return err
 }

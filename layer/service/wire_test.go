@@ -489,3 +489,44 @@ func (d *datapath) affinityCount(t *testing.T) (n int) {
 	}
 	return n
 }
+
+// What is remembered of clients goes with its time and with its endpoint, however long
+// that time would be; but a client that comes back while it is cleared away keeps what
+// it has.
+func TestAffinitiesAreForgotten(t *testing.T) {
+	v := newVillage(t, Settings{Path: PathPacket})
+	client, server := v.pod(), v.pod().servesAll("server")
+	long := func(pods ...*pod) *model.Snapshot {
+		s := dnsAt(pods...)
+		for _, service := range s.Services {
+			service.Affinity = 3 * time.Hour
+		}
+		return s
+	}
+	defer client.stay()()
+	v.open(long(server))
+	v.become(long(server)) // clients are looked for when somebody asks
+	v.callAll(client.netns)
+	d := v.layer.datapath
+	v.sweep()
+	if n := d.affinityCount(t); n != 4 {
+		t.Fatalf("%d affinities of one client at four addresses", n)
+	}
+	var key datapathAffinityKey
+	var value datapathAffinity
+	for entries := d.maps[datapathMapAffinities].Iterate(); entries.Next(&key, &value); {
+		v.must(d.forgetAffinity(key, value.Until))
+	}
+	if n := d.affinityCount(t); n != 4 {
+		t.Errorf("%d affinities are left of four that had been renewed when they were cleared away", n)
+	}
+	v.must(d.forgetAffinity(key, value.Until+1))
+	if n := d.affinityCount(t); n != 3 {
+		t.Errorf("%d affinities are left, one of four was over", n)
+	}
+	v.become(&model.Snapshot{Complete: true})
+	v.sweep()
+	if n := d.affinityCount(t); n != 0 {
+		t.Errorf("%d affinities are left of Services that were deleted", n)
+	}
+}
