@@ -22,6 +22,8 @@ type Device struct {
 	Kind string
 	// PeerElsewhere says that the far end is in another network namespace.
 	PeerElsewhere bool
+	// PeerNamespace is that namespace, as this one numbers it (ip-netns(8), list-id).
+	PeerNamespace int
 	// Master is the index of the bridge, bond or the like that it is a part of; 0 for
 	// none.
 	Master int
@@ -72,7 +74,7 @@ func (n *Net) Devices() ([]Device, error) {
 	at := make(map[int]*Device, len(links))
 	for i, l := range links {
 		attrs := l.Attrs()
-		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0,
+		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0, PeerNamespace: attrs.NetNsID,
 			Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether", Layer3: slices.Contains(layer3, attrs.EncapType)}
 		if _, hardware := l.(*netlink.Device); hardware {
 			devices[i].Kind = ""

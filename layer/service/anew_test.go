@@ -163,3 +163,24 @@ func TestDirectConnectionFromAPortOfAFlow(t *testing.T) {
 	}
 	v.whole("at the end")
 }
+
+// The other way round: a flow of the Service that begins later from the port of a
+// connection without it leaves that alone, and both get their own answers.
+func TestFlowFromAPortOfADirectConnection(t *testing.T) {
+	v, client, _ := twoPods(t)
+	for _, way := range [][2]string{{"10.96.0.1:80", "10.244.1.2:8080"}, {"[fd00:96::1]:80", "[fd00:244::2]:8080"}} {
+		direct, err := client.fromPort("tcp", way[1], 4000)
+		v.must(err)
+		v.must(exchangeLine(direct, "directly"))
+		for range 3 {
+			served, err := client.fromPort("tcp", way[0], 4000)
+			v.must(err)
+			v.must(exchangeLine(served, "by the Service"))
+			v.must(exchangeLine(direct, "directly, still"))
+			v.must(served.(*net.TCPConn).SetLinger(0))
+			served.Close()
+		}
+		direct.Close()
+	}
+	v.whole("at the end")
+}

@@ -32,7 +32,7 @@ var packetMaps = append([]string{datapathMapMasquerades}, flowMaps...)
 
 // ruleMaps are what the programs know beside the tables.
 var ruleMaps = []string{datapathMapSourceRanges, datapathMapNodeAddresses, datapathMapNodePorts,
-	datapathMapWires, datapathMapClients, datapathMapAffinities, datapathMapPaths}
+	datapathMapWires, datapathMapSpaces, datapathMapClients, datapathMapAffinities, datapathMapPaths}
 
 const (
 	linkPrefix = "link_"

@@ -367,6 +367,7 @@ const (
 	datapathMapServices      = "services"
 	datapathMapSlots         = "slots"
 	datapathMapSourceRanges  = "source_ranges"
+	datapathMapSpaces        = "spaces"
 	datapathMapTranslations  = "translations"
 	datapathMapVacant        = "vacant"
 	datapathMapWires         = "wires"
@@ -482,6 +483,7 @@ type datapathMapSpecs struct {
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
+	Spaces        *ebpf.MapSpec `ebpf:"spaces"`
 	Translations  *ebpf.MapSpec `ebpf:"translations"`
 	Vacant        *ebpf.MapSpec `ebpf:"vacant"`
 	Wires         *ebpf.MapSpec `ebpf:"wires"`
@@ -539,6 +541,7 @@ type datapathMaps struct {
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
+	Spaces        *ebpf.Map `ebpf:"spaces"`
 	Translations  *ebpf.Map `ebpf:"translations"`
 	Vacant        *ebpf.Map `ebpf:"vacant"`
 	Wires         *ebpf.Map `ebpf:"wires"`
@@ -566,6 +569,7 @@ func (m *datapathMaps) Close() error {
 		m.Services,
 		m.Slots,
 		m.SourceRanges,
+		m.Spaces,
 		m.Translations,
 		m.Vacant,
 		m.Wires,

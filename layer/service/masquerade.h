@@ -84,14 +84,14 @@ static __noinline bool leaves_from(struct __sk_buff *skb, const struct tuple *to
 	return from->word[3];
 }
 
-/* What a socket of the node is to what comes for a tuple. */
+/* What a socket of a network namespace is to what comes for a tuple. */
 enum socket_use {
 	SOCKET_NONE,
 	SOCKET_OPEN,      /* it would get it, as from anybody */
 	SOCKET_CONNECTED, /* it is connected to the sender */
 };
 
-static __noinline enum socket_use socket_for(struct __sk_buff *skb, const struct tuple *incoming)
+static __noinline enum socket_use socket_for(struct __sk_buff *skb, const struct tuple *incoming, __u64 space)
 {
 	struct bpf_sock_tuple tuple = {};
 	__u32 size;
@@ -110,8 +110,8 @@ static __noinline enum socket_use socket_for(struct __sk_buff *skb, const struct
 		tuple.ipv6.dport = incoming->destination_port;
 		size = sizeof(tuple.ipv6);
 	}
-	sk = incoming->protocol == IPPROTO_TCP ? bpf_sk_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0)
-					       : bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	sk = incoming->protocol == IPPROTO_TCP ? bpf_sk_lookup_tcp(skb, &tuple, size, space, 0)
+					       : bpf_sk_lookup_udp(skb, &tuple, size, space, 0);
 	if (!sk)
 		return SOCKET_NONE;
 	enum socket_use use = sk->dst_port == incoming->source_port ? SOCKET_CONNECTED : SOCKET_OPEN;
@@ -134,7 +134,7 @@ static __always_inline long give_port(struct __sk_buff *skb, struct workbench *w
 		w->out.to.source_port = __builtin_bswap16(port);
 		reverse(&w->out.to, &w->in_key);
 		w->in.was = short_of(&w->in_key);
-		if (socket_for(skb, &w->in_key) == SOCKET_NONE)
+		if (socket_for(skb, &w->in_key, BPF_F_CURRENT_NETNS) == SOCKET_NONE)
 			error = bpf_map_update_elem(&masquerades, &w->in_key, &w->in, BPF_NOEXIST);
 	}
 	return error;

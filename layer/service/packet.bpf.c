@@ -157,10 +157,33 @@ static __always_inline bool find_translation(const struct packet *p, struct tran
 /* How many source ports are tried where the client's own leads to a clash. */
 #define CLASH_TRIES 4
 
+/* The pods' network namespaces, as numbers of the node's own (ip-netns(8), list-id). */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32); /* the index of the pod's device */
+	__type(value, __u32);
+	__uint(max_entries, 4096); /* pods of one node; Kubernetes plans for 110 */
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} spaces SEC(".maps");
+
+/* goes_direct says whether a socket of the pod is connected to the endpoint itself
+ * from the port of the flow on the workbench: its answers would be taken for the
+ * flow's. */
+__noinline int goes_direct(struct __sk_buff *skb)
+{
+	struct workbench *w = workbench(OF_PACKETS);
+	__u32 device = skb->ifindex, *space;
+
+	if (!w || w->by_wire || !w->client.service)
+		return false;
+	space = bpf_map_lookup_elem(&spaces, &device);
+	return space && socket_for(skb, &w->back, *space) == SOCKET_CONNECTED;
+}
+
 /* make_reply makes the entry for the replies. A client may reach one endpoint
- * through two Services from one port: then the endpoint would take two flows for
- * one. Another source port parts them. */
-__noinline int make_reply(void)
+ * through two Services from one port, or through a Service and without: then the
+ * endpoint would take two flows for one. Another source port parts them. */
+__noinline int make_reply(struct __sk_buff *skb)
 {
 	struct workbench *w = workbench(OF_PACKETS);
 	int error = -EEXIST;
@@ -179,6 +202,8 @@ __noinline int make_reply(void)
 			w->client.to.source_port = __builtin_bswap16(1024 + bpf_get_prandom_u32() % (65536 - 1024));
 		reverse(&w->client.to, &w->back);
 		w->reply.was = short_of(&w->back);
+		if (goes_direct(skb))
+			continue;
 		error = bpf_map_update_elem(&translations, &w->back, &w->reply, BPF_NOEXIST);
 		if (error != -EEXIST)
 			break;
@@ -244,7 +269,7 @@ __noinline int begin_flow(struct __sk_buff *skb, int again)
 	if (again)
 		find_before();
 	w->made = false;
-	int error = make_reply();
+	int error = make_reply(skb);
 
 	if (error) {
 		count(error == -EEXIST ? REASON_FLOW_CLASH : REASON_NO_STORAGE);
@@ -315,7 +340,7 @@ __noinline int open_flow(struct __sk_buff *skb, const struct packet *p, struct t
 	/* An answer to the node itself, from a port that is a node port, too: a
 	 * connected socket waits for it. */
 	if (verdict != VERDICT_NOT_A_SERVICE && w->by_wire && p->tuple.protocol == IPPROTO_UDP &&
-	    socket_for(skb, &p->tuple) == SOCKET_CONNECTED)
+	    socket_for(skb, &p->tuple, BPF_F_CURRENT_NETNS) == SOCKET_CONNECTED)
 		return VERDICT_NOT_A_SERVICE;
 	if (verdict != VERDICT_FORWARD) {
 		if (verdict != VERDICT_NOT_A_SERVICE)

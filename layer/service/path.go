@@ -236,6 +236,11 @@ func (d *datapath) findVeths() ([]veth, error) {
 			p.name = device.Name
 			d.ports[device.Index] = p
 		}
+		if d.isPod(device.Index) {
+			if err := d.tellSpace(device); err != nil {
+				return nil, err
+			}
+		}
 		veths[i] = veth{device, attached && p.side == ofPod, d.readWire(device), flows > 0}
 	}
 	for device := range d.ports {
@@ -243,7 +248,36 @@ func (d *datapath) findVeths() ([]veth, error) {
 			d.dropDeadPort(device)
 		}
 	}
-	return veths, d.forgetWires()
+	return veths, errors.Join(
+		forgetDevices[datapathAddresses](d.maps[datapathMapWires], func(device int) bool { return d.ports[device].side != ofPod }),
+		forgetDevices[uint32](d.maps[datapathMapSpaces], d.isPod))
+}
+
+// attachPod puts the packet path in force at a pod's device.
+func (d *datapath) attachPod(v veth) error {
+	if err := d.tellSpace(v.Device); err != nil {
+		return err
+	}
+	return d.attachPort(v.Index, packetPort{v.Name, ofPod})
+}
+
+// isPod says that the packet path is at a device, as a pod's.
+func (d *datapath) isPod(device int) bool {
+	port, there := d.ports[device]
+	return there && port.side == ofPod
+}
+
+// tellSpace says in which network namespace a pod's device has its other end, unless
+// the programs know.
+func (d *datapath) tellSpace(device link.Device) error {
+	var known uint32
+	if d.maps[datapathMapSpaces].Lookup(uint32(device.Index), &known) == nil && int(known) == device.PeerNamespace {
+		return nil
+	}
+	if err := d.maps[datapathMapSpaces].Put(uint32(device.Index), uint32(device.PeerNamespace)); err != nil {
+		return fmt.Errorf("write %s: %w", datapathMapSpaces, err)
+	}
+	return nil
 }
 
 // isAnother says that a device has the index of one that went, and none of what was
@@ -291,7 +325,7 @@ func (d *datapath) carryOut(change layer.Change) error {
 		if change.Op == layer.Remove {
 			return d.detachPortAs(subject.Index, false)
 		}
-		return d.attachPort(subject.Index, packetPort{subject.Name, ofPod})
+		return d.attachPod(subject)
 	case wire:
 		if change.Op == layer.Remove {
 			return d.detachWire(subject.Index)

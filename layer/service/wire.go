@@ -233,7 +233,7 @@ func (d *datapath) readWire(device link.Device) *wire {
 // packets leave there.
 func (d *datapath) attachWire(w wire) error {
 	// First, for a flow that begins without it goes without to its end. What is left
-	// of a device at which nothing could be attached is forgotten (forgetWires).
+	// of a device at which nothing could be attached is forgotten (forgetDevices).
 	if err := d.maps[datapathMapWires].Put(uint32(w.Index), w.value()); err != nil {
 		return err
 	}
@@ -254,24 +254,24 @@ func (d *datapath) detachWire(device int) error {
 	return d.detachPortAs(device, true)
 }
 
-// forgetWires clears away what the programs know of devices that are wires no more:
-// they went, also while no process ran, or turned into a pod's.
-func (d *datapath) forgetWires() error {
+// forgetDevices clears away what a map knows of devices that are no such ports any
+// more: they went, also while no process ran, or a wire turned into a pod's.
+func forgetDevices[value any](m *ebpf.Map, stays func(device int) bool) error {
 	var gone []uint32
 	var device uint32
-	var value datapathAddresses
-	entries := d.maps[datapathMapWires].Iterate()
-	for entries.Next(&device, &value) {
-		if d.ports[int(device)].side == ofPod {
+	var of value
+	entries := m.Iterate()
+	for entries.Next(&device, &of) {
+		if !stays(int(device)) {
 			gone = append(gone, device)
 		}
 	}
 	err := entries.Err()
 	for _, device := range gone {
-		err = errors.Join(err, d.maps[datapathMapWires].Delete(device))
+		err = errors.Join(err, m.Delete(device))
 	}
 	if err != nil {
-		return fmt.Errorf("clear %s: %w", datapathMapWires, err)
+		return fmt.Errorf("clear devices that went away: %w", err)
 	}
 	return nil
 }
