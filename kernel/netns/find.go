@@ -35,6 +35,8 @@ func Cookie(path string) (uint64, error) {
 // Space is somebody's network namespace, joined to another by a device pair.
 type Space struct {
 	Cookie uint64
+	// Inode is its number in /proc: "net:[4026531840]".
+	Inode uint32
 	// Addresses are those of its devices, loopback left out.
 	Addresses []netip.Addr
 }
@@ -111,6 +113,11 @@ func Spaces(home string) ([]Space, error) {
 
 // look enters a namespace; joined says that it has a device pair with home.
 func look(path string, home int) (space Space, joined bool, err error) {
+	var file unix.Stat_t
+	if err := unix.Stat(path, &file); err != nil {
+		return space, false, err
+	}
+	space.Inode = uint32(file.Ino)
 	err = Do(path, func() (err error) {
 		links, err := netlink.LinkList()
 		if err != nil {

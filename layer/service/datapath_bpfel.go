@@ -374,6 +374,7 @@ const (
 	datapathMapWorkbenches   = "workbenches"
 	datapathProgConnect4     = "connect4"
 	datapathProgConnect6     = "connect6"
+	datapathProgEndFlow      = "end_flow"
 	datapathProgExplain      = "explain"
 	datapathProgFromPod      = "from_pod"
 	datapathProgFromWire     = "from_wire"
@@ -442,6 +443,7 @@ type datapathSpecs struct {
 type datapathProgramSpecs struct {
 	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
+	EndFlow      *ebpf.ProgramSpec `ebpf:"end_flow"`
 	Explain      *ebpf.ProgramSpec `ebpf:"explain"`
 	FromPod      *ebpf.ProgramSpec `ebpf:"from_pod"`
 	FromWire     *ebpf.ProgramSpec `ebpf:"from_wire"`
@@ -595,6 +597,7 @@ type datapathVariables struct {
 type datapathPrograms struct {
 	Connect4     *ebpf.Program `ebpf:"connect4"`
 	Connect6     *ebpf.Program `ebpf:"connect6"`
+	EndFlow      *ebpf.Program `ebpf:"end_flow"`
 	Explain      *ebpf.Program `ebpf:"explain"`
 	FromPod      *ebpf.Program `ebpf:"from_pod"`
 	FromWire     *ebpf.Program `ebpf:"from_wire"`
@@ -617,6 +620,7 @@ func (p *datapathPrograms) Close() error {
 	return _DatapathClose(
 		p.Connect4,
 		p.Connect6,
+		p.EndFlow,
 		p.Explain,
 		p.FromPod,
 		p.FromWire,

@@ -142,7 +142,7 @@ func (l *Layer) Open() error {
 	}
 	l.datapath, l.room, l.tables = datapath, datapath, &tables{}
 	l.tables.use(datapath.maps)
-	l.stuck = newStuck(l.settings, func() map[string]*ebpf.Map { return datapath.maps })
+	l.stuck = newStuck(l.settings, func() map[string]*ebpf.Map { return datapath.maps }, datapath.endFlow)
 	return nil
 }
 

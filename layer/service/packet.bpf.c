@@ -413,7 +413,20 @@ static __always_inline bool begins_anew(const struct packet *p, const struct tra
 		return !serves(client);
 	if ((p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;
-	return client->flags & (SEEN_FIN | SEEN_RST) || !serves(client);
+	return client->flags & (SEEN_FIN | SEEN_RST | SEEN_GONE) || !serves(client);
+}
+
+/* goes_on says what becomes of a packet of a known flow. What a client sends to an
+ * endpoint that is gone is answered with a reset; its own reset still goes there, for
+ * the endpoint may live and not be the Service's any more. */
+static __always_inline int goes_on(const struct packet *p, const struct translation *entry)
+{
+	if (entry->role == ROLE_TO_POD)
+		return VERDICT_NOT_A_SERVICE;
+	if (!(entry->flags & SEEN_GONE) || p->tcp_flags & TCP_RST)
+		return VERDICT_FORWARD;
+	note_reset(true);
+	return VERDICT_REFUSE;
 }
 
 /* client_flow finds or makes the flow of a packet that a client sends. */
@@ -422,7 +435,7 @@ static __always_inline int client_flow(struct __sk_buff *skb, const struct packe
 	bool found = find_translation(p, to);
 
 	if (found && !begins_anew(p, to))
-		return to->role == ROLE_TO_POD ? VERDICT_NOT_A_SERVICE : VERDICT_FORWARD;
+		return goes_on(p, to);
 	/* Without a flow only a SYN begins one: what else comes belongs to a
 	 * connection that somebody else translates, or nobody. */
 	if (p->tuple.protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
@@ -676,4 +689,33 @@ int sweep(struct __sk_buff *skb)
 			bpf_map_push_elem(&vacant, &place, 0);
 	}
 	return 0;
+}
+
+/* end_flow notes that the endpoint of a flow is gone. The frame holds, after the
+ * Ethernet header, what the client sends and what that becomes: if this is another
+ * flow by now, or has ended, it is left alone, and 0 is returned. It is run by the
+ * agent, never attached. */
+struct flow_end {
+	struct tuple from;
+	struct tuple to;
+};
+
+SEC("tc")
+int end_flow(struct __sk_buff *skb)
+{
+	struct flow_end end;
+	struct tuple back;
+	struct translation *entry, *reply;
+
+	if (bpf_skb_load_bytes(skb, ETHERNET_LENGTH, &end, sizeof(end)))
+		return false;
+	entry = bpf_map_lookup_elem(&translations, &end.from);
+	if (!entry || !is_for(entry, &end.from) || !tuple_equal(&entry->to, &end.to))
+		return false;
+	reverse(&end.to, &back);
+	reply = bpf_map_lookup_elem(&translations, &back);
+	if (entry->flags & SEEN_RST || (reply && entry->flags & reply->flags & SEEN_FIN))
+		return false;
+	__sync_fetch_and_or(&entry->flags, SEEN_GONE);
+	return true;
 }

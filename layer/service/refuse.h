@@ -117,20 +117,25 @@ static __always_inline bool set_length(struct __sk_buff *skb, const struct packe
 	       !bpf_skb_store_bytes(skb, p->network + 2, &is, sizeof(is), 0);
 }
 
-/* reset makes a reset of a SYN. */
+/* reset makes a reset of a segment: as if there were no connection (RFC 9293, 3.5.2). */
 __noinline int reset(struct __sk_buff *skb, const struct packet *p)
 {
-	struct tcp_header syn, tcp = {};
+	struct tcp_header segment, tcp = {};
 	struct tuple back;
 	__u64 sum;
 
-	if (!p || p->shape != SHAPE_WHOLE || bpf_skb_load_bytes(skb, p->transport, &syn, sizeof(syn)))
+	if (!p || p->shape != SHAPE_WHOLE || bpf_skb_load_bytes(skb, p->transport, &segment, sizeof(segment)))
 		return TC_ACT_SHOT;
-	tcp.source_port = syn.destination_port;
-	tcp.destination_port = syn.source_port;
-	tcp.acknowledgement = __builtin_bswap32(__builtin_bswap32(syn.sequence) + 1);
+	tcp.source_port = segment.destination_port;
+	tcp.destination_port = segment.source_port;
 	tcp.length = sizeof(tcp) / 4 << 4;
-	tcp.flags = TCP_RST | TCP_ACK;
+	tcp.flags = TCP_RST;
+	if (segment.flags & TCP_ACK) {
+		tcp.sequence = segment.acknowledgement;
+	} else { /* a SYN */
+		tcp.acknowledgement = __builtin_bswap32(__builtin_bswap32(segment.sequence) + 1);
+		tcp.flags |= TCP_ACK;
+	}
 	sum = __builtin_bswap32(sizeof(tcp)) + __builtin_bswap32(IPPROTO_TCP);
 	/* IPv4's pseudo header (RFC 9293, 3.1) has no ::ffff:, which adds 0xffff: nothing */
 	sum = sum_words(sum, &p->tuple.source);

@@ -61,10 +61,13 @@ type use struct {
 // can be found again in the kernel: the next process goes on where this one ended.
 type stuck struct {
 	drain time.Duration
+	netns string
 	// maps are the layer's at this moment.
-	maps   func() map[string]*ebpf.Map
-	closer *sockdiag.Closer
-	walk   *walk
+	maps func() map[string]*ebpf.Map
+	// endFlow marks a flow of the packet path.
+	endFlow func(flow) (bool, error)
+	closer  *sockdiag.Closer
+	walk    *walk
 	// cannot is why nothing is closed.
 	cannot error
 	// left is how many sockets could not be closed, and leftBecause why.
@@ -82,6 +85,8 @@ type stuck struct {
 	rested  time.Time // before then nothing is looked at
 	// condemned are sockets that were found and are yet to be closed.
 	condemned []sockdiag.Socket
+	// ending are flows of the packet path, likewise.
+	ending []flow
 
 	// drains are uses of TCP whose endpoint is gone, and since when.
 	drains map[use]time.Time
@@ -90,8 +95,8 @@ type stuck struct {
 	closed map[string]uint64 // by the name of the counter
 }
 
-func newStuck(settings Settings, maps func() map[string]*ebpf.Map) *stuck {
-	s := &stuck{drain: settings.Drain, maps: maps, wake: make(chan struct{}, 1),
+func newStuck(settings Settings, maps func() map[string]*ebpf.Map, endFlow func(flow) (bool, error)) *stuck {
+	s := &stuck{drain: settings.Drain, netns: settings.Netns, maps: maps, endFlow: endFlow, wake: make(chan struct{}, 1),
 		closed: map[string]uint64{closedTCP: 0, closedUDP: 0}}
 	if s.drain == 0 {
 		s.drain = DefaultDrain
@@ -230,38 +235,46 @@ func (s *stuck) condemn(now time.Time) error {
 		return err
 	}
 	s.looked, s.left, s.leftBecause = now, 0, nil
+	s.endAll()
 	end := time.Now()
 	s.rested = end.Add(max(restOfLook*end.Sub(begun), restLeast))
 	return nil
 }
 
-// judge condemns sockets whose endpoint is gone, and notes who drains and who stays.
+// judge condemns sockets and flows whose endpoint is gone, and notes who drains and
+// who stays.
 func (s *stuck) judge(now time.Time) error {
 	s.condemned = nil
 	drains, stays, isGone := map[use]time.Time{}, map[use]bool{}, map[use]bool{}
-	err := s.walk.each(func(u use, socket sockdiag.Socket) {
+	over := func(u use) bool {
 		gone, known := isGone[u]
 		if !known {
 			gone = s.gone(u)
 			isGone[u] = gone
 		}
-		switch {
-		case !gone:
+		if !gone {
 			stays[u] = true
-			return
-		case socket.Protocol == unix.IPPROTO_TCP:
-			if _, draining := drains[u]; !draining {
-				drains[u] = now
-				if since, before := s.drains[u]; before {
-					drains[u] = since
-				}
-			}
-			if now.Sub(drains[u]) < s.drain {
-				return
+			return false
+		}
+		if u.frontend.Protocol == model.UDP {
+			return true
+		}
+		if _, draining := drains[u]; !draining {
+			drains[u] = now
+			if since, before := s.drains[u]; before {
+				drains[u] = since
 			}
 		}
-		s.condemned = append(s.condemned, socket)
+		return now.Sub(drains[u]) >= s.drain
+	}
+	err := s.walk.each(func(u use, socket sockdiag.Socket) {
+		if over(u) {
+			s.condemned = append(s.condemned, socket)
+		}
 	})
+	if err == nil {
+		err = s.judgeFlows(over)
+	}
 	s.drains, s.stays = drains, stays
 	return err
 }

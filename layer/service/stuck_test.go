@@ -674,3 +674,63 @@ func TestTheAgentIsWoken(t *testing.T) {
 	}
 	v.closes(resolver.waits())
 }
+
+// On the packet path a connection whose endpoint is gone ends as well: who waits for
+// something to read is told, in whatever pod.
+func TestFlowsOfAnEndpointThatIsGoneAreEnded(t *testing.T) {
+	const drain = 300 * time.Millisecond
+	v := newVillage(t, Settings{Path: PathPacket, Drain: drain})
+	client := v.pod()
+	leave := client.stay() // a process, by which its namespace is found
+	defer leave()
+	first, second, unready := v.pod().servesAll("first"), v.pod().servesAll("second"), v.pod().servesAll("unready")
+	v.open(dnsAt(unready))
+	_, kept := v.callAll(client.netns)
+	v.become(dnsAt(first))
+	_, streams := v.callAll(client.netns)
+	direct := v.connects(client.netns, "tcp", netip.AddrPortFrom(first.ip4, 8080).String())
+	_, ended := v.callAll(client.netns)
+	for _, c := range ended { // which is remembered for a minute, and not counted
+		hangUp(c.conn)
+	}
+	after := dnsAt(second, unready)
+	for _, s := range after.Services {
+		for i := range s.Ports[0].Backends {
+			b := &s.Ports[0].Backends[i]
+			b.Ready = b.Address.Addr() != unready.ip4 && b.Address.Addr() != unready.ip6
+		}
+	}
+	v.become(after)
+	gone := time.Now()
+	v.closes(waiting(streams)...)
+	if took := time.Since(gone); took < drain {
+		t.Errorf("connections were ended after %v, want %v", took, drain)
+	}
+	v.settles()
+	v.allTalk(append(kept, direct))
+	if tcp := v.reason(closedTCP); tcp != uint64(len(streams)) {
+		t.Errorf("%d were counted, want %d", tcp, len(streams))
+	}
+	_, again := v.callAll(client.netns)
+	v.allTalk(again)
+}
+
+// A client whose socket is not the node's to close, a virtual machine's or one
+// outside, is reset as soon as it sends; its endpoint, if it lives, hears of it.
+func TestASenderToAnEndpointThatIsGoneIsReset(t *testing.T) {
+	v := newVillage(t, Settings{Path: PathPacket, Drain: time.Nanosecond})
+	client := v.pod()
+	first, second := v.pod().servesAll("first"), v.pod().servesAll("second")
+	v.open(dnsAt(first))
+	_, streams := v.callAll(client.netns)
+	v.become(dnsAt(second))
+	v.looks() // they begin to drain
+	v.looks() // no process leads to the client's namespace
+	for _, c := range streams {
+		if err := exchangeLine(c.conn, "lost"); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: %v, want ECONNRESET", c.what, err)
+		}
+	}
+	_, again := v.callAll(client.netns)
+	v.allTalk(again)
+}

@@ -30,6 +30,7 @@ enum {
 	SEEN_RST = 2,
 	SEEN_REPLY = 4, /* only in a reply's entry: one has passed */
 	SEEN_LATER = 8, /* a packet in another second than the first */
+	SEEN_GONE = 16, /* only in a client's entry: the endpoint is gone, who still sends is reset */
 };
 
 struct translation {
