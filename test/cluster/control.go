@@ -66,6 +66,9 @@ func controllerFlags() []string {
 		"--allocate-node-cidrs=true", "--configure-cloud-routes=false",
 		"--cluster-cidr=" + podsV4 + "," + podsV6, "--node-cidr-mask-size-ipv4=24", "--node-cidr-mask-size-ipv6=64",
 		"--service-cluster-ip-range=" + serviceV4 + "," + serviceV6,
+		// A test stops the API server for a minute. After the 50 s that are usual, all
+		// nodes would be taken for dead when it goes on, and all endpoints for unready.
+		"--node-monitor-grace-period=2m",
 	}
 }
 
