@@ -109,6 +109,8 @@ func (p *pond) Describe() (layer.Description, error) {
 	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7},
 		Maps: []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}}}, nil
 }
+func (p *pond) Leave() (layer.Changes, error)   { return nil, nil }
+func (p *pond) Left() (int, error)              { return 0, nil }
 func (p *pond) Removal() (layer.Changes, error) { return nil, nil }
 func (p *pond) Remove() (layer.Changes, error)  { return nil, nil }
 

@@ -56,6 +56,12 @@ type Layer interface {
 	Describe() (Description, error)
 	// Close lets go of the kernel's objects but leaves them in force.
 	Close() error
+	// Leave makes the layer begin nothing new, so that others can who serve beside
+	// it; what is open goes on until Remove. It returns what it did of Removal. Open
+	// takes it back. It returns ErrInUse as Remove does.
+	Leave() (Changes, error)
+	// Left is how many connections are open that end with Remove.
+	Left() (int, error)
 	// Removal says what Remove would do now.
 	Removal() (Changes, error)
 	// Remove takes everything of the layer out of the kernel, whether or not

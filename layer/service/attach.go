@@ -27,16 +27,17 @@ type hook struct {
 	device int
 }
 
-// cgroupHooks are where the programs of connect.bpf.c run.
+// cgroupHooks are where the programs of connect.bpf.c run: first those that show the
+// Service, since an answer to a socket that was steered must never show its endpoint.
 var cgroupHooks = []hook{
-	{datapathProgConnect4, datapathProgConnect4, ebpf.AttachCGroupInet4Connect, 0},
-	{datapathProgConnect6, datapathProgConnect6, ebpf.AttachCGroupInet6Connect, 0},
-	{datapathProgSendmsg4, datapathProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg, 0},
-	{datapathProgSendmsg6, datapathProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg, 0},
 	{datapathProgRecvmsg4, datapathProgRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg, 0},
 	{datapathProgRecvmsg6, datapathProgRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg, 0},
 	{datapathProgGetpeername4, datapathProgGetpeername4, ebpf.AttachCgroupInet4GetPeername, 0},
 	{datapathProgGetpeername6, datapathProgGetpeername6, ebpf.AttachCgroupInet6GetPeername, 0},
+	{datapathProgConnect4, datapathProgConnect4, ebpf.AttachCGroupInet4Connect, 0},
+	{datapathProgConnect6, datapathProgConnect6, ebpf.AttachCGroupInet6Connect, 0},
+	{datapathProgSendmsg4, datapathProgSendmsg4, ebpf.AttachCGroupUDP4Sendmsg, 0},
+	{datapathProgSendmsg6, datapathProgSendmsg6, ebpf.AttachCGroupUDP6Sendmsg, 0},
 }
 
 // packetPort is a device at which the packet path is to be in force.

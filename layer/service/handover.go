@@ -55,7 +55,10 @@ func (d *datapath) resume() error {
 		d.abandon()
 		return nil
 	}
-	return d.finish()
+	if err := d.finish(); err != nil {
+		return err
+	}
+	return d.takeBack() // where it was set by Leave, nobody stands behind
 }
 
 // abandon takes away what stands beside, which nobody needs yet.
@@ -216,9 +219,7 @@ func repliesOf(key datapathTuple, value datapathMasquerade) datapathTuple {
 	if key.Destination != value.To.Destination { // an answer, which goes to the client
 		return value.To
 	}
-	key.Source, key.Destination = key.Destination, key.Source
-	key.SourcePort, key.DestinationPort = key.DestinationPort, key.SourcePort
-	return key
+	return reverseOf(key)
 }
 
 // note tells a person of what went wrong where going on is better than staying.

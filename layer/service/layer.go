@@ -405,15 +405,15 @@ func (l *Layer) Close() error {
 	return err
 }
 
-// Removal implements layer.Layer: what is pinned, then the bypass of connection
-// tracking.
+// Removal implements layer.Layer: the bypass of connection tracking, which others need
+// as soon as they serve, then what is pinned.
 func (l *Layer) Removal() (layer.Changes, error) {
-	changes, err := l.pinRemoval()
+	untracked, err := l.bypassRemoval()
 	if err != nil {
 		return nil, err
 	}
-	untracked, err := l.bypassRemoval()
-	return append(changes, untracked...), err
+	pins, err := l.pinRemoval()
+	return append(untracked, pins...), err
 }
 
 // pinRemoval is links first, so that no program runs on maps that are going, the

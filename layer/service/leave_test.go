@@ -1,0 +1,122 @@
+package service
+
+import (
+	"fmt"
+	"net"
+	"testing"
+	"time"
+)
+
+// dial connects from a machine, for as long as the test runs.
+func (p *pod) dial(network, address string) net.Conn {
+	p.v.t.Helper()
+	var conn net.Conn
+	p.v.must(p.inside(func() (err error) {
+		conn, err = net.DialTimeout(network, address, patience)
+		return err
+	}))
+	p.v.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// Who leaves begins nothing new: that is for whoever serves beside, here the node
+// itself at its ports. Connections that are open go on, and are counted until they
+// have ended; datagrams go over at once. A new process takes it back.
+func TestWhoLeavesLetsConnectionsEnd(t *testing.T) {
+	h := newHarbour(t)
+	h.local.serveAll("pod")
+	h.other.serveAll("pod")
+	beside := &pod{v: h.village, netns: h.NetNS}
+	beside.serve("tcp", 30080, "beside")
+	beside.serve("udp", 30053, "beside")
+	snapshot := h.services(nil, h.local, h.other)
+	h.open(snapshot)
+	const perWay = 6 // so that both endpoints have some
+	var streams, questions []net.Conn
+	for i := range perWay {
+		for _, way := range entrances[:4] {
+			conn := h.client.dial(way.network, way.address)
+			if way.network == "tcp" {
+				streams = append(streams, conn)
+			} else {
+				questions = append(questions, conn)
+			}
+			h.must(exchangeLine(conn, fmt.Sprint("before ", i)))
+		}
+		conn := h.local.dial("tcp", "10.96.0.1:80")
+		streams = append(streams, conn)
+		h.must(exchangeLine(conn, "from a pod"))
+	}
+	h.leaves()
+	for i, conn := range streams {
+		if err := exchangeLine(conn, "after"); err != nil {
+			t.Errorf("stream %d to %s: %v", i, conn.RemoteAddr(), err)
+		}
+	}
+	for _, conn := range questions {
+		line, _, err := talk(conn, "after")
+		if err != nil || line != "beside "+client4 && line != "beside "+client6 {
+			t.Errorf("the next datagram to %s: %q, %v; want who serves beside", conn.RemoteAddr(), line, err)
+		}
+	}
+	for _, way := range entrances[:4] {
+		if line, _, err := h.client.call(way.network, way.address, "new"); err != nil || line[:6] != "beside" {
+			t.Errorf("who begins with %s meets %q, %v; want who serves beside", way.address, line, err)
+		}
+	}
+	h.left(len(streams))
+	for _, conn := range streams[1:] {
+		hangUp(conn)
+	}
+	h.left(1)
+	h.reopen(snapshot)
+	h.must(exchangeLine(streams[0], "served again"))
+	for _, way := range entrances[:4] {
+		if line, _, err := h.client.call(way.network, way.address, "again"); err != nil || line[:3] != "pod" {
+			t.Errorf("with a new process %s is %q, %v", way.address, line, err)
+		}
+	}
+}
+
+// The same source port may begin anew with whoever serves beside, when its connection
+// has ended: nothing of the one before is in its way.
+func TestWhoLeavesForgetsWhatBeginsAnew(t *testing.T) {
+	h := newHarbour(t)
+	h.local.serveAll("pod")
+	(&pod{v: h.village, netns: h.NetNS}).serve("tcp", 30080, "beside")
+	h.open(h.services(nil, h.local))
+	for _, want := range []string{"pod " + client4 + "\n", "beside " + client4 + "\n"} {
+		conn, err := h.client.fromPort("tcp", nodeToClient+":30080", 4000)
+		h.must(err)
+		conn.SetDeadline(time.Now().Add(patience))
+		line := make([]byte, len(want))
+		if _, err := conn.Read(line); err != nil || string(line) != want {
+			t.Errorf("port 4000 meets %q, %v; want %q", line, err, want)
+		}
+		h.must(exchangeLine(conn, "goes on"))
+		hangUp(conn)
+		h.leaves()
+	}
+}
+
+func (h *harbour) leaves() {
+	h.t.Helper()
+	h.must(h.layer.Close())
+	_, err := New(h.layer.settings).Leave()
+	h.must(err)
+}
+
+// left waits until so many connections are left.
+func (h *harbour) left(want int) {
+	h.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		left, err := New(h.layer.settings).Left()
+		h.must(err)
+		if left == want {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%d connections are left, want %d", left, want)
+		}
+	}
+}
