@@ -28,9 +28,8 @@ func (n *node) removes(more ...string) (stdout, stderr string, status int) {
 	return stdout, stderr, status
 }
 
-// hasKubeProxys loads what a kube-proxy writes of the Service 10.96.0.10:80, whose
-// endpoint is at the node itself, and returns a connection to it.
-func (n *node) hasKubeProxys(rules string) (said *bufio.ReadWriter, end func()) {
+// load loads what a kube-proxy writes of the Service 10.96.0.10:80.
+func (n *node) load(rules string) {
 	n.t.Helper()
 	text, err := os.ReadFile(filepath.Join("../../kernel/kubeproxy/testdata", rules))
 	if err != nil {
@@ -44,8 +43,24 @@ func (n *node) hasKubeProxys(rules string) (said *bufio.ReadWriter, end func()) 
 	if _, err := exec.LookPath(load.Args[0]); err != nil {
 		n.t.Skip("needs " + load.Args[0])
 	}
-	var conn net.Conn
 	err = n.Inside(func() error {
+		if out, err := load.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// hasKubeProxys loads the rules, and returns a connection to the Service, whose endpoint
+// is at the node itself.
+func (n *node) hasKubeProxys(rules string) (said *bufio.ReadWriter, end func()) {
+	n.t.Helper()
+	n.load(rules)
+	var conn net.Conn
+	err := n.Inside(func() error {
 		if err := addresses(n.NetNS, "10.244.9.2/32", "10.96.0.10/32"); err != nil {
 			return err
 		}
@@ -53,9 +68,6 @@ func (n *node) hasKubeProxys(rules string) (said *bufio.ReadWriter, end func()) 
 			if err := netns.SetSysctl("net/netfilter/nf_conntrack_tcp_timeout_"+state, "1"); err != nil {
 				return err
 			}
-		}
-		if out, err := load.CombinedOutput(); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
 		}
 		l, err := net.Listen("tcp4", "10.244.9.2:8080")
 		if err != nil {
@@ -176,6 +188,47 @@ func TestMovingOverFromKubeProxy(t *testing.T) {
 			}
 			if _, stderr, _ := n.removes(); stderr != "nothing of kube-proxy is here\n" {
 				t.Errorf("at last: %q", stderr)
+			}
+		})
+	}
+}
+
+// Moving back: connections that kube-proxy's rules began need the table until these
+// are there again, and then nobody does.
+func TestRemoveReleasesWhatNobodyNeeds(t *testing.T) {
+	for _, rules := range []string{"nftables.nft", "iptables.rules"} {
+		t.Run(rules, func(t *testing.T) {
+			n := newNode(t)
+			c, _ := n.hasKubeProxys(rules)
+			write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.10", "10.244.9.2"))
+			n.start()
+			if _, stderr, status := n.removes(); status != exitOK {
+				t.Fatalf("kube-proxy remove: exit status %d, %q", status, stderr)
+			}
+			n.kill()
+			remove := func() (stdout, stderr string, status int) {
+				err := n.Inside(func() error {
+					stdout, stderr, status = millrace(t, "remove", "--pins", n.pins, "--run", n.run)
+					return nil
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return stdout, stderr, status
+			}
+			if stdout, stderr, status := remove(); status != exitOK || strings.Contains(stdout, "millrace-hold") ||
+				!strings.Contains(stderr, "table inet millrace-hold stays, for 1 connections are translated") {
+				t.Errorf("before kube-proxy is back: exit status %d, %q, %q", status, stdout, stderr)
+			}
+			if err := says(c, "held"); err != nil {
+				t.Fatal(err)
+			}
+			n.load(rules)
+			if stdout, stderr, status := remove(); status != exitOK || stdout != "- table inet millrace-hold\n" || stderr != "" {
+				t.Errorf("when kube-proxy is back: exit status %d, %q, %q", status, stdout, stderr)
+			}
+			if err := says(c, "kube-proxy's again"); err != nil {
+				t.Fatal(err)
 			}
 		})
 	}

@@ -120,13 +120,17 @@ type service struct {
 	pid       int
 }
 
+// whenOn starts a service once there is no file /run/NAME.off: who wants it stopped
+// makes that, and ends the process.
+const whenOn = `while test -e /run/$0.off; do sleep 0.1; done; exec "$0" "$@"`
+
 func (s *service) start(n node) error {
 	log, err := os.OpenFile(n.file("logs", s.name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	command := exec.Command(s.name, s.arguments...)
+	command := exec.Command("sh", append([]string{"-c", whenOn, s.name}, s.arguments...)...)
 	command.Stdout, command.Stderr = log, log
 	if err := command.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", s.name, err)
