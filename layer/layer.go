@@ -57,8 +57,9 @@ type Layer interface {
 	// Close lets go of the kernel's objects but leaves them in force.
 	Close() error
 	// Leave makes the layer begin nothing new, so that others can who serve beside
-	// it; what is open goes on until Remove. It returns what it did of Removal. Open
-	// takes it back. It returns ErrInUse as Remove does.
+	// it; what is open goes on until Remove. Called again, it forgets what has ended
+	// since. It returns what it did of Removal. Open takes it back. It returns
+	// ErrInUse as Remove does.
 	Leave() (Changes, error)
 	// Left is how many connections are open that end with Remove.
 	Left() (int, error)

@@ -84,13 +84,6 @@ func (r *removing) done(of string, changes layer.Changes) {
 // leave makes the layers begin nothing new, and gives what is open time to end.
 func (r *removing) leave(ctx context.Context) error {
 	if r.drain > 0 && !r.DryRun {
-		for _, l := range slices.Backward(r.layers) {
-			changes, err := l.Leave()
-			r.done(l.Name(), changes)
-			if err != nil {
-				return err
-			}
-		}
 		if err := r.wait(ctx); err != nil {
 			return err
 		}
@@ -113,11 +106,12 @@ func (r *removing) leave(ctx context.Context) error {
 // layers left: these are no connections that anybody could count.
 const answersWithin = 2 * time.Second
 
-// wait returns when connections have ended, or their time is over.
+// wait has the layers leave, and returns when connections have ended, or their time is
+// over.
 func (r *removing) wait(ctx context.Context) error {
 	begun, said := time.Now(), 0
 	for r.isThere() {
-		if err := r.count(); err != nil {
+		if err := errors.Join(r.beginNothing(), r.count()); err != nil {
 			return err
 		}
 		passed := time.Since(begun)
@@ -131,7 +125,19 @@ func (r *removing) wait(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("interrupted: nothing new is served here, %d connections go on: run it again, or start an agent", r.Connections)
-		case <-time.After(500 * time.Millisecond):
+		case <-time.After(time.Second):
+		}
+	}
+	return nil
+}
+
+// beginNothing is for the layers to say how. What has ended since is forgotten.
+func (r *removing) beginNothing() error {
+	for _, l := range slices.Backward(r.layers) {
+		changes, err := l.Leave()
+		r.done(l.Name(), changes)
+		if err != nil {
+			return err
 		}
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -18,6 +19,8 @@ import (
 // Leave implements layer.Layer. From now on the programs begin no flow (handover), and
 // without tables no endpoint serves, so that datagrams, which know no end, go to
 // whoever serves beside. TCP connections that are translated packet by packet go on.
+// Flows that have ended are forgotten: whoever serves beside gives their ports of the
+// node to others.
 func (l *Layer) Leave() (layer.Changes, error) {
 	lock, err := lockFolder(l.settings.Pins)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -36,11 +39,10 @@ func (l *Layer) Leave() (layer.Changes, error) {
 		return nil, err
 	}
 	for _, prefix := range []string{"", nextPrefix} { // an upgrade may have been cut short
-		if err := l.beginNothing(prefix); err != nil {
+		if err := errors.Join(l.beginNothing(prefix), l.forgetEnded(prefix)); err != nil {
 			return changes, fmt.Errorf("leave: %w", err)
 		}
 	}
-	awaitRunning()
 	return changes, nil
 }
 
@@ -59,6 +61,7 @@ func (l *Layer) beginNothing(prefix string) error {
 			return err
 		}
 	}
+	awaitRunning()
 	return nil
 }
 
@@ -95,30 +98,42 @@ func (l *Layer) openPin(name string) (*ebpf.Map, error) {
 	return m, nil
 }
 
+// flowTable is the packet path's flows, where they are pinned.
+type flowTable struct {
+	pinned *ebpf.Map
+	flows  map[datapathTuple]datapathTranslation
+	// same says that they are laid out as this version's.
+	same bool
+}
+
+// readFlows reads the flows pinned with this prefix; close the map.
+func (l *Layer) readFlows(prefix string) (t flowTable, err error) {
+	spec, err := loadDatapath()
+	if err != nil {
+		return t, fmt.Errorf("read embedded programs: %w", err)
+	}
+	m, err := l.openPin(prefix + datapathMapTranslations)
+	if m == nil || err != nil {
+		return t, err
+	}
+	t.same = sameLayout(m, spec.Maps[datapathMapTranslations])
+	if t.pinned, err = inOurLayout(m, spec.Maps[datapathMapTranslations]); err != nil {
+		return t, err
+	}
+	t.flows, err = bpfmap.New[datapathTuple, datapathTranslation](t.pinned).All()
+	return t, err
+}
+
 // Left implements layer.Layer: TCP connections of the packet path, of pods and by the
 // wire. Those that begin at the socket do not need the layer.
 func (l *Layer) Left() (left int, err error) {
-	spec, err := loadDatapath()
-	if err != nil {
-		return 0, fmt.Errorf("read embedded programs: %w", err)
-	}
 	for _, prefix := range []string{"", nextPrefix} {
-		m, err := l.openPin(prefix + datapathMapTranslations)
-		if err == nil && m != nil {
-			m, err = inOurLayout(m, spec.Maps[datapathMapTranslations])
-		}
+		t, err := l.readFlows(prefix)
+		t.pinned.Close()
 		if err != nil {
 			return 0, err
 		}
-		if m == nil {
-			continue
-		}
-		flows, err := bpfmap.New[datapathTuple, datapathTranslation](m).All()
-		m.Close()
-		if err != nil {
-			return 0, err
-		}
-		left += openConnections(flows)
+		left += len(openConnections(t.flows))
 	}
 	return left, nil
 }
@@ -130,20 +145,91 @@ const (
 	seenReply = 4
 )
 
-// openConnections counts the TCP connections that were answered, and neither reset
-// nor closed by both ends.
-func openConnections(flows map[datapathTuple]datapathTranslation) (open int) {
+// openConnections are the TCP connections that were answered, and neither reset nor
+// closed by both ends: what their clients send, and what comes back.
+func openConnections(flows map[datapathTuple]datapathTranslation) map[datapathTuple]datapathTuple {
+	open := map[datapathTuple]datapathTuple{}
 	for key, client := range flows {
 		if key.Protocol != unix.IPPROTO_TCP || client.Role == datapathRoleROLE_TO_POD || client.Flags&seenReply != 0 {
 			continue // the reply's entry is looked up by the client's
 		}
-		reply := flows[reverseOf(client.To)]
+		back := reverseOf(client.To)
+		reply := flows[back]
 		closed := client.Flags & reply.Flags & seenFIN
 		if reply.Flags&seenReply != 0 && (client.Flags|reply.Flags)&seenRST == 0 && closed == 0 {
-			open++
+			open[key] = back
 		}
 	}
 	return open
+}
+
+// endedFor is for how many seconds nothing has come of a flow that is forgotten.
+const endedFor = 2
+
+// forgetEnded forgets the flows that are no open connections. What another version has
+// laid out otherwise stays.
+func (l *Layer) forgetEnded(prefix string) error {
+	t, err := l.readFlows(prefix)
+	defer t.pinned.Close()
+	if err != nil || !t.same {
+		return err
+	}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return err
+	}
+	stay := map[datapathTuple]bool{}
+	for key, back := range openConnections(t.flows) {
+		stay[key], stay[back] = true, true
+	}
+	ended, clients := []datapathTuple{}, int64(0)
+	for key, flow := range t.flows {
+		if stay[key] || int32(uint32(now.Sec)-flow.Seen) < endedFor {
+			continue
+		}
+		ended = append(ended, key)
+		if flow.Role != datapathRoleROLE_TO_POD && flow.Flags&seenReply == 0 {
+			clients++
+		}
+	}
+	if err := l.endMasquerades(prefix, ended); err != nil {
+		return err
+	}
+	for _, key := range ended {
+		if err := gone(t.pinned.Delete(key)); err != nil {
+			return fmt.Errorf("forget a flow: %w", err)
+		}
+	}
+	return l.countEnded(prefix, clients)
+}
+
+// endMasquerades forgets what flows with these keys were masqueraded as.
+func (l *Layer) endMasquerades(prefix string, ended []datapathTuple) error {
+	m, err := l.openPin(prefix + datapathMapMasquerades)
+	if m == nil || err != nil {
+		return err
+	}
+	defer m.Close()
+	for _, key := range ended {
+		var out datapathMasquerade
+		going := reverseOf(key) // of the replies' entry: what goes to the endpoint
+		if m.Lookup(going, &out) != nil || out.To.Destination != going.Destination {
+			continue
+		}
+		if err := errors.Join(gone(m.Delete(going)), gone(m.Delete(reverseOf(out.To)))); err != nil {
+			return fmt.Errorf("forget a masqueraded flow: %w", err)
+		}
+	}
+	return nil
+}
+
+func (l *Layer) countEnded(prefix string, clients int64) error {
+	usage, err := l.openPin(prefix + datapathMapFlowUsage)
+	if usage == nil || err != nil || clients == 0 {
+		return err
+	}
+	defer usage.Close()
+	return addFlows(usage, int16(unsafe.Offsetof(datapathUsage{}.Flows)), -clients)
 }
 
 // reverseOf is reverse() of translation.h.

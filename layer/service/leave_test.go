@@ -5,6 +5,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
 )
 
 // dial connects from a machine, for as long as the test runs.
@@ -69,7 +71,9 @@ func TestWhoLeavesLetsConnectionsEnd(t *testing.T) {
 		hangUp(conn)
 	}
 	h.left(1)
+	h.forgets(2)
 	h.reopen(snapshot)
+	h.whole("after all but one were forgotten")
 	h.must(exchangeLine(streams[0], "served again"))
 	for _, way := range entrances[:4] {
 		if line, _, err := h.client.call(way.network, way.address, "again"); err != nil || line[:3] != "pod" {
@@ -104,6 +108,31 @@ func (h *harbour) leaves() {
 	h.must(h.layer.Close())
 	_, err := New(h.layer.settings).Leave()
 	h.must(err)
+}
+
+// forgets leaves again until so many entries of flows are there, and no more of
+// masqueraded ones.
+func (h *harbour) forgets(want int) {
+	h.t.Helper()
+	l := New(h.layer.settings)
+	entries := func(name string) (n int) {
+		m, err := l.openPin(name)
+		h.must(err)
+		defer m.Close()
+		h.must(bpfmap.Walk(m, func(_, _ []byte) error { n++; return nil }))
+		return n
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		_, err := l.Leave()
+		h.must(err)
+		flows, masqueraded := entries(datapathMapTranslations), entries(datapathMapMasquerades)
+		if flows == want && masqueraded <= want {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("%d entries of flows and %d of masqueraded ones are left, want %d", flows, masqueraded, want)
+		}
+	}
 }
 
 // left waits until so many connections are left.

@@ -236,8 +236,7 @@ func (c *flowCarrier) note(key, there, seen []byte) error {
 	return err
 }
 
-// count corrects the number of flows. The new programs count too, meanwhile, so
-// the difference is added by a program, at once.
+// count corrects the number of flows.
 func (c *flowCarrier) count() error {
 	entries := 0
 	err := bpfmap.Walk(c.to[datapathMapTranslations], func(_, _ []byte) error {
@@ -252,9 +251,14 @@ func (c *flowCarrier) count() error {
 	if err != nil {
 		return err
 	}
-	by := int64(entries/2) - int64(binary.NativeEndian.Uint64(value[c.flows.at:]))
+	return addFlows(usage, int16(c.flows.at), int64(entries/2)-int64(binary.NativeEndian.Uint64(value[c.flows.at:])))
+}
+
+// addFlows adds to the number of flows, which lies at an offset. Programs count too,
+// meanwhile, so a program does it, at once.
+func addFlows(usage *ebpf.Map, at int16, by int64) error {
 	add := asm.StoreXAdd(asm.R0, asm.R1, asm.DWord)
-	add.Offset = int16(c.flows.at)
+	add.Offset = at
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.SchedCLS, License: "Dual MIT/GPL",
 		Instructions: asm.Instructions{
