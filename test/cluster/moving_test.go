@@ -141,7 +141,9 @@ func (m *moving) open() {
 	m.clear()
 	t.Cleanup(m.clear)
 	program := filepath.Join(t.TempDir(), "load")
-	if _, err := goTool(t.Context(), "build", "-o", program, "./load"); err != nil {
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", program, "./load")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // there is no libc in the image
+	if _, err := output(build); err != nil {
 		t.Fatal(err)
 	}
 	files := files{{"load", 0o755, fromFile(program)}}
@@ -241,7 +243,7 @@ func (m *moving) hasRules(n node) bool {
 	if m.mode == "iptables" {
 		list = "iptables-nft-save -t nat; ip6tables-nft-save -t nat"
 	}
-	found := on(m.t, n, "("+list+") 2>/dev/null | grep -c "+localPort+" || true")
+	found := on(m.t, n, "("+list+") 2>/dev/null | grep -o "+localPort+" | wc -l")
 	// at least one for each of TCP and UDP in each family
 	count, err := strconv.Atoi(strings.TrimSpace(found))
 	return err == nil && count >= 4
