@@ -106,7 +106,8 @@ type flowTable struct {
 	same bool
 }
 
-// readFlows reads the flows pinned with this prefix; close the map.
+// readFlows reads the flows pinned with this prefix; close the map, which is nil where
+// there are none.
 func (l *Layer) readFlows(prefix string) (t flowTable, err error) {
 	spec, err := loadDatapath()
 	if err != nil {
@@ -120,7 +121,9 @@ func (l *Layer) readFlows(prefix string) (t flowTable, err error) {
 	if t.pinned, err = inOurLayout(m, spec.Maps[datapathMapTranslations]); err != nil {
 		return t, err
 	}
-	t.flows, err = bpfmap.New[datapathTuple, datapathTranslation](t.pinned).All()
+	if t.flows, err = bpfmap.New[datapathTuple, datapathTranslation](t.pinned).All(); err != nil {
+		t.pinned.Close()
+	}
 	return t, err
 }
 
@@ -129,10 +132,10 @@ func (l *Layer) readFlows(prefix string) (t flowTable, err error) {
 func (l *Layer) Left() (left int, err error) {
 	for _, prefix := range []string{"", nextPrefix} {
 		t, err := l.readFlows(prefix)
-		t.pinned.Close()
 		if err != nil {
 			return 0, err
 		}
+		t.pinned.Close()
 		left += len(openConnections(t.flows))
 	}
 	return left, nil
@@ -170,28 +173,18 @@ const endedFor = 2
 // laid out otherwise stays.
 func (l *Layer) forgetEnded(prefix string) error {
 	t, err := l.readFlows(prefix)
-	defer t.pinned.Close()
-	if err != nil || !t.same {
+	if err != nil {
 		return err
+	}
+	defer t.pinned.Close()
+	if !t.same {
+		return nil
 	}
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return err
 	}
-	stay := map[datapathTuple]bool{}
-	for key, back := range openConnections(t.flows) {
-		stay[key], stay[back] = true, true
-	}
-	ended, clients := []datapathTuple{}, int64(0)
-	for key, flow := range t.flows {
-		if stay[key] || int32(uint32(now.Sec)-flow.Seen) < endedFor {
-			continue
-		}
-		ended = append(ended, key)
-		if flow.Role != datapathRoleROLE_TO_POD && flow.Flags&seenReply == 0 {
-			clients++
-		}
-	}
+	ended, clients := endedFlows(t.flows, uint32(now.Sec))
 	if err := l.endMasquerades(prefix, ended); err != nil {
 		return err
 	}
@@ -201,6 +194,25 @@ func (l *Layer) forgetEnded(prefix string) error {
 		}
 	}
 	return l.countEnded(prefix, clients)
+}
+
+// endedFlows are the keys of flows that are no open connections, and how many of them
+// are clients'; now is in seconds since boot.
+func endedFlows(flows map[datapathTuple]datapathTranslation, now uint32) (ended []datapathTuple, clients int64) {
+	stay := map[datapathTuple]bool{}
+	for key, back := range openConnections(flows) {
+		stay[key], stay[back] = true, true
+	}
+	for key, flow := range flows {
+		if stay[key] || int32(now-flow.Seen) < endedFor {
+			continue
+		}
+		ended = append(ended, key)
+		if flow.Role != datapathRoleROLE_TO_POD && flow.Flags&seenReply == 0 {
+			clients++
+		}
+	}
+	return ended, clients
 }
 
 // endMasquerades forgets what flows with these keys were masqueraded as.
