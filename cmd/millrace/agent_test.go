@@ -37,7 +37,7 @@ func newNode(t *testing.T) *node {
 
 func (n *node) source() string { return "dir:" + n.manifests }
 
-// start runs an agent as its own process, in the bed's namespace.
+// start runs an agent as its own process, in the bed's namespace, with more flags.
 func (n *node) start(more ...string) {
 	n.t.Helper()
 	n.agent = product(append([]string{"agent", "--source", n.source(), "--node", "n1", "--cgroup", n.Cgroup, "--pins", n.pins, "--run", n.run, "--metrics", ""}, more...)...)
