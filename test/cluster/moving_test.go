@@ -34,6 +34,7 @@ kind: Service
 metadata: {name: cluster, namespace: moving}
 spec:
   type: NodePort
+  clusterIP: 10.96.90.1
   clusterIPs: [10.96.90.1, "fd00:10:96::9001"]
   ipFamilyPolicy: RequireDualStack
   selector: {app: server}
