@@ -31,7 +31,8 @@ import (
 //
 // All of it is in the pins, so that after a kill the next process, of whatever
 // version, knows what to do: before step 2 what is beside is thrown away, after it
-// steps 3 to 5 are done (resume).
+// steps 3 to 5 are done (resume). Where nothing stands beside, handover was set by
+// Leave, and is taken back.
 
 // resume finishes what a process that was killed had begun.
 func (d *datapath) resume() error {
@@ -58,7 +59,7 @@ func (d *datapath) resume() error {
 	if err := d.finish(); err != nil {
 		return err
 	}
-	return d.takeBack() // where it was set by Leave, nobody stands behind
+	return d.takeBack()
 }
 
 // abandon takes away what stands beside, which nobody needs yet.
