@@ -21,7 +21,7 @@ const (
 	nodePort  = "30900"
 	localPort = "30901" // of the Service with externalTrafficPolicy Local
 	movings   = 10
-	rest      = 5 * time.Second // how long each state is looked at
+	rest      = 3 * time.Second // how long each state is looked at
 )
 
 const loadManifest = `
