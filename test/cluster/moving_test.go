@@ -163,12 +163,14 @@ func (m *moving) open() {
 	kubectlOf(t, "-n", "moving", "rollout", "status", "daemonset/client", "--timeout=1m")
 	var entrances []string
 	for _, n := range allNodes() {
-		m.start(exec.Command(folder+"/node", append([]string{strconv.Itoa(int(n)), program, "call"}, clusterIPs...)...))
+		m.start(func(word string) *exec.Cmd {
+			return exec.Command(folder+"/node", append([]string{strconv.Itoa(int(n)), program, word}, clusterIPs...)...)
+		})
 		for _, port := range []string{nodePort, localPort} {
 			entrances = append(entrances, n.v4()+":"+port, "["+n.v6()+"]:"+port)
 		}
 	}
-	m.start(inside(control, program, append([]string{"call"}, entrances...)...))
+	m.start(func(word string) *exec.Cmd { return inside(control, program, append([]string{word}, entrances...)...) })
 	kubectlOf(t, "-n", "kube-system", "create", "configmap", "millrace", "--from-literal=api-server="+server)
 }
 
@@ -191,9 +193,17 @@ func (m *moving) apply(manifest string) {
 	}
 }
 
-// start a caller, which ends when its standard input does.
-func (m *moving) start(command *exec.Cmd) {
+// start a caller, once all that it asks answers; it ends when its standard input does.
+func (m *moving) start(load func(word string) *exec.Cmd) {
 	m.t.Helper()
+	err := until(m.t.Context(), "all entrances to answer", time.Minute, func() error {
+		_, err := output(load("once"))
+		return err
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	command := load("call")
 	said := &bytes.Buffer{}
 	command.Stdout, command.Stderr = said, os.Stderr
 	in, err := command.StdinPipe()
@@ -351,7 +361,7 @@ func (m *moving) count(who, line string, byPhase, byKind counts) {
 		return
 	}
 	if failed {
-		m.t.Errorf("%s, %s: %s %s", phase, who, words[1], words[2])
+		m.t.Errorf("%.1f s, %s, %s: %s %s", time.UnixMilli(moment).Sub(m.phases[0].since).Seconds(), phase, who, words[1], words[2])
 		byPhase.add(phase, 0, 1)
 		byKind.add(who+" "+words[1], 0, 1)
 		return

@@ -3,6 +3,7 @@
 // a deadline of its own, and none tried again.
 //
 //	load serve                   answers with what it is sent, TCP and UDP, port 9000
+//	load once ADDRESS:PORT ...   asks each in each way, and fails if one does not answer
 //	load call ADDRESS:PORT ...   asks each until its standard input ends
 //	load call --on ADDRESS ...   likewise, for ever
 //
@@ -34,15 +35,22 @@ const (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: load serve | load call [--on] ADDRESS:PORT ...")
+		fmt.Fprintln(os.Stderr, "usage: load serve | load once ADDRESS:PORT ... | load call [--on] ADDRESS:PORT ...")
 		os.Exit(2)
 	}
 	if os.Args[1] == "serve" {
 		fmt.Fprintln(os.Stderr, "load:", serve())
 		os.Exit(1)
 	}
-	ctx, end := context.WithCancel(context.Background())
 	targets := os.Args[2:]
+	if os.Args[1] == "once" {
+		if err := once(targets); err != nil {
+			fmt.Fprintln(os.Stderr, "load:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	ctx, end := context.WithCancel(context.Background())
 	if len(targets) > 0 && targets[0] == "--on" {
 		targets = targets[1:]
 	} else {
@@ -132,6 +140,24 @@ func (a addressed) Read(b []byte) (int, error) {
 		err = fmt.Errorf("the answer comes from %v", from)
 	}
 	return n, err
+}
+
+// once asks every target in every way, one after the other.
+func once(targets []string) error {
+	for _, text := range targets {
+		for _, k := range kinds {
+			until := time.Now().Add(deadline)
+			conn, err := k.dial(netip.MustParseAddrPort(text), until)
+			if err == nil {
+				err = exchange(conn, until)
+				conn.Close()
+			}
+			if err != nil {
+				return fmt.Errorf("%s %s: %w", k.name, text, err)
+			}
+		}
+	}
+	return nil
 }
 
 // call asks every target in every way, until ctx ends.
