@@ -175,6 +175,16 @@ const (
 	datapathSchemaVersionVERSION_FRAGMENTS datapathSchemaVersion = 1
 )
 
+type datapathSeen uint32
+
+const (
+	datapathSeenSEEN_FIN   datapathSeen = 1
+	datapathSeenSEEN_RST   datapathSeen = 2
+	datapathSeenSEEN_REPLY datapathSeen = 4
+	datapathSeenSEEN_LATER datapathSeen = 8
+	datapathSeenSEEN_GONE  datapathSeen = 16
+)
+
 type datapathSentFlows struct {
 	_    structs.HostLayout
 	Lock struct {
@@ -256,7 +266,7 @@ type datapathTranslation struct {
 	Service uint32
 	Number  uint32
 	Seen    uint32
-	Flags   uint32
+	Flags   datapathSeen
 	Role    datapathRole
 	Zero    uint32
 }

@@ -23,11 +23,6 @@ import (
 // flow is a connection of the packet path: what the client sends, and what it becomes.
 type flow struct{ from, to datapathTuple }
 
-const (
-	seenReply = 4  // SEEN_REPLY of translation.h
-	seenGone  = 16 // SEEN_GONE
-)
-
 // flowsAtOnce are read with one system call.
 const flowsAtOnce = 4096
 
@@ -40,7 +35,7 @@ func eachFlow(translations *ebpf.Map, f func(flow)) error {
 		n, err := translations.BatchLookup(&cursor, keys, values, nil)
 		for i := range n {
 			v := &values[i]
-			client := v.Role != datapathRoleROLE_TO_POD && v.Flags&(seenReply|seenGone) == 0 && v.Service != 0
+			client := v.Role != datapathRoleROLE_TO_POD && v.Flags&(datapathSeenSEEN_REPLY|datapathSeenSEEN_GONE) == 0 && v.Service != 0
 			if client && keys[i].Protocol == unix.IPPROTO_TCP {
 				f(flow{keys[i], v.To})
 			}

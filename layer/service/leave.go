@@ -141,25 +141,18 @@ func (l *Layer) Left() (left int, err error) {
 	return left, nil
 }
 
-// The flags of struct translation, SEEN_... of translation.h.
-const (
-	seenFIN   = 1
-	seenRST   = 2
-	seenReply = 4
-)
-
 // openConnections are the TCP connections that were answered, and neither reset nor
 // closed by both ends: what their clients send, and what comes back.
 func openConnections(flows map[datapathTuple]datapathTranslation) map[datapathTuple]datapathTuple {
 	open := map[datapathTuple]datapathTuple{}
 	for key, client := range flows {
-		if key.Protocol != unix.IPPROTO_TCP || client.Role == datapathRoleROLE_TO_POD || client.Flags&seenReply != 0 {
+		if key.Protocol != unix.IPPROTO_TCP || client.Role == datapathRoleROLE_TO_POD || client.Flags&datapathSeenSEEN_REPLY != 0 {
 			continue // the reply's entry is looked up by the client's
 		}
 		back := reverseOf(client.To)
 		reply := flows[back]
-		closed := client.Flags & reply.Flags & seenFIN
-		if reply.Flags&seenReply != 0 && (client.Flags|reply.Flags)&seenRST == 0 && closed == 0 {
+		closed := client.Flags & reply.Flags & datapathSeenSEEN_FIN
+		if reply.Flags&datapathSeenSEEN_REPLY != 0 && (client.Flags|reply.Flags)&datapathSeenSEEN_RST == 0 && closed == 0 {
 			open[key] = back
 		}
 	}
@@ -208,7 +201,7 @@ func endedFlows(flows map[datapathTuple]datapathTranslation, now uint32) (ended 
 			continue
 		}
 		ended = append(ended, key)
-		if flow.Role != datapathRoleROLE_TO_POD && flow.Flags&seenReply == 0 {
+		if flow.Role != datapathRoleROLE_TO_POD && flow.Flags&datapathSeenSEEN_REPLY == 0 {
 			clients++
 		}
 	}

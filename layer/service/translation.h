@@ -25,7 +25,8 @@ enum role {
 	ROLE_HAIRPIN = 3,  /* both directions, at from_pod: a pod that meets itself */
 };
 
-enum {
+/* What was seen of a flow. */
+enum seen {
 	SEEN_FIN = 1,
 	SEEN_RST = 2,
 	SEEN_REPLY = 4, /* only in a reply's entry: one has passed */
@@ -39,7 +40,7 @@ struct translation {
 	__u32 service;   /* struct service.id; 0 where there is none (keep_apart) */
 	__u32 number;    /* of the backend */
 	__u32 seen;      /* seconds since boot of the last packet */
-	__u32 flags;     /* SEEN_... */
+	enum seen flags;
 	enum role role;
 	__u32 zero;
 };

@@ -9,6 +9,12 @@ import (
 	"github.com/millrace/millrace/layer"
 )
 
+// Leave implements layer.Layer: settings begin nothing.
+func (l *Layer) Leave() (layer.Changes, error) { return nil, nil }
+
+// Left implements layer.Layer.
+func (l *Layer) Left() (int, error) { return 0, nil }
+
 // Removal implements layer.Layer: each setting that is held, and what becomes of it.
 func (l *Layer) Removal() (layer.Changes, error) {
 	j, err := load(l.settings)

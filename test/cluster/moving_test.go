@@ -71,7 +71,7 @@ spec:
       containers: [{name: client, image: "cluster.test/load:1", imagePullPolicy: Never, args: [call, --on, "10.96.90.1:9000", "[fd00:10:96::9001]:9000"]}]
 `
 
-var clusterIPs = []string{"10.96.90.1:9000", "[fd00:10:96::9001]:9000"}
+var movingAt = []string{"10.96.90.1:9000", "[fd00:10:96::9001]:9000"}
 
 // moving is a cluster with kube-proxy whose Services are asked all the time.
 type moving struct {
@@ -164,7 +164,7 @@ func (m *moving) open() {
 	var entrances []string
 	for _, n := range allNodes() {
 		m.start(func(word string) *exec.Cmd {
-			return exec.Command(folder+"/node", append([]string{strconv.Itoa(int(n)), program, word}, clusterIPs...)...)
+			return exec.Command(folder+"/node", append([]string{strconv.Itoa(int(n)), program, word}, movingAt...)...)
 		})
 		for _, port := range []string{nodePort, localPort} {
 			entrances = append(entrances, n.v4()+":"+port, "["+n.v6()+"]:"+port)
