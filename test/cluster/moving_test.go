@@ -57,7 +57,7 @@ spec:
   selector: {matchLabels: {app: server}}
   template:
     metadata: {labels: {app: server}}
-    spec: {terminationGracePeriodSeconds: 0, containers: [{name: server, image: "cluster.test/load:1", imagePullPolicy: Never, args: [serve]}]}
+    spec: {terminationGracePeriodSeconds: 0, containers: [{name: server, image: "cluster.test/load:1", imagePullPolicy: Never, args: [serve], resources: {requests: {cpu: 250m}}}]}
 ---
 apiVersion: apps/v1
 kind: DaemonSet
@@ -68,7 +68,7 @@ spec:
     metadata: {labels: {app: client}}
     spec:
       terminationGracePeriodSeconds: 0
-      containers: [{name: client, image: "cluster.test/load:1", imagePullPolicy: Never, args: [call, --on, "10.96.90.1:9000", "[fd00:10:96::9001]:9000"]}]
+      containers: [{name: client, image: "cluster.test/load:1", imagePullPolicy: Never, args: [call, --on, "10.96.90.1:9000", "[fd00:10:96::9001]:9000"], resources: {requests: {cpu: 250m}}}]
 `
 
 var movingAt = []string{"10.96.90.1:9000", "[fd00:10:96::9001]:9000"}
