@@ -6,6 +6,7 @@
 //	cluster down
 //	cluster conformance [--focus RE] [--skip RE] [--procs N] [--attempts N]
 //	cluster record
+//	cluster scale [--services N] [--proxies millrace,nftables,iptables]
 //
 // It is run by `make cluster-up` and its like, from the root of the repository, as
 // root. The binaries come from the Go module proxy and are kept in
@@ -39,6 +40,8 @@ const usage = `usage: cluster COMMAND [flags]
   down         removes it, whatever is left of it
   conformance  the Kubernetes end-to-end tests of Services and networking
   record       what conformance found, into docs/conformance.md
+  scale        from a write to the API to the first packet, with 10,000 Services;
+               only inside namespaces and cgroups of its own
 
 Exit status: 0 done, 1 not done or a test failed, 2 wrong usage.
 `
@@ -87,6 +90,20 @@ func run(ctx context.Context, command string, arguments []string) error {
 	case "record":
 		_ = flags.Parse(arguments)
 		return record()
+	case "scale":
+		var settings scaleSettings
+		settings.flags(flags)
+		_ = flags.Parse(arguments)
+		return scale(ctx, &settings, arguments)
+	case "scale-inside": // of ourselves, by scale
+		var settings scaleSettings
+		settings.flags(flags)
+		_ = flags.Parse(arguments[1:])
+		return scaleInside(ctx, arguments[0], &settings)
+	case "scale-client": // of ourselves, by scale-inside
+		return callServices()
+	case "scale-server":
+		return serveEndpoints()
 	case "enter-node": // of ourselves, by up
 		return enterNode(arguments)
 	case "node": // of ourselves, by enter-node: the first process of a node
