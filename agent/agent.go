@@ -53,6 +53,10 @@ const (
 	driftEvery  = time.Minute
 	retryFirst  = 100 * time.Millisecond
 	retryMost   = 10 * time.Second
+	// tidyAfter is how long after many changes memory is given back. From then on
+	// garbage may be a quarter of what is kept: a change makes little of it.
+	tidyAfter     = time.Second
+	percentAtRest = 25
 )
 
 // ErrRunning says that another agent holds the run folder.
@@ -225,8 +229,9 @@ func (a *Agent) loop(ctx context.Context) {
 	drift := time.NewTicker(driftEvery)
 	defer drift.Stop()
 	wait := retryFirst
-	retry := time.NewTimer(0)
+	retry, tidy := time.NewTimer(0), time.NewTimer(0)
 	<-retry.C
+	<-tidy.C
 	for {
 		var clean bool
 		select {
@@ -240,6 +245,10 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-a.proxy.again:
 			a.proxy.bring()
 			continue
+		case <-tidy.C:
+			debug.SetGCPercent(percentAtRest)
+			debug.FreeOSMemory()
+			continue
 		case <-drift.C:
 			a.findDrift()
 			clean = a.applyAll()
@@ -249,9 +258,10 @@ func (a *Agent) loop(ctx context.Context) {
 			clean = a.applyAll()
 		}
 		if a.litter {
-			// What it took to read and apply so much is several times what is kept.
+			// What it took to read and apply so much is as much again as what is kept.
+			// The source may be reading more of it yet.
 			a.litter = false
-			debug.FreeOSMemory()
+			tidy.Reset(tidyAfter)
 		}
 		if !clean {
 			retry.Reset(wait)

@@ -181,7 +181,11 @@ func inForce(rows map[Frontend]*Row) *Picture {
 // wanted is a picture of what the kernel should hold. Its index is made when it
 // is asked for: a change costs what changed.
 func wanted(plans []*plan) *Picture {
-	return &Picture{plans: plans, index: sync.OnceValue(func() map[Frontend]*Row {
+	return &Picture{plans: plans, index: indexOf(plans)}
+}
+
+func indexOf(plans []*plan) func() map[Frontend]*Row {
+	return sync.OnceValue(func() map[Frontend]*Row {
 		rows := make(map[Frontend]*Row, 2*len(plans))
 		for _, plan := range plans {
 			for _, row := range plan.rows {
@@ -193,7 +197,7 @@ func wanted(plans []*plan) *Picture {
 			}
 		}
 		return rows
-	})}
+	})
 }
 
 // agree notes that a picture in force holds a plan exactly, if it does. Unless it
@@ -212,6 +216,7 @@ func (p *Picture) agree(want *Picture, named bool) {
 		maps.Copy(rows, want.index())
 	}
 	p.agrees = want
+	want.index = indexOf(want.plans) // what is in force has one, and two are not needed
 }
 
 // lost is the Subject of what has to be attached or pinned again: "program

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -243,13 +244,22 @@ func (f *feed) list(ctx context.Context, at *server) error {
 func (f *feed) take(list runtime.Object, seen map[cluster.Key]struct{}) error {
 	arrived := time.Now()
 	return meta.EachListItem(list, func(obj runtime.Object) error {
-		o, err := cluster.Read(cluster.Place{File: f.file}, obj)
+		o, err := f.read(obj)
 		if err == nil {
 			seen[o.Key()] = struct{}{}
 			f.put(arrived, o)
 		}
 		return err
 	})
+}
+
+// read takes an object that nobody else has. Whom a Service selects is settled by
+// who writes its slices, and 10,000 selectors are 3 MB.
+func (f *feed) read(obj runtime.Object) (*cluster.Object, error) {
+	if service, ok := obj.(*corev1.Service); ok {
+		service.Spec.Selector = nil
+	}
+	return cluster.Read(cluster.Place{File: f.file}, obj)
 }
 
 // put takes over one object.
@@ -432,7 +442,7 @@ func (f *feed) event(arrived time.Time, e watch.Event, open bool) error {
 		return err
 	}
 	if e.Type != watch.Bookmark {
-		o, err := cluster.Read(cluster.Place{File: f.file}, e.Object)
+		o, err := f.read(e.Object)
 		if err != nil {
 			return err
 		}

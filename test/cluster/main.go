@@ -6,7 +6,7 @@
 //	cluster down
 //	cluster conformance [--focus RE] [--skip RE] [--procs N] [--attempts N]
 //	cluster record
-//	cluster scale [--services N] [--proxies millrace,nftables,iptables]
+//	cluster scale [--services N] [--proxies millrace,nftables,iptables-legacy]
 //
 // It is run by `make cluster-up` and its like, from the root of the repository, as
 // root. The binaries come from the Go module proxy and are kept in

@@ -31,20 +31,21 @@ var scaleTools = []string{"etcd", "kube-apiserver", "kube-proxy"}
 
 // scaleSettings are the flags of scale.
 type scaleSettings struct {
-	services, rounds, changes, churn int
-	pause                            time.Duration
-	proxies, output, millrace, logs  string
+	services, rounds, changes, amid       int
+	pause                                 time.Duration
+	proxies, output, millrace, logs, with string
 }
 
 func (s *scaleSettings) flags(flags *flag.FlagSet) {
 	flags.IntVar(&s.services, "services", 10_000, "how many Services, with two to four endpoints each")
-	flags.StringVar(&s.proxies, "proxies", "millrace,nftables,iptables", "who is measured, of "+strings.Join(proxyNames(), ","))
+	flags.StringVar(&s.proxies, "proxies", "millrace,nftables,iptables-legacy", "who is measured, of "+strings.Join(proxyNames(), ","))
 	flags.IntVar(&s.rounds, "rounds", 3, "how often each has a turn, in random order")
-	flags.IntVar(&s.changes, "changes", 34, "how many changes are measured in a turn, alone, and as many again amid others")
-	flags.IntVar(&s.churn, "churn", 10, "how many others there are in a second, 0 to leave out changes amid others")
+	flags.IntVar(&s.changes, "changes", 34, "how many changes are measured in a turn, each alone")
+	flags.IntVar(&s.amid, "amid", 34, "how many are measured while ten others are made every second")
 	flags.DurationVar(&s.pause, "pause", 1200*time.Millisecond, "from the arrival of a change to the next one alone; up to a quarter is added")
 	flags.StringVar(&s.output, "o", "table", "table or json")
 	flags.StringVar(&s.millrace, "millrace", "bin/millrace", "the program, as make build makes it")
+	flags.StringVar(&s.with, "with", "", "the JSON of an earlier run, whose values count too: a long measurement in several parts")
 	flags.StringVar(&s.logs, "logs", "", "an existing folder that gets what the programs said")
 }
 
@@ -52,8 +53,8 @@ func (s *scaleSettings) check() error {
 	if s.services < 1 || s.services > mostServices {
 		return fmt.Errorf("--services %d: use 1 to %d", s.services, mostServices)
 	}
-	if s.rounds < 1 || s.changes < 1 || s.churn < 0 || s.churn > 1000 || s.pause < 0 {
-		return errors.New("--rounds and --changes are at least 1, --churn is 0 to 1000, and --pause is not negative")
+	if s.rounds < 1 || s.changes < 1 || s.amid < 0 || s.pause < 0 {
+		return errors.New("--rounds and --changes are at least 1, --amid and --pause are not negative")
 	}
 	if s.output != "table" && s.output != "json" {
 		return fmt.Errorf("-o %s: it is table or json", s.output)

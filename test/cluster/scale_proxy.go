@@ -93,8 +93,8 @@ var proxies = []struct {
 }{
 	{"millrace", startMillrace},
 	{"nftables", func(bin, _ string) (*exec.Cmd, error) { return startKubeProxy(bin, "nftables", "") }},
-	{"iptables", func(bin, _ string) (*exec.Cmd, error) { return startKubeProxy(bin, "iptables", "") }},
 	{"iptables-legacy", func(bin, _ string) (*exec.Cmd, error) { return startKubeProxy(bin, "iptables", "legacy") }},
+	{"iptables-nft", func(bin, _ string) (*exec.Cmd, error) { return startKubeProxy(bin, "iptables", "nft") }},
 }
 
 func proxyNames() (names []string) {
@@ -147,7 +147,7 @@ oomScoreAdj: 0
 	return command, err
 }
 
-// otherIPTables is a folder where iptables is iptables-legacy.
+// otherIPTables is a folder where iptables is iptables-legacy or iptables-nft.
 func otherIPTables(variant string) (string, error) {
 	folder := filepath.Join(scaleFolder, "run", variant)
 	if err := os.MkdirAll(folder, 0o755); err != nil {

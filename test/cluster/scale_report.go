@@ -80,11 +80,32 @@ func newReport(settings *scaleSettings) *report {
 			Benchmark: "scale", Command: strings.Join(os.Args, " "), Time: time.Now().UTC(), Machine: runtime.GOARCH,
 			Kernel: strings.TrimSpace(string(release)), CPUs: runtime.NumCPU(), LoadAverage: strings.TrimSpace(string(load)), Go: runtime.Version(),
 			Settings: map[string]any{"services": settings.services, "rounds": settings.rounds, "changes": settings.changes,
-				"churn": settings.churn, "pause_ms": settings.pause.Milliseconds(), "kubernetes": version("k8s.io/kubernetes")},
+				"amid": settings.amid, "pause_ms": settings.pause.Milliseconds(), "kubernetes": version("k8s.io/kubernetes")},
 		},
 		proxies: strings.Split(settings.proxies, ","),
 		values:  map[string]map[string][]float64{},
 	}
+}
+
+// take the values of an earlier run, if one is named.
+func (r *report) take(file string) error {
+	if file == "" {
+		return nil
+	}
+	content, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("take an earlier run: %w", err)
+	}
+	var earlier struct{ Rows []row }
+	if err := json.Unmarshal(content, &earlier); err != nil {
+		return fmt.Errorf("take an earlier run from %s: %w", file, err)
+	}
+	for _, v := range earlier.Rows {
+		for _, value := range v.Values {
+			r.add(v.Variant, v.Metric, value)
+		}
+	}
+	return nil
 }
 
 func (r *report) add(proxy, metric string, value float64) {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,7 +16,10 @@ import (
 // scaleInside measures, in the namespace of the API server.
 func scaleInside(ctx context.Context, bin string, settings *scaleSettings) error {
 	m := &measurement{settings: settings, bin: bin, report: newReport(settings)}
-	var err error
+	err := m.report.take(settings.with)
+	if err != nil {
+		return err
+	}
 	say("etcd and kube-apiserver")
 	if m.api, err = startAPIServer(ctx, bin, settings.services); err != nil {
 		return err
@@ -23,17 +27,22 @@ func scaleInside(ctx context.Context, bin string, settings *scaleSettings) error
 	if err := m.api.fill(ctx); err != nil {
 		return fmt.Errorf("write %d Services: %w", settings.services, err)
 	}
-	names := strings.Split(settings.proxies, ",")
-	for round := range settings.rounds {
+	// What was measured is told, also when the rest was not.
+	return errors.Join(m.rounds(ctx), m.report.write(os.Stdout, settings.output))
+}
+
+func (m *measurement) rounds(ctx context.Context) error {
+	names := strings.Split(m.settings.proxies, ",")
+	for round := range m.settings.rounds {
 		rand.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 		for _, name := range names {
-			say("round %d of %d: %s", round+1, settings.rounds, name)
+			say("round %d of %d: %s", round+1, m.settings.rounds, name)
 			if err := m.turn(ctx, name); err != nil {
 				return fmt.Errorf("measure %s: %w", name, err)
 			}
 		}
 	}
-	return m.report.write(os.Stdout, settings.output)
+	return nil
 }
 
 type measurement struct {
@@ -96,7 +105,7 @@ func (m *measurement) measure(ctx context.Context, p *running, client *caller) e
 	alone := func() time.Duration { return m.settings.pause + rand.N(m.settings.pause/4+1) }
 	services := rand.Perm(m.settings.services)
 	half := len(services) / 2
-	if err := m.changes(ctx, p, client, services[:half], changeAlone, alone); err != nil {
+	if err := m.changes(ctx, p, client, services[:half], m.settings.changes, changeAlone, alone); err != nil {
 		return err
 	}
 	changed, err := p.used()
@@ -124,8 +133,8 @@ func (m *measurement) measure(ctx context.Context, p *running, client *caller) e
 }
 
 // changes measures so many, each of another Service, with a pause before each.
-func (m *measurement) changes(ctx context.Context, p *running, client *caller, services []int, metric string, pause func() time.Duration) error {
-	for n := range m.settings.changes {
+func (m *measurement) changes(ctx context.Context, p *running, client *caller, services []int, count int, metric string, pause func() time.Duration) error {
+	for n := range count {
 		service := services[n%len(services)]
 		select {
 		case <-ctx.Done():
@@ -149,15 +158,14 @@ func (m *measurement) changes(ctx context.Context, p *running, client *caller, s
 	return nil
 }
 
+const othersASecond = 10
+
 // amidOthers measures changes while others are made all the time.
 func (m *measurement) amidOthers(ctx context.Context, p *running, client *caller, services, others []int) error {
-	if m.settings.churn == 0 {
-		return nil
-	}
 	churning, stop := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() {
-		every := time.NewTicker(time.Second / time.Duration(m.settings.churn))
+		every := time.NewTicker(time.Second / othersASecond)
 		defer every.Stop()
 		for n := 0; ; n++ {
 			select {
@@ -172,8 +180,7 @@ func (m *measurement) amidOthers(ctx context.Context, p *running, client *caller
 			}
 		}
 	}()
-	time.Sleep(2 * time.Second)
-	err := m.changes(ctx, p, client, services, changeAmid, func() time.Duration { return 100*time.Millisecond + rand.N(300*time.Millisecond) })
+	err := m.changes(ctx, p, client, services, m.settings.amid, changeAmid, func() time.Duration { return 100*time.Millisecond + rand.N(300*time.Millisecond) })
 	stop()
 	if other := <-ended; err == nil {
 		err = other
