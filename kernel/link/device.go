@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -20,10 +21,20 @@ type Device struct {
 	Name  string
 	// Kind is the kernel's word: "veth", "bridge"; empty for hardware.
 	Kind string
+	// MTU is the longest packet that it takes, in bytes, without its own header.
+	MTU int
+	// Up says that it is meant to be used.
+	Up bool
 	// PeerElsewhere says that the far end is in another network namespace.
 	PeerElsewhere bool
-	// PeerNamespace is that namespace, as this one numbers it (ip-netns(8), list-id).
+	// PeerNamespace is the number of that namespace in this one (netns.Number), or
+	// negative.
 	PeerNamespace int
+	// Peer is the index of the far end of a pair, in its namespace; of a tunnel or a
+	// part of a device, that of the device it is bound to. 0 for none.
+	Peer int
+	// Steered says of a tunnel that programs or routes say, packet by packet, where to.
+	Steered bool
 	// Master is the index of the bridge, bond or the like that it is a part of; 0 for
 	// none.
 	Master int
@@ -75,9 +86,19 @@ func (n *Net) Devices() ([]Device, error) {
 	for i, l := range links {
 		attrs := l.Attrs()
 		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0, PeerNamespace: attrs.NetNsID,
+			MTU: attrs.MTU, Up: attrs.Flags&net.FlagUp != 0, Peer: attrs.ParentIndex,
 			Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether", Layer3: slices.Contains(layer3, attrs.EncapType)}
-		if _, hardware := l.(*netlink.Device); hardware {
+		switch l := l.(type) {
+		case *netlink.Device:
 			devices[i].Kind = ""
+		case *netlink.Vxlan:
+			devices[i].Steered = l.FlowBased
+		case *netlink.Geneve:
+			devices[i].Steered = l.FlowBased
+		case *netlink.Gretun:
+			devices[i].Steered = l.FlowBased
+		case *netlink.Iptun:
+			devices[i].Steered = l.FlowBased
 		}
 		at[attrs.Index] = &devices[i]
 	}

@@ -40,10 +40,11 @@ func (f *Feature) Error() string {
 
 // capability numbers of capabilities(7), linux/capability.h.
 var numbers = map[string]uint{
-	"CAP_NET_ADMIN": 12,
-	"CAP_SYS_ADMIN": 21,
-	"CAP_PERFMON":   38,
-	"CAP_BPF":       39,
+	"CAP_NET_ADMIN":  12,
+	"CAP_SYS_PTRACE": 19,
+	"CAP_SYS_ADMIN":  21,
+	"CAP_PERFMON":    38,
+	"CAP_BPF":        39,
 }
 
 // Check returns a *Privilege if this process lacks any of the capabilities in

@@ -32,6 +32,11 @@ func Cookie(path string) (uint64, error) {
 	return cookie, nil
 }
 
+// Number is how the calling thread's namespace calls another, which is open at fd; it
+// is negative for one that it has no device pair with. The kernel gives it when the
+// devices are listed.
+func Number(fd int) (int, error) { return netlink.GetNetNsIdByFd(fd) }
+
 // Space is somebody's network namespace, joined to another by a device pair.
 type Space struct {
 	Cookie uint64
@@ -123,8 +128,7 @@ func look(path string, home int) (space Space, joined bool, err error) {
 		if err != nil {
 			return fmt.Errorf("list devices: %w", err)
 		}
-		// home's number here; it is given when the list is made
-		id, err := netlink.GetNetNsIdByFd(home)
+		id, err := Number(home)
 		if err != nil || id < 0 {
 			return err
 		}
