@@ -1,0 +1,144 @@
+package report
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/millrace/millrace/doctor"
+)
+
+const (
+	screen   = 100 // columns
+	indent   = 14
+	evidence = 6 // lines of each finding
+)
+
+// Text writes a screen for people: the worst first. Colour is called with the word of a
+// status and the text to be coloured.
+func (r *Report) Text(w io.Writer, exit int, colour func(status, text string) string) error {
+	var b strings.Builder
+	h := r.Header
+	fmt.Fprintf(&b, "millrace doctor  node %s  Linux %s  %s  %s, %.1f s\n", h.Node, h.Kernel,
+		count(h.Namespaces, "network namespace"), count(len(r.Results), "check"), h.Seconds)
+	for _, status := range []string{"fail", "warn", "info"} {
+		for _, result := range r.Results {
+			if word(result) == status {
+				finding(&b, result, colour(status, fmt.Sprintf(" %-5s %-6s", strings.ToUpper(status), result.ID)))
+			}
+		}
+	}
+	skips(&b, r.Results, colour)
+	for _, text := range h.Unseen {
+		fmt.Fprintf(&b, " %s %s\n", colour("skip", "not seen    "), text)
+	}
+	tally := r.Tally()
+	for _, status := range []string{"ok", "info", "warn", "fail", "skip"} {
+		fmt.Fprintf(&b, " %s %d  ", status, tally[status])
+	}
+	if h.Known > 0 {
+		fmt.Fprintf(&b, " known %d  ", h.Known)
+	}
+	fmt.Fprintf(&b, "      more: --explain ID, -o json      exit %d\n", exit)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func count(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprint(n, " ", what)
+}
+
+func finding(b *strings.Builder, r doctor.Result, head string) {
+	fmt.Fprintf(b, "%s %s\n", head, r.Title)
+	groups := grouped(r.Evidence)
+	for i, g := range groups {
+		if i == evidence {
+			fmt.Fprintf(b, "%*s and %d more: -o json has all\n", indent, "", len(groups)-i)
+			break
+		}
+		fmt.Fprintf(b, "%*s %-18s %s: %s\n", indent, "", g.scopes(), g.read, g.value)
+	}
+	for _, part := range []struct{ name, text string }{{"why", r.Effect}, {"fix", r.Fix}, {"undo", r.Undo}, {"ref", r.Source}} {
+		wrap(b, part.name, part.text)
+	}
+}
+
+// wrap writes a text in lines of the screen's width; a word that is longer has its own.
+func wrap(b *strings.Builder, name, text string) {
+	line := fmt.Sprintf("       %-*s", indent-7, name)
+	empty := true
+	for _, word := range strings.Fields(text) {
+		if !empty && len(line)+1+len(word) > screen {
+			b.WriteString(line + "\n")
+			line = strings.Repeat(" ", indent)
+		}
+		line += " " + word
+		empty = false
+	}
+	b.WriteString(line + "\n")
+}
+
+// group is the same thing, seen in several namespaces.
+type group struct {
+	read, value string
+	in          []string
+}
+
+func grouped(all []doctor.Evidence) (groups []*group) {
+	for _, e := range all {
+		at := slices.IndexFunc(groups, func(g *group) bool { return g.read == e.Read && g.value == e.Value })
+		if at < 0 {
+			groups = append(groups, &group{read: e.Read, value: e.Value})
+			at = len(groups) - 1
+		}
+		if !slices.Contains(groups[at].in, e.Scope) {
+			groups[at].in = append(groups[at].in, e.Scope)
+		}
+	}
+	return groups
+}
+
+func (g *group) scopes() string {
+	if len(g.in) > 2 {
+		return fmt.Sprintf("%s and %d others", g.in[0], len(g.in)-1)
+	}
+	return strings.Join(g.in, ", ")
+}
+
+// skips tells each reason once, with all that it stopped.
+func skips(b *strings.Builder, results []doctor.Result, colour func(status, text string) string) {
+	var reasons []string
+	ids := map[string][]string{}
+	for _, r := range results {
+		if r.Status != doctor.Skip {
+			continue
+		}
+		g := grouped(r.Evidence)[0] // a skip has evidence of what it lacks, first
+		why := fmt.Sprintf("%s: %s: %s", g.scopes(), g.read, g.value)
+		if len(ids[why]) == 0 {
+			reasons = append(reasons, why)
+		}
+		ids[why] = append(ids[why], r.ID)
+	}
+	for _, why := range reasons {
+		fmt.Fprintf(b, "%s %s\n", colour("skip", fmt.Sprintf(" %-5s %s ", "SKIP", strings.Join(ids[why], " "))), why)
+	}
+}
+
+// Explain writes all that is known of a check, before anything is read.
+func Explain(w io.Writer, c doctor.Check) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s  %s  (%s, %s, in %s)\n", c.ID, c.Title, c.Layer, c.Severity, c.Scope)
+	for _, part := range []struct{ name, text string }{
+		{"reads", strings.Join(c.Reads, ", ")}, {"when", c.When}, {"why", c.Effect}, {"fix", c.Fix}, {"undo", c.Undo},
+		{"beware", c.Pitfall}, {"ref", c.Source},
+	} {
+		wrap(&b, part.name, part.text)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}

@@ -1,0 +1,99 @@
+package doctor
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+const (
+	rpFilters = "net.ipv4.conf.*.rp_filter"
+	ipForward = "net.ipv4.ip_forward"
+)
+
+var routingChecks = []Check{{
+	ID: "HS-20", Layer: "routing", Title: "packets are dropped because their way back is another", Severity: Critical, Scope: Everywhere,
+	Reads:   []string{netstat, rpFilters},
+	When:    "IPReversePathFilter grows",
+	Effect:  "Strict reverse path filtering drops what comes in by a device other than the one the answer would leave by: pods with several devices, or plug-ins that route by rules, lose connections.",
+	Source:  ipSysctl + " (rp_filter)",
+	Fix:     "sysctl -w net.ipv4.conf.DEVICE.rp_filter=2 and the same for all, in that namespace",
+	Undo:    "sysctl -w net.ipv4.conf.DEVICE.rp_filter=1",
+	Pitfall: "The greater of \"all\" and the device's own counts: 0 at the device does nothing while all is 1.",
+	look:    reversePath,
+}, {
+	ID: "HS-21", Layer: "routing", Title: "the node does not forward its pods' packets", Severity: Critical, Scope: Everywhere,
+	Reads:   []string{ipForward, Devices},
+	When:    "ip_forward is 0 on the node, and a namespace has its default route over a device pair whose end on the node is no part of a bridge",
+	Effect:  "Pods reach nothing beyond the node, and each other not either.",
+	Source:  ipSysctl + " (ip_forward); https://kubernetes.io/docs/setup/production-environment/container-runtimes/#prerequisite-ipv4-forwarding-optional",
+	Fix:     "sysctl -w " + ipForward + "=1, and the same in a file in /etc/sysctl.d",
+	Undo:    "sysctl -w " + ipForward + "=0",
+	Pitfall: "Each change of it resets all of net.ipv4.conf to the defaults for hosts or for routers: set it first, the others after it.",
+	look:    forwarding,
+}, {
+	ID: "HS-35", Layer: "routing", Title: "packets arrive with wrong checksums", Severity: Warning, Scope: Everywhere,
+	Reads:   []string{snmp, snmp6, netstat},
+	When:    "InCsumErrors of Tcp, Udp, Udp6 or Ip grows",
+	Effect:  "They are dropped. Where all of one kind are, a device computes checksums wrongly for tunnels; where few are, it is the wire.",
+	Source:  "https://docs.kernel.org/networking/snmp_counter.html; https://github.com/projectcalico/calico/issues/3145",
+	Fix:     "on the sender's node, for tunnels: ethtool -K DEVICE tx-checksum-ip-generic off, of the VXLAN device",
+	Undo:    "ethtool -K DEVICE tx-checksum-ip-generic on",
+	Pitfall: "Where connection tracking sees them first they count as invalid, and rules that drop those hide the cause.",
+	look: func(v *view) {
+		v.rises(Warning, "Tcp.InCsumErrors", "Udp.InCsumErrors", "Udp6InCsumErrors", "IpExt.InCsumErrors")
+	},
+}, {
+	ID: "HS-36", Layer: "routing", Title: "packets have no route", Severity: Warning, Scope: Everywhere,
+	Reads:   []string{snmp, netstat},
+	When:    "InNoRoutes (packets to forward) or OutNoRoutes (the namespace's own; info) grows",
+	Effect:  "They are dropped; the sender is told by ICMP, which is often filtered on the way.",
+	Source:  "https://docs.kernel.org/networking/snmp_counter.html; ip_error of https://github.com/torvalds/linux/blob/master/net/ipv4/route.c",
+	Fix:     "ip route get ADDRESS in that namespace; the routes of pods are written by the network plug-in: look at its agent",
+	Undo:    "nothing is changed by looking",
+	Pitfall: "A blackhole route drops without any counter: this check does not see it.",
+	look: func(v *view) {
+		v.rises(Warning, "IpExt.InNoRoutes")
+		v.rises(Info, "Ip.OutNoRoutes")
+	},
+}, {
+	ID: "HS-37", Layer: "routing", Title: "fragments cannot be put together", Severity: Warning, Scope: Everywhere,
+	Reads:   []string{snmp, snmp6},
+	When:    "ReasmFails of Ip or Ip6 grows",
+	Effect:  "One fragment of a datagram was lost or filtered, and so the whole of it is: large DNS answers, and tunnels whose packets are cut (MT-06).",
+	Source:  "https://docs.kernel.org/networking/snmp_counter.html; " + ipSysctl + " (ipfrag_time)",
+	Fix:     "avoid fragments: an MTU that fits (MT-01), EDNS sizes of 1232 bytes; then look for rules that drop fragments",
+	Undo:    "put the MTU back",
+	Pitfall: "They fail 30 s (ipfrag_time) after the first fragment came: a short window sees them late.",
+	look:    func(v *view) { v.rises(Warning, "Ip.ReasmFails", "Ip6ReasmFails") },
+}}
+
+func reversePath(v *view) {
+	if v.rises(Critical, "TcpExt.IPReversePathFilter") == 0 {
+		return
+	}
+	for _, name := range v.matches(rpFilters) {
+		if strings.TrimSpace(v.last[name].is) == "1" {
+			v.fires(Critical, name, "1: strict")
+		}
+	}
+}
+
+func forwarding(v *view) {
+	node := v.facts.Spaces[0]
+	if v.Space == node {
+		v.number(ipForward) // notes it, where it cannot be read
+		get(v, Devices, v.devices)
+		return
+	}
+	devices, ok := get(v, Devices, v.devices)
+	if !ok || strings.TrimSpace(node.last[ipForward].is) != "0" {
+		return
+	}
+	for _, d := range devices {
+		near := node.peerOf(v.Space, d)
+		if near != nil && near.Master == 0 && d.DefaultRoute && slices.ContainsFunc(d.Addresses, netip.Addr.Is4) {
+			v.fires(Critical, ipForward, "0 on the node, whose %s is the default route of this namespace", near.Name)
+		}
+	}
+}
