@@ -20,7 +20,7 @@ type process struct{ id, command string }
 var sandboxes = []string{"qemu-system", "cloud-hyperviso", "firecracker", "runsc-sandbox"}
 
 // find lists the network namespaces, the node's own first. Where the process is not in
-// that of the host's first process, as in the lab, the rest of the host is not its
+// that which the host began with, as in the lab, the rest of the host is not its
 // node's: only namespaces with a device pair to it count.
 func (h *Host) find(f *Facts) error {
 	home, err := h.inode("self")
@@ -56,8 +56,9 @@ func (h *Host) find(f *Facts) error {
 			f.Spaces = append(f.Spaces, &Space{inode: inode, path: place})
 		}
 	}
+	h.leaveStrangers(f, home)
 	h.name(f, places)
-	h.leaveOut(f, home)
+	setAside(f)
 	if err := h.privileged(); err != nil {
 		f.hide(err.Error())
 	} else if refused > 0 {
@@ -71,22 +72,26 @@ func (h *Host) find(f *Facts) error {
 	return nil
 }
 
-// leaveOut takes out what are not this node's namespaces, and those that hide a pod's.
-func (h *Host) leaveOut(f *Facts, home uint64) {
-	first, err := h.inode("1")
-	inside := err == nil && first != home
+// leaveStrangers takes out what is not this node's, where the host has several. Kernel
+// threads are in the namespace that the host began with.
+func (h *Host) leaveStrangers(f *Facts, home uint64) {
+	if first, err := h.inode("2"); err != nil || first == home || h.command("2") != "kthreadd" {
+		return
+	}
+	f.Spaces = slices.DeleteFunc(f.Spaces, func(s *Space) bool { return s.inode != home && !h.joined(s) })
+}
+
+// setAside takes out the namespaces of virtual machines, and says so.
+func setAside(f *Facts) {
 	f.Spaces = slices.DeleteFunc(f.Spaces, func(s *Space) bool {
-		if s.inode == home {
-			return false
-		}
 		at := slices.IndexFunc(s.processes, func(p process) bool {
 			return slices.ContainsFunc(sandboxes, func(name string) bool { return strings.HasPrefix(p.command, name) })
 		})
-		if at >= 0 {
-			f.Unseen = append(f.Unseen, fmt.Sprintf("%s: its sockets are in the kernel of %s", s.Name, s.processes[at].command))
-			return true
+		if at < 0 || s == f.Spaces[0] {
+			return false
 		}
-		return inside && !h.joined(s)
+		f.Unseen = append(f.Unseen, fmt.Sprintf("%s: its sockets are in the kernel of %s", s.Name, s.processes[at].command))
+		return true
 	})
 }
 

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -30,6 +31,7 @@ const (
 	exitOK          = 0
 	exitFailed      = 1
 	exitFindings    = 2
+	exitIncomplete  = 3
 	exitUsage       = 64
 	exitData        = 65
 	exitUnavailable = 69
@@ -40,6 +42,7 @@ var exitMeanings = map[int]string{
 	exitOK:          "done",
 	exitFailed:      "failed: the message says what, where and why",
 	exitFindings:    "done, and something was found wrong",
+	exitIncomplete:  "could not be completed: the message says why",
 	exitUsage:       "the command line cannot be understood",
 	exitData:        "the manifests hold something that cannot be used; the rest is in force",
 	exitUnavailable: "this kernel lacks something; the message names it",
@@ -136,6 +139,9 @@ func statusOf(err error) int {
 	return exitUsage // cobra's own: an unknown command, flag or argument
 }
 
+// moreOutputs is the annotation of a command that has forms of output of its own.
+const moreOutputs = "outputs"
+
 func usage(format string, args ...any) error {
 	return &failure{exitUsage, fmt.Errorf(format, args...)}
 }
@@ -158,9 +164,11 @@ millrace is a Kubernetes network stack in Go and eBPF. Start with
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
-		PersistentPreRunE: func(*cobra.Command, []string) error {
-			if s.output != "text" && s.output != "json" {
-				return usage("--output %q: use text or json", s.output)
+		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
+			forms := append([]string{"text", "json"}, strings.Fields(c.Annotations[moreOutputs])...)
+			if !slices.Contains(forms, s.output) {
+				last := len(forms) - 1
+				return usage("--output %q: use %s or %s", s.output, strings.Join(forms[:last], ", "), forms[last])
 			}
 			return nil
 		},
@@ -169,7 +177,7 @@ millrace is a Kubernetes network stack in Go and eBPF. Start with
 	root.PersistentFlags().StringVarP(&s.output, "output", "o", "text", "text for people, json for machines")
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(demoCommand(s), labCommand(s), labRunCommand(), agentCommand(s), statusCommand(s), showCommand(s),
-		planCommand(s), explainCommand(s), benchCommand(s), removeCommand(s), kubeProxyCommand(s), versionCommand(s))
+		planCommand(s), explainCommand(s), doctorCommand(s), benchCommand(s), removeCommand(s), kubeProxyCommand(s), versionCommand(s))
 	return root
 }
 

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/doctor"
+	"github.com/millrace/millrace/doctor/report"
+)
+
+// examination is what the flags ask for.
+type examination struct {
+	only                        []string
+	severity, baseline, explain string
+	seconds                     float64
+	strict                      bool
+}
+
+func doctorCommand(s *settings) *cobra.Command {
+	var e examination
+	c := command(&cobra.Command{
+		Use:   "doctor",
+		Short: "What is wrong with this node's network, with evidence, fix and undo",
+		Long: `
+Reads counters and settings of the kernel, twice, on the node and inside every
+network namespace on it, and says what is wrong: what was seen and where, what
+follows, what to do and how to undo it. It needs no agent and no cluster, and
+works beside any network plug-in. Without root it says what it could not see.
+  millrace doctor
+  millrace doctor --only conntrack,HS-04 --seconds 60
+  millrace doctor -o json > before.json; millrace doctor --baseline before.json
+  millrace doctor --explain CT-01
+-o text, json, junit, sarif or prom. Warnings end it with status 0, or with 1 if
+--strict is given.`,
+		Annotations: map[string]string{moreOutputs: "junit sarif prom"},
+	}, readsOnly, func(ctx context.Context, _ []string) error { return examine(ctx, s, &e) }, exitFindings, exitIncomplete)
+	c.Flags().StringSliceVar(&e.only, "only", nil, "checks or layers to run, by ID, group or name: CT-01, HS, dns (default: all)")
+	c.Flags().StringVar(&e.severity, "severity", string(doctor.Info), "least severity of the checks to run: info, warning or critical")
+	c.Flags().StringVar(&e.baseline, "baseline", "", "an earlier `file` of -o json, whose findings are left out")
+	c.Flags().StringVar(&e.explain, "explain", "", "say all about the check with this `ID`, and read nothing")
+	c.Flags().Float64Var(&e.seconds, "seconds", 2, "time between two readings of the counters; what is seldom takes longer to see")
+	c.Flags().BoolVar(&e.strict, "strict", false, "warnings end it with status 1")
+	return c
+}
+
+func examine(ctx context.Context, s *settings, e *examination) error {
+	checks, err := e.checks()
+	if err != nil {
+		return err
+	}
+	if e.explain != "" {
+		return report.Explain(os.Stdout, checks[0])
+	}
+	r, err := e.read(ctx, checks)
+	if err != nil {
+		return &failure{exitIncomplete, err}
+	}
+	status := e.status(r)
+	if err := printReport(s, r, status); err != nil {
+		return &failure{exitIncomplete, fmt.Errorf("write report: %w", err)}
+	}
+	switch status {
+	case exitIncomplete:
+		return &failure{status, errors.New("none of the checks could look: the report says why")}
+	case exitOK:
+		return nil
+	}
+	return &failure{status, errors.New("")}
+}
+
+// checks are those to run, or the one to explain.
+func (e *examination) checks() ([]doctor.Check, error) {
+	all := doctor.Checks()
+	if e.explain != "" {
+		at := slices.IndexFunc(all, func(c doctor.Check) bool { return strings.EqualFold(c.ID, e.explain) })
+		if at < 0 {
+			return nil, usage("--explain %s: no check has this ID: docs/doctor.md lists them", e.explain)
+		}
+		return all[at : at+1], nil
+	}
+	least, err := doctor.ParseSeverity(e.severity)
+	if err != nil {
+		return nil, usage("--severity: %v", err)
+	}
+	if e.seconds < 0 || e.seconds > 86400 {
+		return nil, usage("--seconds %g: use 0 to 86400", e.seconds)
+	}
+	chosen, err := doctor.Select(all, e.only, least)
+	if err != nil {
+		return nil, usage("--only: %v", err)
+	}
+	if len(chosen) == 0 {
+		return nil, usage("--only %s: none of these checks can be of severity %s", strings.Join(e.only, ","), least)
+	}
+	return chosen, nil
+}
+
+func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.Report, error) {
+	// Reading makes much that is thrown away at once.
+	debug.SetGCPercent(25)
+	begun := time.Now()
+	progress := newProgress()
+	facts, err := doctor.This().Read(ctx, checks, time.Duration(e.seconds*float64(time.Second)), progress)
+	progress.done()
+	if err != nil {
+		return nil, err
+	}
+	r := &report.Report{Results: doctor.Run(facts, checks), Header: report.Header{
+		Tool: "millrace doctor", Version: version, Node: hostname(), Kernel: kernelRelease(), Time: begun,
+		Window: facts.Window.Seconds(), Namespaces: len(facts.Spaces), Unseen: facts.Unseen,
+	}}
+	if e.baseline != "" {
+		file, err := os.Open(e.baseline)
+		if err != nil {
+			return nil, fmt.Errorf("read baseline: %w", err)
+		}
+		defer file.Close()
+		if err := r.Since(file); err != nil {
+			return nil, err
+		}
+	}
+	r.Header.Seconds = time.Since(begun).Seconds()
+	return r, nil
+}
+
+// status is how the command ends.
+func (e *examination) status(r *report.Report) int {
+	tally := r.Tally()
+	switch {
+	case tally["fail"] > 0:
+		return exitFindings
+	case tally["warn"] > 0 && e.strict:
+		return exitFailed
+	case tally["skip"] == len(r.Results):
+		return exitIncomplete
+	}
+	return exitOK
+}
+
+func printReport(s *settings, r *report.Report, status int) error {
+	switch s.output {
+	case "json":
+		return r.JSON(os.Stdout)
+	case "junit":
+		return r.JUnit(os.Stdout)
+	case "sarif":
+		return r.SARIF(os.Stdout)
+	case "prom":
+		return r.Prometheus(os.Stdout)
+	}
+	codes := map[string]string{"fail": "31", "warn": "33", "info": "36", "skip": "2"}
+	return r.Text(os.Stdout, status, func(status, text string) string { return colour(codes[status], text) })
+}
+
+func kernelRelease() string {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(name.Release[:])
+}
