@@ -135,6 +135,7 @@ var firing = []struct {
 	{"HS-18", "interpreted", sets("node "+jitEnable, "0"), Warn, "bpf_jit_enable | 0"},
 	{"HS-18", "blinded", sets("node "+jitHarden, "2"), Warn, "bpf_jit_harden | 2"},
 	{"HS-19", "full", grows("node arp_cache.table_fulls", 4), Fail, "arp_cache.table_fulls | 4"},
+	{"HS-19", "thrown out", grows("node ndisc_cache.forced_gc_runs", 2), Warn, "ndisc_cache.forced_gc_runs | 2"},
 	{"HS-19", "nearly", sets("node "+neighbours[1].limit, "32"), Warn, "30 entries of 32"},
 	{"HS-20", "dropped", all(grows("TcpExt.IPReversePathFilter", 6), sets("net.ipv4.conf.eth0.rp_filter", "1")), Fail, "net.ipv4.conf.eth0.rp_filter | 1: strict"},
 	{"HS-21", "off", sets("node "+ipForward, "0"), Fail, "pod web-1 | net.ipv4.ip_forward | 0 on the node, whose veth1"},

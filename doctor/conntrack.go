@@ -50,7 +50,7 @@ var conntrackChecks = []Check{{
 	Source: conntrackDoc + " (nf_conntrack_buckets); https://github.com/kubernetes/kubernetes/blob/master/cmd/kube-proxy/app/conntrack.go (kube-proxy sets a quarter)",
 	Fix:    "echo N > /sys/module/nf_conntrack/parameters/hashsize, with N a quarter of nf_conntrack_max or more",
 	Undo:   "echo N > /sys/module/nf_conntrack/parameters/hashsize, with N what it was",
-	Pitfall: "\"Set max to 8 times the buckets\" is of kernels before 5.15, whose default that was. " +
+	Pitfall: "\"Set max to 8 times the buckets\" is older than Linux 5.15, whose default is a list for each entry. " +
 		"Only the node's own namespace can change the number.",
 	look: conntrackLists,
 }, {

@@ -56,12 +56,12 @@ var hostChecks = []Check{{
 }, {
 	ID: "HS-19", Layer: "host", Title: "the neighbour table is nearly full", Severity: Critical, Scope: Node,
 	Reads:   []string{neighbours[0].stat, neighbours[0].limit, neighbours[1].stat, neighbours[1].limit},
-	When:    "table_fulls grows (critical), or the entries exceed 75 % of gc_thresh3 (warning)",
-	Effect:  "An address that is not in the table cannot be reached when it is full. The table is one for all namespaces of the host.",
-	Source:  ipSysctl + " (neigh/default/gc_thresh3)",
+	When:    "table_fulls grows (critical), forced_gc_runs grows (warning), or the entries exceed 75 % of gc_thresh3 (info)",
+	Effect:  "An address that is not in the table cannot be reached when it is full. From gc_thresh2 on the kernel looks for entries to throw out. The table is one for all namespaces of the host.",
+	Source:  ipSysctl + " (neigh/default/gc_thresh3); neigh_alloc of https://github.com/torvalds/linux/blob/master/net/core/neighbour.c",
 	Fix:     "sysctl -w net.ipv4.neigh.default.gc_thresh3=N net.ipv4.neigh.default.gc_thresh2=N/2, for IPv6 the same below net.ipv6, with N twice the entries or more",
 	Undo:    "sysctl -w net.ipv4.neigh.default.gc_thresh3=1024 net.ipv4.neigh.default.gc_thresh2=512, the defaults",
-	Pitfall: "Nodes behind one router need few neighbours; thousands are met where pods of many nodes are in one segment.",
+	Pitfall: "Permanent entries, as some network plug-ins write them, are counted among the entries, and the limit is not for them: many of them are no fault.",
 	look:    neighbourTables,
 }, {
 	ID: "HS-22", Layer: "host", Title: "a network card loses packets to errors", Severity: Warning, Scope: Node,
@@ -145,8 +145,11 @@ func neighbourTables(v *view) {
 		if full, ok := v.rise(n.table + ".table_fulls"); ok && full > 0 {
 			v.fires(Critical, n.table+".table_fulls", "%s", v.inWindow(full))
 		}
+		if forced, ok := v.rise(n.table + ".forced_gc_runs"); ok && forced > 0 {
+			v.fires(Warning, n.table+".forced_gc_runs", "%s", v.inWindow(forced))
+		}
 		if part(entries, uint64(limit)) > 0.75 {
-			v.fires(Warning, n.stat, "%d entries of %d", entries, limit)
+			v.fires(Info, n.stat, "%d entries of %d", entries, limit)
 		} else {
 			v.sees(n.stat, "%d entries of %d", entries, limit)
 		}

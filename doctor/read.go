@@ -11,10 +11,12 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/kubeproxy"
@@ -115,21 +117,34 @@ func wantedBy(checks []Check) wanted {
 	return w
 }
 
-// readAll reads every namespace. Those that have ended meanwhile, or that this process
-// may not enter, are taken out; the latter are told of.
+// readAll reads every namespace, a few at a time. Those that have ended meanwhile, or
+// that this process may not enter, are taken out; the latter are told of.
 func (h *Host) readAll(f *Facts, w wanted, first bool) {
-	refused := map[string]int{}
-	f.Spaces = slices.DeleteFunc(f.Spaces, func(s *Space) bool {
+	errs := make([]error, len(f.Spaces))
+	var several errgroup.Group
+	several.SetLimit(2 * runtime.GOMAXPROCS(0))
+	for i, s := range f.Spaces {
 		reads := w.everywhere
-		if s == f.Spaces[0] {
+		if i == 0 {
 			reads = w.node
 		}
-		err := h.within(s, func(root string) error { h.read(s, root, reads, first); return nil })
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+		several.Go(func() error {
+			errs[i] = h.within(s, func(root string) error { h.read(s, root, reads, first); return nil })
+			return nil
+		})
+	}
+	several.Wait()
+	refused := map[string]int{}
+	entered := f.Spaces[:0]
+	for i, err := range errs {
+		switch {
+		case err == nil:
+			entered = append(entered, f.Spaces[i])
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH):
 			refused[reason(err)]++
 		}
-		return err != nil
-	})
+	}
+	f.Spaces = entered
 	for _, why := range slices.Sorted(maps.Keys(refused)) {
 		f.hide(fmt.Sprintf("network namespaces that could not be entered: %d: %s", refused[why], why))
 	}

@@ -52,7 +52,7 @@ var serviceChecks = []Check{{
 	Source:  "https://github.com/kubernetes/kubernetes/pull/111697; https://github.com/kubernetes/kops/issues/6342; https://github.com/awslabs/amazon-eks-ami/issues/1307",
 	Fix:     "sysctl -w " + reservedPorts + "=" + nodePortDefault + ", and the same in a file in /etc/sysctl.d; what is reserved already belongs into the same list",
 	Undo:    "sysctl -w " + reservedPorts + "=, with what it was",
-	Pitfall: "The advice \"ip_local_port_range = 1024 65535\" is what makes it. Since 1.21 kube-proxy holds no socket at node ports, so that nothing complains.",
+	Pitfall: "The advice \"ip_local_port_range = 1024 65535\" is what makes it. kube-proxy no longer holds a socket at node ports (kubernetes#108496), so that nothing complains.",
 	look:    nodePortsReserved,
 }, {
 	ID: "PX-16", Layer: "service", Title: "loopback addresses are routed", Severity: Info, Scope: Node,

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -123,8 +124,8 @@ func (s *spot) counterFiles(last bool) map[string]string {
 		}),
 		snmp6:              lines,
 		trackedStat:        table("nf_conntrack", "insert_failed", "drop", "early_drop"),
-		neighbours[0].stat: table("arp_cache", "table_fulls"),
-		neighbours[1].stat: table("ndisc_cache", "table_fulls"),
+		neighbours[0].stat: table("arp_cache", "forced_gc_runs", "table_fulls"),
+		neighbours[1].stat: table("ndisc_cache", "forced_gc_runs", "table_fulls"),
 		softnetStat:        fmt.Sprintf("00000010 %08x 00000000\n", value("softnet.dropped")),
 	}
 }
@@ -204,6 +205,7 @@ func (w *world) host(t *testing.T, checks []Check) *Host {
 	}
 	w.join(t, root, "40", podInode)
 	w.join(t, root, "41", podInode)
+	var lock sync.Mutex
 	visits := map[*Space]int{}
 	of := func(root string) *spot {
 		switch {
@@ -218,9 +220,11 @@ func (w *world) host(t *testing.T, checks []Check) *Host {
 		root: root,
 		within: func(s *Space, read func(string) error) error {
 			folder := "first"
+			lock.Lock()
 			if visits[s]++; visits[s] > 1 {
 				folder = "last"
 			}
+			lock.Unlock()
 			if s.inode == podInode {
 				folder += "-pod"
 			} else if s.path != "" {

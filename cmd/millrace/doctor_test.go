@@ -532,8 +532,9 @@ func TestDoctorOfManyPods(t *testing.T) {
 	memory := c.ProcessState.SysUsage().(*syscall.Rusage).Maxrss >> 10
 	var s seen
 	w.must(json.Unmarshal(out.Bytes(), &s))
-	t.Logf("%d namespaces: %.1f s, %d MiB", s.Header.Namespaces, took.Seconds(), memory)
-	if s.Header.Namespaces != 202 || took > 5*time.Second || memory > 100 {
-		t.Errorf("%d namespaces, %s, %d MiB; not 202, 5 s and 100 MiB", s.Header.Namespaces, took, memory)
+	work := c.ProcessState.UserTime() + c.ProcessState.SystemTime() // beside the window of 2 s, whatever else the machine does
+	t.Logf("%d namespaces: %.1f s, %.1f s of processor time, %d MiB", s.Header.Namespaces, took.Seconds(), work.Seconds(), memory)
+	if s.Header.Namespaces != 202 || work > 3*time.Second || memory > 100 {
+		t.Errorf("%d namespaces, %s of work, %d MiB; not 202, 3 s and 100 MiB", s.Header.Namespaces, work, memory)
 	}
 }
