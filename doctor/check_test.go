@@ -285,6 +285,9 @@ func TestChecksAreWhole(t *testing.T) {
 				t.Errorf("%s: no %s", c.ID, name)
 			}
 		}
+		if !strings.Contains(c.Source, "https://") {
+			t.Errorf("%s: the source %q is nowhere to be read", c.ID, c.Source)
+		}
 		if strings.Contains(c.Title, "|") || strings.Contains(c.When, "|") || len(c.Reads) == 0 || c.look == nil {
 			t.Errorf("%s: a table cannot hold it, or it looks at nothing", c.ID)
 		}

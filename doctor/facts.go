@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/millrace/millrace/kernel/kubeproxy"
@@ -90,12 +91,9 @@ func get[T any](v *view, read string, f fact[T]) (T, bool) {
 
 // reason is the cause without the path, which the evidence names.
 func reason(err error) string {
-	var at *fs.PathError
-	switch {
-	case errors.As(err, &at):
-		return at.Err.Error()
-	case errors.Is(err, fs.ErrNotExist):
-		return "no such file or directory"
+	var number syscall.Errno
+	if errors.As(err, &number) {
+		return number.Error()
 	}
 	return err.Error()
 }

@@ -61,15 +61,22 @@ func (h *Host) find(f *Facts) error {
 	setAside(f)
 	if err := h.privileged(); err != nil {
 		f.hide(err.Error())
+		f.Spaces = f.Spaces[:1]
 	} else if refused > 0 {
 		// A few of another user namespace, or with more capabilities than this process.
 		f.Unseen = append(f.Unseen, fmt.Sprintf("processes whose network namespace this one may not look at: %d", refused))
 	}
-	if h.command("2") != "kthreadd" {
+	if h.command("2") != "kthreadd" && !f.isNode() {
 		f.hide("processes outside this container: run it in the host's process namespace (hostPID: true)")
 	}
 	f.nodePorts = h.nodePorts(f)
 	return nil
+}
+
+// isNode says that a kubelet is seen: then what is beside it is the node, also where
+// that is itself a container, as kind's are.
+func (f *Facts) isNode() bool {
+	return slices.ContainsFunc(kubelets, func(name string) bool { return len(f.commands[name]) > 0 })
 }
 
 // leaveStrangers takes out what is not this node's, where the host has several. Kernel

@@ -32,8 +32,9 @@ func TestWhatIsHidden(t *testing.T) {
 		status Status
 	}{
 		{"all is seen", func(*world) {}, []string{"node", "pod web-1"}, "", OK},
-		{"not root", func(w *world) { w.privileged = errors.New("this process lacks CAP_SYS_PTRACE") }, []string{"node", "pod web-1"}, "lacks CAP_SYS_PTRACE", Skip},
-		{"in a container", func(w *world) { w.files["proc/2/comm"] = "sleep" }, []string{"node", "pod web-1"}, "hostPID: true", Skip},
+		{"not root", func(w *world) { w.privileged = errors.New("this process lacks CAP_SYS_PTRACE") }, []string{"node"}, "lacks CAP_SYS_PTRACE", Skip},
+		{"in a node that is a container", func(w *world) { w.files["proc/2/comm"] = "sleep" }, []string{"node", "pod web-1"}, "", OK},
+		{"in a container", func(w *world) { w.files["proc/2/comm"], w.files["proc/30/comm"] = "sleep", "bash" }, []string{"node", "pod web-1"}, "hostPID: true", Skip},
 		{"Kata", func(w *world) { w.files["proc/41/comm"] = "qemu-system-x86" }, []string{"node"}, "pod web-1: its sockets are in the kernel of qemu-system-x86", OK},
 		{"no pod", func(w *world) { w.files["proc/41/cgroup"] = "0::/user.slice\n" }, []string{"node", "pid 40 (pause)"}, "", OK},
 		{"a name that is none", func(w *world) { w.files["proc/41/root/etc/hostname"] = "\x1b[31mred\n" }, []string{"node", "pid 40 (pause)"}, "", OK},

@@ -88,7 +88,7 @@ var hostChecks = []Check{{
 	Reads:   []string{cpuStat},
 	When:    "more than 10 % of the window is steal time",
 	Effect:  "Packets wait while the machine does not run; latencies are those of a neighbour, not of the network.",
-	Source:  "proc_stat(5) (steal); https://samber.github.io/awesome-prometheus-alerts/rules#host-and-hardware (HostCpuStealNoisyNeighbor, 10 %)",
+	Source:  "https://man7.org/linux/man-pages/man5/proc_stat.5.html (steal); https://samber.github.io/awesome-prometheus-alerts/rules#host-and-hardware (HostCpuStealNoisyNeighbor, 10 %)",
 	Fix:     "move the machine, or give it processors of its own; for burstable kinds of machines, look at their credits",
 	Undo:    "move it back",
 	Pitfall: "Nothing in this node's kernel can be tuned to make up for it.",

@@ -98,7 +98,7 @@ func leftRules(v *view) {
 }
 
 func nodePortsReserved(v *view) {
-	if !slices.ContainsFunc(kubelets, v.runs) {
+	if !v.facts.isNode() {
 		v.lacks(Processes, "no kubelet is seen, so that no NodePorts are expected")
 		return
 	}

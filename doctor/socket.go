@@ -22,6 +22,8 @@ const (
 	congestion = "net.ipv4.tcp_congestion_control"
 	osRelease  = "kernel.osrelease"
 
+	counterDoc = "https://docs.kernel.org/networking/snmp_counter.html"
+
 	// nearlyAll is the share of the local ports to one destination that is too much.
 	nearlyAll = 0.8
 )
@@ -31,7 +33,7 @@ var socketChecks = []Check{{
 	Reads:   []string{netstat, Listeners},
 	When:    "ListenOverflows grows, or more complete connections wait than the backlog of a socket allows",
 	Effect:  "The queue between the kernel and accept() is full. Handshakes are dropped without an answer, and clients try again after a second or more. No drop event and no log tells of it.",
-	Source:  ipSysctl + " (somaxconn); listen(2)",
+	Source:  counterDoc + " (TcpExtListenOverflows); https://man7.org/linux/man-pages/man2/listen.2.html",
 	Fix:     "give the server more processor time or workers; if it only lacks room for bursts, a larger backlog in its listen() and net.core.somaxconn of its own namespace",
 	Undo:    "put the backlog and somaxconn back",
 	Pitfall: "somaxconn of the node does nothing for pods: each namespace begins with 4096. The backlog that a program gives to listen() is often lower, nginx's is 511.",
@@ -91,7 +93,7 @@ var socketChecks = []Check{{
 	Reads:   []string{Connections, sockstat, sockstat6, localPorts},
 	When:    "connections from one address to one address and port, TIME_WAIT included, take 80 % of ip_local_port_range or more",
 	Effect:  "When none is left, connect() ends with EADDRNOTAVAIL. The kernel counts it nowhere.",
-	Source:  ipSysctl + " (ip_local_port_range); connect(2) (EADDRNOTAVAIL)",
+	Source:  ipSysctl + " (ip_local_port_range); https://man7.org/linux/man-pages/man2/connect.2.html (EADDRNOTAVAIL)",
 	Fix:     "keep connections open (a pool, keep-alive); else widen net.ipv4.ip_local_port_range of that namespace, which a pod may (it is a safe sysctl), on a node without the range of NodePorts (PX-15)",
 	Undo:    "put the range back",
 	Pitfall: "The limit is for each destination: a busy pod with many destinations is far from it.",
@@ -111,7 +113,7 @@ var socketChecks = []Check{{
 	Reads:   []string{snmp, snmp6, udp4, udp6},
 	When:    "RcvbufErrors of Udp or Udp6 grows",
 	Effect:  "The program does not read as fast as datagrams come in. They are lost without a word to either side.",
-	Source:  "udp(7) (RcvbufErrors); https://docs.kernel.org/networking/snmp_counter.html",
+	Source:  "__udp_queue_rcv_skb of https://github.com/torvalds/linux/blob/master/net/ipv4/udp.c; https://man7.org/linux/man-pages/man7/socket.7.html (SO_RCVBUF)",
 	Fix:     "give the program more processor time; for bursts a larger SO_RCVBUF in the program, up to net.core.rmem_max, which is the node's",
 	Undo:    "put them back",
 	Pitfall: "rmem_max alone changes nothing: it is only a limit for programs that ask, and TCP's own tuning does not use it.",

@@ -69,10 +69,12 @@ func examine(ctx context.Context, s *settings, e *examination) error {
 		return &failure{exitIncomplete, fmt.Errorf("write report: %w", err)}
 	}
 	switch status {
-	case exitIncomplete:
-		return &failure{status, errors.New("none of the checks could look: the report says why")}
 	case exitOK:
 		return nil
+	case exitFailed:
+		return &failure{status, errors.New("warnings were found, and --strict is given")}
+	case exitIncomplete:
+		return &failure{status, errors.New("none of the checks could look: the report says why")}
 	}
 	return &failure{status, errors.New("")}
 }

@@ -364,6 +364,30 @@ func TestDoctorFindsFaults(t *testing.T) {
 	}
 }
 
+// The table is made full with connections that the kernel may not forget: 262,144 on
+// most machines.
+func TestDoctorFindsAFullTable(t *testing.T) {
+	if os.Getenv("MILLRACE_LONG") == "" {
+		t.Skip("set MILLRACE_LONG=1 to run it")
+	}
+	if _, err := exec.LookPath("conntrack"); err != nil {
+		t.Skip("set MILLRACE_LONG=1 to run it, and install conntrack")
+	}
+	w := newWard(t)
+	w.shell(w.pod, "nft 'table ip t { chain c { type filter hook input priority 0; ct state new accept; }; }'")
+	limit, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
+	w.must(err)
+	w.shell(w.pod, `seq 0 `+strings.TrimSpace(string(limit))+` | awk '{
+		print "-I -s 10.77." int($1/60000) ".1 -d 10.78.0.1 -p tcp --sport " 1024+$1%60000 " --dport 80 --state ESTABLISHED -t 600 -u ASSURED,SEEN_REPLY"
+	}' | conntrack -R - >/dev/null 2>&1 || true`) // the last has no room
+	s, _ := w.doctor(w.connecting(w.node, wardPod, 80, 20), "--only", "CT-01,CT-04,CT-08")
+	for _, c := range s.Checks {
+		if want := map[string]string{"CT-01": "fail", "CT-04": "fail", "CT-08": "warn"}[c.ID]; c.Status != want {
+			t.Errorf("%s is %s, not %s: %+v", c.ID, c.Status, want, c.Evidence)
+		}
+	}
+}
+
 // In a node in which all is well, nothing is found, and nothing is changed.
 func TestDoctorOfAHealthyNode(t *testing.T) {
 	w := newWard(t)

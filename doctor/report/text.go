@@ -125,7 +125,10 @@ func skips(b *strings.Builder, results []doctor.Result, colour func(status, text
 		ids[why] = append(ids[why], r.ID)
 	}
 	for _, why := range reasons {
-		fmt.Fprintf(b, "%s %s\n", colour("skip", fmt.Sprintf(" %-5s %s ", "SKIP", strings.Join(ids[why], " "))), why)
+		var of strings.Builder
+		wrap(&of, "", strings.Join(ids[why], " "))
+		b.WriteString(colour("skip", " SKIP  ") + strings.TrimLeft(of.String(), " "))
+		wrap(b, "why", why)
 	}
 }
 
