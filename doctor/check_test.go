@@ -86,6 +86,15 @@ func udpSocket(port, drops int) string {
 	return udpTitle + fmt.Sprintf("  1: 00000000:%04X 00000000:0000 07 00000000:00000000 00:00000000 00000000 0 0 900 2 ffff %d\n", port, drops)
 }
 
+// limited makes the pod a DNS server whose cgroup has these texts at the two readings.
+func limited(first, last string) func(*world) {
+	return func(w *world) {
+		w.files["proc/41/comm"], w.files["proc/41/cgroup"] = "coredns", "0::/kubepods.slice/dns\n"
+		w.node.files["/sys/fs/cgroup/kubepods.slice/dns/cpu.stat"] = first
+		w.node.files["later:/sys/fs/cgroup/kubepods.slice/dns/cpu.stat"] = last
+	}
+}
+
 var kubeProxyRules = kubeproxy.Found{Parts: []nft.Part{{Family: "ip", Table: "nat", Rules: 4}, {Family: "ip", Table: "nat", Rules: 3}}}
 
 var firing = []struct {
@@ -142,7 +151,15 @@ var firing = []struct {
 	{"HS-22", "errors", sets("node later:"+netDev, "  eth0: 0 900 100 0 0 0 0 0 0 0 0 0 0 0 0 0\n"), Warn, "eth0: 100 errors in 900 packets received"},
 	{"HS-24", "one queue", sets("node later:"+cpuStat, "cpu 0 0 0 110 0 0 90 0 0 0\ncpu0 0 0 0 10 0 0 90 0 0 0\ncpu1 0 0 0 100 0 0 0 0 0 0\n"), Warn, "echo 2 > /sys/class/net/eth0/queues/rx-0/rps_cpus"},
 	{"HS-25", "steal", sets("node later:"+cpuStat, "cpu 60 0 0 100 0 0 0 40 0 0\n"), Warn, "20 % steal"},
+	{"HS-26", "version 2", limited("nr_periods 10\nnr_throttled 2\n", "nr_periods 30\nnr_throttled 9\n"), Warn, "/sys/fs/cgroup/kubepods.slice/dns/cpu.stat | coredns (pid 41): 7 of 20 periods"},
+	{"HS-26", "version 1", all(limited("", ""), func(w *world) {
+		w.files["proc/41/cgroup"] = "3:memory:/kubepods/x\n1:cpu,cpuacct:/kubepods/dns\n0::/kubepods.slice/dns\n"
+		w.node.files["/sys/fs/cgroup/cpu,cpuacct/kubepods/dns/cpu.stat"] = "nr_periods 0\nnr_throttled 0\n"
+		w.node.files["later:/sys/fs/cgroup/cpu,cpuacct/kubepods/dns/cpu.stat"] = "nr_periods 4\nnr_throttled 1\n"
+	}), Warn, "1 of 4 periods"},
 	{"HS-27", "slow", sets("node /sys/devices/system/cpu/cpu0/cpufreq/scaling_driver", "acpi-cpufreq"), Warn, "powersave of the driver acpi-cpufreq"},
+	{"HS-29", "a rate", func(w *world) { w.pod.drops = 46 }, Warn, "pod web-1 | rtnetlink qdiscs | eth0 (tbf): 46 in"},
+	{"HS-29", "on purpose", func(w *world) { w.pod.drops, w.pod.kind = 46, "fq_codel" }, Warn, "eth0 (fq_codel): 46 in"},
 	{"HS-31", "overflow", grows("TcpExt.TCPTimeWaitOverflow", 7), Warn, "TCPTimeWaitOverflow | 7"},
 	{"HS-35", "bad", grows("Udp.InCsumErrors", 3), Warn, "Udp.InCsumErrors | 3"},
 	{"HS-36", "to forward", grows("node IpExt.InNoRoutes", 3), Warn, "IpExt.InNoRoutes | 3"},
@@ -204,6 +221,8 @@ func TestChecksDoNotFire(t *testing.T) {
 		{"HS-22", "few", sets("node later:"+netDev, "  eth0: 0 9 9 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
 		{"HS-22", "a pair's", sets("node later:"+netDev, "  veth1: 0 9 900 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
 		{"HS-24", "RPS is on", all(sets("node later:"+cpuStat, "cpu 0 0 0 110 0 0 90 0 0 0\ncpu0 0 0 0 10 0 0 90 0 0 0\ncpu1 0 0 0 100 0 0 0 0 0 0\n"), sets("node /sys/class/net/eth0/queues/rx-0/rps_cpus", "2"))},
+		{"HS-26", "no limit", limited("usage_usec 1\n", "usage_usec 2\n")},
+		{"HS-26", "now and then", limited("nr_periods 0\nnr_throttled 0\n", "nr_periods 20\nnr_throttled 4\n")},
 		{"MT-01", "programs steer it", func(w *world) { w.node.devices[2].MTU, w.node.devices[2].Steered = 1500, true }},
 		{"MT-06", "no tunnel", all(grows("node Ip.FragCreates", 400), func(w *world) { w.node.devices = w.node.devices[:2] })},
 		{"MT-12", "a pair that leads elsewhere", func(w *world) { w.pod.devices[0].MTU, w.pod.devices[0].PeerSpace = 1500, 4 }},
@@ -229,10 +248,13 @@ func TestChecksSayWhatTheyCannotRead(t *testing.T) {
 			t.Run(c.ID+" "+read, func(t *testing.T) {
 				w := healthy()
 				switch read {
-				case Devices, Listeners, KubeProxyRules:
+				case Devices, Listeners, Qdiscs, KubeProxyRules:
 					w.unread[read] = denied
 				case Processes:
 					t.Skip("which processes there are is seen, or nothing is")
+				case Throttling:
+					limited("nr_periods 1\n", "nr_periods 2\n")(w)
+					w.node.unread["/sys/fs/cgroup/kubepods.slice/dns/cpu.stat"] = true
 				case Resolver:
 					delete(w.files, "proc/41/root/etc/resolv.conf")
 				case Connections:

@@ -32,6 +32,11 @@ const (
 	Resolver = "/etc/resolv.conf"
 	// KubeProxyRules are what a kube-proxy has left in nf_tables and iptables.
 	KubeProxyRules = "nf_tables of kube-proxy"
+	// Qdiscs are the queueing disciplines of a namespace's devices.
+	Qdiscs = "rtnetlink qdiscs"
+	// Throttling is the cpu.stat of the cgroups of processes that others' packets or
+	// names wait for.
+	Throttling = "cpu.stat of network processes"
 	// Processes are the names of all processes.
 	Processes = "/proc/PID/comm"
 )
@@ -64,10 +69,16 @@ type Space struct {
 	first, last map[string]fact[string]
 	devices     fact[[]link.Device]
 	home        int // the node's number here
+	firstQdiscs fact[map[int]link.Qdisc]
+	lastQdiscs  fact[map[int]link.Qdisc]
+	budgets     []budget // of the node, those of all
 	listeners   fact[[]sockdiag.Listener]
 	connections fact[[]proc.Socket]
 	resolver    fact[string]
 }
+
+// budget is the cpu.stat of a process's cgroup.
+type budget struct{ process, file string }
 
 // fact is what was read, or why it was not.
 type fact[T any] struct {

@@ -70,6 +70,7 @@ func (h *Host) find(f *Facts) error {
 		f.hide("processes outside this container: run it in the host's process namespace (hostPID: true)")
 	}
 	f.nodePorts = h.nodePorts(f)
+	f.Spaces[0].budgets = h.budgets(f)
 	return nil
 }
 
@@ -193,6 +194,44 @@ func (h *Host) pod(s *Space, node string) string {
 // plain says that a name is one of DNS: a pod writes it, and a person's terminal shows it.
 func plain(name string) bool {
 	return name != "" && len(name) < 254 && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789.-") == ""
+}
+
+// networkers are processes for whose turn others' packets or names wait; the kernel
+// keeps 15 characters of a name.
+var networkers = []string{
+	"coredns", "node-cache", "dnsmasq", "unbound", "kube-proxy", "cilium-agent", "calico-node", "flanneld",
+	"nginx", "nginx-ingress-c", "envoy", "cilium-envoy", "haproxy", "traefik",
+}
+
+// budgets find the cpu.stat of those processes, in cgroups of either version.
+func (h *Host) budgets(f *Facts) (all []budget) {
+	seen := map[string]bool{}
+	for _, command := range networkers {
+		for _, id := range f.commands[command] {
+			text, _ := os.ReadFile(filepath.Join(h.root, "proc", strconv.Itoa(id), "cgroup")) // it may have ended
+			if file := cpuStatOf(string(text)); file != "" && !seen[file] {
+				seen[file] = true
+				all = append(all, budget{fmt.Sprintf("%s (pid %d)", command, id), file})
+			}
+		}
+	}
+	return all
+}
+
+// cpuStatOf reads /proc/PID/cgroup (cgroups(7)): where the controller cpu has a hierarchy
+// of its own, that is version 1.
+func cpuStatOf(text string) (file string) {
+	for line := range strings.Lines(text) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		switch {
+		case len(parts) < 3:
+		case slices.Contains(strings.Split(parts[1], ","), "cpu"):
+			return filepath.Join("/sys/fs/cgroup", parts[1], parts[2], "cpu.stat")
+		case parts[1] == "":
+			file = filepath.Join("/sys/fs/cgroup", parts[2], "cpu.stat")
+		}
+	}
+	return file
 }
 
 // nodePorts is what a kube-apiserver of this node was told.

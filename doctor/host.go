@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"math/bits"
 	"path"
@@ -104,6 +105,16 @@ var hostChecks = []Check{{
 			v.sees(cpuStat, "%.1f %% steal", 100*share)
 		}
 	},
+}, {
+	ID: "HS-26", Layer: "host", Title: "a process that the network waits for is held back by its CPU limit", Severity: Warning, Scope: Node,
+	Reads:   []string{Throttling},
+	When:    "25 % or more of the periods of its cgroup were throttled (nr_throttled of nr_periods); of DNS servers, proxies, ingresses and network plug-ins",
+	Effect:  "It stands still for up to 100 ms at a time. Its buffers overflow meanwhile (HS-14, DN-10), and clients see what looks like loss.",
+	Source:  "https://github.com/kubernetes-monitoring/kubernetes-mixin/blob/master/alerts/resource_alerts.libsonnet (CPUThrottlingHigh, 25 %); https://docs.kernel.org/scheduler/sched-bwc.html",
+	Fix:     "take resources.limits.cpu away from its container, and give it a request that it can live on",
+	Undo:    "put the limit back",
+	Pitfall: "Use of processor time on average says nothing of it: a limit is held in each tenth of a second.",
+	look:    throttled,
 }, {
 	ID: "HS-27", Layer: "host", Title: "processors are held at their lowest frequency", Severity: Info, Scope: Node,
 	Reads:   []string{governors, drivers},
@@ -235,6 +246,28 @@ func oneReceiver(v *view) {
 				v.fix = fmt.Sprintf("echo %x > %s", mask&^(1<<at), queues[0])
 				v.undo = "echo 0 > " + queues[0]
 			}
+		}
+	}
+}
+
+func throttled(v *view) {
+	for _, b := range v.budgets {
+		f := v.last[b.file]
+		if f.err == nil && !strings.Contains(f.is, "nr_periods") {
+			continue // a cgroup without a limit
+		}
+		if err := cmp.Or(f.err, v.first[b.file].err); err != nil {
+			v.lacks(b.file, "%s", reason(err))
+			continue
+		}
+		grown := func(name string) uint64 {
+			was, _ := proc.Line(v.first[b.file].is, name) // 0 without a limit then
+			is, _ := proc.Line(f.is, name)
+			return is - min(was, is)
+		}
+		held, periods := grown("nr_throttled"), grown("nr_periods")
+		if held > 0 && part(held, periods) >= 0.25 {
+			v.fires(Warning, b.file, "%s: %d of %d periods", b.process, held, periods)
 		}
 	}
 }

@@ -40,6 +40,7 @@ type Host struct {
 	privileged func() error
 	// These are of the calling thread's namespace.
 	devices   func(root string) (devices []link.Device, home int, err error)
+	qdiscs    func(root string) (map[int]link.Qdisc, error)
 	listeners func(root string) ([]sockdiag.Listener, error)
 	kubeProxy func() (kubeproxy.Found, error)
 }
@@ -53,9 +54,19 @@ func This() *Host {
 		},
 		privileged: func() error { return need.Check("look into network namespaces", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE") },
 		devices:    devices,
+		qdiscs:     qdiscs,
 		listeners:  func(string) ([]sockdiag.Listener, error) { return sockdiag.Listeners() },
 		kubeProxy:  func() (kubeproxy.Found, error) { return kubeproxy.Find("") },
 	}
+}
+
+func qdiscs(string) (map[int]link.Qdisc, error) {
+	net, err := link.Open("")
+	if err != nil {
+		return nil, err
+	}
+	defer net.Close()
+	return net.Qdiscs()
 }
 
 func devices(string) (all []link.Device, home int, err error) {
@@ -159,6 +170,12 @@ func (f *Facts) hide(text string) {
 // read reads one namespace; the thread is in it.
 func (h *Host) read(s *Space, root string, reads map[string]bool, first bool) {
 	into := map[string]fact[string]{}
+	if reads[Throttling] {
+		for _, b := range s.budgets {
+			data, err := os.ReadFile(filepath.Join(root, b.file))
+			into[b.file] = fact[string]{string(data), err}
+		}
+	}
 	for read := range reads {
 		if strings.HasPrefix(read, "/proc/PID/") || !strings.HasPrefix(read, "/") && strings.Contains(read, " ") ||
 			read == Connections || read == Resolver || first && !counted(read) {
@@ -171,9 +188,15 @@ func (h *Host) read(s *Space, root string, reads map[string]bool, first bool) {
 	}
 	if first {
 		s.first = into
+		if reads[Qdiscs] {
+			s.firstQdiscs.is, s.firstQdiscs.err = h.qdiscs(root)
+		}
 		return
 	}
 	s.last = into
+	if reads[Qdiscs] {
+		s.lastQdiscs.is, s.lastQdiscs.err = h.qdiscs(root)
+	}
 	if reads[Devices] {
 		s.devices.is, s.home, s.devices.err = h.devices(root)
 		s.Joined = slices.ContainsFunc(s.devices.is, func(d link.Device) bool { return d.PeerElsewhere && d.PeerSpace == s.home })

@@ -129,6 +129,16 @@ var socketChecks = []Check{{
 	Pitfall: "A new namespace takes the node's setting as it is made; a change on the node does not reach pods that run.",
 	look:    oldBBR,
 }, {
+	ID: "HS-29", Layer: "sockets", Title: "packets are dropped before a device sends them", Severity: Warning, Scope: Everywhere,
+	Reads:   []string{Qdiscs, Devices},
+	When:    "drops of the queueing discipline at the root of a device grow; information only, where it drops to keep delays short (fq_codel, cake, codel, fq_pie, pie, red)",
+	Effect:  "More is sent than the device, or the rate it is given, takes: TCP slows down, UDP is lost.",
+	Source:  "https://man7.org/linux/man-pages/man8/tc.8.html; https://docs.cilium.io/en/stable/network/kubernetes/bandwidth-manager/ (of the plug-in bandwidth, which makes tbf)",
+	Fix:     "tc -s qdisc show dev DEVICE; a tbf comes of the annotations kubernetes.io/ingress-bandwidth and egress-bandwidth of the pod: raise them, or shape by eBPF (Cilium's bandwidth manager)",
+	Undo:    "put the annotations back",
+	Pitfall: "A longer queue drops later and delays everything: it is no remedy for sending too much.",
+	look:    queueDrops,
+}, {
 	ID: "HS-31", Layer: "sockets", Title: "TCP gives up connections for want of room", Severity: Warning, Scope: Everywhere,
 	Reads:   []string{netstat},
 	When:    "TCPTimeWaitOverflow or TCPAbortOnMemory grows",
@@ -236,6 +246,30 @@ func datagrams(v *view) {
 			v.fires(Warning, udp4, "%s: %s", s.Local, v.inWindow(grown))
 		}
 	})
+}
+
+// delayKeepers drop some packets early on purpose.
+var delayKeepers = []string{"fq_codel", "cake", "codel", "fq_pie", "pie", "red"}
+
+func queueDrops(v *view) {
+	devices, ok := get(v, Devices, v.devices)
+	was, ok1 := get(v, Qdiscs, v.firstQdiscs)
+	is, ok2 := get(v, Qdiscs, v.lastQdiscs)
+	if !ok || !ok1 || !ok2 {
+		return
+	}
+	for _, d := range devices {
+		before, there := was[d.Index]
+		now := is[d.Index]
+		if !there || before.Kind != now.Kind || now.Drops == before.Drops {
+			continue
+		}
+		severity := Warning
+		if slices.Contains(delayKeepers, now.Kind) {
+			severity = Info
+		}
+		v.fires(severity, Qdiscs, "%s (%s): %s", d.Name, now.Kind, v.inWindow(uint64(now.Drops-before.Drops)))
+	}
 }
 
 func oldBBR(v *view) {

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -38,6 +39,9 @@ type spot struct {
 	unread    map[string]bool
 	devices   []link.Device
 	listeners []sockdiag.Listener
+	// drops are those of device 3, a tbf unless said otherwise, at the second reading.
+	drops uint32
+	kind  string
 }
 
 const (
@@ -159,7 +163,7 @@ func wantedFile(checks []Check, name string) bool {
 	return slices.ContainsFunc(checks, func(c Check) bool {
 		return slices.ContainsFunc(c.Reads, func(read string) bool {
 			fits, _ := filepath.Match(read, name)
-			return fits || read == Connections && name == "/proc/net/tcp6"
+			return fits || read == Connections && name == "/proc/net/tcp6" || read == Throttling && strings.HasPrefix(name, "/sys/fs/cgroup/")
 		})
 	})
 }
@@ -235,6 +239,13 @@ func (w *world) host(t *testing.T, checks []Check) *Host {
 		privileged: func() error { return w.privileged },
 		devices: func(root string) ([]link.Device, int, error) {
 			return of(root).devices, 0, w.unread[Devices]
+		},
+		qdiscs: func(root string) (map[int]link.Qdisc, error) {
+			q := link.Qdisc{Kind: cmp.Or(of(root).kind, "tbf"), Drops: 5}
+			if strings.Contains(root, "last") {
+				q.Drops += of(root).drops
+			}
+			return map[int]link.Qdisc{3: q}, w.unread[Qdiscs]
 		},
 		listeners: func(root string) ([]sockdiag.Listener, error) { return of(root).listeners, w.unread[Listeners] },
 		kubeProxy: func() (kubeproxy.Found, error) { return w.kubeProxy, w.unread[KubeProxyRules] },

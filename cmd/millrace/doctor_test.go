@@ -252,6 +252,10 @@ var faults = []struct {
 		})
 	}, doctor.Fail, "namespace pod"},
 	{"HS-21", "no forwarding", func(w *ward) func() { w.sysctl(w.node, "net.ipv4.ip_forward", "0"); return nil }, doctor.Fail, "namespace pod"},
+	{"HS-29", "more than a rate allows", func(w *ward) func() {
+		w.shell(w.pod, "tc qdisc add dev eth0 root tbf rate 8kbit burst 2000 limit 3000")
+		return w.sending(w.pod, wardNode, 9, 1000)
+	}, doctor.Warn, "namespace pod"},
 	{"HS-31", "no room for TIME_WAIT", func(w *ward) func() {
 		w.sysctl(w.pod, "net.ipv4.tcp_max_tw_buckets", "1")
 		return func() { w.closed(w.pod, 4) }
