@@ -185,19 +185,19 @@ func (v *view) sound(spaces int) []Evidence {
 }
 
 func (v *view) fires(s Severity, read, format string, values ...any) {
-	v.found = append(v.found, Evidence{v.Name, read, harmless(fmt.Sprintf(format, values...)), s, false})
+	v.found = append(v.found, Evidence{v.Name, harmless(read), harmless(fmt.Sprintf(format, values...)), s, false})
 }
 
 // sees notes what is well, of the node only: other namespaces are counted.
 func (v *view) sees(read, format string, values ...any) {
 	if v.Space == v.facts.Spaces[0] {
-		v.seen = append(v.seen, Evidence{Scope: v.Name, Read: read, Value: harmless(fmt.Sprintf(format, values...))})
+		v.seen = append(v.seen, Evidence{Scope: v.Name, Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...))})
 	}
 }
 
 // lacks notes what could not be looked at, and why.
 func (v *view) lacks(read, format string, values ...any) {
-	v.unread = append(v.unread, Evidence{Scope: v.Name, Read: read, Value: harmless(fmt.Sprintf(format, values...)), Unread: true})
+	v.unread = append(v.unread, Evidence{Scope: v.Name, Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...)), Unread: true})
 }
 
 // Select picks checks: those that are named, by ID, by the beginning of it, or by

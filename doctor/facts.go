@@ -50,6 +50,7 @@ type Facts struct {
 	// Unseen says what could not be looked into, and why.
 	Unseen []string
 
+	nested    bool       // the node's namespace is not that which the host began with
 	hidden    []Evidence // of Unseen, what every check of Everywhere missed
 	commands  map[string][]int
 	kubeProxy fact[kubeproxy.Found]
@@ -100,6 +101,9 @@ func get[T any](v *view, read string, f fact[T]) (T, bool) {
 	return f.is, f.err == nil
 }
 
+// errGlobal is of what only the namespace shows that the host began with.
+var errGlobal = errors.New("no such file here: it is the host's, and this node is a namespace on it")
+
 // reason is the cause without the path, which the evidence names.
 func reason(err error) string {
 	var number syscall.Errno
@@ -114,6 +118,9 @@ func (v *view) text(read string) (string, bool) {
 	f, there := v.last[read]
 	if !there {
 		f.err = errNotAsked
+	}
+	if v.facts.nested && errors.Is(f.err, fs.ErrNotExist) {
+		f.err = errGlobal
 	}
 	return get(v, read, f)
 }
@@ -138,7 +145,7 @@ func (v *view) number(name string) (int64, bool) {
 func (v *view) matches(pattern string) []string {
 	var all []string
 	for name := range v.last {
-		if ok, _ := path.Match(pattern, name); ok && name != pattern {
+		if ok, _ := path.Match(file(pattern), file(name)); ok && name != pattern {
 			all = append(all, name)
 		}
 	}

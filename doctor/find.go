@@ -81,11 +81,14 @@ func (f *Facts) isNode() bool {
 }
 
 // leaveStrangers takes out what is not this node's, where the host has several. Kernel
-// threads are in the namespace that the host began with.
+// threads are in the namespace that the host began with; a node that has processes of its
+// own, as kind's have, sees none of them.
 func (h *Host) leaveStrangers(f *Facts, home uint64) {
-	if first, err := h.inode("2"); err != nil || first == home || h.command("2") != "kthreadd" {
+	first, err := h.inode("2")
+	if h.command("2") == "kthreadd" && (err != nil || first == home) {
 		return
 	}
+	f.nested = true
 	f.Spaces = slices.DeleteFunc(f.Spaces, func(s *Space) bool { return s.inode != home && !h.joined(s) })
 }
 

@@ -101,6 +101,17 @@ func TestOnlyNamespacesOfThisNode(t *testing.T) {
 	}
 }
 
+// What is global is not to be seen from such a node, which is no fault of it.
+func TestWhatIsTheHostsOnly(t *testing.T) {
+	w := healthy()
+	w.inside = true
+	delete(w.node.files, tcpMem)
+	results, _ := w.examine(t, one(t, "HS-13"))
+	if r := results["HS-13"]; r.Status != Skip || !strings.Contains(texts(r), "it is the host's") {
+		t.Errorf("%s:\n%s", r.Status, texts(r))
+	}
+}
+
 func TestReadEndsWhenItIsTold(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("enough"))

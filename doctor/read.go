@@ -224,8 +224,12 @@ func file(read string) string {
 	if strings.HasPrefix(read, "/") {
 		return read
 	}
-	return "/proc/sys/" + strings.ReplaceAll(read, ".", "/")
+	return "/proc/sys/" + swapped(read)
 }
+
+// swapped makes a path of a setting's name and back, as sysctl(8) does: the dot in the
+// name of a device is a slash in that of a setting.
+func swapped(name string) string { return strings.NewReplacer(".", "/", "/", ".").Replace(name) }
 
 // expand finds the files of a pattern.
 func expand(root, read string) []string {
@@ -235,7 +239,7 @@ func expand(root, read string) []string {
 	found, _ := filepath.Glob(filepath.Join(root, file(read))) // its only error is a bad pattern
 	for i, name := range found {
 		if found[i] = "/" + strings.TrimPrefix(strings.TrimPrefix(name, root), "/"); !strings.HasPrefix(read, "/") {
-			found[i] = strings.ReplaceAll(strings.TrimPrefix(found[i], "/proc/sys/"), "/", ".")
+			found[i] = swapped(strings.TrimPrefix(found[i], "/proc/sys/"))
 		}
 	}
 	return found

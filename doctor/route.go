@@ -14,8 +14,8 @@ const (
 var routingChecks = []Check{{
 	ID: "HS-20", Layer: "routing", Title: "packets are dropped because their way back is another", Severity: Critical, Scope: Everywhere,
 	Reads:   []string{netstat, rpFilters},
-	When:    "IPReversePathFilter grows",
-	Effect:  "Strict reverse path filtering drops what comes in by a device other than the one the answer would leave by: pods with several devices, or plug-ins that route by rules, lose connections.",
+	When:    "IPReversePathFilter grows: critical where a pod's filter is strict, a warning where the node's is, else information",
+	Effect:  "Strict reverse path filtering drops what comes in by a device other than the one the answer would leave by: pods with several devices, or plug-ins that route by rules, lose connections. What comes to a node from outside may be forged, and then rightly dropped.",
 	Source:  ipSysctl + " (rp_filter)",
 	Fix:     "sysctl -w net.ipv4.conf.DEVICE.rp_filter=2 and the same for all, in that namespace",
 	Undo:    "sysctl -w net.ipv4.conf.DEVICE.rp_filter=1",
@@ -69,14 +69,36 @@ var routingChecks = []Check{{
 }}
 
 func reversePath(v *view) {
-	if v.rises(Critical, "TcpExt.IPReversePathFilter") == 0 {
+	grown, ok := v.rise("TcpExt.IPReversePathFilter")
+	if !ok || grown == 0 {
+		v.sees("TcpExt.IPReversePathFilter", "%s", v.inWindow(grown))
 		return
 	}
+	strict := v.strict()
+	severity := Info // loose: their sources are nowhere
+	switch {
+	case len(strict) > 0 && v.Space == v.facts.Spaces[0]:
+		severity = Warning // forged ones may be among them
+	case len(strict) > 0:
+		severity = Critical
+	}
+	v.fires(severity, "TcpExt.IPReversePathFilter", "%s", v.inWindow(grown))
+	for _, name := range strict {
+		v.fires(severity, name, "1: strict")
+	}
+}
+
+// strict are the settings that make devices strict: the greater of a device's own and that
+// of "all" counts, and 2 is loose.
+func (v *view) strict() (names []string) {
+	const all = "net.ipv4.conf.all.rp_filter"
+	of := func(name string) string { return strings.TrimSpace(v.last[name].is) }
 	for _, name := range v.matches(rpFilters) {
-		if strings.TrimSpace(v.last[name].is) == "1" {
-			v.fires(Critical, name, "1: strict")
+		if of(name) == "1" && of(all) != "2" && !strings.Contains(name, ".default.") {
+			names = append(names, name)
 		}
 	}
+	return names
 }
 
 func forwarding(v *view) {

@@ -272,11 +272,13 @@ var faults = []struct {
 	}, doctor.Warn, "namespace pod"},
 	{"HS-37", "a lost fragment", func(w *ward) func() {
 		w.sysctl(w.pod, "net.ipv4.ipfrag_time", "1")
-		send := w.raw(w.node, wardPod, func() []byte {
-			return header(unix.IPPROTO_UDP, 0x2000, wardNode, wardPod, make([]byte, 16)) // more is to come
+		id := uint16(0)
+		return w.raw(w.node, wardPod, func() []byte {
+			p := header(unix.IPPROTO_UDP, 0x2000, wardNode, wardPod, make([]byte, 16)) // more is to come
+			id++
+			binary.BigEndian.PutUint16(p[4:], id)
+			return p
 		})
-		send()
-		return send
 	}, doctor.Warn, "namespace pod"},
 	{"CT-12", "a log of odd packets", func(w *ward) func() { w.sysctl(w.pod, "net.netfilter.nf_conntrack_log_invalid", "17"); return nil }, doctor.Warn, "namespace pod"},
 	{"CT-05", "no port for a translation", func(w *ward) func() {
@@ -355,7 +357,11 @@ func TestDoctorFindsFaults(t *testing.T) {
 		t.Run(fault.id+" "+fault.what, func(t *testing.T) {
 			t.Parallel()
 			w := newWard(t)
-			s, status := w.doctor(fault.inject(w), "--only", fault.id, "--seconds", "1.4")
+			meanwhile := fault.inject(w)
+			s, status := w.doctor(meanwhile, "--only", fault.id, "--seconds", "1.4")
+			for again := 0; s.Checks[0].Status != string(fault.status) && again < 4; again++ {
+				s, status = w.doctor(meanwhile, "--only", fault.id, "--seconds", "3") // timers are late on a busy machine
+			}
 			found := s.Checks[0]
 			if found.Status != string(fault.status) || (status == exitFindings) != (fault.status == doctor.Fail) {
 				t.Fatalf("%s, exit status %d, not %s: %+v", found.Status, status, fault.status, found.Evidence)
