@@ -109,6 +109,7 @@ var firing = []struct {
 	{"CT-01", "kube-proxy owns it", all(sets("node "+trackedCount, "200000"), func(w *world) { w.files["proc/30/comm"] = "kube-proxy" }), Warn, "kube-proxy sets this limit"},
 	{"CT-02", "another value", sets("node /etc/sysctl.d/90-ct.conf", "net/netfilter/nf_conntrack_max = 1000000\n"), Warn, "/etc/sysctl.d/90-ct.conf | 1000000, and the kernel has 262144"},
 	{"CT-02", "the folder that counts more", all(sets("node /usr/lib/sysctl.d/90-ct.conf", trackedMax+"=262144"), sets("node /etc/sysctl.d/90-ct.conf", trackedMax+"=9")), Warn, "/etc/sysctl.d/90-ct.conf | 9,"},
+	{"CT-02", "the node's file, from a container", sets("node /proc/1/root/etc/sysctl.d/90-ct.conf", trackedMax+"=7"), Warn, "/etc/sysctl.d/90-ct.conf | 7, and"},
 	{"CT-03", "few lists", sets("node "+trackedLists, "16384"), Warn, "16384 for at most 262144 entries"},
 	{"CT-03", "a quarter is advised", sets("node "+trackedLists, "16384"), Warn, "echo 65536 >"},
 	{"CT-04", "full", grows("nf_conntrack.drop", 10), Fail, "pod web-1 | nf_conntrack.drop | 10 in 0.0 s"},

@@ -19,7 +19,7 @@ const (
 )
 
 // sysctlFiles are those of sysctl.d(5), the folder that counts most last.
-var sysctlFiles = []string{"/usr/lib/sysctl.d/*.conf", "/run/sysctl.d/*.conf", "/etc/sysctl.d/*.conf"}
+var sysctlFiles = []string{"/usr/lib/sysctl.d/*.conf", "/usr/local/lib/sysctl.d/*.conf", "/run/sysctl.d/*.conf", "/etc/sysctl.d/*.conf"}
 
 var conntrackChecks = []Check{{
 	ID: "CT-01", Layer: "conntrack", Title: "the connection tracking table is nearly full", Severity: Critical, Scope: Everywhere,
@@ -37,7 +37,7 @@ var conntrackChecks = []Check{{
 	Reads:   append([]string{trackedMax, Processes}, sysctlFiles...),
 	When:    "a file of sysctl.d(5) sets nf_conntrack_max, and the kernel has another value",
 	Effect:  "Somebody else sets the limit: what the file promises is not there, at the latest after the next start of whoever that is.",
-	Source:  "https://github.com/kubernetes/kubernetes/blob/master/cmd/kube-proxy/app/conntrack.go; https://github.com/kubernetes/kubernetes/issues/141943",
+	Source:  "https://github.com/kubernetes/kubernetes/blob/v1.36.3/pkg/proxy/conntrack/sysctls.go; https://github.com/kubernetes/kubernetes/issues/141943",
 	Fix:     "let one of them set it: remove the line from the file, or set conntrack.maxPerCore: 0 in kube-proxy's configuration, which then leaves the limit alone",
 	Undo:    "put the line, or the value of conntrack.maxPerCore, back",
 	Pitfall: "kube-proxy up to 1.28 only raised the limit; later ones write any value that differs, also a lower one, at each start.",
@@ -47,7 +47,7 @@ var conntrackChecks = []Check{{
 	Reads:  []string{trackedMax, trackedLists},
 	When:   "nf_conntrack_max is more than 4 times nf_conntrack_buckets",
 	Effect: "Each connection is in two lists (once for each direction); when the table fills, each packet's look-up walks along lists of more than 8.",
-	Source: conntrackDoc + " (nf_conntrack_buckets); https://github.com/kubernetes/kubernetes/blob/master/cmd/kube-proxy/app/conntrack.go (kube-proxy sets a quarter)",
+	Source: conntrackDoc + " (nf_conntrack_buckets); https://github.com/kubernetes/kubernetes/blob/v1.36.3/pkg/proxy/conntrack/sysctls.go (kube-proxy sets a quarter)",
 	Fix:    "echo N > /sys/module/nf_conntrack/parameters/hashsize, with N a quarter of nf_conntrack_max or more",
 	Undo:   "echo N > /sys/module/nf_conntrack/parameters/hashsize, with N what it was",
 	Pitfall: "\"Set max to 8 times the buckets\" is older than Linux 5.15, whose default is a list for each entry. " +

@@ -182,7 +182,7 @@ func (h *Host) read(s *Space, root string, reads map[string]bool, first bool) {
 			continue
 		}
 		for _, name := range expand(root, read) {
-			data, err := os.ReadFile(filepath.Join(root, file(name)))
+			data, err := os.ReadFile(place(root, name))
 			into[name] = fact[string]{string(data), err}
 		}
 	}
@@ -227,6 +227,24 @@ func file(read string) string {
 	return "/proc/sys/" + swapped(read)
 }
 
+// place is where a fact is below a root. The node's own files are those that its first
+// process sees: this one may be in a container.
+func place(root, read string) string {
+	name := file(read)
+	if !strings.HasPrefix(name, "/proc/") && !strings.HasPrefix(name, "/sys/") {
+		root = nodeFiles(root)
+	}
+	return filepath.Join(root, name)
+}
+
+func nodeFiles(root string) string {
+	const first = "proc/1/root"
+	if _, err := os.Stat(filepath.Join(root, first, "etc")); err == nil {
+		return filepath.Join(root, first)
+	}
+	return root
+}
+
 // swapped makes a path of a setting's name and back, as sysctl(8) does: the dot in the
 // name of a device is a slash in that of a setting.
 func swapped(name string) string { return strings.NewReplacer(".", "/", "/", ".").Replace(name) }
@@ -236,9 +254,11 @@ func expand(root, read string) []string {
 	if !strings.Contains(read, "*") {
 		return []string{read}
 	}
-	found, _ := filepath.Glob(filepath.Join(root, file(read))) // its only error is a bad pattern
+	pattern := place(root, read)
+	found, _ := filepath.Glob(pattern) // its only error is a bad pattern
+	below := strings.TrimSuffix(pattern, file(read))
 	for i, name := range found {
-		if found[i] = "/" + strings.TrimPrefix(strings.TrimPrefix(name, root), "/"); !strings.HasPrefix(read, "/") {
+		if found[i] = strings.TrimPrefix(name, below); !strings.HasPrefix(read, "/") {
 			found[i] = swapped(strings.TrimPrefix(found[i], "/proc/sys/"))
 		}
 	}
@@ -281,7 +301,7 @@ func connections(s *Space, root string) (all []proc.Socket, err error) {
 // write: it may be anything, and lead anywhere.
 func (h *Host) resolver(s *Space) (string, error) {
 	if s.path == "" {
-		return readBounded(filepath.Join(h.root, "etc"), "resolv.conf")
+		return readBounded(nodeFiles(h.root), "etc/resolv.conf")
 	}
 	err := fmt.Errorf("no process is in the namespace")
 	for _, p := range s.processes {

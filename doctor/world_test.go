@@ -162,7 +162,7 @@ func (s *spot) lay(t *testing.T, root string, checks []Check, last bool) {
 func wantedFile(checks []Check, name string) bool {
 	return slices.ContainsFunc(checks, func(c Check) bool {
 		return slices.ContainsFunc(c.Reads, func(read string) bool {
-			fits, _ := filepath.Match(file(read), file(name))
+			fits, _ := filepath.Match(file(read), strings.TrimPrefix(file(name), "/proc/1/root"))
 			return fits || read == Connections && name == "/proc/net/tcp6" || read == Throttling && strings.HasPrefix(name, "/sys/fs/cgroup/")
 		})
 	})
