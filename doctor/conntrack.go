@@ -79,7 +79,7 @@ var conntrackChecks = []Check{{
 	When:    "the table is more than half full and nf_conntrack_tcp_timeout_established is above 86400 s",
 	Effect:  "A connection whose ends are gone without a word stays for so long; the kernel's default is 5 days.",
 	Source:  conntrackDoc + " (nf_conntrack_tcp_timeout_established); https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/ (tcpEstablishedTimeout, 24 h)",
-	Fix:     "sysctl -w " + tcpTracked + "=86400",
+	Fix:     "sysctl -w " + tcpTracked + "=86400 in that namespace",
 	Undo:    "sysctl -w " + tcpTracked + "=N, with N what it was",
 	Pitfall: "Each namespace has its own. A connection that is idle for longer than the timeout is cut: keepalives must be more frequent.",
 	look:    conntrackIdle,
@@ -89,7 +89,7 @@ var conntrackChecks = []Check{{
 	When:    "nf_conntrack_log_invalid is not 0",
 	Effect:  "It is for looking for a fault. Left on, anybody's odd packets fill the log, and the limit on its rate hides other messages.",
 	Source:  conntrackDoc + " (nf_conntrack_log_invalid)",
-	Fix:     "sysctl -w " + logInvalid + "=0",
+	Fix:     "sysctl -w " + logInvalid + "=0 in that namespace",
 	Undo:    "sysctl -w " + logInvalid + "=255",
 	Pitfall: "The counter \"invalid\" of /proc/net/stat/nf_conntrack says how many there are without a log.",
 	look: func(v *view) {
@@ -150,8 +150,11 @@ func conntrackUse(v *view) {
 func conntrackOwner(v *view) {
 	v.tracked(func() {
 		limit, ok := v.number(trackedMax)
+		if !ok {
+			return
+		}
 		name, wanted := v.configured(trackedMax)
-		if !ok || wanted == "" || wanted == fmt.Sprint(limit) {
+		if wanted == "" || wanted == fmt.Sprint(limit) {
 			v.sees(trackedMax, "%d", limit)
 			return
 		}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"path"
 	"slices"
 	"strconv"
@@ -61,8 +60,6 @@ type Facts struct {
 type Space struct {
 	// Name is "node", "pod web-7f", or another that a person can find it by.
 	Name string
-	// Joined says that a device pair leads to the node's namespace.
-	Joined bool
 
 	inode       uint64
 	path        string // leads to it
@@ -237,6 +234,3 @@ func thousands(n uint64) string {
 
 // runs says whether a process of this name is there.
 func (v *view) runs(command string) bool { return len(v.facts.commands[command]) > 0 }
-
-// Commands are the names of the processes that were seen, in order.
-func (f *Facts) Commands() []string { return slices.Sorted(maps.Keys(f.commands)) }

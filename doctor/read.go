@@ -199,7 +199,6 @@ func (h *Host) read(s *Space, root string, reads map[string]bool, first bool) {
 	}
 	if reads[Devices] {
 		s.devices.is, s.home, s.devices.err = h.devices(root)
-		s.Joined = slices.ContainsFunc(s.devices.is, func(d link.Device) bool { return d.PeerElsewhere && d.PeerSpace == s.home })
 	}
 	if reads[Listeners] {
 		s.listeners.is, s.listeners.err = h.listeners(root)
