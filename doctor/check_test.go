@@ -221,7 +221,7 @@ func TestChecksDoNotFire(t *testing.T) {
 		{"HS-16", "another algorithm", all(sets(osRelease, "5.15.0"), sets(congestion, "cubic"))},
 		{"HS-16", "the node's own", sets("node "+osRelease, "5.15.0")},
 		{"HS-21", "a pod on a bridge", all(sets("node "+ipForward, "0"), func(w *world) { w.node.devices[1].Master = 5 })},
-		{"HS-21", "a pair that leads elsewhere", all(sets("node "+ipForward, "0"), func(w *world) { w.pod.devices[0].PeerSpace = 4 })},
+		{"HS-21", "a pair that leads elsewhere", all(sets("node "+ipForward, "0"), func(w *world) { w.pod.devices[0].PeerNamespace = 4 })},
 		{"HS-22", "few", sets("node later:"+netDev, "  eth0: 0 9 9 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
 		{"HS-22", "a pair's", sets("node later:"+netDev, "  veth1: 0 9 900 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
 		{"HS-24", "RPS is on", all(sets("node later:"+cpuStat, "cpu 0 0 0 110 0 0 90 0 0 0\ncpu0 0 0 0 10 0 0 90 0 0 0\ncpu1 0 0 0 100 0 0 0 0 0 0\n"), sets("node /sys/class/net/eth0/queues/rx-0/rps_cpus", "2"))},
@@ -229,7 +229,7 @@ func TestChecksDoNotFire(t *testing.T) {
 		{"HS-26", "now and then", limited("nr_periods 0\nnr_throttled 0\n", "nr_periods 20\nnr_throttled 4\n")},
 		{"MT-01", "programs steer it", func(w *world) { w.node.devices[2].MTU, w.node.devices[2].Steered = 1500, true }},
 		{"MT-06", "no tunnel", all(grows("node Ip.FragCreates", 400), func(w *world) { w.node.devices = w.node.devices[:2] })},
-		{"MT-12", "a pair that leads elsewhere", func(w *world) { w.pod.devices[0].MTU, w.pod.devices[0].PeerSpace = 1500, 4 }},
+		{"MT-12", "a pair that leads elsewhere", func(w *world) { w.pod.devices[0].MTU, w.pod.devices[0].PeerNamespace = 1500, 4 }},
 		{"PX-08", "it runs", func(w *world) { w.kubeProxy = kubeProxyRules; w.kubeProxy.Process = 30 }},
 		{"PX-15", "reserved", all(sets("node "+localPorts, "1024 65535"), sets("node "+reservedPorts, "30000-32767"))},
 	} {

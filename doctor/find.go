@@ -110,7 +110,7 @@ func (h *Host) joined(s *Space) (joined bool) {
 	h.within(s, func(root string) error {
 		devices, home, err := h.devices(root)
 		for _, d := range devices {
-			joined = joined || d.PeerElsewhere && d.PeerSpace == home && home >= 0
+			joined = joined || d.PeerElsewhere && d.PeerNamespace == home && home >= 0
 		}
 		return err
 	})

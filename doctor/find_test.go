@@ -93,7 +93,7 @@ func TestOnlyNamespacesOfThisNode(t *testing.T) {
 	for number, want := range map[int][]string{0: {"node", "pod web-1"}, 4: {"node"}} {
 		w := healthy()
 		w.inside = true
-		w.pod.devices[0].PeerSpace = number
+		w.pod.devices[0].PeerNamespace = number
 		_, facts := w.examine(t, one(t, "HS-05"))
 		if !slices.Equal(names(facts), want) {
 			t.Errorf("a pair that leads to namespace %d: %q, not %q", number, names(facts), want)

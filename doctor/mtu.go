@@ -69,7 +69,7 @@ func tunnelFits(v *view) {
 
 // peerOf is the end, in the node's namespace, of a device pair of another namespace.
 func (s *Space) peerOf(other *Space, d link.Device) *link.Device {
-	if d.Kind != "veth" || !d.PeerElsewhere || d.PeerSpace != other.home {
+	if d.Kind != "veth" || !d.PeerElsewhere || d.PeerNamespace != other.home {
 		return nil
 	}
 	at := slices.IndexFunc(s.devices.is, func(near link.Device) bool { return near.Index == d.Peer && near.Peer == d.Index })

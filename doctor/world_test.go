@@ -72,12 +72,12 @@ func healthy() *world {
 	address := []netip.Addr{netip.MustParseAddr("10.244.1.4")}
 	return &world{
 		node: &spot{files: node, grown: map[string]int{}, unread: map[string]bool{}, devices: []link.Device{
-			{Index: 2, Name: "eth0", MTU: 1500, Up: true, Ethernet: true, DefaultRoute: true, PeerSpace: -1},
-			{Index: 9, Name: "veth1", Kind: "veth", MTU: 1450, Up: true, PeerElsewhere: true, PeerSpace: 7, Peer: 3, Ethernet: true},
-			{Index: 11, Name: "vxlan0", Kind: "vxlan", MTU: 1450, Up: true, Peer: 2, PeerSpace: -1, Ethernet: true},
+			{Index: 2, Name: "eth0", MTU: 1500, Up: true, Ethernet: true, DefaultRoute: true, PeerNamespace: -1},
+			{Index: 9, Name: "veth1", Kind: "veth", MTU: 1450, Up: true, PeerElsewhere: true, PeerNamespace: 7, Peer: 3, Ethernet: true},
+			{Index: 11, Name: "vxlan0", Kind: "vxlan", MTU: 1450, Up: true, Peer: 2, PeerNamespace: -1, Ethernet: true},
 		}},
 		pod: &spot{files: every, grown: map[string]int{}, unread: map[string]bool{}, devices: []link.Device{
-			{Index: 3, Name: "eth0", Kind: "veth", MTU: 1450, Up: true, PeerElsewhere: true, PeerSpace: 0, Peer: 9, DefaultRoute: true, Addresses: address, Ethernet: true},
+			{Index: 3, Name: "eth0", Kind: "veth", MTU: 1450, Up: true, PeerElsewhere: true, PeerNamespace: 0, Peer: 9, DefaultRoute: true, Addresses: address, Ethernet: true},
 		}},
 		files: map[string]string{
 			"proc/1/comm": "systemd", "proc/2/comm": "kthreadd", "proc/30/comm": "kubelet", "proc/40/comm": "pause", "proc/41/comm": "web",

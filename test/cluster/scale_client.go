@@ -148,14 +148,14 @@ func callAll(services int) (at time.Time, late int64) {
 	return time.Unix(0, last.Load()), failed.Load()
 }
 
-// caller is the process of callServices, in the client's namespace and cgroup.
-type caller struct {
+// asker is the process of callServices, in the client's namespace and cgroup.
+type asker struct {
 	command *exec.Cmd
 	ask     io.Writer
 	answers *bufio.Reader
 }
 
-func startCaller() (*caller, error) {
+func startAsker() (*asker, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -174,11 +174,11 @@ func startCaller() (*caller, error) {
 		return nil, err
 	}
 	_, err = launch(command, "client")
-	return &caller{command, ask, bufio.NewReader(answers)}, err
+	return &asker{command, ask, bufio.NewReader(answers)}, err
 }
 
 // say something to the process, and read its answer into values.
-func (c *caller) say(line string, values ...any) error {
+func (c *asker) say(line string, values ...any) error {
 	if line != "" {
 		if _, err := fmt.Fprintln(c.ask, line); err != nil {
 			return fmt.Errorf("ask the client to %s: %w", line, err)
@@ -195,7 +195,7 @@ func (c *caller) say(line string, values ...any) error {
 }
 
 // all is when all Services were served, and how many of them late.
-func (c *caller) all(services int) (at time.Time, late int, err error) {
+func (c *asker) all(services int) (at time.Time, late int, err error) {
 	var nanoseconds int64
 	err = c.say(fmt.Sprintf("all %d", services), &nanoseconds, &late)
 	return time.Unix(0, nanoseconds), late, err
@@ -203,7 +203,7 @@ func (c *caller) all(services int) (at time.Time, late int, err error) {
 
 // until calls a Service, lets change change its endpoints, and returns when a call
 // arrived at the new ones.
-func (c *caller) until(service, generation int, change func() error) (time.Time, error) {
+func (c *asker) until(service, generation int, change func() error) (time.Time, error) {
 	var word string
 	var nanoseconds int64
 	var calls int

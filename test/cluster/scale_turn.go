@@ -68,7 +68,7 @@ func (m *measurement) turn(ctx context.Context, name string) error {
 	if err := startServer(); err != nil {
 		return err
 	}
-	client, err := startCaller()
+	client, err := startAsker()
 	if err != nil {
 		return err
 	}
@@ -86,7 +86,7 @@ func (m *measurement) turn(ctx context.Context, name string) error {
 	return clearTurn(ctx)
 }
 
-func (m *measurement) measure(ctx context.Context, p *running, client *caller) error {
+func (m *measurement) measure(ctx context.Context, p *running, client *asker) error {
 	at, late, err := client.all(m.settings.services)
 	if err != nil {
 		return err
@@ -133,7 +133,7 @@ func (m *measurement) measure(ctx context.Context, p *running, client *caller) e
 }
 
 // changes measures so many, each of another Service, with a pause before each.
-func (m *measurement) changes(ctx context.Context, p *running, client *caller, services []int, count int, metric string, pause func() time.Duration) error {
+func (m *measurement) changes(ctx context.Context, p *running, client *asker, services []int, count int, metric string, pause func() time.Duration) error {
 	for n := range count {
 		service := services[n%len(services)]
 		select {
@@ -161,7 +161,7 @@ func (m *measurement) changes(ctx context.Context, p *running, client *caller, s
 const othersASecond = 10
 
 // amidOthers measures changes while others are made all the time.
-func (m *measurement) amidOthers(ctx context.Context, p *running, client *caller, services, others []int) error {
+func (m *measurement) amidOthers(ctx context.Context, p *running, client *asker, services, others []int) error {
 	churning, stop := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() {
