@@ -29,6 +29,7 @@ const (
 //
 // Manual: the endpoint was taken from the Service, and lives. Connected sockets are
 // closed, which is what docs/service.md says: UDP at once, TCP after the drain limit.
+// How many were told late is counted; at the end nobody may be silent.
 func (c *churn) excuse(f failure) string {
 	ended := f.At.Add(time.Duration(f.MS) * time.Millisecond)
 	switch f.Target {
@@ -48,8 +49,8 @@ func (c *churn) excuseMove(f failure, ended time.Time) string {
 		switch {
 		case f.Kind == "udp-long" && ended.After(away.from) && ended.Before(c.known(away.from)):
 			return "a socket was told that its endpoint is not the Service's any more"
-		case f.Kind == "tcp-long" && away.has(ended.Add(time.Second-drain)) && ended.Before(c.known(away.from).Add(drain)):
-			return "a connection was closed after the drain limit"
+		case f.Kind == "tcp-long" && ended.After(away.from.Add(drain-time.Second)):
+			return "a connection was closed" + c.late(away.from, ended)
 		}
 	}
 	return ""
@@ -67,6 +68,16 @@ func (c *churn) known(what time.Time) time.Time {
 	return known
 }
 
+// late says whether a connection was told in time. With each start of an agent the drain
+// limit begins again, and a client outside is told when TCP sends again, in twice the
+// time.
+func (c *churn) late(gone, told time.Time) string {
+	if told.Before(c.known(gone).Add(drain)) {
+		return " after the drain limit, or before"
+	}
+	return " late: agents were started again, or it had nothing to send"
+}
+
 func (c *churn) excuseDeath(f failure, ended time.Time) string {
 	endpoint, _ := netip.ParseAddrPort(f.Endpoint)
 	for _, d := range c.deaths {
@@ -74,8 +85,8 @@ func (c *churn) excuseDeath(f failure, ended time.Time) string {
 		known := c.known(d.at)
 		switch {
 		case !ended.After(d.at) || !f.At.Before(known) && f.Kind != "tcp-long":
-		case knows && f.Kind == "tcp-long" && ended.Before(known.Add(drain)):
-			return "the connection's endpoint was killed"
+		case knows && f.Kind == "tcp-long":
+			return "the connection's endpoint was killed, and it was told" + c.late(d.at, ended)
 		case knows && f.Kind != "tcp-long":
 			c.latest = max(c.latest, f.At.Sub(d.at))
 			return "the call's endpoint was killed"
