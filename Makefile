@@ -27,7 +27,7 @@ CONFORMANCE ?=
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench test-kernel test-cluster long image cluster-up cluster-down moving conformance conformance-table clean
+.PHONY: help build test demo generate check lint bench test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -101,6 +101,10 @@ cluster-down: ## remove that Kubernetes, whatever is left of it; needs root
 	@test/needs root go
 	go build -C test/cluster -o ../../.cache/cluster/cluster .
 	.cache/cluster/cluster down
+
+churn: ## everything on that cluster altered at once for five minutes, with millrace, and every call counted; needs root
+	@test/needs root go cluster
+	MILLRACE_INSTALLED=1 MILLRACE_CHURN=5m go test -C test/cluster -count=1 -timeout 20m -run Churn -v .
 
 moving: ## from kube-proxy to millrace and back ten times on that cluster, under load, and what failed; needs root
 	@test/needs root go cluster

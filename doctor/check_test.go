@@ -244,18 +244,26 @@ func TestChecksDoNotFire(t *testing.T) {
 	}
 }
 
+// neverUnread are facts without which a check can do: which processes there are is
+// seen, or nothing is; files of a pattern that are not there are none; and HS-14 only
+// says by them whose the datagrams were that are counted elsewhere.
+func neverUnread(id, read string) bool {
+	return read == Processes || strings.Contains(read, "*") || id == "HS-14" && (read == udp4 || read == udp6)
+}
+
 // Whatever of its facts a check cannot read, it does not say that all is well.
 func TestChecksSayWhatTheyCannotRead(t *testing.T) {
 	denied := errors.New("operation not permitted")
 	for _, c := range Checks() {
 		for _, read := range c.Reads {
+			if neverUnread(c.ID, read) {
+				continue
+			}
 			t.Run(c.ID+" "+read, func(t *testing.T) {
 				w := healthy()
 				switch read {
 				case Devices, Listeners, Qdiscs, KubeProxyRules:
 					w.unread[read] = denied
-				case Processes:
-					t.Skip("which processes there are is seen, or nothing is")
 				case Throttling:
 					limited("nr_periods 1\n", "nr_periods 2\n")(w)
 					w.node.unread["/sys/fs/cgroup/kubepods.slice/dns/cpu.stat"] = true
@@ -265,14 +273,8 @@ func TestChecksSayWhatTheyCannotRead(t *testing.T) {
 					manyTo(85)(w)
 					w.pod.unread[read] = true
 				case udp4, udp6:
-					if c.ID == "HS-14" {
-						t.Skip("only says whose the datagrams were that are counted elsewhere")
-					}
 					w.pod.unread[read] = true
 				default:
-					if strings.Contains(read, "*") {
-						t.Skip("files that are not there are none")
-					}
 					w.node.unread[read], w.pod.unread[read] = true, true
 				}
 				results, _ := w.examine(t, one(t, c.ID))
