@@ -21,13 +21,15 @@ ARCHITECTURES ?= amd64 arm64
 # What `make cluster-up` and `make conformance` are given.
 CLUSTER ?= --proxy kube-proxy --mode nftables
 CONFORMANCE ?=
+# What `make bench-api` is given.
+SCALE ?=
 
 # Packages one after the other (-p 1): their tests load the machine, and some wait
 # for a kernel that others keep busy. go vet has been there already.
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
+.PHONY: help build test demo generate check lint bench bench-api test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +67,12 @@ bench: ## what a connection to a Service costs here, beside iptables and nftable
 	@test/needs root bench
 	@$(MAKE) --no-print-directory build
 	bin/millrace bench $(BENCH)
+
+bench-api: ## from a write to a real API server to the first packet, with 10,000 Services, beside kube-proxy (SCALE=); needs root
+	@test/needs root go bench
+	@$(MAKE) --no-print-directory build
+	go build -C test/cluster -o ../../.cache/cluster/cluster .
+	.cache/cluster/cluster scale $(SCALE)
 
 test-kernel: ## the tests of the data path on Debian's kernel in a virtual machine (KERNEL_PACKAGE=, MILLRACE_ACCEL=kvm)
 	@test/needs go kernel

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -280,6 +281,24 @@ func TestWhatSomebodyElseChangedIsMended(t *testing.T) {
 	if n := a.parts[0].drifted; n != 2 {
 		t.Errorf("%d objects drifted, 2 did", n)
 	}
+}
+
+// After many changes memory goes back to the kernel, when the source has had time to
+// read the rest of them, and garbage is collected earlier.
+func TestMemoryIsGivenBackAfterManyChanges(t *testing.T) {
+	percent := debug.SetGCPercent(100)
+	t.Cleanup(func() { debug.SetGCPercent(percent) })
+	r := start(t, &pond{kernel: map[string]bool{}})
+	var names []string
+	for i := range 2000 {
+		names = append(names, fmt.Sprintf("s%04d", i))
+	}
+	r.source.next <- cluster(true, names...)
+	r.until("garbage may be a quarter of what is kept", func() bool {
+		now := debug.SetGCPercent(100)
+		debug.SetGCPercent(now)
+		return now == percentAtRest
+	})
 }
 
 func TestTwoAgentsDoNotShareARunFolder(t *testing.T) {

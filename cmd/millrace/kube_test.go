@@ -130,7 +130,7 @@ func TestAgentOfAnAPIServer(t *testing.T) {
 // Ten thousand Services through an API server: every one answers, and the agent
 // stays small. The bound is memory, not time; the time is printed.
 func TestManyServicesOfAnAPIServer(t *testing.T) {
-	const services, endpoints, megabytes = 10_000, 4, 110
+	const services, endpoints, megabytes = 10_000, 4, 85
 	c := newClustered(t)
 	for from := 0; from < services; from += 1000 {
 		c.must(c.Apply(string(thousand(from, endpoints))))

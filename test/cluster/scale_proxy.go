@@ -48,12 +48,13 @@ func scaleNetwork() error {
 	)
 }
 
-// unlink removes a link, if it is there.
+// unlink removes a link; that it is not there, or goes at this moment, is no error.
 func unlink(namespace, name string) error {
-	if _, err := output(exec.Command("ip", "-n", namespace, "link", "show", name)); err != nil {
+	err := ipBatch(namespace, []string{"link del " + name})
+	if _, gone := output(exec.Command("ip", "-n", namespace, "link", "show", name)); gone != nil {
 		return nil
 	}
-	return ipBatch(namespace, []string{"link del " + name})
+	return err
 }
 
 // scaleCgroups makes those of a turn.
