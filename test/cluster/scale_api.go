@@ -258,3 +258,12 @@ func launch(command *exec.Cmd, name string) (*exec.Cmd, error) {
 	}
 	return command, nil
 }
+
+// said is the end of what a program said.
+func said(name string) string {
+	content, err := os.ReadFile(filepath.Join(scaleFolder, "logs", name+".log"))
+	if err != nil {
+		return err.Error()
+	}
+	return lastLines(string(content), 5)
+}

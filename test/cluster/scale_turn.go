@@ -77,8 +77,13 @@ func (m *measurement) turn(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	// Whoever waits for the client is told when that makes no sense any more.
+	stop := context.AfterFunc(ctx, client.end)
+	defer stop()
+	go func() { <-p.ended; client.end() }()
 	if err := m.measure(ctx, p, client); err != nil {
-		return err
+		_, ended := p.used()
+		return errors.Join(ended, err)
 	}
 	if err := p.stop(); err != nil {
 		return err
@@ -197,15 +202,15 @@ func startServer() error {
 		return err
 	}
 	command := inside(scalePods, self, "scale-server")
-	said, err := command.StdoutPipe()
+	stdout, err := command.StdoutPipe()
 	if err != nil {
 		return err
 	}
 	if _, err := launch(command, "server"); err != nil {
 		return err
 	}
-	if _, err := bufio.NewReader(said).ReadString('\n'); err != nil {
-		return fmt.Errorf("wait for the endpoints' server: %w: logs/server.log says why", err)
+	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		return fmt.Errorf("wait for the endpoints' server: %w: %s", err, said("server"))
 	}
 	return nil
 }
