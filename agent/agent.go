@@ -57,6 +57,8 @@ const (
 	// garbage may be a quarter of what is kept: a change makes little of it.
 	tidyAfter     = time.Second
 	percentAtRest = 25
+	// many objects, read or changed at once, leave garbage that is worth giving back.
+	many = 1000
 )
 
 // ErrRunning says that another agent holds the run folder.
@@ -344,7 +346,7 @@ func (a *Agent) report(p *part, done layer.Changes, err error) {
 	p.done.Altered += tally.Altered
 	p.done.Removed += tally.Removed
 	a.metrics.applied(p.Name(), tally, failed)
-	const spoken, many = 8, 1000
+	const spoken = 8
 	a.litter = a.litter || len(done) > many
 	if len(done) > spoken {
 		a.config.Log.Info("applied", "layer", p.Name(), "added", tally.Added, "altered", tally.Altered, "removed", tally.Removed)
@@ -380,6 +382,7 @@ func (a *Agent) findDrift() {
 			a.config.Log.Error("drift check", "layer", p.Name(), "error", err)
 			continue
 		}
+		a.litter = a.litter || found.Len() > many
 		if drift := p.Diff(found, p.have, true); len(drift) > 0 {
 			p.drifted += len(drift)
 			a.metrics.drift(p.Name(), len(drift))

@@ -301,6 +301,23 @@ func TestMemoryIsGivenBackAfterManyChanges(t *testing.T) {
 	})
 }
 
+// A drift check reads as much as the first load wrote.
+func TestMemoryIsGivenBackAfterADriftCheck(t *testing.T) {
+	p := &pond{kernel: map[string]bool{}}
+	a := &Agent{config: Config{Log: slog.New(slog.NewTextHandler(io.Discard, nil))}, metrics: newMetrics()}
+	if err := a.open(p); err != nil {
+		t.Fatal(err)
+	}
+	for _, objects := range []int{10, 2000} {
+		for i := range objects {
+			p.kernel[fmt.Sprintf("s%04d", i)] = true
+		}
+		if a.findDrift(); a.litter != (objects > many) {
+			t.Errorf("after reading %d objects memory is to be given back: %v", objects, a.litter)
+		}
+	}
+}
+
 func TestTwoAgentsDoNotShareARunFolder(t *testing.T) {
 	r := start(t, &pond{kernel: map[string]bool{}})
 	err := Run(context.Background(), Config{RunFolder: r.folder})
