@@ -115,7 +115,7 @@ func (b *bed) snapshots() []*model.Snapshot {
 // until waits for a Snapshot of which holds is true, and gives it.
 func (b *bed) until(what string, holds func(*model.Snapshot) bool) *model.Snapshot {
 	b.t.Helper()
-	var last *model.Snapshot
+	last := new(model.Snapshot)
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		if all := b.snapshots(); len(all) > 0 {
 			if last = all[len(all)-1]; holds(last) {
