@@ -259,8 +259,8 @@ func launch(command *exec.Cmd, name string) (*exec.Cmd, error) {
 	return command, nil
 }
 
-// said is the end of what a program said.
-func said(name string) string {
+// endOfLog is the end of what a program said.
+func endOfLog(name string) string {
 	content, err := os.ReadFile(filepath.Join(scaleFolder, "logs", name+".log"))
 	if err != nil {
 		return err.Error()

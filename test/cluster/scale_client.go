@@ -189,13 +189,13 @@ func (c *asker) say(line string, values ...any) error {
 		_, err = fmt.Sscan(answer, values...)
 	}
 	if err != nil {
-		return fmt.Errorf("ask the client to %s: %w: %s", line, err, said("client"))
+		return fmt.Errorf("ask the client to %s: %w: %s", line, err, endOfLog("client"))
 	}
 	return nil
 }
 
 // end the process: it may be waiting for what never comes.
-func (c *caller) end() { _ = c.command.Process.Kill() }
+func (c *asker) end() { _ = c.command.Process.Kill() }
 
 // all is when all Services were served, and how many of them late.
 func (c *asker) all(services int) (at time.Time, late int, err error) {

@@ -236,7 +236,7 @@ type used struct{ cpu, resident, pss, anonymous, kernel float64 }
 func (p *running) used() (u used, err error) {
 	select {
 	case <-p.ended:
-		return u, fmt.Errorf("%s has ended: %s", p.name, said(p.name))
+		return u, fmt.Errorf("%s has ended: %s", p.name, endOfLog(p.name))
 	default:
 	}
 	proc := fmt.Sprintf("/proc/%d/", p.command.Process.Pid)

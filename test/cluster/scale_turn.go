@@ -210,7 +210,7 @@ func startServer() error {
 		return err
 	}
 	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
-		return fmt.Errorf("wait for the endpoints' server: %w: %s", err, said("server"))
+		return fmt.Errorf("wait for the endpoints' server: %w: %s", err, endOfLog("server"))
 	}
 	return nil
 }
