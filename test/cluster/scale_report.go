@@ -157,6 +157,9 @@ func medianInterval(samples int) (low, high int) {
 }
 
 func (r *report) write(to io.Writer, as string) error {
+	if len(r.values) == 0 {
+		return nil // an error says why
+	}
 	if as == "json" {
 		var rows []*row
 		for _, proxy := range r.proxies {
