@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime/debug"
+	runtimemetrics "runtime/metrics"
 	"slices"
 	"strings"
 	"sync"
@@ -295,9 +296,9 @@ func TestMemoryIsGivenBackAfterManyChanges(t *testing.T) {
 	}
 	r.source.next <- cluster(true, names...)
 	r.until("garbage may be a quarter of what is kept", func() bool {
-		now := debug.SetGCPercent(100)
-		debug.SetGCPercent(now)
-		return now == percentAtRest
+		now := []runtimemetrics.Sample{{Name: "/gc/gogc:percent"}}
+		runtimemetrics.Read(now)
+		return now[0].Value.Uint64() == percentAtRest
 	})
 }
 
