@@ -415,8 +415,20 @@ func TestDoctorOfAHealthyNode(t *testing.T) {
 		}))
 		return string(out)
 	}
-	w.doctor(nil) // the first packets of neighbour discovery are over then
-	before := []string{state(w.node), state(w.pod)}
+	both := func() string { return state(w.node) + state(w.pod) }
+	// The kernel tells a carrier, and then looks for neighbours, within seconds.
+	before := both()
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		time.Sleep(1500 * time.Millisecond)
+		now := both()
+		if settled := now == before && !strings.Contains(now, "NO-CARRIER"); settled {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the namespaces do not come to rest: %s", difference(before, now))
+		}
+		before = now
+	}
 	s, status := w.doctor(nil)
 	if status != exitOK || s.Header.Namespaces != 2 {
 		t.Errorf("exit status %d, %d namespaces", status, s.Header.Namespaces)
@@ -426,10 +438,8 @@ func TestDoctorOfAHealthyNode(t *testing.T) {
 			t.Errorf("%s is %s: %+v", c.ID, c.Status, c.Evidence)
 		}
 	}
-	for i, after := range []string{state(w.node), state(w.pod)} {
-		if after != before[i] {
-			t.Errorf("something changed: %s", difference(before[i], after))
-		}
+	if after := both(); after != before {
+		t.Errorf("something changed: %s", difference(before, after))
 	}
 }
 
