@@ -36,7 +36,8 @@ func conformance(ctx context.Context, focus, skip string, processes, attempts in
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(os.RemoveAll(report), os.MkdirAll(report, 0o755)); err != nil {
+	temporary := filepath.Join(report, "tmp") // some of their tests leave files
+	if err := errors.Join(os.RemoveAll(report), os.MkdirAll(temporary, 0o755)); err != nil {
 		return err
 	}
 	log, err := os.Create(filepath.Join(report, "e2e.log"))
@@ -49,6 +50,7 @@ func conformance(ctx context.Context, focus, skip string, processes, attempts in
 		"--focus="+focus, "--skip="+skip, filepath.Join(bin, "e2e.test"), "--",
 		"--provider=skeleton", "--kubeconfig="+kubeconfig, "--kubectl-path="+filepath.Join(bin, "kubectl"),
 		"--disable-log-dump", "--num-nodes="+strconv.Itoa(nodes), "--allowed-not-ready-nodes=0", "--report-dir="+report)
+	command.Env = append(os.Environ(), "TMPDIR="+temporary)
 	command.Stdout, command.Stderr = log, log
 	ran := runUntil(ctx, command)
 	return errors.Join(judge(report), tellRetries(log.Name()), ran)
