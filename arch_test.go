@@ -64,9 +64,10 @@ var law = []clause{
 // tests may import these in addition, whatever their folder: the first is what
 // every layer is tested with, the others are the other end of what is tested.
 var testsMayImport = map[string][]string{
-	"layer/...":  {module + "layer/layertest", "golang.org/x/tools/txtar"},
+	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar"},
+	"doctor/...": {module + "test/docs"},
 	"lab/...":    {"google.golang.org/grpc"},
-	"source/...": {"golang.org/x/tools/txtar"},
+	"source/...": {module + "test/docs", "golang.org/x/tools/txtar"},
 	"cmd/...":    {module + "layer/layertest", "github.com/spf13/pflag", "github.com/cilium/ebpf"},
 	".":          {"github.com/cilium/ebpf"},
 }

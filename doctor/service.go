@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/proc"
 )
 
 const (
@@ -113,17 +114,12 @@ func nodePortsReserved(v *view) {
 	}
 	low, high, err := portRange(text)
 	from, to, err2 := portRange(strings.ReplaceAll(wanted, "-", " "))
-	kept, err3 := portList(reserved)
+	kept, err3 := proc.Ranges(reserved)
 	if err := errors.Join(err, err2, err3); err != nil {
 		v.lacks(localPorts, "%s", reason(err))
 		return
 	}
-	open := 0
-	for port := max(low, from); port <= min(high, to); port++ {
-		if !slices.ContainsFunc(kept, func(r [2]int) bool { return r[0] <= port && port <= r[1] }) {
-			open++
-		}
-	}
+	open := proc.Outside(max(low, from), min(high, to), kept)
 	if open == 0 {
 		v.sees(localPorts, "%d-%d; NodePorts are %s", low, high, wanted)
 		return
@@ -132,23 +128,4 @@ func nodePortsReserved(v *view) {
 	list := strings.Trim(strings.TrimSpace(reserved)+","+wanted, ",")
 	v.fix = fmt.Sprintf("sysctl -w %s=%s, and the same in a file in /etc/sysctl.d", reservedPorts, list)
 	v.undo = fmt.Sprintf("sysctl -w %s=%s", reservedPorts, strings.TrimSpace(reserved))
-}
-
-// portList reads "8080,9148,30000-32767".
-func portList(text string) (ranges [][2]int, err error) {
-	for word := range strings.SplitSeq(strings.TrimSpace(text), ",") {
-		if word == "" {
-			continue
-		}
-		first, last, isRange := strings.Cut(word, "-")
-		if !isRange {
-			last = first
-		}
-		low, high, err := portRange(first + " " + last)
-		if err != nil {
-			return nil, err
-		}
-		ranges = append(ranges, [2]int{low, high})
-	}
-	return ranges, nil
 }

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/doctor"
 	"github.com/millrace/millrace/doctor/report"
@@ -116,8 +115,12 @@ func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.
 	if err != nil {
 		return nil, err
 	}
+	kernel, err := kernelRelease()
+	if err != nil {
+		return nil, err
+	}
 	r := &report.Report{Results: doctor.Run(facts, checks), Header: report.Header{
-		Tool: "millrace doctor", Version: version, Node: hostname(), Kernel: kernelRelease(), Time: begun,
+		Tool: "millrace doctor", Version: version, Node: hostname(), Kernel: kernel, Time: begun,
 		Window: facts.Window.Seconds(), Namespaces: len(facts.Spaces), Unseen: facts.Unseen,
 	}}
 	if e.baseline != "" {
@@ -161,12 +164,4 @@ func printReport(s *settings, r *report.Report, status int) error {
 	}
 	codes := map[string]string{"fail": "31", "warn": "33", "info": "36", "skip": "2"}
 	return r.Text(os.Stdout, status, func(status, text string) string { return colour(codes[status], text) })
-}
-
-func kernelRelease() string {
-	var name unix.Utsname
-	if unix.Uname(&name) != nil {
-		return ""
-	}
-	return unix.ByteSliceToString(name.Release[:])
 }

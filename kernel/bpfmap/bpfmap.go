@@ -81,18 +81,26 @@ const batch = 4096
 // entries are read one by one.
 func (m *Map[K, V]) All() (map[K]V, error) {
 	all := make(map[K]V, batch)
+	if m.Each(func(key K, value V) { all[key] = value }) != nil {
+		return m.each()
+	}
+	return all, nil
+}
+
+// Each calls f with every entry, in batches, and keeps none. It may fail after some.
+func (m *Map[K, V]) Each(f func(key K, value V)) error {
 	keys, values := make([]K, batch), make([]V, batch)
 	var cursor ebpf.MapBatchCursor
 	for {
 		n, err := m.kernel.BatchLookup(&cursor, keys, values, nil)
 		for i := range n {
-			all[keys[i]] = values[i]
+			f(keys[i], values[i])
 		}
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return all, nil // the end
+			return nil // the end
 		}
 		if err != nil {
-			return m.each()
+			return fmt.Errorf("read map %s: %w", m.kernel.String(), err)
 		}
 	}
 }

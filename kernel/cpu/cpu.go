@@ -4,13 +4,13 @@
 package cpu
 
 import (
+	"errors"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
+
+	"github.com/millrace/millrace/kernel/proc"
 )
 
-// list is in the form of cpuset(7): "0-3,8".
 const list = "/sys/devices/system/cpu/online"
 
 // Online is how many processors are in use: of the machine, whatever share of them
@@ -20,7 +20,7 @@ func Online() (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("count processors: %w", err)
 	}
-	n, err := count(strings.TrimSpace(string(text)))
+	n, err := count(string(text))
 	if err != nil {
 		return 0, fmt.Errorf("count processors in %s: %w", list, err)
 	}
@@ -28,20 +28,12 @@ func Online() (int, error) {
 }
 
 func count(text string) (n int, err error) {
-	for part := range strings.SplitSeq(text, ",") {
-		from, to, several := strings.Cut(part, "-")
-		if !several {
-			to = from
-		}
-		first, err := strconv.Atoi(from)
-		if err != nil {
-			return 0, err
-		}
-		last, err := strconv.Atoi(to)
-		if err != nil {
-			return 0, err
-		}
-		n += last - first + 1
+	ranges, err := proc.Ranges(text)
+	for _, r := range ranges {
+		n += r.Last - r.First + 1
 	}
-	return n, nil
+	if err == nil && n == 0 {
+		err = errors.New("it names none")
+	}
+	return n, err
 }

@@ -176,19 +176,7 @@ func lockFolder(path string) (*os.File, error) {
 	if path == "" {
 		return nil, nil
 	}
-	folder, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("lock pin folder: %w", err)
-	}
-	err = unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = layer.ErrInUse
-	}
-	if err != nil {
-		folder.Close()
-		return nil, fmt.Errorf("lock pin folder %s: %w", path, err)
-	}
-	return folder, nil
+	return layer.Lock("pin folder", path)
 }
 
 // ready checks what can be checked before anything is changed.

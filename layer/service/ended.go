@@ -2,7 +2,6 @@ package service
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/kernel/sockdiag"
 	"github.com/millrace/millrace/model"
@@ -23,30 +23,23 @@ import (
 // flow is a connection of the packet path: what the client sends, and what it becomes.
 type flow struct{ from, to datapathTuple }
 
-// flowsAtOnce are read with one system call.
-const flowsAtOnce = 4096
-
 // eachFlow calls f with every connection of a client by the packet path which is not
 // marked yet.
 func eachFlow(translations *ebpf.Map, f func(flow)) error {
-	var cursor ebpf.MapBatchCursor
-	keys, values := make([]datapathTuple, flowsAtOnce), make([]datapathTranslation, flowsAtOnce)
-	for {
-		n, err := translations.BatchLookup(&cursor, keys, values, nil)
-		for i := range n {
-			v := &values[i]
-			client := v.Role != datapathRoleROLE_TO_POD && v.Flags&(datapathSeenSEEN_REPLY|datapathSeenSEEN_GONE) == 0 && v.Service != 0
-			if client && keys[i].Protocol == unix.IPPROTO_TCP {
-				f(flow{keys[i], v.To})
-			}
+	err := bpfmap.New[datapathTuple, datapathTranslation](translations).Each(func(key datapathTuple, t datapathTranslation) {
+		if key.Protocol == unix.IPPROTO_TCP && t.isClients() && t.Flags&datapathSeenSEEN_GONE == 0 && t.Service != 0 {
+			f(flow{key, t.To})
 		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read %s: %w", datapathMapTranslations, err)
-		}
+	})
+	if err != nil {
+		return fmt.Errorf("read %s: %w", datapathMapTranslations, err)
 	}
+	return nil
+}
+
+// isClients says that an entry is for what a client sends, not for the answers.
+func (t *datapathTranslation) isClients() bool {
+	return t.Role != datapathRoleROLE_TO_POD && t.Flags&datapathSeenSEEN_REPLY == 0
 }
 
 func (f flow) use() use {
@@ -54,9 +47,7 @@ func (f flow) use() use {
 }
 
 func endOf(address datapathAddress, port uint16) netip.AddrPort {
-	var network [2]byte
-	binary.NativeEndian.PutUint16(network[:], port)
-	return netip.AddrPortFrom(addrOf(address.Word), binary.BigEndian.Uint16(network[:]))
+	return netip.AddrPortFrom(addrOf(address.Word), portOf(port))
 }
 
 // endFlow marks a flow, if it is still the one that was seen, and open.

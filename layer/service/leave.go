@@ -146,7 +146,7 @@ func (l *Layer) Left() (left int, err error) {
 func openConnections(flows map[datapathTuple]datapathTranslation) map[datapathTuple]datapathTuple {
 	open := map[datapathTuple]datapathTuple{}
 	for key, client := range flows {
-		if key.Protocol != unix.IPPROTO_TCP || client.Role == datapathRoleROLE_TO_POD || client.Flags&datapathSeenSEEN_REPLY != 0 {
+		if key.Protocol != unix.IPPROTO_TCP || !client.isClients() {
 			continue // the reply's entry is looked up by the client's
 		}
 		back := reverseOf(client.To)
@@ -173,11 +173,11 @@ func (l *Layer) forgetEnded(prefix string) error {
 	if !t.same {
 		return nil
 	}
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+	now, err := monotonicSeconds()
+	if err != nil {
 		return err
 	}
-	ended, clients := endedFlows(t.flows, uint32(now.Sec))
+	ended, clients := endedFlows(t.flows, now)
 	if err := l.endMasquerades(prefix, ended); err != nil {
 		return err
 	}
@@ -201,7 +201,7 @@ func endedFlows(flows map[datapathTuple]datapathTranslation, now uint32) (ended 
 			continue
 		}
 		ended = append(ended, key)
-		if flow.Role != datapathRoleROLE_TO_POD && flow.Flags&datapathSeenSEEN_REPLY == 0 {
+		if flow.isClients() {
 			clients++
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/millrace/millrace/test/docs"
 )
 
 // The reasons are defined once, in bpf/verdict.h. The table in the docs is made
@@ -34,25 +36,5 @@ func TestReasonsAreTheSameEverywhere(t *testing.T) {
 		}
 		table += fmt.Sprintf("| `%s` | %s |\n", names[i], d[2])
 	}
-	inDocs(t, "../../docs/service.md", "reasons", table)
-}
-
-// inDocs checks, or with UPDATE_GOLDEN writes, the text between two marks.
-func inDocs(t *testing.T, path, mark, want string) {
-	t.Helper()
-	page, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	between := regexp.MustCompile(`(?s)(<!-- ` + mark + `:[^>]*-->\n).*?(<!-- end of ` + mark + ` -->)`)
-	fresh := between.ReplaceAll(page, []byte("${1}"+want+"\n${2}"))
-	if string(fresh) == string(page) {
-		return
-	}
-	if os.Getenv("UPDATE_GOLDEN") == "" {
-		t.Fatalf("%s: the table %q is stale: run this test with UPDATE_GOLDEN=1", path, mark)
-	}
-	if err := os.WriteFile(path, fresh, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	docs.Fresh(t, "../../docs/service.md", "reasons", table)
 }

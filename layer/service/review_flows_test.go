@@ -69,6 +69,23 @@ func TestClientsComeAgainFromTheSamePort(t *testing.T) {
 	}
 }
 
+// serves checks that the node's entrances lead to the pod here and to the other node's,
+// with datagrams and streams of so many bytes, three times each.
+func (h *harbour) serves(datagram, stream int) {
+	h.t.Helper()
+	for _, server := range []*pod{h.local, h.other} {
+		h.become(h.services(nil, server))
+		for _, way := range entrances[:4] {
+			text := long(way.network, datagram, stream)
+			for range 3 {
+				if line, rest, err := h.client.call(way.network, way.address, text); err != nil || rest != text {
+					h.t.Errorf("%s to %s: %q, %d of %d bytes, %v\n%s", way.network, way.address, line, len(rest), len(text), err, h.ruleset())
+				}
+			}
+		}
+	}
+}
+
 // Where connections are tracked the node puts fragments together and takes them apart
 // again, between our programs; and drops what it calls invalid, if it is told to.
 func TestWireBesideConntrack(t *testing.T) {
@@ -80,20 +97,7 @@ func TestWireBesideConntrack(t *testing.T) {
 	h.local.serveAll("local")
 	h.other.serveAll("far")
 	h.open(h.services(nil, h.local))
-	for _, server := range []*pod{h.local, h.other} {
-		h.become(h.services(nil, server))
-		for _, way := range entrances[:4] {
-			text := strings.Repeat("x", 20000)
-			if way.network == "tcp" {
-				text = strings.Repeat("0123456789abcdef", 1<<14)
-			}
-			for range 3 {
-				if _, rest, err := h.client.call(way.network, way.address, text); err != nil || rest != text {
-					t.Errorf("%s to %s: %d of %d bytes, %v\n%s", way.network, way.address, len(rest), len(text), err, h.ruleset())
-				}
-			}
-		}
-	}
+	h.serves(20000, 1<<18)
 	if rules := h.ruleset(); strings.Count(rules, "packets 0 bytes 0") != 2 {
 		t.Errorf("packets were called invalid:\n%s", rules)
 	}
@@ -145,17 +149,7 @@ func TestWireBesideAPluginThatMasquerades(t *testing.T) {
 	h.local.serveAll("local")
 	h.other.serveAll("far")
 	h.open(h.services(nil, h.local))
-	for _, server := range []*pod{h.local, h.other} {
-		h.become(h.services(nil, server))
-		for _, way := range entrances[:4] {
-			text := strings.Repeat("x", 3000)
-			for range 3 {
-				if line, rest, err := h.client.call(way.network, way.address, text); err != nil || rest != text {
-					t.Errorf("%s to %s: %q, %d of %d bytes, %v\n%s", way.network, way.address, line, len(rest), len(text), err, h.ruleset())
-				}
-			}
-		}
-	}
+	h.serves(3000, 3000)
 	if strings.Contains(h.ruleset(), "packets 0 bytes 0") {
 		t.Errorf("nothing was masqueraded by the plug-in:\n%s", h.ruleset())
 	}

@@ -84,20 +84,7 @@ func wiresWithoutEthernetHeaders(t *testing.T) {
 	}{{h.local, "local", client4, client6}, {h.other, "far", nodeToOther, nodeToOther6}} {
 		h.become(h.services(nil, row.server))
 		h.again(h.services(nil, row.server)) // another process takes it over
-		for _, way := range entrances {
-			text := strings.Repeat("x", 9000)
-			if way.network == "tcp" {
-				text = strings.Repeat("0123456789abcdef", 1<<12)
-			}
-			want := row.name + " " + row.sees4
-			if strings.HasPrefix(way.address, "[") {
-				want = row.name + " " + row.sees6
-			}
-			line, rest, err := h.client.call(way.network, way.address, text)
-			if err != nil || line != want || rest != text {
-				t.Errorf("%s to %s: %q, %d of %d bytes, %v; want %q", way.network, way.address, line, len(rest), len(text), err, want)
-			}
-		}
+		h.reaches(row.name, row.sees4, row.sees6, 1<<16)
 	}
 	h.become(h.services(nil))
 	for _, way := range entrances[:4] {

@@ -4,14 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/cilium/ebpf"
 
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/proc"
+	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -287,21 +286,24 @@ const (
 // without those that the kernel gives to the node's own sockets
 // (ip_local_port_range), and without node ports.
 func (d *datapath) findSourcePorts() error {
-	var text, reserved []byte
-	err := d.inNetns(func() (err error) {
-		if text, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
-			reserved, err = os.ReadFile("/proc/sys/net/ipv4/ip_local_reserved_ports")
-		}
-		return err
-	})
+	settings := sysctl.Tree{Root: "/proc/sys", Netns: d.settings.Netns}
+	text, err := settings.Read("net.ipv4.ip_local_port_range")
 	if err != nil {
-		return fmt.Errorf("read which ports sockets are given: %w", err)
+		return fmt.Errorf("find out which ports sockets are given: %w", err)
 	}
 	var low, high int
-	if _, err := fmt.Sscan(string(text), &low, &high); err != nil {
-		return fmt.Errorf("read ip_local_port_range %q: %w", text, err)
+	if _, err := fmt.Sscan(text, &low, &high); err != nil {
+		return fmt.Errorf("read net.ipv4.ip_local_port_range %q: %w", text, err)
 	}
-	if givesNodePorts(low, high, string(reserved)) {
+	text, err = settings.Read("net.ipv4.ip_local_reserved_ports")
+	if err != nil {
+		return fmt.Errorf("find out which ports sockets are given: %w", err)
+	}
+	reserved, err := proc.Ranges(text)
+	if err != nil {
+		return fmt.Errorf("read net.ipv4.ip_local_reserved_ports: %w", err)
+	}
+	if proc.Outside(max(low, firstNodePort), min(high, lastNodePort), reserved) > 0 {
 		d.degraded = append(d.degraded, fmt.Sprintf("net.ipv4.ip_local_port_range %d %d has node ports in it: a UDP socket of this node that is given the number of one "+
 			"and does not connect gets no answers; set net.ipv4.ip_local_reserved_ports to %d-%d", low, high, firstNodePort, lastNodePort))
 	}
@@ -311,30 +313,6 @@ func (d *datapath) findSourcePorts() error {
 			"net.ipv4.ip_local_port_range is %d %d", d.portCount, low, high))
 	}
 	return nil
-}
-
-// givesNodePorts says that the kernel may give node ports to sockets: some are in the
-// range that it gives from and not in the list of those that it does not give, such as
-// "8080,30000-32767".
-func givesNodePorts(low, high int, reserved string) bool {
-	kept := map[int]bool{}
-	for part := range strings.SplitSeq(strings.TrimSpace(reserved), ",") {
-		first, last, isRange := strings.Cut(part, "-")
-		from, err := strconv.Atoi(first)
-		to := from
-		if isRange && err == nil {
-			to, err = strconv.Atoi(last)
-		}
-		for port := from; err == nil && port <= to; port++ {
-			kept[port] = true
-		}
-	}
-	for port := max(low, firstNodePort); port <= min(high, lastNodePort); port++ {
-		if !kept[port] {
-			return true
-		}
-	}
-	return false
 }
 
 // largestGap is the largest range of ports outside low to high and the node ports;

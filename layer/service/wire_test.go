@@ -168,6 +168,30 @@ var entrances = []struct{ network, address string }{
 	{"tcp", "10.96.0.1:80"}, {"udp", "[fd00:96::10]:53"},
 }
 
+// reaches checks that every entrance leads the client to a pod that sees it come from
+// one of two addresses, with long datagrams and streams of so many bytes.
+func (h *harbour) reaches(name, sees4, sees6 string, stream int) {
+	h.t.Helper()
+	for _, way := range entrances {
+		text, want := long(way.network, 9000, stream), name+" "+sees4
+		if strings.HasPrefix(way.address, "[") {
+			want = name + " " + sees6
+		}
+		line, rest, err := h.client.call(way.network, way.address, text)
+		if err != nil || line != want || rest != text {
+			h.t.Errorf("%s to %s: %q, %d of %d bytes, %v; want %q", way.network, way.address, line, len(rest), len(text), err, want)
+		}
+	}
+}
+
+// long is a text for a datagram or a stream.
+func long(network string, datagram, stream int) string {
+	if network == "tcp" {
+		return strings.Repeat("0123456789abcdef", (stream+15)/16)
+	}
+	return strings.Repeat("x", datagram)
+}
+
 // A client elsewhere reaches pods of this node, which see it, and of others, which
 // see the node; large transfers and fragments too.
 func TestClientsElsewhereReachEveryEntry(t *testing.T) {
@@ -190,20 +214,7 @@ func TestClientsElsewhereReachEveryEntry(t *testing.T) {
 		} else {
 			h.become(snapshot)
 		}
-		for _, way := range entrances {
-			text := strings.Repeat("x", 9000)
-			if way.network == "tcp" {
-				text = strings.Repeat("0123456789abcdef", 1<<14)
-			}
-			want := row.name + " " + row.sees4
-			if strings.HasPrefix(way.address, "[") {
-				want = row.name + " " + row.sees6
-			}
-			line, rest, err := h.client.call(way.network, way.address, text)
-			if err != nil || line != want || rest != text {
-				t.Errorf("%s to %s: %q, %d of %d bytes, %v; want %q", way.network, way.address, line, len(rest), len(text), err, want)
-			}
-		}
+		h.reaches(row.name, row.sees4, row.sees6, 1<<18)
 		if n := h.masqueraded(); (n > 0) != row.masquerades {
 			t.Errorf("%s: %d entries of masqueraded flows", row.name, n)
 		}
@@ -419,27 +430,6 @@ func TestSourcePortsAreNobodyElses(t *testing.T) {
 	} {
 		if first, count := largestGap(row.low, row.high); first != row.first || count != row.count {
 			t.Errorf("beside %d to %d: %d from %d on, want %d from %d on", row.low, row.high, count, first, row.count, row.first)
-		}
-	}
-}
-
-// Node ports are safe from the node's own sockets where the kernel gives others, or was
-// told to leave them out.
-func TestNodePortsThatSocketsAreGiven(t *testing.T) {
-	for _, row := range []struct {
-		low, high int
-		reserved  string
-		want      bool
-	}{
-		{32768, 60999, "\n", false},
-		{1024, 65535, "\n", true},
-		{1024, 65535, "8080,30000-32767\n", false},
-		{1024, 65535, "30000-32000,32002-32767\n", true},
-		{1024, 65535, "30000-32000,32001,32002-32767\n", false},
-		{32000, 60999, "32000-32767", false},
-	} {
-		if got := givesNodePorts(row.low, row.high, row.reserved); got != row.want {
-			t.Errorf("%d to %d without %q: %v", row.low, row.high, row.reserved, got)
 		}
 	}
 }

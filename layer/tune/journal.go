@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/netns"
-	"github.com/millrace/millrace/layer"
 )
 
 // entry is what is remembered of a setting that this layer set.
@@ -127,23 +126,6 @@ func replace(path string, data []byte) error {
 		return err
 	}
 	return os.Rename(path+".new", path)
-}
-
-// lock takes a folder for this process until the file is closed.
-func lock(folder string) (*os.File, error) {
-	file, err := os.Open(folder)
-	if err != nil {
-		return nil, fmt.Errorf("lock folder: %w", err)
-	}
-	err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = layer.ErrInUse
-	}
-	if err != nil {
-		file.Close()
-		return nil, fmt.Errorf("lock folder %s: %w", folder, err)
-	}
-	return file, nil
 }
 
 // removeFolder removes what this layer has in its folder, and the folder.

@@ -91,7 +91,7 @@ func (l *Layer) Open() error {
 	if err := os.MkdirAll(l.settings.Folder, 0o700); err != nil {
 		return fmt.Errorf("make folder: %w", err)
 	}
-	held, err := lock(l.settings.Folder)
+	held, err := layer.Lock("folder", l.settings.Folder)
 	if err != nil {
 		return err
 	}

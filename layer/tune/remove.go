@@ -42,7 +42,7 @@ func (l *Layer) removal(j journal) (changes layer.Changes) {
 // Remove implements layer.Layer. It returns layer.ErrInUse while a process has the
 // layer open, this one too.
 func (l *Layer) Remove() (layer.Changes, error) {
-	held, err := lock(l.settings.Folder)
+	held, err := layer.Lock("folder", l.settings.Folder)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -1,13 +1,14 @@
 package kubeproxy
 
 import (
-	"os"
 	"reflect"
 	"strings"
 	"testing"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
+
+	"github.com/millrace/millrace/test/docs"
 )
 
 // leaves are the paths of an API type, and of all that it holds.
@@ -107,24 +108,5 @@ func shapeOf(of reflect.Type) shape {
 
 // The documentation has the table that the code goes by.
 func TestTableInDocsIsFresh(t *testing.T) {
-	const path, begin, end = "../../docs/kube-proxy.md", "<!-- fields -->\n", "<!-- fields end -->\n"
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, rest, found := strings.Cut(string(data), begin)
-	_, after, foundEnd := strings.Cut(rest, end)
-	if !found || !foundEnd {
-		t.Fatalf("%s has no %q and %q", path, begin, end)
-	}
-	want := before + begin + Table() + end + after
-	if want == string(data) {
-		return
-	}
-	if os.Getenv("UPDATE_GOLDEN") == "" {
-		t.Fatalf("%s: the table is stale: run this test with UPDATE_GOLDEN=1", path)
-	}
-	if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	docs.Fresh(t, "../../docs/kube-proxy.md", "fields", Table())
 }
