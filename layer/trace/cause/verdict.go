@@ -1,0 +1,54 @@
+package cause
+
+import "net/netip"
+
+// Confidence is how sure a verdict is.
+type Confidence string
+
+// High: the evidence fits nothing else. Medium: one thing else is possible, and said.
+// Low: it is the most likely of several.
+const (
+	High   Confidence = "high"
+	Medium Confidence = "medium"
+	Low    Confidence = "low"
+)
+
+// Verdict is one cause of packets that died, or of connections that did not come about.
+type Verdict struct {
+	// Cause is the stable identifier: "conntrack-table-full". Docs list them.
+	Cause string `json:"cause"`
+	// Title is one sentence that names the object and the number.
+	Title string `json:"title"`
+	// Evidence says what was seen and where it was read.
+	Evidence []string `json:"evidence"`
+	// Not are the causes that it is not, each with the evidence against it.
+	Not        []string   `json:"not"`
+	Confidence Confidence `json:"confidence"`
+	// Fix and Undo are commands, to be given on the node.
+	Fix  string `json:"fix"`
+	Undo string `json:"undo"`
+	// Owner is whose the rule, program, socket, route or setting is.
+	Owner string `json:"owner"`
+	Where Where  `json:"where"`
+	// Tuple is one of those that were met; Packets how many died of it.
+	Tuple   *Ends  `json:"tuple,omitempty"`
+	Packets uint64 `json:"packets"`
+}
+
+// Where is the place of a cause.
+type Where struct {
+	Node      string `json:"node,omitempty"`
+	Namespace string `json:"namespace"`
+	Pod       string `json:"pod,omitempty"`
+	// Hook is the way of the packet where it died: "prerouting", "forward", "tc ingress",
+	// "socket", "route" ...
+	Hook      string `json:"hook,omitempty"`
+	Interface string `json:"interface,omitempty"`
+}
+
+// Ends are a Tuple as people and machines read it.
+type Ends struct {
+	Protocol    string         `json:"protocol"`
+	Source      netip.AddrPort `json:"source"`
+	Destination netip.AddrPort `json:"destination"`
+}
