@@ -30,9 +30,10 @@ var flowMaps = []string{datapathMapTranslations, datapathMapPlaces, datapathMapV
 // packetMaps are those that the packet path needs, with flows or without.
 var packetMaps = append([]string{datapathMapMasquerades}, flowMaps...)
 
-// ruleMaps are what the programs know beside the tables.
+// ruleMaps are what the programs know beside the tables, and what the agent does.
 var ruleMaps = []string{datapathMapSourceRanges, datapathMapNodeAddresses, datapathMapNodePorts,
-	datapathMapWires, datapathMapSpaces, datapathMapClients, datapathMapAffinities, datapathMapPaths}
+	datapathMapWires, datapathMapSpaces, datapathMapClients, datapathMapAffinities, datapathMapPaths,
+	datapathMapDraining}
 
 const (
 	linkPrefix = "link_"

@@ -288,6 +288,14 @@ type datapathUsage struct {
 	Flows int64
 }
 
+type datapathUse struct {
+	_            structs.HostLayout
+	Service      datapathAddress
+	Endpoint     datapathAddress
+	ServicePort  uint16
+	EndpointPort uint16
+}
+
 type datapathVerdict uint32
 
 const (
@@ -362,6 +370,7 @@ const (
 	datapathMapBackends      = "backends"
 	datapathMapClients       = "clients"
 	datapathMapConnected     = "connected"
+	datapathMapDraining      = "draining"
 	datapathMapExplained     = "explained"
 	datapathMapFlowUsage     = "flow_usage"
 	datapathMapFragments     = "fragments"
@@ -480,6 +489,7 @@ type datapathMapSpecs struct {
 	Backends      *ebpf.MapSpec `ebpf:"backends"`
 	Clients       *ebpf.MapSpec `ebpf:"clients"`
 	Connected     *ebpf.MapSpec `ebpf:"connected"`
+	Draining      *ebpf.MapSpec `ebpf:"draining"`
 	Explained     *ebpf.MapSpec `ebpf:"explained"`
 	FlowUsage     *ebpf.MapSpec `ebpf:"flow_usage"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
@@ -538,6 +548,7 @@ type datapathMaps struct {
 	Backends      *ebpf.Map `ebpf:"backends"`
 	Clients       *ebpf.Map `ebpf:"clients"`
 	Connected     *ebpf.Map `ebpf:"connected"`
+	Draining      *ebpf.Map `ebpf:"draining"`
 	Explained     *ebpf.Map `ebpf:"explained"`
 	FlowUsage     *ebpf.Map `ebpf:"flow_usage"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
@@ -566,6 +577,7 @@ func (m *datapathMaps) Close() error {
 		m.Backends,
 		m.Clients,
 		m.Connected,
+		m.Draining,
 		m.Explained,
 		m.FlowUsage,
 		m.Fragments,

@@ -136,6 +136,7 @@ var needed = map[string]struct{ key, value []string }{
 	datapathMapTranslations: {tupleFields, []string{"to.source", "to.destination", "to.source_port", "to.destination_port", "to.protocol", "was", "service", "number", "seen", "flags", "role"}},
 	datapathMapPlaces:       {[]string{""}, tupleFields},
 	datapathMapFlowUsage:    {[]string{""}, []string{"flows"}},
+	datapathMapDraining:     {[]string{"service", "endpoint", "service_port", "endpoint_port"}, []string{""}},
 }
 
 var tupleFields = []string{"source", "destination", "source_port", "destination_port", "protocol"}

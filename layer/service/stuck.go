@@ -57,8 +57,8 @@ type use struct {
 	endpoint netip.AddrPort
 }
 
-// stuck looks for sockets whose endpoint is gone, and closes them. All it knows
-// can be found again in the kernel: the next process goes on where this one ended.
+// stuck looks for sockets whose endpoint is gone, and closes them. All it knows is
+// found again in the kernel: the next process goes on where this one ended.
 type stuck struct {
 	drain time.Duration
 	netns string
@@ -88,8 +88,10 @@ type stuck struct {
 	// ending are flows of the packet path, likewise.
 	ending []flow
 
-	// drains are uses of TCP whose endpoint is gone, and since when.
-	drains map[use]time.Time
+	drains drains
+	// noted is what the map draining holds, and unnoted why it could not be written.
+	noted   drains
+	unnoted error
 	// stays are uses of endpoints that get no new connections, but are not gone.
 	stays  map[use]bool
 	closed map[string]uint64 // by the name of the counter
@@ -102,6 +104,8 @@ func newStuck(settings Settings, maps func() map[string]*ebpf.Map, endFlow func(
 		s.drain = DefaultDrain
 	}
 	s.closer, s.cannot = sockdiag.New(settings.Netns)
+	s.drains, s.unnoted = readDrains(maps()[datapathMapDraining])
+	s.noted = s.drains
 	s.alarm = time.AfterFunc(time.Hour, func() {
 		select {
 		case s.wake <- struct{}{}:
@@ -153,11 +157,37 @@ func (s *stuck) applied(have, wanted *Picture, dropped bool) {
 	}
 	again, same := s.wanted != nil && s.wanted.whole, s.wanted == wanted
 	s.have, s.wanted = have, wanted
-	if !wanted.whole || again && !dropped && (same || !s.someAreGone()) {
+	if !wanted.whole {
+		return
+	}
+	s.forgetReturned()
+	if again && !dropped && (same || !s.someAreGone()) {
 		return
 	}
 	s.changed = time.Now()
 	s.lookAt(s.changed)
+}
+
+// forgetReturned forgets since when endpoints had been gone that are back: if they go
+// again, their connections have the whole limit.
+func (s *stuck) forgetReturned() {
+	still := drains{}
+	for u, since := range s.drains {
+		if s.gone(u) {
+			still[u] = since
+		}
+	}
+	if len(still) < len(s.drains) {
+		s.become(still)
+	}
+}
+
+// become is what drains from now on, also for the process after this one.
+func (s *stuck) become(now drains) {
+	s.drains = now
+	if s.unnoted = now.note(s.maps()[datapathMapDraining], s.noted); s.unnoted == nil {
+		s.noted = now
+	}
 }
 
 // someAreGone says whether one of the endpoints that were only not ready is gone.
@@ -245,7 +275,7 @@ func (s *stuck) condemn(now time.Time) error {
 // who stays.
 func (s *stuck) judge(now time.Time) error {
 	s.condemned = nil
-	drains, stays, isGone := map[use]time.Time{}, map[use]bool{}, map[use]bool{}
+	draining, stays, isGone := drains{}, map[use]bool{}, map[use]bool{}
 	over := func(u use) bool {
 		gone, known := isGone[u]
 		if !known {
@@ -259,13 +289,13 @@ func (s *stuck) judge(now time.Time) error {
 		if u.frontend.Protocol == model.UDP {
 			return true
 		}
-		if _, draining := drains[u]; !draining {
-			drains[u] = now
+		if _, known := draining[u]; !known {
+			draining[u] = now
 			if since, before := s.drains[u]; before {
-				drains[u] = since
+				draining[u] = since
 			}
 		}
-		return now.Sub(drains[u]) >= s.drain
+		return now.Sub(draining[u]) >= s.drain
 	}
 	err := s.walk.each(func(u use, socket sockdiag.Socket) {
 		if over(u) {
@@ -275,8 +305,12 @@ func (s *stuck) judge(now time.Time) error {
 	if err == nil {
 		err = s.judgeFlows(over)
 	}
-	s.drains, s.stays = drains, stays
-	return err
+	if err != nil {
+		return err
+	}
+	s.stays = stays
+	s.become(draining)
+	return nil
 }
 
 func (s *stuck) closeAll(sockets []sockdiag.Socket) {
@@ -302,6 +336,9 @@ func (s *stuck) describe(d *layer.Description) {
 	}
 	if s.cannot != nil {
 		d.Degraded = append(d.Degraded, fmt.Sprintf("connected sockets whose endpoint is gone stay as they are: %v", s.cannot))
+	}
+	if s.unnoted != nil {
+		d.Degraded = append(d.Degraded, fmt.Sprintf("since when endpoints have been gone is not noted, so the drain limit begins again with the next agent: %v", s.unnoted))
 	}
 	if s.left > 0 {
 		d.Degraded = append(d.Degraded, fmt.Sprintf("%d connected sockets whose endpoint is gone could not be closed; the last: %v", s.left, s.leftBecause))

@@ -29,7 +29,6 @@ const (
 //
 // Manual: the endpoint was taken from the Service, and lives. Connected sockets are
 // closed, which is what docs/service.md says: UDP at once, TCP after the drain limit.
-// How many were told late is counted; at the end nobody may be silent.
 func (c *churn) excuse(f failure) string {
 	ended := f.At.Add(time.Duration(f.MS) * time.Millisecond)
 	switch f.Target {
@@ -45,12 +44,16 @@ func (c *churn) excuseMove(f failure, ended time.Time) string {
 	if !strings.Contains(f.Error, "software caused connection abort") && !strings.Contains(f.Error, "destination address required") {
 		return ""
 	}
-	for _, away := range c.away[f.Server] {
+	since := time.Time{} // when it was away for an agent that was down when it came back
+	for i, away := range c.away[f.Server] {
+		if i == 0 || !c.someDown(c.away[f.Server][i-1].to, away.from) {
+			since = away.from
+		}
 		switch {
 		case f.Kind == "udp-long" && ended.After(away.from) && ended.Before(c.known(away.from)):
 			return "a socket was told that its endpoint is not the Service's any more"
-		case f.Kind == "tcp-long" && ended.After(away.from.Add(drain-time.Second)):
-			return "a connection was closed" + c.late(away.from, ended)
+		case f.Kind == "tcp-long" && ended.After(since.Add(drain-time.Second)) && ended.Before(c.told(away.from, f)):
+			return "a connection was closed after the drain limit"
 		}
 	}
 	return ""
@@ -58,24 +61,33 @@ func (c *churn) excuseMove(f failure, ended time.Time) string {
 
 // known is when all agents know what happened at a moment: soon, but where one was down
 // just then, soon after all have been ready again.
-func (c *churn) known(what time.Time) time.Time {
-	known := what.Add(slack)
+func (c *churn) known(what time.Time) time.Time { return c.done(what, what.Add(slack)) }
+
+// done is when all agents have done what they should have done between two moments.
+func (c *churn) done(from, until time.Time) time.Time {
+	done := until
 	for _, down := range c.down {
-		if down.from.Before(what.Add(slack)) && down.to.After(what) && down.to.Add(slack).After(known) {
-			known = down.to.Add(slack)
+		if down.within(from, until) && down.to.Add(slack).After(done) {
+			done = down.to.Add(slack)
 		}
 	}
-	return known
+	return done
 }
 
-// late says whether a connection was told in time. With each start of an agent the drain
-// limit begins again, and a client outside is told when TCP sends again, in twice the
-// time.
-func (c *churn) late(gone, told time.Time) string {
-	if told.Before(c.known(gone).Add(drain)) {
-		return " after the drain limit, or before"
+// someDown says whether some agent was down between two moments.
+func (c *churn) someDown(from, until time.Time) bool {
+	return slices.ContainsFunc(c.down, func(down *span) bool { return down.within(from, until) })
+}
+
+// told is when a connection has been told that its endpoint went: after the drain limit,
+// which begins when an agent knows it, and goes on with the next agent. A client outside
+// is told when TCP sends again, which may be in twice the time.
+func (c *churn) told(gone time.Time, f failure) time.Time {
+	told := c.done(gone.Add(drain), c.known(gone).Add(drain))
+	if f.outside {
+		told = told.Add(told.Sub(f.At))
 	}
-	return " late: agents were started again, or it had nothing to send"
+	return told
 }
 
 func (c *churn) excuseDeath(f failure, ended time.Time) string {
@@ -86,8 +98,10 @@ func (c *churn) excuseDeath(f failure, ended time.Time) string {
 		switch {
 		case !ended.After(d.at) || !f.At.Before(known) && f.Kind != "tcp-long":
 		case knows && f.Kind == "tcp-long":
-			return "the connection's endpoint was killed, and it was told" + c.late(d.at, ended)
-		case knows && f.Kind != "tcp-long":
+			if ended.Before(c.told(d.at, f)) {
+				return "the connection's endpoint was killed, and it was told"
+			}
+		case knows:
 			c.latest = max(c.latest, f.At.Sub(d.at))
 			return "the call's endpoint was killed"
 		case !f.At.Before(known):

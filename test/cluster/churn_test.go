@@ -44,8 +44,9 @@ type churn struct {
 // span is from one moment to another, or goes on.
 type span struct{ from, to time.Time }
 
-func (s *span) has(at time.Time) bool {
-	return at.After(s.from) && (s.to.IsZero() || at.Before(s.to))
+// within says that a part of it lies between two moments.
+func (s *span) within(from, until time.Time) bool {
+	return s.from.Before(until) && (s.to.IsZero() || s.to.After(from))
 }
 
 type event struct {

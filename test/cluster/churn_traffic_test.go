@@ -105,6 +105,9 @@ func targetsAt(name string, port int, addresses ...string) (all []string) {
 	return all
 }
 
+// outside is the name of the caller outside the cluster.
+const outside = "outside"
+
 // caller is one program that calls, and what it said.
 type caller struct {
 	name string
@@ -121,14 +124,14 @@ func (c *churn) open() {
 	c.t.Cleanup(remove)
 	text := "apiVersion: v1\nkind: Namespace\nmetadata: {name: churn}\n" + serversText("DaemonSet", "stable", "") +
 		serversText("Deployment", "graceful", "  replicas: 3\n") + serversText("Deployment", "abrupt", "  replicas: 4\n")
-	var within, outside []string
+	var within, without []string
 	for _, s := range churned {
 		v4, v6 := clusterIPs(s.number)
 		text += serviceText(s.name, s.app, v4, v6, s.nodePort, s.more)
 		within = append(within, targetsAt(s.name, 80, v4, v6)...)
 		for _, n := range allNodes() {
 			if s.nodePort != 0 {
-				outside = append(outside, targetsAt(s.name, s.nodePort, n.v4(), n.v6())...)
+				without = append(without, targetsAt(s.name, s.nodePort, n.v4(), n.v6())...)
 			}
 		}
 	}
@@ -152,7 +155,7 @@ func (c *churn) open() {
 	for _, n := range allNodes() {
 		c.callFrom(n.name(), exec.Command(folder+"/node", append([]string{fmt.Sprint(int(n)), c.program(), "call", "--stdin"}, within...)...))
 	}
-	c.callFrom("outside", inside(control, c.program(), append([]string{"call", "--stdin"}, outside...)...))
+	c.callFrom(outside, inside(control, c.program(), append([]string{"call", "--stdin"}, without...)...))
 	c.settle()
 }
 
@@ -205,6 +208,7 @@ type failure struct {
 	At                                        time.Time
 	MS                                        int64
 	Target, Kind, To, Endpoint, Server, Error string
+	outside                                   bool // the cluster
 }
 
 func (f failure) String() string {
@@ -244,6 +248,7 @@ func (from *caller) listen(since time.Time) (s said, err error) {
 		switch {
 		case line.At.Before(since):
 		case line.Error != "":
+			line.failure.outside = from.name == outside
 			s.failures = append(s.failures, line.failure)
 		default:
 			s.asked, s.failed, s.last = s.asked+line.Asked, s.failed+line.Failed, line.second

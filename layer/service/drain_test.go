@@ -1,0 +1,102 @@
+package service
+
+import (
+	"testing"
+	"time"
+)
+
+// An agent that is killed while connections drain leaves their limit to the next one,
+// however often that happens.
+func TestTheDrainLimitGoesOnWithTheNextAgent(t *testing.T) {
+	const drain = 3 * time.Second
+	for _, path := range []Path{PathSocket, PathPacket} {
+		t.Run(string(path), func(t *testing.T) {
+			v := newVillage(t, Settings{Path: path, Drain: drain})
+			client, first, second := v.pod(), v.pod().servesAll("first"), v.pod().servesAll("second")
+			leave := client.stay() // a process, by which its namespace is found
+			defer leave()
+			v.open(dnsAt(first))
+			_, streams := v.callAll(client.netns)
+			gone := time.Now()
+			v.become(dnsAt(second))
+			var begun time.Time
+			for part := range 2 {
+				v.ticksUntil(gone.Add(time.Duration(part+1) * drain / 3))
+				begun = time.Now()
+				v.reopen(dnsAt(second))
+			}
+			v.allTalk(streams)
+			v.closes(waiting(streams)...)
+			ended := time.Now()
+			if ended.Sub(gone) < drain {
+				t.Errorf("connections were closed after %v, want %v", ended.Sub(gone), drain)
+			}
+			if ended.Sub(begun) >= drain {
+				t.Errorf("connections were closed %v after the last agent had begun: the limit of %v began again with it", ended.Sub(begun), drain)
+			}
+		})
+	}
+}
+
+// An endpoint was gone, has come back, and is gone again: who has connected meanwhile
+// has the whole limit, whoever closed what had been before.
+func TestTheDrainLimitBeginsWhenAnEndpointGoesAgain(t *testing.T) {
+	const drain = lookAgain + 500*time.Millisecond // nobody looks once more after it
+	for name, comeBack := range map[string]func(*village, *pod){
+		"the same agent": func(v *village, p *pod) { v.become(dnsAt(p)) },
+		"another agent":  func(v *village, p *pod) { v.reopen(dnsAt(p)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := newVillage(t, Settings{Drain: drain})
+			client, server := v.pod(), v.pod().servesAll("server")
+			v.open(dnsAt(server))
+			_, streams := v.callAll(client.netns)
+			v.become(dnsAt())
+			v.closes(waiting(streams)...)
+			v.settles()
+			comeBack(v, server)
+			_, streams = v.callAll(client.netns)
+			gone := time.Now()
+			v.become(dnsAt())
+			v.closes(waiting(streams)...)
+			if took := time.Since(gone); took < drain {
+				t.Errorf("connections were closed after %v, want %v", took, drain)
+			}
+		})
+	}
+}
+
+// What nobody waits for any more is not noted for ever.
+func TestWhatDrainsIsNotedWhileItDoes(t *testing.T) {
+	v := newVillage(t, Settings{Drain: time.Hour})
+	client, first, second := v.pod(), v.pod().servesAll("first"), v.pod().servesAll("second")
+	v.open(dnsAt(first))
+	_, streams := v.callAll(client.netns)
+	v.become(dnsAt(second))
+	v.looks()
+	v.notes(len(streams))
+	for _, c := range streams {
+		hangUp(c.conn)
+	}
+	v.looks()
+	v.notes(0)
+}
+
+// notes fails the test unless so many uses are noted in the kernel.
+func (v *village) notes(want int) {
+	v.t.Helper()
+	noted, err := readDrains(v.layer.datapath.maps[datapathMapDraining])
+	v.must(err)
+	if len(noted) != want || len(v.layer.stuck.drains) != want {
+		v.t.Errorf("%v are noted, %v drain, want %d", noted, v.layer.stuck.drains, want)
+	}
+}
+
+// ticksUntil is an agent that works until a moment.
+func (v *village) ticksUntil(end time.Time) {
+	v.t.Helper()
+	for time.Now().Before(end) {
+		v.tick()
+		time.Sleep(10 * time.Millisecond)
+	}
+}
