@@ -104,10 +104,14 @@ type Space struct {
 	Settings map[string]string
 	Addrs    []Addr
 	Neighs   []Neigh
+	Routes   []Route
 	Rules    []Rule
 	Programs []Program
-	// Owners say which processes hold sockets: by inode of the socket.
+	// Processes say who holds sockets: by inode of the socket.
 	Processes map[uint32]Process
+	// Enter is what is put before a command for it to be given in this namespace:
+	// "ip netns exec web", "nsenter --net=/proc/1234/ns/net", "" for the node's own.
+	Enter string
 }
 
 // Process is somebody who has sockets.
@@ -124,7 +128,33 @@ type Reading struct {
 	Counters  map[string]uint64
 	Conntrack Conntrack
 	Links     []Link
-	Sockets   []Socket
+	// Sockets are those that can matter: all that listen, UDP and raw ones, and TCP
+	// connections that do not get on.
+	Sockets []Socket
+	// Busy are the remote ends with the most TCP connections, those in TIME-WAIT too, and
+	// remote ends of UDP likewise.
+	Busy []Busy
+	// Fragments is how many packets wait for the rest of their parts.
+	Fragments uint64
+}
+
+// Busy is how many local ports are taken towards one remote end.
+type Busy struct {
+	Protocol uint8
+	Local    netip.Addr
+	Remote   netip.AddrPort
+	Ports    int
+}
+
+// Route is one that lets nothing through, or a rule (ip-rule(8)) that does so: type
+// blackhole, unreachable or prohibit.
+type Route struct {
+	Type string
+	// To is where it leads, the zero value of a rule.
+	To netip.Prefix
+	// Text is it as a person would write it: "blackhole 10.2.0.0/16 table main".
+	Text string
+	Rule bool
 }
 
 // Conntrack is the connection tracking of a namespace; Max is 0 where there is none.
@@ -142,6 +172,7 @@ type Link struct {
 	MTU         int
 	Up, Carrier bool
 	Master      int    // the bridge that it is a port of
+	PortState   string // of a bridge's port: "disabled", "blocking", "listening", "learning", "forwarding"
 	Peer        int    // index of a veth's other end
 	PeerSpace   uint32 // its namespace, where it could be told; else 0
 	VXLAN       *VXLAN
@@ -177,12 +208,13 @@ type Socket struct {
 	State         int // TCP_*
 	Inode         uint32
 	Cookie        uint64
+	Cgroup        uint64 // inode of its cgroup, 0 if not known
 	// ReceiveQueue and SendQueue are bytes; of a listener connections that wait to be
 	// accepted, and how many may.
 	ReceiveQueue, SendQueue   int
 	Drops                     uint64 // SKMEMINFO
 	ReceiveBuffer             int
-	Retransmits               int  // in a row, now
+	Retransmits               int  // in a row, now; of one that probes, its probes
 	Probing                   bool // its timer is that of a window that is zero
 	MSS, PathMTU              int
 	TotalRetransmits          uint64
@@ -196,6 +228,8 @@ type Socket struct {
 type Addr struct {
 	Index  int
 	Prefix netip.Prefix
+	// Duplicate says that another host has it, by duplicate address detection of IPv6.
+	Duplicate bool
 }
 
 // Neigh is an entry of the neighbour tables at the window's end.
@@ -221,6 +255,8 @@ type Rule struct {
 	States        []string
 	HasCounter    bool
 	Before, After uint64 // packets
+	// Rate says that the rule is about how much comes: packets that fit may pass it.
+	Rate bool
 	// Matches says whether the rule's own conditions fit a packet that came and goes by
 	// these devices: yes, no, or not known. Nil where it could not be read.
 	Matches func(packet []byte, in, out string) Fit `json:"-"`
@@ -243,6 +279,7 @@ type Program struct {
 	Type   string // "sched_cls", "xdp", "cgroup_skb", "socket_filter" ...
 	Hook   string // "tc ingress", "tc egress", "xdp", "xdp generic", "cgroup egress"
 	Device string
+	Pref   uint32 // of a tc filter, 0 for tcx
 	Cgroup string
 	Owner  string // who it is of, where its pin, link or name tells: "cilium", "millrace"
 }
