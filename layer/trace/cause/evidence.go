@@ -187,8 +187,8 @@ type VXLAN struct {
 	ID, Port, Underlay int // Underlay is the index of its device, or 0
 	Local, Group       netip.Addr
 	Learning, External bool
-	// Peers are where its forwarding entries lead to, by MAC; the zero MAC is for all else.
-	Peers map[[6]byte][]netip.Addr
+	// Peers are where its forwarding entries lead to, by MAC ("0a:58:0a:01:00:02"); "00:00:00:00:00:00" is for all else.
+	Peers map[string][]netip.Addr
 }
 
 // Qdisc is a queueing discipline with its counters.

@@ -1,0 +1,4 @@
+package cause
+
+// Diagnose names the causes of what the evidence holds.
+func Diagnose(e *Evidence) []Verdict { return nil }

@@ -1,0 +1,228 @@
+package trace
+
+import (
+	"context"
+	"encoding/binary"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/layer/trace/cause"
+)
+
+// of linux/pkt_cls.h
+const (
+	clsactIngress = 0xfffffff2 // TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)
+	clsactEgress  = 0xfffffff3
+	bpfName       = 7  // TCA_BPF_NAME
+	bpfID         = 11 // TCA_BPF_ID
+)
+
+// programs lists the eBPF programs, and other filters of tc, that packets meet at the
+// devices of the calling thread's namespace.
+func programs(links []cause.Link) (all []cause.Program) {
+	for _, l := range links {
+		all = append(all, express(l)...)
+		for _, q := range l.Qdiscs {
+			if q.Kind == "clsact" || q.Kind == "ingress" {
+				all = append(all, filters(l, clsactIngress, "tc ingress")...)
+				all = append(all, filters(l, clsactEgress, "tc egress")...)
+				break
+			}
+		}
+		for attach, hook := range map[ebpf.AttachType]string{ebpf.AttachTCXIngress: "tc ingress", ebpf.AttachTCXEgress: "tc egress"} {
+			found, err := link.QueryPrograms(link.QueryOptions{Target: l.Index, Attach: attach})
+			if err != nil {
+				continue // before Linux 6.6
+			}
+			for _, p := range found.Programs {
+				all = append(all, program(p.ID, "sched_cls", hook, l.Name))
+			}
+		}
+	}
+	return all
+}
+
+// express lists the XDP program of a device.
+func express(l cause.Link) []cause.Program {
+	const generic = 2 // XDP_ATTACHED_SKB
+	found, err := netlink.LinkByIndex(l.Index)
+	if err != nil || found.Attrs().Xdp == nil || !found.Attrs().Xdp.Attached {
+		return nil
+	}
+	hook := "xdp"
+	if found.Attrs().Xdp.AttachMode == generic {
+		hook = "xdp generic"
+	}
+	return []cause.Program{program(ebpf.ProgramID(found.Attrs().Xdp.ProgId), "xdp", hook, l.Name)}
+}
+
+// program tells of one by its number.
+func program(id ebpf.ProgramID, kind, hook, device string) cause.Program {
+	p := cause.Program{ID: uint32(id), Type: kind, Hook: hook, Device: device}
+	handle, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return p
+	}
+	defer handle.Close()
+	if info, err := handle.Info(); err == nil {
+		p.Name = info.Name
+		p.Owner = ownerOf(info.Name)
+	}
+	return p
+}
+
+// ownerOf is whose programs begin like that.
+func ownerOf(name string) string {
+	for prefix, owner := range map[string]string{"cil_": "cilium", "tail_": "cilium", "cali_": "calico", "calico_": "calico"} {
+		if strings.HasPrefix(name, prefix) {
+			return owner
+		}
+	}
+	return ""
+}
+
+// filters lists those of tc at one side of a device.
+func filters(l cause.Link, parent uint32, hook string) (all []cause.Program) {
+	ask := nl.NewNetlinkRequest(unix.RTM_GETTFILTER, unix.NLM_F_DUMP)
+	ask.AddData(&nl.TcMsg{Ifindex: int32(l.Index), Parent: parent})
+	replies, err := ask.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWTFILTER)
+	if err != nil {
+		return nil
+	}
+	for _, reply := range replies {
+		if len(reply) < sizeOfTcmsg {
+			continue
+		}
+		raw := reply[sizeOfTcmsg:]
+		kind := strings.TrimRight(string(inner(raw, tcaKind)), "\x00")
+		pref := binary.NativeEndian.Uint32(reply[16:]) >> 16 // tcm_info: priority and protocol
+		options := inner(raw, tcaOptions)
+		switch id := inner(options, bpfID); {
+		case len(id) == 4:
+			p := program(ebpf.ProgramID(binary.NativeEndian.Uint32(id)), "sched_cls", hook, l.Name)
+			if p.Name == "" {
+				p.Name = strings.TrimRight(string(inner(options, bpfName)), "\x00")
+			}
+			p.Pref = pref
+			all = append(all, p)
+		case kind == "bpf": // its group, without a program
+		case !slices.ContainsFunc(all, func(p cause.Program) bool { return p.Type == kind && p.Pref == pref }):
+			all = append(all, cause.Program{Name: kind, Type: kind, Hook: hook, Device: l.Name, Pref: pref})
+		}
+	}
+	return all
+}
+
+// cgroupHooks are the places in a cgroup where a program can refuse.
+var cgroupHooks = map[ebpf.AttachType]string{
+	ebpf.AttachCGroupInetIngress: "cgroup ingress", ebpf.AttachCGroupInetEgress: "cgroup egress",
+	ebpf.AttachCGroupInet4Connect: "cgroup connect", ebpf.AttachCGroupInet6Connect: "cgroup connect",
+	ebpf.AttachCGroupUDP4Sendmsg: "cgroup sendmsg", ebpf.AttachCGroupUDP6Sendmsg: "cgroup sendmsg",
+	ebpf.AttachCGroupInetSockCreate: "cgroup sock_create",
+	ebpf.AttachCGroupInet4Bind:      "cgroup bind", ebpf.AttachCGroupInet6Bind: "cgroup bind",
+}
+
+// mostCgroups is how many are asked for their programs.
+const mostCgroups = 5000
+
+// cgroups notes the programs of cgroups that have processes in a space where one of them
+// may have refused something. Only then it looks.
+func (r *Reader) cgroups(_ context.Context, e *cause.Evidence) {
+	suspects := map[uint32]*cause.Space{}
+	for _, event := range e.Events {
+		refused := event.Reason == "BPF_CGROUP_EGRESS" || event.Reason == "SOCKET_FILTER" ||
+			event.Kind == cause.CallFailed && event.Errno == int(unix.EPERM)
+		for _, s := range e.Spaces {
+			if refused && s.Inode == event.Space {
+				suspects[s.Inode] = s
+			}
+		}
+	}
+	root := unified()
+	if len(suspects) == 0 || root == "" {
+		return
+	}
+	left := mostCgroups
+	_ = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.IsDir() {
+			return nil
+		}
+		if left--; left < 0 {
+			return filepath.SkipAll
+		}
+		found := cgroupPrograms(name, strings.TrimPrefix(name, root))
+		if len(found) == 0 {
+			return nil
+		}
+		for inode, s := range suspects {
+			if name == root || concerns(name, inode) {
+				s.Programs = append(s.Programs, found...)
+			}
+		}
+		return nil
+	})
+}
+
+// unified is where cgroup2 is mounted.
+func unified() string {
+	for _, name := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		var at unix.Statfs_t
+		if err := unix.Statfs(name, &at); err == nil && at.Type == unix.CGROUP2_SUPER_MAGIC {
+			return name
+		}
+	}
+	return ""
+}
+
+func cgroupPrograms(folder, name string) (all []cause.Program) {
+	fd, err := unix.Open(folder, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer unix.Close(fd)
+	if name == "" {
+		name = "/"
+	}
+	for attach, hook := range cgroupHooks {
+		found, err := link.QueryPrograms(link.QueryOptions{Target: fd, Attach: attach})
+		if err != nil {
+			continue
+		}
+		for _, f := range found.Programs {
+			p := program(f.ID, "cgroup", hook, "")
+			p.Cgroup = name
+			all = append(all, p)
+		}
+	}
+	slices.SortFunc(all, func(a, b cause.Program) int { return int(a.ID) - int(b.ID) })
+	return all
+}
+
+// concerns says whether a process of a cgroup, or of one below it, is in a namespace.
+func concerns(folder string, inode uint32) bool {
+	found := false
+	_ = filepath.WalkDir(folder, func(name string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.IsDir() {
+			return nil
+		}
+		pids, _ := os.ReadFile(filepath.Join(name, "cgroup.procs"))
+		for _, pid := range strings.Fields(string(pids)) {
+			var file unix.Stat_t
+			if unix.Stat("/proc/"+pid+"/ns/net", &file) == nil && uint32(file.Ino) == inode {
+				found = true
+				return filepath.SkipAll
+			}
+		}
+		return nil
+	})
+	return found
+}
