@@ -65,6 +65,11 @@ type Event struct {
 	// MAC is the example's destination on the link; PacketType the kernel's PACKET_*.
 	MAC        [6]byte
 	PacketType int
+	// Partial says that the example's TCP or UDP checksum is not filled in yet: the
+	// device is to do so.
+	Partial bool
+	// Longest is the length of the longest of them, from the network header on.
+	Longest int
 	// GSO is the size of a segment of an example that is to be cut, or 0.
 	GSO int
 	// Type and Code are of ICMPSent (and in Tuple is what it is about).
@@ -77,8 +82,12 @@ type Event struct {
 	PID     int
 	Command string
 	Socket  uint64
-	// OldState and NewState are of StateChange and of sockets otherwise: TCP_*.
+	// OldState and NewState are of StateChange; OldState of Retransmit too: TCP_*
+	// (12, TCP_NEW_SYN_RECV, where the answer to a SYN is repeated).
 	OldState, NewState int
+	// Retransmits is how often in a row the example's socket had sent again; of
+	// SocketError, StateChange and Retransmit.
+	Retransmits int
 }
 
 // Tuple are a packet's ends. Ports are 0 where the protocol has none.

@@ -1,0 +1,332 @@
+package trace
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/symbol"
+	"github.com/millrace/millrace/layer/trace/cause"
+)
+
+// sample is an example as it came, with the packet's bytes behind it.
+type sample struct {
+	traceExample
+	behind []byte
+}
+
+// readExamples keeps the first example of each kind of event.
+func (s *Session) readExamples() {
+	for {
+		record, err := s.reader.Read()
+		if err != nil {
+			return
+		}
+		s.unread += record.LostSamples
+		if len(record.RawSample) < int(unsafe.Sizeof(traceExample{})) {
+			continue
+		}
+		one := &sample{}
+		read, err := binary.Decode(record.RawSample, binary.NativeEndian, &one.traceExample)
+		if err != nil || s.examples[one.Key] != nil || len(s.examples) >= mostExamples {
+			continue
+		}
+		behind := record.RawSample[read:]
+		one.behind = bytes.Clone(behind[:min(len(behind), int(one.Captured))])
+		s.examples[one.Key] = one
+	}
+}
+
+// counted is a kind of event with its count.
+type counted struct {
+	key traceEventKey
+	traceEvent
+}
+
+// record makes of what the kernel has counted, and of the examples, a Recording.
+func (s *Session) record() (*Recording, error) {
+	r := &Recording{Missing: s.missing}
+	all, err := s.readCounts()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.readTotals(r, all); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(all, func(a, b counted) int { return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(b.Count, a.Count)) })
+	names, err := symbol.Names(s.addresses(all))
+	if err != nil {
+		r.Missing = append(r.Missing, err.Error())
+	}
+	for i := range all {
+		if e, ok := s.event(&all[i], names); ok {
+			r.Events = append(r.Events, e)
+		}
+	}
+	return r, nil
+}
+
+// readCounts reads the events of all processors.
+func (s *Session) readCounts() (all []counted, err error) {
+	from := s.collection.Maps[traceMapEvents]
+	var key traceEventKey
+	var values []traceEvent
+	entries := from.Iterate()
+	for entries.Next(&key, &values) {
+		sum := counted{key: key}
+		for _, v := range values {
+			if v.Count == 0 {
+				continue
+			}
+			if sum.Count == 0 || v.First < sum.First {
+				count, longest, last := sum.Count, sum.Longest, sum.Last
+				sum.traceEvent = v
+				sum.Count, sum.Longest, sum.Last = count, max(longest, v.Longest), max(last, v.Last)
+			}
+			sum.Count += v.Count
+			sum.Last, sum.Longest = max(sum.Last, v.Last), max(sum.Longest, v.Longest)
+		}
+		if sum.Count > 0 {
+			all = append(all, sum)
+		}
+	}
+	if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil, fmt.Errorf("read events: %w", err)
+	}
+	return all, nil
+}
+
+// readTotals reads the totals, and finds what of them is not among the events: what
+// was pushed out, and what a program did not see because it had been interrupted by
+// the same.
+func (s *Session) readTotals(r *Recording, all []counted) error {
+	var key traceTotalKey
+	var counts []uint64
+	var total, kept uint64
+	entries := s.collection.Maps[traceMapTotals].Iterate()
+	for entries.Next(&key, &counts) {
+		sum := sumOf(counts)
+		total += sum
+		t := Total{Kind: kinds[key.Kind], Space: key.Netns, Count: sum}
+		t.Reason = s.reason(uint8(key.Kind), key.Reason)
+		r.Totals = append(r.Totals, t)
+	}
+	if err := entries.Err(); err != nil {
+		return fmt.Errorf("read totals: %w", err)
+	}
+	for kind := range uint32(traceKindKINDS) {
+		if err := s.collection.Maps[traceMapRest].Lookup(kind, &counts); err != nil {
+			return fmt.Errorf("read totals: %w", err)
+		}
+		if sum := sumOf(counts); sum > 0 {
+			total += sum
+			r.Totals = append(r.Totals, Total{Kind: kinds[traceKind(kind)], Count: sum})
+		}
+	}
+	for _, e := range all {
+		kept += e.Count
+	}
+	if total > kept {
+		r.Lost = total - kept
+	}
+	for _, p := range s.collection.Programs {
+		if stats, err := p.Stats(); err == nil {
+			r.Lost += stats.RecursionMisses
+		}
+	}
+	return nil
+}
+
+func sumOf(counts []uint64) (sum uint64) {
+	for _, c := range counts {
+		sum += c
+	}
+	return sum
+}
+
+// addresses are those that are to be named.
+func (s *Session) addresses(all []counted) (addresses []uint64) {
+	for _, e := range all {
+		if traceKind(e.key.Kind) == traceKindKIND_DROP {
+			addresses = append(addresses, e.key.Location-1) // it is where the call returns to
+		}
+		if example := s.examples[e.key]; example != nil {
+			for _, address := range example.stack() {
+				addresses = append(addresses, address-1)
+			}
+		}
+	}
+	return addresses
+}
+
+func (e *sample) stack() []uint64 {
+	if e.StackBytes <= 0 {
+		return nil
+	}
+	return e.Stack[:min(len(e.Stack), int(e.StackBytes)/8)]
+}
+
+var kinds = map[traceKind]cause.Kind{
+	traceKindKIND_DROP: cause.Drop, traceKindKIND_RESET: cause.ResetSent, traceKindKIND_ICMP: cause.ICMPSent,
+	traceKindKIND_RETRANSMIT: cause.Retransmit, traceKindKIND_SOCKET_ERROR: cause.SocketError,
+	traceKindKIND_NEIGHBOUR: cause.NeighFailed, traceKindKIND_FULL: cause.ReceiveFull, traceKindKIND_CALL: cause.CallFailed,
+	traceKindKIND_CHECKSUM: cause.ChecksumFail, traceKindKIND_STATE: cause.StateChange,
+}
+
+// calls are the names of those system calls that are looked at.
+var calls = map[uint64]string{
+	unix.SYS_CONNECT: "connect", unix.SYS_BIND: "bind", unix.SYS_SENDTO: "sendto", unix.SYS_SENDMSG: "sendmsg",
+	unix.SYS_SENDMMSG: "sendmmsg", unix.SYS_WRITE: "write", unix.SYS_WRITEV: "writev",
+}
+
+func (s *Session) reason(kind uint8, number uint32) string {
+	switch traceKind(kind) {
+	case traceKindKIND_DROP:
+		return s.reasons.word(s.reasons.drop, number)
+	case traceKindKIND_RESET:
+		return s.reasons.word(s.reasons.reset, number)
+	}
+	return ""
+}
+
+// event gives an event the form in which it is judged.
+func (s *Session) event(c *counted, names map[uint64]string) (cause.Event, bool) {
+	k := &c.key
+	kind, ok := kinds[traceKind(k.Kind)]
+	if !ok {
+		return cause.Event{}, false
+	}
+	e := cause.Event{
+		Kind: kind, Space: k.Netns, Count: c.Count, First: s.since(c.First), Last: s.since(c.Last),
+		Reason: s.reason(k.Kind, k.Reason), Index: int(k.Ifindex), Device: text(c.Device[:]),
+		Longest: int(c.Longest), Socket: c.Socket,
+	}
+	example := s.examples[*k]
+	if example != nil {
+		e.Length, e.GSO, e.MAC, e.PacketType = int(example.Length), int(example.Gso), example.Mac, int(example.PacketType)
+		e.Partial, e.Packet = example.Summed == checksumPartial, example.packet()
+		e.PID, e.Command, e.Retransmits = int(example.Pid), text(example.Command[:]), int(example.Retransmits)
+	}
+	e.Tuple = tuple(c)
+	switch kind {
+	case cause.Drop:
+		e.Location = names[k.Location-1]
+		e.Stack = callers(example, k.Location, names)
+	case cause.ResetSent, cause.ICMPSent:
+		e.Stack = callers(example, 0, names)
+		if kind == cause.ICMPSent {
+			e.Type, e.Code = int(k.Reason>>8), int(k.Reason&0xff)
+		}
+	case cause.Retransmit:
+		e.OldState = int(k.Reason)
+	case cause.SocketError, cause.ReceiveFull:
+		e.Errno = int(k.Reason)
+	case cause.CallFailed:
+		e.Errno, e.Call = int(k.Reason), calls[k.Location]
+	case cause.StateChange:
+		e.OldState, e.NewState, e.Errno = int(k.Reason>>8), int(k.Reason&0xff), int(k.Location)
+	}
+	return e, true
+}
+
+const checksumPartial = 3 // CHECKSUM_PARTIAL of linux/skbuff.h
+
+func (s *Session) since(at uint64) time.Duration { return max(0, time.Duration(at)-s.begun) }
+
+const (
+	flagsOfTCP     = 0x17 // FIN, SYN, RST and ACK are told apart
+	flagIsFragment = 0x80
+)
+
+func tuple(c *counted) cause.Tuple {
+	k := &c.key
+	t := cause.Tuple{Protocol: k.Protocol, EtherType: swap(k.Ethertype), Fragment: k.Flags&flagIsFragment != 0}
+	source, destination := address(k.Source.Word), address(k.Destination.Word)
+	sourcePort, destinationPort := swap(c.SourcePort), swap(c.DestinationPort)
+	switch k.Protocol {
+	case unix.IPPROTO_TCP:
+		switch traceKind(k.Kind) { // the others are of sockets
+		case traceKindKIND_DROP, traceKindKIND_RESET, traceKindKIND_ICMP, traceKindKIND_CHECKSUM:
+			t.TCPFlags = k.Flags & flagsOfTCP
+		}
+	case unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
+		t.ICMPType, t.ICMPCode = uint8(k.Port), uint8(k.Port>>8)
+	}
+	t.Source, t.Destination = netip.AddrPortFrom(source, sourcePort), netip.AddrPortFrom(destination, destinationPort)
+	return t
+}
+
+func swap(port uint16) uint16 { return port<<8 | port>>8 }
+
+// address reads one of 16 bytes; the zero one where there is none.
+func address(word [4]uint32) netip.Addr {
+	var bytes [16]byte
+	for i, w := range word {
+		binary.NativeEndian.PutUint32(bytes[4*i:], w)
+	}
+	if bytes == [16]byte{} {
+		return netip.Addr{}
+	}
+	return netip.AddrFrom16(bytes).Unmap()
+}
+
+func text(chars []int8) string {
+	var b []byte
+	for _, c := range chars {
+		if c == 0 {
+			break
+		}
+		b = append(b, byte(c))
+	}
+	return string(b)
+}
+
+// packet puts an example's packet together, from its network header on: what stood
+// before skb->data, and what came from there on.
+func (e *sample) packet() []byte {
+	behind := e.behind
+	switch {
+	case e.Before < 0 && int(-e.Before) <= len(behind):
+		return behind[-e.Before:]
+	case e.Before < 0:
+		return nil
+	case e.Headers < uint32(e.Before):
+		behind = nil // there is a gap
+	}
+	return slices.Concat(e.Header[:min(int(e.Headers), len(e.Header))], behind)
+}
+
+// callers are the functions that called the one at location, which dropped.
+func callers(example *sample, location uint64, names map[uint64]string) (stack []string) {
+	if example == nil {
+		return nil
+	}
+	frames := example.stack()
+	if at := slices.Index(frames, location); location != 0 && at >= 0 {
+		frames = frames[at+1:]
+	}
+	for _, address := range frames {
+		name := names[address-1]
+		if name == "" || len(stack) == 0 && isTracing(name) {
+			continue
+		}
+		stack = append(stack, name)
+	}
+	return stack
+}
+
+// isTracing tells the innermost frames of a stack: our program, and what runs it.
+func isTracing(function string) bool {
+	return strings.HasPrefix(function, "bpf_prog_") || strings.HasPrefix(function, "bpf_trace_run") ||
+		strings.HasPrefix(function, "__traceiter_") || strings.HasPrefix(function, "__bpf_trace_")
+}

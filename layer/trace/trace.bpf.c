@@ -1,0 +1,1038 @@
+//go:build ignore
+
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* What happens to packets and connections, from stable tracepoints: each program is
+ * loaded by itself, so that a kernel without one of them gives the others.
+ *
+ * Everything is counted here, by a key that leaves out the client's port; user space
+ * gets one example of each new key, at a limited rate. A storm of drops costs a look
+ * into a hash map for each, and no event of it is sent.
+ */
+#include "../../bpf/address.h"
+#include "../../bpf/kernel.h"
+
+/* What kind of event it is; cause.Kind. */
+enum kind {
+	KIND_NONE,
+	KIND_DROP,
+	KIND_RESET,
+	KIND_ICMP,
+	KIND_RETRANSMIT,
+	KIND_SOCKET_ERROR,
+	KIND_NEIGHBOUR,
+	KIND_FULL,
+	KIND_CALL,
+	KIND_CHECKSUM,
+	KIND_STATE,
+	KIND_SYNACK, /* also a retransmission; a program of its own has a scratch of its own */
+	KIND_UDP_FULL,
+	KINDS,
+};
+
+enum {                       /* of struct event_key.flags, beside those of TCP */
+       FLAG_SOURCE = 0x40,   /* port is the source's */
+       FLAG_FRAGMENT = 0x80, /* not the first of a packet */
+};
+
+struct event_key {
+	struct address source;
+	struct address destination;
+	__u64 location; /* who dropped it; of a call its number */
+	__u32 netns;
+	__u32 reason; /* of a drop or reset; else errno, ICMP's type and code, or the states before and after */
+	__u32 ifindex;
+	__be16 ethertype;
+	__be16 port; /* the service's; of ICMP its type and code */
+	__u8 kind;
+	__u8 protocol;
+	__u8 flags;
+	__u8 zero[5];
+};
+
+struct event {
+	__u64 count;
+	__u64 first;
+	__u64 last;
+	__u64 socket;
+	__u32 longest;
+	__be16 source_port;
+	__be16 destination_port;
+	char device[16];
+};
+
+#define STACK_DEPTH  28
+#define HEADER_LIMIT 128
+/* What an example holds of a packet: the whole of it, where its checksums may be
+ * looked at; else its beginning. */
+#define WHOLE_LIMIT 2048
+#define PART_LIMIT  256
+
+struct example {
+	struct event_key key;
+	__be16 source_port;
+	__be16 destination_port;
+	__u32 length;   /* of the whole packet from its network header on */
+	__u32 captured; /* bytes from skb->data on, which follow this structure */
+	__s32 before;   /* how far before skb->data the network header is; < 0: behind it */
+	__u32 headers;  /* bytes in header, which are those from the network header to skb->data */
+	__u32 pid;
+	__u64 socket;
+	__u16 gso;
+	__u8 mac[6];
+	__u8 packet_type;
+	__u8 summed;
+	__u8 retransmits;
+	__u8 zero[5];
+	__s32 stack_bytes;
+	__u32 zero2;
+	char command[16];
+	char device[16];
+	__u64 stack[STACK_DEPTH];
+	__u8 header[HEADER_LIMIT];
+};
+
+/* One reading of a packet or a socket. */
+struct subject {
+	struct event_key key;
+	struct sk_buff *skb;
+	__u64 socket;
+	__u32 length;
+	__u32 network; /* offset of the network header from skb->head */
+	__be16 source_port;
+	__be16 destination_port;
+	char device[16];
+	__u8 retransmits;
+};
+
+struct total_key {
+	__u32 netns;
+	__u32 reason;
+	enum kind kind;
+};
+
+struct budget {
+	__u64 since;
+	__u64 used;
+};
+
+/* Whom we look at: inodes of network namespaces. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, __u8);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} wanted SEC(".maps");
+
+/* What happened, by what; what was not met for long is forgotten when it is full. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_PERCPU_HASH);
+	__type(key, struct event_key);
+	__type(value, struct event);
+	__uint(max_entries, 8192);
+} events SEC(".maps");
+
+/* Totals, which nothing is lost of: what has no room here is in rest. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__type(key, struct total_key);
+	__type(value, __u64);
+	__uint(max_entries, 4096);
+} totals SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, KINDS);
+} rest SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+} examples SEC(".maps");
+
+/* A program does not interrupt itself on a processor, but another one may. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct example);
+	__uint(max_entries, KINDS);
+} drafts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct budget);
+	__uint(max_entries, KINDS);
+} budgets SEC(".maps");
+
+/* Set before load. Which arguments the tracepoints of the running kernel have: their
+ * place, or -1. */
+const volatile __s32 drop_reason = -1;
+const volatile __s32 drop_receiver = -1;
+const volatile __s32 reset_reason = -1;
+/* Only the namespaces in wanted. */
+const volatile bool chosen = false;
+/* Send every drop to user space: what a tracer costs that does so (bench). */
+const volatile bool each = false;
+/* Examples that a program may send in a second on one processor. */
+const volatile __u32 examples_a_second = 256;
+/* Numbers of the system calls, which depend on the architecture. */
+const volatile __u32 call_connect = 0;
+const volatile __u32 call_bind = 0;
+const volatile __u32 call_sendto = 0;
+const volatile __u32 call_sendmsg = 0;
+const volatile __u32 call_sendmmsg = 0;
+const volatile __u32 call_write = 0;
+const volatile __u32 call_writev = 0;
+
+/* Inode numbers of namespaces begin here (PROC_DYNAMIC_FIRST, less the fixed ones of
+ * the first namespaces, linux/nsfs.h). What is lower was read from something that is
+ * no namespace: fields of a dead packet are used for other things. */
+#define LEAST_INODE 0xeffffff0U
+
+#define ETHERTYPE_IP4    0x0008 /* in network byte order */
+#define ETHERTYPE_IP6    0xdd86
+#define ETHERTYPE_ARP    0x0608
+#define UNSET            0xffff
+#define SECOND           1000000000ULL
+#define NEIGHBOUR_FAILED 0x20 /* NUD_FAILED */
+#define TYPE_OF_FILE     0170000
+#define SOCKET_FILE      0140000
+
+enum {
+	IPPROTO_ICMP = 1,
+	IPPROTO_TCP = 6,
+	IPPROTO_UDP = 17,
+	IPPROTO_ICMPV6 = 58,
+	IPPROTO_UDPLITE = 136,
+	IPPROTO_SCTP = 132,
+	IPPROTO_DCCP = 33,
+};
+
+enum {
+	TCP_FIN = 0x01,
+	TCP_SYN = 0x02,
+	TCP_RST = 0x04,
+	TCP_ACK = 0x10,
+};
+
+enum { /* net/tcp_states.h */
+       STATE_ESTABLISHED = 1,
+       STATE_SYN_SENT = 2,
+       STATE_SYN_RECV = 3,
+       STATE_CLOSE = 7,
+       STATE_NEW_SYN_RECV = 12,
+};
+
+static __always_inline __u16 host16(__be16 value)
+{
+	return __builtin_bswap16(value);
+}
+
+static __always_inline bool looked_at(__u32 netns)
+{
+	return netns >= LEAST_INODE && (!chosen || bpf_map_lookup_elem(&wanted, &netns));
+}
+
+/* choose_port keeps of two ports that which is not the client's: what a SYN goes to,
+ * else the lower one. */
+static __always_inline void choose_port(struct subject *s)
+{
+	__u8 opening = s->key.flags & (TCP_SYN | TCP_ACK);
+	bool of_source = host16(s->source_port) < host16(s->destination_port);
+
+	if (s->key.protocol == IPPROTO_TCP && opening == TCP_SYN)
+		of_source = false;
+	if (s->key.protocol == IPPROTO_TCP && opening == (TCP_SYN | TCP_ACK))
+		of_source = true;
+	s->key.port = of_source ? s->source_port : s->destination_port;
+	if (of_source)
+		s->key.flags |= FLAG_SOURCE;
+}
+
+static __always_inline bool has_ports(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP ||
+	       protocol == IPPROTO_UDPLITE || protocol == IPPROTO_DCCP;
+}
+
+/* read_transport reads what follows the network header, at offset at from skb->head. */
+static __always_inline void read_transport(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+{
+	struct {
+		__be16 source;
+		__be16 destination;
+		__u8 others[8];
+		__u8 length;
+		__u8 flags;
+	} l4 = {};
+
+	if (at + 4 > tail)
+		return;
+	if (s->key.protocol == IPPROTO_ICMP || s->key.protocol == IPPROTO_ICMPV6) {
+		bpf_probe_read_kernel(&s->key.port, sizeof(s->key.port), head + at);
+		return;
+	}
+	if (!has_ports(s->key.protocol))
+		return;
+	if (s->key.protocol == IPPROTO_TCP && at + sizeof(l4) <= tail)
+		bpf_probe_read_kernel(&l4, sizeof(l4), head + at);
+	else
+		bpf_probe_read_kernel(&l4, 4, head + at);
+	s->source_port = l4.source;
+	s->destination_port = l4.destination;
+	s->key.flags |= l4.flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK);
+	choose_port(s);
+}
+
+static __always_inline void read_ip4(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+{
+	struct {
+		__u8 version_length;
+		__u8 tos;
+		__be16 length;
+		__be16 id;
+		__be16 fragment;
+		__u8 ttl;
+		__u8 protocol;
+		__be16 checksum;
+		__be32 source;
+		__be32 destination;
+	} ip;
+
+	if (at + sizeof(ip) > tail || bpf_probe_read_kernel(&ip, sizeof(ip), head + at))
+		return;
+	s->key.source = address_from_ip4(ip.source);
+	s->key.destination = address_from_ip4(ip.destination);
+	s->key.protocol = ip.protocol;
+	if (host16(ip.fragment) & 0x1fff) {
+		s->key.flags |= FLAG_FRAGMENT;
+		return;
+	}
+	read_transport(s, head, at + (ip.version_length & 0x0f) * 4, tail);
+}
+
+/* What may stand between an IPv6 header and the transport header (RFC 8200, 4.1). */
+static __always_inline bool is_extension(__u8 next)
+{
+	return next == 0 || next == 43 || next == 44 || next == 60;
+}
+
+#define EXTENSIONS 4 /* that are read over */
+
+static __always_inline void read_ip6(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+{
+	struct {
+		__be32 version_class_flow;
+		__be16 length;
+		__u8 next;
+		__u8 hops;
+		struct address source;
+		struct address destination;
+	} ip;
+	__u8 extension[4];
+
+	if (at + sizeof(ip) > tail || bpf_probe_read_kernel(&ip, sizeof(ip), head + at))
+		return;
+	s->key.source = ip.source;
+	s->key.destination = ip.destination;
+	at += sizeof(ip);
+	__u8 next = ip.next;
+
+	for (int i = 0; i < EXTENSIONS && is_extension(next); i++) {
+		if (at + sizeof(extension) > tail || bpf_probe_read_kernel(extension, sizeof(extension), head + at))
+			return;
+		if (next == 44) { /* a fragment; its offset is in units of eight bytes */
+			at += 8;
+			if ((extension[2] << 8 | extension[3]) & 0xfff8) {
+				s->key.protocol = extension[0];
+				s->key.flags |= FLAG_FRAGMENT;
+				return;
+			}
+		} else {
+			at += (extension[1] + 1) * 8;
+		}
+		next = extension[0];
+	}
+	s->key.protocol = next;
+	read_transport(s, head, at, tail);
+}
+
+/* read_arp takes the IPv4 addresses of a message over Ethernet (RFC 826). */
+static __always_inline void read_arp(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+{
+	__be32 ip = 0;
+
+	if (at + 28 > tail)
+		return;
+	bpf_probe_read_kernel(&ip, sizeof(ip), head + at + 14);
+	s->key.source = address_from_ip4(ip);
+	bpf_probe_read_kernel(&ip, sizeof(ip), head + at + 24);
+	s->key.destination = address_from_ip4(ip);
+}
+
+/* version is that of the IP header which would be at an offset. */
+static __always_inline __u8 version_at(const unsigned char *head, __u32 at, __u32 tail)
+{
+	__u8 first = 0;
+
+	if (at < tail)
+		bpf_probe_read_kernel(&first, sizeof(first), head + at);
+	return first >> 4;
+}
+
+/* find_network finds the network header: where the kernel has noted it, where the data
+ * begins, or behind the Ethernet header. Not every packet that dies has got so far
+ * that it was noted. */
+static __always_inline __u32 find_network(struct sk_buff *skb, const unsigned char *head, __u32 tail)
+{
+	__u32 noted = skb->network_header;
+	__u32 data = skb->data - head;
+	__u32 mac = skb->mac_header;
+	__u8 version = skb->protocol == ETHERTYPE_IP6 ? 6 : 4;
+
+	if (skb->protocol != ETHERTYPE_IP4 && skb->protocol != ETHERTYPE_IP6)
+		return noted && noted != UNSET ? noted : data;
+	if (noted && noted != UNSET && version_at(head, noted, tail) == version)
+		return noted;
+	if (version_at(head, data, tail) == version)
+		return data;
+	if (mac != UNSET && version_at(head, mac + 14, tail) == version)
+		return mac + 14;
+	return noted && noted != UNSET ? noted : data;
+}
+
+/* read_packet reads addresses, ports and the like. */
+static __always_inline void read_packet(struct subject *s, struct sk_buff *skb)
+{
+	const unsigned char *head = skb->head;
+	__u32 tail = skb->tail;
+	__u32 at = find_network(skb, head, tail);
+	__u32 data = skb->data - head;
+
+	s->skb = skb;
+	s->network = at;
+	s->length = skb->len + data - at;
+	s->key.ethertype = skb->protocol;
+	if (s->key.ethertype == ETHERTYPE_IP4)
+		read_ip4(s, head, at, tail);
+	else if (s->key.ethertype == ETHERTYPE_IP6)
+		read_ip6(s, head, at, tail);
+	else if (s->key.ethertype == ETHERTYPE_ARP)
+		read_arp(s, head, at, tail);
+}
+
+static __always_inline void read_device(struct subject *s, struct net_device *dev)
+{
+	s->key.ifindex = dev->ifindex;
+	bpf_probe_read_kernel_str(s->device, sizeof(s->device), dev->name);
+}
+
+/* place_packet says in which namespace a packet is: in that of its device. The socket
+ * of a packet may be the sender's, in another one. */
+static __always_inline bool place_packet(struct subject *s, struct sk_buff *skb, struct sock *sk)
+{
+	struct net_device *dev = skb->dev;
+
+	if (dev) {
+		struct net *net = dev->nd_net.net;
+
+		if (net)
+			s->key.netns = net->ns.inum;
+		if (s->key.netns >= LEAST_INODE) {
+			if (!looked_at(s->key.netns))
+				return false;
+			read_device(s, dev);
+			return true;
+		}
+	}
+	s->key.netns = 0;
+	if (sk) {
+		struct net *net = sk->__sk_common.skc_net.net;
+
+		if (net)
+			s->key.netns = net->ns.inum;
+		if (s->key.netns >= LEAST_INODE)
+			return looked_at(s->key.netns);
+	}
+	struct sock *own = skb->sk;
+
+	if (own) {
+		struct net *net = own->__sk_common.skc_net.net;
+
+		if (net)
+			s->key.netns = net->ns.inum;
+		if (s->key.netns >= LEAST_INODE)
+			return looked_at(s->key.netns);
+	}
+	/* the lowest bit says whether it holds a reference (SKB_DST_NOREF) */
+	struct dst_entry *route = (struct dst_entry *)(skb->_skb_refdst & ~1UL);
+
+	s->key.netns = route ? BPF_CORE_READ(route, dev, nd_net.net, ns.inum) : 0;
+	return looked_at(s->key.netns);
+}
+
+/* read_socket reads the ends of a socket, its own as the source, and says whether its
+ * namespace is looked at. */
+static __always_inline bool read_socket(struct subject *s, const struct sock *sk)
+{
+	struct net *net = sk->__sk_common.skc_net.net;
+
+	if (!net)
+		return false;
+	s->key.netns = net->ns.inum;
+	if (!looked_at(s->key.netns))
+		return false;
+	s->socket = sk->__sk_common.skc_cookie.counter;
+	__u16 family = sk->__sk_common.skc_family;
+
+	if (family == AF_INET) {
+		s->key.ethertype = ETHERTYPE_IP4;
+		s->key.source = address_from_ip4(sk->__sk_common.skc_rcv_saddr);
+		s->key.destination = address_from_ip4(sk->__sk_common.skc_daddr);
+	} else if (family == AF_INET6 && bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
+		s->key.ethertype = ETHERTYPE_IP6;
+		for (int i = 0; i < 4; i++) {
+			s->key.source.word[i] = sk->__sk_common.skc_v6_rcv_saddr.in6_u.u6_addr32[i];
+			s->key.destination.word[i] = sk->__sk_common.skc_v6_daddr.in6_u.u6_addr32[i];
+		}
+	} else {
+		return false;
+	}
+	s->source_port = __builtin_bswap16(sk->__sk_common.skc_num);
+	s->destination_port = sk->__sk_common.skc_dport;
+	return true;
+}
+
+/* port_of_service is choose_port for a socket, by its state. */
+static __always_inline void port_of_service(struct subject *s, __u8 state)
+{
+	if (state == STATE_SYN_SENT)
+		s->key.flags |= TCP_SYN;
+	if (state == STATE_SYN_RECV || state == STATE_NEW_SYN_RECV)
+		s->key.flags |= TCP_SYN | TCP_ACK;
+	choose_port(s);
+	if (!s->destination_port) { /* not connected: it is the receiver */
+		s->key.flags |= FLAG_SOURCE;
+		s->key.port = s->source_port;
+	}
+}
+
+static __always_inline void count_total(const struct subject *s)
+{
+	struct total_key key = { s->key.netns, s->key.reason, s->key.kind };
+	__u64 one = 1;
+	__u64 *count = bpf_map_lookup_elem(&totals, &key);
+
+	if (count) {
+		*count += 1;
+		return;
+	}
+	if (!bpf_map_update_elem(&totals, &key, &one, BPF_NOEXIST))
+		return;
+	count = bpf_map_lookup_elem(&totals, &key);
+	if (!count)
+		count = bpf_map_lookup_elem(&rest, &key.kind);
+	if (count)
+		*count += 1;
+}
+
+/* affordable says whether one more example may be sent now. */
+static __always_inline bool affordable(__u32 program, __u64 now)
+{
+	struct budget *b = bpf_map_lookup_elem(&budgets, &program);
+
+	if (!b)
+		return false;
+	if (now - b->since > SECOND) {
+		b->since = now;
+		b->used = 0;
+	}
+	return b->used++ < examples_a_second;
+}
+
+static __always_inline void draft_packet(struct example *e, const struct subject *s)
+{
+	struct sk_buff *skb = s->skb;
+	const unsigned char *head = skb->head;
+	__u32 data = skb->data - head;
+	__u32 mac = skb->mac_header;
+	__u32 headers = 0;
+
+	e->before = data - s->network;
+	if (s->network < data)
+		headers = data - s->network;
+	if (headers > HEADER_LIMIT)
+		headers = HEADER_LIMIT;
+	e->headers = headers;
+	if (headers)
+		bpf_probe_read_kernel(e->header, headers, head + s->network);
+	__builtin_memset(e->mac, 0, sizeof(e->mac));
+	if (mac != UNSET && mac + 14 <= s->network)
+		bpf_probe_read_kernel(e->mac, sizeof(e->mac), head + mac);
+	e->packet_type = BPF_CORE_READ_BITFIELD(skb, pkt_type);
+	e->summed = BPF_CORE_READ_BITFIELD(skb, ip_summed);
+	const struct skb_shared_info *shared = (const void *)(head + skb->end);
+
+	e->gso = BPF_CORE_READ(shared, gso_size);
+	e->captured = skb->len > WHOLE_LIMIT ? PART_LIMIT : skb->len;
+}
+
+/* show sends an example to user space. */
+static __always_inline void show(void *ctx, const struct subject *s, __u32 program, bool stack)
+{
+	struct example *e = bpf_map_lookup_elem(&drafts, &program);
+
+	if (!e)
+		return;
+	e->key = s->key;
+	e->source_port = s->source_port;
+	e->destination_port = s->destination_port;
+	e->length = s->length;
+	e->socket = s->socket;
+	e->retransmits = s->retransmits;
+	e->captured = e->headers = e->before = e->gso = e->packet_type = e->summed = 0;
+	__builtin_memcpy(e->device, s->device, sizeof(e->device));
+	e->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(e->command, sizeof(e->command));
+	e->stack_bytes = 0;
+	if (stack)
+		e->stack_bytes = bpf_get_stack(ctx, e->stack, sizeof(e->stack), 0);
+	if (!s->skb) {
+		bpf_perf_event_output(ctx, &examples, BPF_F_CURRENT_CPU, e, sizeof(*e));
+		return;
+	}
+	draft_packet(e, s);
+	if (bpf_skb_output(s->skb, &examples, (__u64)e->captured << 32 | BPF_F_CURRENT_CPU, e, sizeof(*e)) == 0)
+		return;
+	e->captured = 0;
+	bpf_perf_event_output(ctx, &examples, BPF_F_CURRENT_CPU, e, sizeof(*e));
+}
+
+/* note counts an event, and shows it if its like was not met before. */
+static __always_inline void note(void *ctx, struct subject *s, __u32 program, bool stack)
+{
+	__u64 now = bpf_ktime_get_ns();
+	struct event *e = bpf_map_lookup_elem(&events, &s->key);
+
+	count_total(s);
+	if (e) {
+		if (!e->count) { /* met on another processor */
+			e->first = now;
+			e->source_port = s->source_port;
+			e->destination_port = s->destination_port;
+			e->socket = s->socket;
+			__builtin_memcpy(e->device, s->device, sizeof(e->device));
+		}
+		e->count++;
+		e->last = now;
+		if (s->length > e->longest)
+			e->longest = s->length;
+		return;
+	}
+	struct event fresh = {
+		.count = 1,
+		.first = now,
+		.last = now,
+		.socket = s->socket,
+		.longest = s->length,
+		.source_port = s->source_port,
+		.destination_port = s->destination_port,
+	};
+
+	__builtin_memcpy(fresh.device, s->device, sizeof(fresh.device));
+	if (bpf_map_update_elem(&events, &s->key, &fresh, BPF_NOEXIST)) {
+		e = bpf_map_lookup_elem(&events, &s->key); /* another processor was faster */
+		if (e) {
+			e->count++;
+			e->last = now;
+		}
+		return;
+	}
+	if (affordable(program, now))
+		show(ctx, s, program, stack);
+}
+
+/* A packet died. */
+SEC("tp_btf/kfree_skb")
+int drop(__u64 *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx[0];
+	struct sock *receiver = 0;
+	struct subject s = { .key.kind = KIND_DROP };
+
+	if (drop_receiver == 3)
+		receiver = (struct sock *)ctx[3];
+	if (!place_packet(&s, skb, receiver))
+		return 0;
+	s.key.location = ctx[1];
+	if (drop_reason == 2)
+		s.key.reason = ctx[2];
+	read_packet(&s, skb);
+	if (receiver)
+		s.socket = receiver->__sk_common.skc_cookie.counter;
+	if (each) {
+		count_total(&s);
+		show(ctx, &s, KIND_DROP, true);
+		return 0;
+	}
+	note(ctx, &s, KIND_DROP, true);
+	return 0;
+}
+
+/* We refuse or abort a connection. */
+SEC("tp_btf/tcp_send_reset")
+int reset(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	struct sk_buff *skb = (struct sk_buff *)ctx[1];
+	struct subject s = { .key.kind = KIND_RESET };
+
+	if (reset_reason == 2)
+		s.key.reason = ctx[2];
+	if (skb) {
+		if (!place_packet(&s, skb, (struct sock *)sk))
+			return 0;
+		read_packet(&s, skb);
+		if (sk)
+			s.socket = sk->__sk_common.skc_cookie.counter;
+	} else if (sk) {
+		if (!read_socket(&s, sk))
+			return 0;
+		s.key.protocol = IPPROTO_TCP;
+		port_of_service(&s, STATE_ESTABLISHED);
+	}
+	if (s.key.netns)
+		note(ctx, &s, KIND_RESET, true);
+	return 0;
+}
+
+/* We tell a sender by ICMP about its packet. */
+SEC("tp_btf/icmp_send")
+int icmp(__u64 *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx[0];
+	struct subject s = { .key.kind = KIND_ICMP };
+
+	if (!place_packet(&s, skb, 0))
+		return 0;
+	s.key.reason = (__u8)ctx[1] << 8 | (__u8)ctx[2];
+	read_packet(&s, skb);
+	note(ctx, &s, KIND_ICMP, true);
+	return 0;
+}
+
+SEC("tp_btf/tcp_retransmit_skb")
+int retransmit(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	struct sk_buff *skb = (struct sk_buff *)ctx[1];
+	struct subject s = { .key.kind = KIND_RETRANSMIT };
+
+	if (!sk || !read_socket(&s, sk))
+		return 0;
+	s.key.protocol = IPPROTO_TCP;
+	s.key.reason = sk->__sk_common.skc_state;
+	if (skb)
+		s.length = skb->len;
+	s.retransmits = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_retransmits);
+	port_of_service(&s, s.key.reason);
+	note(ctx, &s, KIND_RETRANSMIT, false);
+	return 0;
+}
+
+/* We repeat the answer to a SYN: the third step of the handshake does not arrive. */
+SEC("tp_btf/tcp_retransmit_synack")
+int repeat_synack(__u64 *ctx)
+{
+	const struct request_sock *request = (const struct request_sock *)ctx[1];
+	struct subject s = { .key.kind = KIND_RETRANSMIT };
+
+	if (!request || !read_socket(&s, (const struct sock *)request))
+		return 0;
+	s.key.protocol = IPPROTO_TCP;
+	s.key.reason = STATE_NEW_SYN_RECV;
+	port_of_service(&s, STATE_NEW_SYN_RECV);
+	note(ctx, &s, KIND_SYNACK, false);
+	return 0;
+}
+
+/* A program will be told of an error by its socket. */
+SEC("tp_btf/inet_sk_error_report")
+int socket_error(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	struct subject s = { .key.kind = KIND_SOCKET_ERROR };
+
+	if (!sk || !read_socket(&s, sk))
+		return 0;
+	s.key.protocol = sk->sk_protocol;
+	s.key.reason = sk->sk_err;
+	s.retransmits = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_retransmits);
+	port_of_service(&s, sk->__sk_common.skc_state);
+	note(ctx, &s, KIND_SOCKET_ERROR, false);
+	return 0;
+}
+
+/* A neighbour did not answer. */
+SEC("tp_btf/neigh_timer_handler")
+int neighbour(__u64 *ctx)
+{
+	struct neighbour *n = (struct neighbour *)ctx[0];
+	struct subject s = { .key.kind = KIND_NEIGHBOUR };
+	__be32 ip = 0;
+
+	if (n->nud_state != NEIGHBOUR_FAILED || !n->dev)
+		return 0;
+	struct net *net = n->dev->nd_net.net;
+
+	if (!net)
+		return 0;
+	s.key.netns = net->ns.inum;
+	if (!looked_at(s.key.netns))
+		return 0;
+	read_device(&s, n->dev);
+	if (n->tbl->family == AF_INET) {
+		s.key.ethertype = ETHERTYPE_IP4;
+		bpf_probe_read_kernel(&ip, sizeof(ip), n->primary_key);
+		s.key.destination = address_from_ip4(ip);
+	} else if (n->tbl->family == AF_INET6) {
+		s.key.ethertype = ETHERTYPE_IP6;
+		bpf_probe_read_kernel(&s.key.destination, sizeof(s.key.destination), n->primary_key);
+	}
+	note(ctx, &s, KIND_NEIGHBOUR, false);
+	return 0;
+}
+
+/* A socket's queue has no room. */
+SEC("tp_btf/sock_rcvqueue_full")
+int queue_full(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	struct subject s = { .key.kind = KIND_FULL };
+
+	if (!sk || !read_socket(&s, sk))
+		return 0;
+	s.key.protocol = sk->sk_protocol;
+	port_of_service(&s, sk->__sk_common.skc_state);
+	note(ctx, &s, KIND_FULL, false);
+	return 0;
+}
+
+SEC("tp_btf/udp_fail_queue_rcv_skb")
+int udp_full(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[1];
+	struct subject s = { .key.kind = KIND_FULL };
+
+	if (!sk || !read_socket(&s, sk))
+		return 0;
+	s.key.protocol = sk->sk_protocol;
+	s.key.reason = -(int)ctx[0];
+	port_of_service(&s, sk->__sk_common.skc_state);
+	note(ctx, &s, KIND_UDP_FULL, false);
+	return 0;
+}
+
+SEC("tp_btf/tcp_bad_csum")
+int bad_checksum(__u64 *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx[0];
+	struct subject s = { .key.kind = KIND_CHECKSUM };
+
+	if (!place_packet(&s, skb, 0))
+		return 0;
+	read_packet(&s, skb);
+	note(ctx, &s, KIND_CHECKSUM, false);
+	return 0;
+}
+
+/* A TCP connection of ours came about or did not, or ended before it was closed. */
+SEC("tp_btf/inet_sock_set_state")
+int state(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	__u8 before = ctx[1], after = ctx[2];
+	struct subject s = { .key.kind = KIND_STATE };
+
+	if (before != STATE_SYN_SENT && !(before == STATE_SYN_RECV && after == STATE_CLOSE) &&
+	    !(before == STATE_ESTABLISHED && after == STATE_CLOSE))
+		return 0;
+	if (!sk || !read_socket(&s, sk))
+		return 0;
+	s.key.protocol = sk->sk_protocol;
+	s.key.reason = before << 8 | after;
+	s.key.location = sk->sk_err;
+	s.retransmits = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_retransmits);
+	port_of_service(&s, before);
+	note(ctx, &s, KIND_STATE, false);
+	return 0;
+}
+
+/* What a system call was given. */
+struct call {
+	__u64 number;
+	__u64 descriptor;
+	__u64 second;
+	__u64 fifth;
+};
+
+static __always_inline struct call read_call(void *regs)
+{
+	struct call c = { .number = ~0ULL };
+	struct pt_regs___x86 *x86 = regs;
+	struct pt_regs___arm64 *arm64 = regs;
+
+	if (bpf_core_field_exists(x86->orig_ax)) {
+		c.number = x86->orig_ax;
+		c.descriptor = x86->di;
+		c.second = x86->si;
+		c.fifth = x86->r8;
+	} else if (bpf_core_field_exists(arm64->syscallno)) {
+		c.number = arm64->syscallno;
+		c.descriptor = arm64->orig_x0;
+		c.second = arm64->regs[1];
+		c.fifth = arm64->regs[4];
+	}
+	return c;
+}
+
+static __always_inline bool is_call_of_interest(__u64 number)
+{
+	return number == call_connect || number == call_bind || number == call_sendto || number == call_sendmsg ||
+	       number == call_sendmmsg || number == call_write || number == call_writev;
+}
+
+/* is_usual tells what programs meet all the time: not now, already, interrupted, no
+ * such descriptor, an address of a wrong kind. */
+static __always_inline bool is_usual(long error)
+{
+	switch (error) {
+	case 4:   /* EINTR */
+	case 9:   /* EBADF */
+	case 11:  /* EAGAIN */
+	case 14:  /* EFAULT */
+	case 22:  /* EINVAL */
+	case 32:  /* EPIPE: the other end has closed, or this one */
+	case 88:  /* ENOTSOCK */
+	case 89:  /* EDESTADDRREQ */
+	case 97:  /* EAFNOSUPPORT */
+	case 106: /* EISCONN */
+	case 107: /* ENOTCONN */
+	case 114: /* EALREADY */
+	case 115: /* EINPROGRESS */
+		return true;
+	}
+	return error >= 512; /* ERESTARTSYS and the like, of the kernel alone */
+}
+
+/* socket_of finds the socket of a descriptor of the calling task. */
+static __always_inline struct sock *socket_of(__u32 descriptor)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file **files = BPF_CORE_READ(table, fd);
+	struct file *file = 0;
+	struct socket *socket;
+
+	if (descriptor >= BPF_CORE_READ(table, max_fds))
+		return 0;
+	bpf_probe_read_kernel(&file, sizeof(file), files + descriptor);
+	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & TYPE_OF_FILE) != SOCKET_FILE)
+		return 0;
+	socket = BPF_CORE_READ(file, private_data);
+	return BPF_CORE_READ(socket, sk);
+}
+
+/* read_call_socket is read_socket for a socket whose pointer the verifier does not know. */
+static __always_inline bool read_call_socket(struct subject *s, struct sock *sk)
+{
+	struct in6_addr ip6 = {};
+
+	s->key.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	if (!looked_at(s->key.netns))
+		return false;
+	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family);
+
+	s->socket = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	s->key.protocol = BPF_CORE_READ(sk, sk_protocol);
+	if (family == AF_INET) {
+		s->key.ethertype = ETHERTYPE_IP4;
+		s->key.source = address_from_ip4(BPF_CORE_READ(sk, __sk_common.skc_rcv_saddr));
+		s->key.destination = address_from_ip4(BPF_CORE_READ(sk, __sk_common.skc_daddr));
+	} else if (family == AF_INET6 && bpf_core_field_exists(sk->__sk_common.skc_v6_daddr)) {
+		s->key.ethertype = ETHERTYPE_IP6;
+		BPF_CORE_READ_INTO(&ip6, sk, __sk_common.skc_v6_rcv_saddr);
+		__builtin_memcpy(&s->key.source, &ip6, sizeof(s->key.source));
+		BPF_CORE_READ_INTO(&ip6, sk, __sk_common.skc_v6_daddr);
+		__builtin_memcpy(&s->key.destination, &ip6, sizeof(s->key.destination));
+	} else {
+		return false;
+	}
+	s->source_port = __builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_num));
+	s->destination_port = BPF_CORE_READ(sk, __sk_common.skc_dport);
+	return true;
+}
+
+/* read_target takes what the program named as the other end, which a socket that was
+ * refused does not hold. */
+static __always_inline void read_target(struct subject *s, const void *given)
+{
+	struct {
+		__u16 family;
+		__be16 port;
+		__be32 ip4; /* or the flow of IPv6 */
+		struct address ip6;
+	} address = {};
+
+	if (!given || bpf_probe_read_user(&address, 8, given))
+		return;
+	if (address.family == AF_INET) {
+		s->key.destination = address_from_ip4(address.ip4);
+	} else if (address.family == AF_INET6) {
+		if (bpf_probe_read_user(&address, sizeof(address), given))
+			return;
+		s->key.destination = address.ip6;
+	} else {
+		return;
+	}
+	s->destination_port = address.port;
+}
+
+/* A system call about a socket was refused. */
+SEC("tp_btf/sys_exit")
+int call(__u64 *ctx)
+{
+	long error = -(long)ctx[1];
+	struct subject s = { .key.kind = KIND_CALL };
+	const void *given = 0;
+
+	if (error <= 0 || error > 4095 || is_usual(error))
+		return 0;
+	struct call c = read_call((void *)ctx[0]);
+
+	if (!is_call_of_interest(c.number))
+		return 0;
+	struct sock *sk = socket_of(c.descriptor);
+
+	if (!sk || !read_call_socket(&s, sk))
+		return 0;
+	if (c.number == call_connect || c.number == call_bind)
+		given = (const void *)c.second;
+	else if (c.number == call_sendto)
+		given = (const void *)c.fifth;
+	else if (c.number == call_sendmsg || c.number == call_sendmmsg)
+		bpf_probe_read_user(&given, sizeof(given), (const void *)c.second);
+	read_target(&s, given);
+	s.key.port = s.destination_port;
+	s.key.reason = error;
+	s.key.location = c.number;
+	note(ctx, &s, KIND_CALL, false);
+	return 0;
+}
+
+/* The kernel gives some of its helpers to GPL-compatible programs only. */
+char __license[] SEC("license") = "Dual MIT/GPL";

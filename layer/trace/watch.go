@@ -1,0 +1,371 @@
+package trace
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/perf"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/cpu"
+	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/layer/trace/cause"
+)
+
+const act = "watch packets"
+
+// Options say what is watched.
+type Options struct {
+	// Namespaces are inodes of network namespaces; none stands for all.
+	Namespaces []uint32
+	// Entries is how many different events are counted apart, each of them by each
+	// processor; 0 stands for 8192, or less on a machine of many processors.
+	Entries int
+	// EveryDrop sends every drop to this process with its stack, instead of counting
+	// in the kernel: to measure what that costs.
+	EveryDrop bool
+}
+
+// Recording is what was seen.
+type Recording struct {
+	Events []cause.Event
+	// Missing are the signals that this kernel does not give, and why.
+	Missing []string
+	// Lost are events that are in Totals but not in Events.
+	Lost uint64
+	// Totals are how many events of each kind, namespace and reason there were; none
+	// is ever lost.
+	Totals []Total
+}
+
+// Total is how many events of a kind there were.
+type Total struct {
+	Kind   cause.Kind
+	Space  uint32
+	Reason string
+	Count  uint64
+}
+
+// Session watches until it is stopped.
+type Session struct {
+	collection *ebpf.Collection
+	links      []link.Link
+	reader     *perf.Reader
+	done       sync.WaitGroup
+	begun      time.Duration // of CLOCK_MONOTONIC, which the programs read too
+	missing    []string
+	reasons    reasons
+
+	// Of the goroutine that reads, until done.
+	examples map[traceEventKey]*sample
+	unread   uint64
+	every    uint64
+}
+
+// mostExamples bounds what a session keeps: each takes up to 3 kB.
+const mostExamples = 8192
+
+// Watch begins to watch. What it attaches is gone when the process ends, however it
+// ends. The error is a *need.Privilege or a *need.Feature where that is the cause.
+func Watch(o Options) (*Session, error) {
+	if err := need.Check(act, "CAP_BPF", "CAP_PERFMON"); err != nil {
+		return nil, err
+	}
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, &need.Feature{Act: act, Feature: fmt.Sprintf("type information (%v)", err), Since: "CONFIG_DEBUG_INFO_BTF"}
+	}
+	spec, err := loadTrace()
+	if err != nil {
+		return nil, err
+	}
+	s := &Session{examples: map[traceEventKey]*sample{}}
+	chosen, err := s.choose(kernel, spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := size(spec, &o); err != nil {
+		return nil, err
+	}
+	if s.reasons, err = readReasons(kernel); err != nil {
+		return nil, err
+	}
+	if s.collection, err = s.load(spec, chosen); err != nil {
+		return nil, fmt.Errorf("%s: %w", act, err)
+	}
+	if err := s.start(&o, chosen); err != nil {
+		s.close()
+		return nil, fmt.Errorf("%s: %w", act, err)
+	}
+	return s, nil
+}
+
+// size sets the maps' sizes and the programs' settings.
+func size(spec *ebpf.CollectionSpec, o *Options) error {
+	processors, err := cpu.Online()
+	if err != nil {
+		return err
+	}
+	entries := o.Entries
+	if entries == 0 {
+		entries = max(1024, min(8192, 8192*16/processors)) // 10 MB at most
+	}
+	spec.Maps[traceMapEvents].MaxEntries = uint32(entries)
+	settings := map[string]any{
+		traceVarChosen: len(o.Namespaces) > 0, traceVarEach: o.EveryDrop,
+		traceVarCallConnect: uint32(unix.SYS_CONNECT), traceVarCallBind: uint32(unix.SYS_BIND),
+		traceVarCallSendto: uint32(unix.SYS_SENDTO), traceVarCallSendmsg: uint32(unix.SYS_SENDMSG),
+		traceVarCallSendmmsg: uint32(unix.SYS_SENDMMSG), traceVarCallWrite: uint32(unix.SYS_WRITE),
+		traceVarCallWritev: uint32(unix.SYS_WRITEV),
+	}
+	for name, value := range settings {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// load loads the chosen programs: all at once, or, where the kernel refuses one, each
+// that it does not refuse.
+func (s *Session) load(spec *ebpf.CollectionSpec, chosen []program) (*ebpf.Collection, error) {
+	keep := map[string]bool{}
+	for _, p := range chosen {
+		keep[p.name] = true
+	}
+	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return !keep[name] })
+	all, err := ebpf.NewCollection(spec)
+	if err == nil || errors.Is(err, unix.EPERM) {
+		return all, err
+	}
+	var loaded *ebpf.Collection
+	for _, p := range chosen {
+		one := spec.Copy()
+		maps.DeleteFunc(one.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return name != p.name })
+		options := ebpf.CollectionOptions{}
+		if loaded != nil {
+			options.MapReplacements = loaded.Maps
+		}
+		with, err := ebpf.NewCollectionWithOptions(one, options)
+		if err != nil {
+			s.miss(p.tracepoint, err)
+			continue
+		}
+		if loaded == nil {
+			loaded = with
+			continue
+		}
+		loaded.Programs[p.name] = with.Programs[p.name]
+		delete(with.Programs, p.name)
+		with.Close()
+	}
+	if loaded == nil {
+		return nil, err
+	}
+	return loaded, nil
+}
+
+func (s *Session) miss(tracepoint string, err error) {
+	s.missing = append(s.missing, fmt.Sprintf("%s: %v", tracepoint, err))
+}
+
+// start fills in whom to look at and attaches the programs.
+func (s *Session) start(o *Options, chosen []program) error {
+	for _, inode := range o.Namespaces {
+		if err := s.collection.Maps[traceMapWanted].Put(inode, uint8(1)); err != nil {
+			return fmt.Errorf("choose namespace %d: %w", inode, err)
+		}
+	}
+	options := perf.ReaderOptions{}
+	pages := 32
+	if o.EveryDrop {
+		pages = 256 // as much as such a tracer asks for
+		options.Watermark = pages * os.Getpagesize() / 4
+	}
+	var err error
+	if s.reader, err = perf.NewReaderWithOptions(s.collection.Maps[traceMapExamples], pages*os.Getpagesize(), options); err != nil {
+		return fmt.Errorf("read examples: %w", err)
+	}
+	if s.begun, err = now(); err != nil {
+		return err
+	}
+	if o.EveryDrop {
+		s.done.Go(s.countEvery)
+	} else {
+		s.done.Go(s.readExamples)
+	}
+	for _, p := range chosen {
+		loaded := s.collection.Programs[p.name]
+		if loaded == nil {
+			continue
+		}
+		attached, err := link.AttachTracing(link.TracingOptions{Program: loaded})
+		if err != nil {
+			s.miss(p.tracepoint, err)
+			continue
+		}
+		s.links = append(s.links, attached)
+	}
+	if len(s.links) == 0 {
+		return fmt.Errorf("no program could be attached: %s", s.missing)
+	}
+	return nil
+}
+
+func now() (time.Duration, error) {
+	var at unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &at); err != nil {
+		return 0, fmt.Errorf("read the clock: %w", err)
+	}
+	return time.Duration(at.Nano()), nil
+}
+
+// countEvery only counts what arrives.
+func (s *Session) countEvery() {
+	for {
+		record, err := s.reader.Read()
+		if err != nil {
+			return
+		}
+		s.unread += record.LostSamples
+		if record.LostSamples == 0 {
+			s.every++
+		}
+	}
+}
+
+// Stop ends watching and says what was seen.
+func (s *Session) Stop() (*Recording, error) {
+	defer s.close()
+	for _, l := range s.links {
+		l.Close()
+	}
+	s.links = nil
+	if err := s.reader.Flush(); err != nil {
+		return nil, fmt.Errorf("%s: %w", act, err)
+	}
+	s.done.Wait()
+	return s.record()
+}
+
+func (s *Session) close() {
+	for _, l := range s.links {
+		l.Close()
+	}
+	s.links = nil
+	if s.reader != nil {
+		s.reader.Close()
+		s.done.Wait()
+	}
+	if s.collection != nil {
+		s.collection.Close()
+	}
+}
+
+// program is one of trace.bpf.c, with the tracepoint that it is for.
+type program struct {
+	name, tracepoint string
+	// arguments are the kernel's types of the tracepoint's arguments, in their order,
+	// as far as the program reads them; "" for those of no matter.
+	arguments []string
+}
+
+var programs = []program{
+	{traceProgDrop, "kfree_skb", []string{"sk_buff"}},
+	{traceProgReset, "tcp_send_reset", []string{"sock", "sk_buff"}},
+	{traceProgIcmp, "icmp_send", []string{"sk_buff", "", ""}},
+	{traceProgRetransmit, "tcp_retransmit_skb", []string{"sock", "sk_buff"}},
+	{traceProgRepeatSynack, "tcp_retransmit_synack", []string{"sock", "request_sock"}},
+	{traceProgSocketError, "inet_sk_error_report", []string{"sock"}},
+	{traceProgNeighbour, "neigh_timer_handler", []string{"neighbour"}},
+	{traceProgQueueFull, "sock_rcvqueue_full", []string{"sock"}},
+	{traceProgUdpFull, "udp_fail_queue_rcv_skb", []string{"", "sock"}},
+	{traceProgBadChecksum, "tcp_bad_csum", []string{"sk_buff"}},
+	{traceProgState, "inet_sock_set_state", []string{"sock", "", ""}},
+	{traceProgCall, "sys_exit", []string{"pt_regs", ""}},
+}
+
+// choose finds which tracepoints the kernel has, with the arguments that our programs
+// read.
+func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec) (chosen []program, err error) {
+	for _, p := range programs {
+		have, err := argumentsOf(kernel, p.tracepoint)
+		switch {
+		case err != nil:
+			s.miss(p.tracepoint, err)
+			continue
+		case !fits(have, p.arguments):
+			s.missing = append(s.missing, fmt.Sprintf("%s: this kernel's has other arguments: %v", p.tracepoint, have))
+			continue
+		}
+		settings := map[string]int{}
+		switch p.name {
+		case traceProgDrop:
+			settings[traceVarDropReason] = slices.Index(have, "skb_drop_reason")
+			settings[traceVarDropReceiver] = slices.Index(have, "sock")
+			if settings[traceVarDropReason] != 2 {
+				s.missing = append(s.missing, "kfree_skb: this kernel gives no reasons; functions and counters have to do")
+			}
+		case traceProgReset:
+			settings[traceVarResetReason] = slices.Index(have, "sk_rst_reason")
+		}
+		for name, place := range settings {
+			if err := spec.Variables[name].Set(int32(place)); err != nil {
+				return nil, fmt.Errorf("set %s: %w", name, err)
+			}
+		}
+		chosen = append(chosen, p)
+	}
+	if len(chosen) == 0 {
+		return nil, &need.Feature{Act: act, Feature: fmt.Sprintf("tracepoints for it (%v)", s.missing), Since: "CONFIG_TRACEPOINTS"}
+	}
+	return chosen, nil
+}
+
+func fits(have, wanted []string) bool {
+	if len(have) < len(wanted) {
+		return false
+	}
+	for i, name := range wanted {
+		if name != "" && have[i] != name {
+			return false
+		}
+	}
+	return true
+}
+
+// argumentsOf are the names of the types of a tracepoint's arguments, pointers and
+// const left out.
+func argumentsOf(kernel *btf.Spec, tracepoint string) ([]string, error) {
+	var typedef *btf.Typedef
+	if err := kernel.TypeByName("btf_trace_"+tracepoint, &typedef); errors.Is(err, btf.ErrNotFound) {
+		return nil, errors.New("this kernel has no such tracepoint")
+	} else if err != nil {
+		return nil, err
+	}
+	pointer, _ := btf.UnderlyingType(typedef).(*btf.Pointer)
+	if pointer == nil {
+		return nil, errors.New("its type is not known")
+	}
+	prototype, _ := pointer.Target.(*btf.FuncProto)
+	if prototype == nil || len(prototype.Params) == 0 {
+		return nil, errors.New("its type is not known")
+	}
+	var names []string
+	for _, param := range prototype.Params[1:] { // the first is the kernel's own
+		of := btf.UnderlyingType(param.Type)
+		if pointer, ok := of.(*btf.Pointer); ok {
+			of = btf.UnderlyingType(pointer.Target)
+		}
+		names = append(names, of.TypeName())
+	}
+	return names, nil
+}
