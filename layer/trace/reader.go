@@ -86,8 +86,8 @@ func (r *Reader) After(ctx context.Context, window time.Duration, events []cause
 		r.mu.Unlock()
 		s.Settings = settings(s.After.Links)
 		s.Addrs, s.Neighs, s.Routes = addresses(), neighbours(), refusing()
-		s.Rules = counted(r.rules[n.Inode], r.readRules(n))
-		s.Programs = programs(s.After.Links)
+		s.Rules = bothCounts(r.rules[n.Inode], r.readRules(n))
+		s.Programs = attachedTo(s.After.Links)
 		spaces[at] = s
 		return nil
 	})

@@ -26,9 +26,9 @@ const (
 	bpfID         = 11 // TCA_BPF_ID
 )
 
-// programs lists the eBPF programs, and other filters of tc, that packets meet at the
+// attachedTo lists the eBPF programs, and other filters of tc, that packets meet at the
 // devices of the calling thread's namespace.
-func programs(links []cause.Link) (all []cause.Program) {
+func attachedTo(links []cause.Link) (all []cause.Program) {
 	for _, l := range links {
 		all = append(all, express(l)...)
 		for _, q := range l.Qdiscs {
@@ -44,7 +44,7 @@ func programs(links []cause.Link) (all []cause.Program) {
 				continue // before Linux 6.6
 			}
 			for _, p := range found.Programs {
-				all = append(all, program(p.ID, "sched_cls", hook, l.Name))
+				all = append(all, attached(p.ID, "sched_cls", hook, l.Name))
 			}
 		}
 	}
@@ -62,11 +62,11 @@ func express(l cause.Link) []cause.Program {
 	if found.Attrs().Xdp.AttachMode == generic {
 		hook = "xdp generic"
 	}
-	return []cause.Program{program(ebpf.ProgramID(found.Attrs().Xdp.ProgId), "xdp", hook, l.Name)}
+	return []cause.Program{attached(ebpf.ProgramID(found.Attrs().Xdp.ProgId), "xdp", hook, l.Name)}
 }
 
-// program tells of one by its number.
-func program(id ebpf.ProgramID, kind, hook, device string) cause.Program {
+// attached tells of one by its number.
+func attached(id ebpf.ProgramID, kind, hook, device string) cause.Program {
 	p := cause.Program{ID: uint32(id), Type: kind, Hook: hook, Device: device}
 	handle, err := ebpf.NewProgramFromID(id)
 	if err != nil {
@@ -108,7 +108,7 @@ func filters(l cause.Link, parent uint32, hook string) (all []cause.Program) {
 		options := inner(raw, tcaOptions)
 		switch id := inner(options, bpfID); {
 		case len(id) == 4:
-			p := program(ebpf.ProgramID(binary.NativeEndian.Uint32(id)), "sched_cls", hook, l.Name)
+			p := attached(ebpf.ProgramID(binary.NativeEndian.Uint32(id)), "sched_cls", hook, l.Name)
 			if p.Name == "" {
 				p.Name = strings.TrimRight(string(inner(options, bpfName)), "\x00")
 			}
@@ -198,7 +198,7 @@ func cgroupPrograms(folder, name string) (all []cause.Program) {
 			continue
 		}
 		for _, f := range found.Programs {
-			p := program(f.ID, "cgroup", hook, "")
+			p := attached(f.ID, "cgroup", hook, "")
 			p.Cgroup = name
 			all = append(all, p)
 		}
