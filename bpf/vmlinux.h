@@ -113,6 +113,20 @@ struct bpf_sock_tuple {
 #define BPF_F_CURRENT_CPU   0xffffffffULL
 #define BPF_F_CURRENT_NETNS (-1L)
 
+/* A connection that the kernel tracks. None of its fields is used. */
+struct nf_conn {
+	unsigned long status;
+} __attribute__((preserve_access_index));
+
+/* bpf_skb_ct_lookup(). Linux 6.10 knows a longer one as well. */
+struct bpf_ct_opts {
+	__s32 netns_id;
+	__s32 error;
+	__u8 l4proto;
+	__u8 dir;
+	__u8 reserved[2];
+};
+
 /* bpf_fib_lookup(): what it is asked and what it answers. */
 struct bpf_fib_lookup {
 	__u8 family;

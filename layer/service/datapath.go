@@ -69,6 +69,8 @@ type datapath struct {
 	// firstPort and portCount are the source ports of masqueraded flows.
 	firstPort, portCount uint16
 	noSetRetval          bool
+	// asksConntrack says that the programs ask which connections the kernel tracks.
+	asksConntrack bool
 	// rules is nftables in the node's namespace; untrackable is why ours cannot
 	// be there, bypassing says that this process wrote them.
 	rules       *nft.Net
@@ -305,7 +307,7 @@ func liveSpec() (*ebpf.CollectionSpec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read embedded programs: %w", err)
 	}
-	for _, name := range []string{datapathProgExplain, datapathProgNothing, datapathProgOneLookUp} {
+	for _, name := range []string{datapathProgExplain, datapathProgNothing, datapathProgOneLookUp, datapathProgAskConntrack} {
 		delete(spec.Programs, name)
 	}
 	delete(spec.Maps, datapathMapExplained)
@@ -318,6 +320,7 @@ func (d *datapath) probe() {
 	if !d.tcx {
 		d.degraded = append(d.degraded, "the packet path is attached by clsact filters: tcx needs Linux 6.6")
 	}
+	d.findTracker()
 	err := features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSetRetval)
 	if errors.Is(err, ebpf.ErrNotSupported) { // what is not known, loading will tell
 		d.noSetRetval = true
@@ -328,17 +331,21 @@ func (d *datapath) probe() {
 // adapt gives the programs their read-only settings.
 func (d *datapath) adapt(spec *ebpf.CollectionSpec, places int) error {
 	settings := map[string]any{
-		"first_port":    d.firstPort,
-		"port_count":    d.portCount,
-		"can_set_error": !d.noSetRetval,
-		"default_path":  uint8(d.settings.Path.number()),
-		"node_cookie":   d.node,
-		"places_mask":   uint32(places - 1),
+		"first_port":     d.firstPort,
+		"port_count":     d.portCount,
+		"can_set_error":  !d.noSetRetval,
+		"asks_conntrack": d.asksConntrack,
+		"default_path":   uint8(d.settings.Path.number()),
+		"node_cookie":    d.node,
+		"places_mask":    uint32(places - 1),
 	}
 	for name, value := range settings {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s of the service programs: %w", name, err)
 		}
+	}
+	if !d.asksConntrack {
+		askNobody(spec)
 	}
 	return nil
 }

@@ -391,6 +391,7 @@ const (
 	datapathMapVacant        = "vacant"
 	datapathMapWires         = "wires"
 	datapathMapWorkbenches   = "workbenches"
+	datapathProgAskConntrack = "ask_conntrack"
 	datapathProgConnect4     = "connect4"
 	datapathProgConnect6     = "connect6"
 	datapathProgEndFlow      = "end_flow"
@@ -410,6 +411,7 @@ const (
 	datapathProgToPod        = "to_pod"
 	datapathProgToWire       = "to_wire"
 	datapathProgToWireL3     = "to_wire_l3"
+	datapathVarAsksConntrack = "asks_conntrack"
 	datapathVarCanSetError   = "can_set_error"
 	datapathVarDefaultPath   = "default_path"
 	datapathVarFirstPort     = "first_port"
@@ -460,6 +462,7 @@ type datapathSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathProgramSpecs struct {
+	AskConntrack *ebpf.ProgramSpec `ebpf:"ask_conntrack"`
 	Connect4     *ebpf.ProgramSpec `ebpf:"connect4"`
 	Connect6     *ebpf.ProgramSpec `ebpf:"connect6"`
 	EndFlow      *ebpf.ProgramSpec `ebpf:"end_flow"`
@@ -516,12 +519,13 @@ type datapathMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathVariableSpecs struct {
-	CanSetError *ebpf.VariableSpec `ebpf:"can_set_error"`
-	DefaultPath *ebpf.VariableSpec `ebpf:"default_path"`
-	FirstPort   *ebpf.VariableSpec `ebpf:"first_port"`
-	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
-	PlacesMask  *ebpf.VariableSpec `ebpf:"places_mask"`
-	PortCount   *ebpf.VariableSpec `ebpf:"port_count"`
+	AsksConntrack *ebpf.VariableSpec `ebpf:"asks_conntrack"`
+	CanSetError   *ebpf.VariableSpec `ebpf:"can_set_error"`
+	DefaultPath   *ebpf.VariableSpec `ebpf:"default_path"`
+	FirstPort     *ebpf.VariableSpec `ebpf:"first_port"`
+	NodeCookie    *ebpf.VariableSpec `ebpf:"node_cookie"`
+	PlacesMask    *ebpf.VariableSpec `ebpf:"places_mask"`
+	PortCount     *ebpf.VariableSpec `ebpf:"port_count"`
 }
 
 // datapathObjects contains all objects after they have been loaded into the kernel.
@@ -605,18 +609,20 @@ func (m *datapathMaps) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathVariables struct {
-	CanSetError *ebpf.Variable `ebpf:"can_set_error"`
-	DefaultPath *ebpf.Variable `ebpf:"default_path"`
-	FirstPort   *ebpf.Variable `ebpf:"first_port"`
-	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`
-	PlacesMask  *ebpf.Variable `ebpf:"places_mask"`
-	PortCount   *ebpf.Variable `ebpf:"port_count"`
+	AsksConntrack *ebpf.Variable `ebpf:"asks_conntrack"`
+	CanSetError   *ebpf.Variable `ebpf:"can_set_error"`
+	DefaultPath   *ebpf.Variable `ebpf:"default_path"`
+	FirstPort     *ebpf.Variable `ebpf:"first_port"`
+	NodeCookie    *ebpf.Variable `ebpf:"node_cookie"`
+	PlacesMask    *ebpf.Variable `ebpf:"places_mask"`
+	PortCount     *ebpf.Variable `ebpf:"port_count"`
 }
 
 // datapathPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathPrograms struct {
+	AskConntrack *ebpf.Program `ebpf:"ask_conntrack"`
 	Connect4     *ebpf.Program `ebpf:"connect4"`
 	Connect6     *ebpf.Program `ebpf:"connect6"`
 	EndFlow      *ebpf.Program `ebpf:"end_flow"`
@@ -640,6 +646,7 @@ type datapathPrograms struct {
 
 func (p *datapathPrograms) Close() error {
 	return _DatapathClose(
+		p.AskConntrack,
 		p.Connect4,
 		p.Connect6,
 		p.EndFlow,

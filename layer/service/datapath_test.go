@@ -28,17 +28,22 @@ func TestEveryProgramPassesTheVerifier(t *testing.T) {
 		t.Skip("needs root: loads programs")
 	}
 	var sizes strings.Builder
-	for _, canSetError := range []bool{true, false} {
+	for _, on := range []bool{true, false} {
 		spec, err := loadDatapath()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := spec.Variables["can_set_error"].Set(canSetError); err != nil {
-			t.Fatal(err)
+		for _, name := range []string{datapathVarCanSetError, datapathVarAsksConntrack} {
+			if err := spec.Variables[name].Set(on); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !on {
+			askNobody(spec)
 		}
 		loaded, err := ebpf.NewCollection(spec)
 		if err != nil {
-			t.Fatalf("can_set_error=%v: %+v", canSetError, err)
+			t.Fatalf("settings %v: %+v", on, err)
 		}
 		defer loaded.Close()
 		for _, name := range slices.Sorted(maps.Keys(loaded.Programs)) {
@@ -47,7 +52,7 @@ func TestEveryProgramPassesTheVerifier(t *testing.T) {
 				t.Fatal(err)
 			}
 			verified, _ := info.VerifiedInstructions()
-			t.Logf("%-13s can_set_error=%-5v %d instructions verified", name, canSetError, verified)
+			t.Logf("%-13s settings %-5v %d instructions verified", name, on, verified)
 			if verified > 100_000 {
 				t.Errorf("%s: %d instructions verified: a tenth of the kernel's limit of a million", name, verified)
 			}

@@ -719,3 +719,15 @@ int end_flow(struct __sk_buff *skb)
 	__sync_fetch_and_or(&entry->flags, SEEN_GONE);
 	return true;
 }
+
+/* ask_conntrack asks the kernel about the tuple that the frame holds after the Ethernet
+ * header. It is loaded to find out whether that can be done, and run to measure it;
+ * never attached. */
+SEC("tc")
+int ask_conntrack(struct __sk_buff *skb)
+{
+	struct tuple incoming;
+
+	return !bpf_skb_load_bytes(skb, ETHERNET_LENGTH, &incoming, sizeof(incoming)) && asks_conntrack &&
+	       is_tracked(skb, &incoming);
+}
