@@ -134,10 +134,6 @@ func TestTables(t *testing.T) {
 	if err := example().WriteTable(&text); err != nil {
 		t.Fatal(err)
 	}
-	text.WriteString("\n")
-	if err := example().WriteRounds(&text); err != nil {
-		t.Fatal(err)
-	}
 	golden(t, "report.txt", text.String())
 }
 
@@ -150,9 +146,6 @@ func (fullDisk) Write([]byte) (int, error) { return 0, errFull }
 func TestTablesSayThatTheyCouldNotBeWritten(t *testing.T) {
 	if err := example().WriteTable(fullDisk{}); !errors.Is(err, errFull) {
 		t.Errorf("WriteTable onto a full disk returned %v", err)
-	}
-	if err := example().WriteRounds(fullDisk{}); !errors.Is(err, errFull) {
-		t.Errorf("WriteRounds onto a full disk returned %v", err)
 	}
 }
 

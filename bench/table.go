@@ -238,39 +238,6 @@ func (r *Ratio) String() string {
 	return fmt.Sprintf("%.3f %s", r.Median, r.interval())
 }
 
-// WriteRounds prints what the ratios of each variant's p50 to native, and to the
-// fewest Services, were in every round.
-func (r *Report) WriteRounds(w io.Writer) error {
-	out := &printer{w: w}
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "p50 of a\tvariant\tservices\trule\tto\tround by round")
-	for _, operation := range r.operations() {
-		for _, row := range r.Rows {
-			if row.Metric != MetricP50(operation) {
-				continue
-			}
-			if row.Variant != Native {
-				writeRounds(table, operation, row, "native", row.Ratio)
-			}
-			writeRounds(table, operation, row, r.fewestText(), row.Growth)
-		}
-	}
-	_ = table.Flush() // the printer keeps the error
-	return out.err
-}
-
-func writeRounds(table io.Writer, operation string, row Row, to string, ratio *Ratio) {
-	if ratio == nil {
-		return
-	}
-	rounds := make([]string, len(ratio.Samples))
-	for i, ratio := range ratio.Samples {
-		rounds[i] = fmt.Sprintf("%.3f", ratio)
-	}
-	fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\n",
-		operation, row.Variant, row.Services, orDash(row.Position), to, strings.Join(rounds, " "))
-}
-
 // sum adds up a metric over all rows and rounds.
 func (r *Report) sum(metric string) float64 {
 	sum := 0.0

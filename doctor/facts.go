@@ -63,6 +63,7 @@ type Space struct {
 
 	inode       uint64
 	path        string // leads to it
+	pod         string // whose it is, "" if nobody's
 	processes   []process
 	first, last map[string]fact[string]
 	devices     fact[[]link.Device]

@@ -161,10 +161,11 @@ func (h *Host) name(f *Facts, places map[uint64]string) {
 	node, _ := os.ReadFile(filepath.Join(h.root, "proc/sys/kernel/hostname"))
 	taken := map[string]bool{}
 	for _, s := range f.Spaces[1:] {
-		pod, place := h.pod(s, strings.TrimSpace(string(node))), places[s.inode]
+		s.pod = h.pod(s, strings.TrimSpace(string(node)))
+		place := places[s.inode]
 		switch {
-		case pod != "":
-			s.Name = "pod " + pod
+		case s.pod != "":
+			s.Name = "pod " + s.pod
 		case place != "":
 			s.Name = "namespace " + harmless(filepath.Base(place))
 		default:

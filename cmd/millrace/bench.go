@@ -25,7 +25,6 @@ func benchCommand(s *settings) *cobra.Command {
 
 func benchServicesCommand(s *settings) *cobra.Command {
 	var options bench.Options
-	var rounds bool
 	var html string
 	c := command(&cobra.Command{
 		Use:   "services",
@@ -56,9 +55,6 @@ their tools are not installed they are left out, and the report says so.`,
 		} else {
 			err = report.WriteTable(os.Stdout)
 		}
-		if rounds && !s.json() {
-			err = errors.Join(err, report.WriteRounds(os.Stdout))
-		}
 		if err == nil && report.Failed() {
 			return &failure{exitFindings, errors.New("operations through millrace failed: the figures do not count")}
 		}
@@ -72,7 +68,6 @@ their tools are not installed they are left out, and the report says so.`,
 	c.Flags().IntVar(&options.Rounds, "rounds", bench.DefaultRounds, "how often each variant has its turn; 6 or more give an interval")
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DefaultRoundTime, "how long a turn lasts, all operations together")
 	c.Flags().StringVar(&html, "html", "", "write the report to this file, too, as one page with plots that needs nothing else")
-	c.Flags().BoolVar(&rounds, "show-rounds", false, "print the ratios of every round, too")
 	return c
 }
 

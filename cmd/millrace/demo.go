@@ -30,8 +30,8 @@ type demonstration struct {
 
 func demoCommand(s *settings) *cobra.Command {
 	wish := labWish{name: fmt.Sprintf("demo-%d", os.Getpid())}
-	var seconds, kills int
-	var noBench bool
+	var window time.Duration
+	var kills, rounds int
 	c := command(&cobra.Command{
 		Use:   "demo",
 		Short: "The whole story in three minutes: a shop comes alive, is shaken, and is measured",
@@ -43,9 +43,9 @@ and removes everything. With -f it takes your manifests instead of the shop.`,
 	}, inOwnSpaces, func(ctx context.Context, _ []string) error {
 		p := newProgress()
 		story := &demonstration{OK: true}
-		err := story.play(ctx, &wish, p, s, seconds, kills)
-		if err == nil && !noBench {
-			err = story.measure(ctx, p, s)
+		err := story.play(ctx, &wish, p, s, window, kills)
+		if err == nil && rounds > 0 {
+			err = story.measure(ctx, p, s, rounds)
 		}
 		story.OK = story.OK && err == nil
 		if s.json() {
@@ -59,14 +59,14 @@ and removes everything. With -f it takes your manifests instead of the shop.`,
 	c.Flags().StringVarP(&wish.manifests, "filename", "f", "", "file or folder of manifests instead of the example shop")
 	c.Flags().IntVar(&wish.nodes, "nodes", 3, "how many nodes, where the manifests hold no Node")
 	wish.flagPath(c)
-	c.Flags().IntVar(&seconds, "seconds", 30, "how long endpoints are replaced under load")
+	flagFor(c, &window, 30*time.Second, "how long endpoints are replaced under load")
 	c.Flags().IntVar(&kills, "kills", 20, "how often an agent is killed with SIGKILL")
-	c.Flags().BoolVar(&noBench, "no-bench", false, "leave the measurement out")
+	c.Flags().IntVar(&rounds, "rounds", 30, "how often each variant has its turn when a connection is measured; 0 leaves that out")
 	return c
 }
 
 // play is the part in the lab.
-func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s *settings, seconds, kills int) (err error) {
+func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s *settings, window time.Duration, kills int) (err error) {
 	if wish.manifests == "" {
 		folder, err := os.MkdirTemp("", "millrace-demo-")
 		if err != nil {
@@ -104,7 +104,7 @@ func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s 
 		return err
 	}
 	d.show(s, d.Matrix.print, d.Matrix.Failed == 0 && d.Matrix.Calls > 0)
-	if d.Replacement, err = replaceUnderLoad(ctx, client, p, seconds); err != nil {
+	if d.Replacement, err = replaceUnderLoad(ctx, client, p, window); err != nil {
 		return err
 	}
 	d.show(s, d.Replacement.print, d.Replacement.ok())
@@ -119,8 +119,8 @@ func (d *demonstration) play(ctx context.Context, wish *labWish, p *progress, s 
 	return nil
 }
 
-func (d *demonstration) measure(ctx context.Context, p *progress, s *settings) error {
-	report, err := bench.Services(ctx, bench.Options{Services: []int{10, 1000}, Rounds: 30, Attach: attachers(), Progress: p})
+func (d *demonstration) measure(ctx context.Context, p *progress, s *settings, rounds int) error {
+	report, err := bench.Services(ctx, bench.Options{Services: []int{10, 1000}, Rounds: rounds, Attach: attachers(), Progress: p})
 	p.done()
 	if err != nil {
 		return err

@@ -17,7 +17,7 @@ import (
 // operation, and nothing is left behind.
 func TestDemo(t *testing.T) {
 	needsRoot(t)
-	d := demonstrate(t, "--seconds", "30", "--kills", "20")
+	d := demonstrate(t, "--for", "30s", "--kills", "20")
 	if d.Services < 10 || d.Matrix.Calls < 500 {
 		t.Errorf("only %d calls to %d Services", d.Matrix.Calls, d.Services)
 	}
@@ -33,7 +33,7 @@ func TestDemo(t *testing.T) {
 // The same where every packet to a Service is translated at the pod's veth.
 func TestDemoOnThePacketPath(t *testing.T) {
 	needsRoot(t)
-	d := demonstrate(t, "--path", "packet", "--seconds", "8", "--kills", "5")
+	d := demonstrate(t, "--path", "packet", "--for", "8s", "--kills", "5")
 	if d.Matrix.Calls < 500 || d.Replacement.Events < 20 || d.AgentKills.Events != 5 {
 		t.Errorf("%d calls, %d replacements, %d kills", d.Matrix.Calls, d.Replacement.Events, d.AgentKills.Events)
 	}
@@ -47,13 +47,13 @@ func TestDemoOfGivenManifests(t *testing.T) {
 		t.Skip("MILLRACE_MANIFESTS names no manifests")
 	}
 	needsRoot(t)
-	demonstrate(t, "-f", path, "--seconds", "5", "--kills", "3")
+	demonstrate(t, "-f", path, "--for", "5s", "--kills", "3")
 }
 
 // demonstrate runs the demo and fails the test on any failed operation.
 func demonstrate(t *testing.T, args ...string) *demonstration {
 	t.Helper()
-	c := product(append([]string{"demo", "--no-bench", "-o", "json"}, args...)...)
+	c := product(append([]string{"demo", "--rounds", "0", "-o", "json"}, args...)...)
 	stdout, stderr, status := finish(t, c)
 	var d demonstration
 	if err := json.Unmarshal([]byte(stdout), &d); err != nil {

@@ -20,7 +20,7 @@ import (
 type examination struct {
 	only                        []string
 	severity, baseline, explain string
-	seconds                     float64
+	window                      time.Duration
 	strict                      bool
 }
 
@@ -35,7 +35,7 @@ network namespace on it, and says what is wrong: what was seen and where, what
 follows, what to do and how to undo it. It needs no agent and no cluster, and
 works beside any network plug-in. Without root it says what it could not see.
   millrace doctor
-  millrace doctor --only conntrack,HS-04 --seconds 60
+  millrace doctor --only conntrack,HS-04 --for 1m
   millrace doctor -o json > before.json; millrace doctor --baseline before.json
   millrace doctor --explain CT-01
 -o text, json, junit, sarif or prom. Warnings end it with status 0, or with 1 if
@@ -46,7 +46,7 @@ works beside any network plug-in. Without root it says what it could not see.
 	c.Flags().StringVar(&e.severity, "severity", string(doctor.Info), "least severity of the checks to run: info, warning or critical")
 	c.Flags().StringVar(&e.baseline, "baseline", "", "an earlier `file` of -o json, whose findings are left out")
 	c.Flags().StringVar(&e.explain, "explain", "", "say all about the check with this `ID`, and read nothing")
-	c.Flags().Float64Var(&e.seconds, "seconds", 2, "time between two readings of the counters; what is seldom takes longer to see")
+	flagFor(c, &e.window, 2*time.Second, "time between two readings of the counters; what is seldom takes longer to see")
 	c.Flags().BoolVar(&e.strict, "strict", false, "warnings end it with status 1")
 	return c
 }
@@ -92,8 +92,8 @@ func (e *examination) checks() ([]doctor.Check, error) {
 	if err != nil {
 		return nil, usage("--severity: %v", err)
 	}
-	if e.seconds < 0 || e.seconds > 86400 {
-		return nil, usage("--seconds %g: use 0 to 86400", e.seconds)
+	if e.window < 0 || e.window > 24*time.Hour {
+		return nil, usage("--for %s: use 0s to 24h", e.window)
 	}
 	chosen, err := doctor.Select(all, e.only, least)
 	if err != nil {
@@ -110,7 +110,7 @@ func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.
 	debug.SetGCPercent(25)
 	begun := time.Now()
 	progress := newProgress()
-	facts, err := doctor.This().Read(ctx, checks, time.Duration(e.seconds*float64(time.Second)), progress)
+	facts, err := doctor.This().Read(ctx, checks, e.window, progress)
 	progress.done()
 	if err != nil {
 		return nil, err

@@ -106,7 +106,7 @@ type seen struct {
 // doctor runs `millrace doctor` on the node, and again and again what happens meanwhile.
 func (w *ward) doctor(meanwhile func(), args ...string) (s seen, status int) {
 	w.t.Helper()
-	c := product(append([]string{"doctor", "-o", "json", "--seconds", "0.7"}, args...)...)
+	c := product(append([]string{"doctor", "-o", "json", "--for", "0.7s"}, args...)...)
 	var out, errs bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errs
 	w.must(netns.Do(w.node, c.Start))
@@ -358,9 +358,9 @@ func TestDoctorFindsFaults(t *testing.T) {
 			t.Parallel()
 			w := newWard(t)
 			meanwhile := fault.inject(w)
-			s, status := w.doctor(meanwhile, "--only", fault.id, "--seconds", "1.4")
+			s, status := w.doctor(meanwhile, "--only", fault.id, "--for", "1.4s")
 			for again := 0; s.Checks[0].Status != string(fault.status) && again < 4; again++ {
-				s, status = w.doctor(meanwhile, "--only", fault.id, "--seconds", "3") // timers are late on a busy machine
+				s, status = w.doctor(meanwhile, "--only", fault.id, "--for", "3s") // timers are late on a busy machine
 			}
 			found := s.Checks[0]
 			if found.Status != string(fault.status) || (status == exitFindings) != (fault.status == doctor.Fail) {
@@ -457,7 +457,7 @@ func difference(a, b string) (lines []string) {
 
 func TestDoctorWithoutRoot(t *testing.T) {
 	needsRoot(t)
-	c := weak(product("doctor", "-o", "json", "--seconds", "0.1"))
+	c := weak(product("doctor", "-o", "json", "--for", "0.1s"))
 	stdout, stderr, status := finish(t, c)
 	var s seen
 	if err := json.Unmarshal([]byte(stdout), &s); err != nil {
@@ -486,14 +486,14 @@ func TestDoctorCommandLine(t *testing.T) {
 		{[]string{"--only", "XX"}, exitUsage, `--only: no check and no layer is called "XX"`},
 		{[]string{"--severity", "bad"}, exitUsage, `--severity: "bad" is no severity: use info, warning or critical`},
 		{[]string{"--only", "HS-05", "--severity", "critical"}, exitUsage, "none of these checks can be of severity critical"},
-		{[]string{"--seconds", "-1"}, exitUsage, "--seconds -1: use 0 to 86400"},
+		{[]string{"--for", "-1s"}, exitUsage, "--for -1s: use 0s to 24h"},
 		{[]string{"-o", "xml"}, exitUsage, `--output "xml": use text, json, junit, sarif or prom`},
-		{[]string{"--only", "HS-18", "--seconds", "0", "--baseline", "/absent"}, exitIncomplete, "read baseline: open /absent: no such file"},
-		{[]string{"--only", "HS-18", "--seconds", "0", "--baseline", empty}, exitIncomplete, "it has to be what `millrace doctor -o json` wrote"},
-		{[]string{"--only", "HS-13", "--seconds", "0"}, exitOK, "millrace doctor  node "},
-		{[]string{"--only", "HS-13", "--seconds", "0", "-o", "prom"}, exitOK, `millrace_doctor_check{id="HS-13"`},
-		{[]string{"--only", "HS-13", "--seconds", "0", "-o", "junit"}, exitOK, `<testsuite name="sockets" tests="1"`},
-		{[]string{"--only", "HS-13", "--seconds", "0", "-o", "sarif"}, exitOK, `"version": "2.1.0"`},
+		{[]string{"--only", "HS-18", "--for", "0s", "--baseline", "/absent"}, exitIncomplete, "read baseline: open /absent: no such file"},
+		{[]string{"--only", "HS-18", "--for", "0s", "--baseline", empty}, exitIncomplete, "it has to be what `millrace doctor -o json` wrote"},
+		{[]string{"--only", "HS-13", "--for", "0s"}, exitOK, "millrace doctor  node "},
+		{[]string{"--only", "HS-13", "--for", "0s", "-o", "prom"}, exitOK, `millrace_doctor_check{id="HS-13"`},
+		{[]string{"--only", "HS-13", "--for", "0s", "-o", "junit"}, exitOK, `<testsuite name="sockets" tests="1"`},
+		{[]string{"--only", "HS-13", "--for", "0s", "-o", "sarif"}, exitOK, `"version": "2.1.0"`},
 	} {
 		stdout, stderr, status := millrace(t, append([]string{"doctor"}, row.args...)...)
 		if status != row.status || !strings.Contains(stdout+stderr, row.says) {
@@ -529,7 +529,7 @@ func TestDoctorExitStatuses(t *testing.T) {
 			w.must(err)
 			write(t, baseline, string(text))
 		}
-		s, status := w.doctor(nil, append(row.args, "--seconds", "0")...)
+		s, status := w.doctor(nil, append(row.args, "--for", "0s")...)
 		if status != row.status || s.Checks[0].Status != row.ipvs {
 			t.Errorf("%v: exit status %d and %s, not %d and %s", row.args, status, s.Checks[0].Status, row.status, row.ipvs)
 		}

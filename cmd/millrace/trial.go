@@ -58,9 +58,9 @@ const (
 
 // replaceUnderLoad replaces pods behind Services, ten a second, under a steady
 // load of new connections and datagrams.
-func replaceUnderLoad(ctx context.Context, client *lab.Client, p *progress, seconds int) (*trial, error) {
+func replaceUnderLoad(ctx context.Context, client *lab.Client, p *progress, window time.Duration) (*trial, error) {
 	what := "pods replaced, each draining for 3 s"
-	return underLoad(ctx, client, seconds, what, func(ctx context.Context, until time.Time, clients map[string]bool) (int, error) {
+	return underLoad(ctx, client, window, what, func(ctx context.Context, until time.Time, clients map[string]bool) (int, error) {
 		group, ctx := errgroup.WithContext(ctx)
 		group.SetLimit(2 * replaceRate)
 		tick := time.NewTicker(time.Second / replaceRate)
@@ -140,7 +140,7 @@ func killAgents(ctx context.Context, client *lab.Client, p *progress, kills int)
 	if _, err := client.Await(ctx, nobodyLeaves); err != nil {
 		return nil, err
 	}
-	return underLoad(ctx, client, kills, what, func(ctx context.Context, _ time.Time, _ map[string]bool) (int, error) {
+	return underLoad(ctx, client, time.Duration(kills)*time.Second, what, func(ctx context.Context, _ time.Time, _ map[string]bool) (int, error) {
 		for i := range kills {
 			status, err := client.Status(ctx)
 			if err != nil {
@@ -164,9 +164,9 @@ func killAgents(ctx context.Context, client *lab.Client, p *progress, kills int)
 	})
 }
 
-// underLoad runs do while pods call all Services, for at least so many seconds
+// underLoad runs do while pods call all Services, for at least the window
 // and until do has ended, and adds up what they met.
-func underLoad(ctx context.Context, client *lab.Client, seconds int, what string,
+func underLoad(ctx context.Context, client *lab.Client, window time.Duration, what string,
 	do func(ctx context.Context, until time.Time, clients map[string]bool) (int, error)) (*trial, error) {
 	status, err := client.Status(ctx)
 	if err != nil {
@@ -175,7 +175,7 @@ func underLoad(ctx context.Context, client *lab.Client, seconds int, what string
 	loads, clients := loadsOf(status)
 	t := &trial{What: what, Failures: map[string]int{}}
 	begun := time.Now()
-	until := begun.Add(time.Duration(seconds) * time.Second)
+	until := begun.Add(window)
 	ended := make(chan struct{})
 	group, ctx := errgroup.WithContext(ctx)
 	var mu sync.Mutex

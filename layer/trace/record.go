@@ -47,8 +47,8 @@ func (s *Session) readExamples() {
 	}
 }
 
-// counted is a kind of event with its count.
-type counted struct {
+// tally is a kind of event with its count.
+type tally struct {
 	key traceEventKey
 	traceEvent
 }
@@ -63,7 +63,7 @@ func (s *Session) record() (*Recording, error) {
 	if err := s.readTotals(r, all); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(all, func(a, b counted) int { return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(b.Count, a.Count)) })
+	slices.SortFunc(all, func(a, b tally) int { return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(b.Count, a.Count)) })
 	names, err := symbol.Names(s.addresses(all))
 	if err != nil {
 		r.Missing = append(r.Missing, err.Error())
@@ -77,13 +77,13 @@ func (s *Session) record() (*Recording, error) {
 }
 
 // readCounts reads the events of all processors.
-func (s *Session) readCounts() (all []counted, err error) {
+func (s *Session) readCounts() (all []tally, err error) {
 	from := s.collection.Maps[traceMapEvents]
 	var key traceEventKey
 	var values []traceEvent
 	entries := from.Iterate()
 	for entries.Next(&key, &values) {
-		sum := counted{key: key}
+		sum := tally{key: key}
 		for _, v := range values {
 			if v.Count == 0 {
 				continue
@@ -109,7 +109,7 @@ func (s *Session) readCounts() (all []counted, err error) {
 // readTotals reads the totals, and finds what of them is not among the events: what
 // was pushed out, and what a program did not see because it had been interrupted by
 // the same.
-func (s *Session) readTotals(r *Recording, all []counted) error {
+func (s *Session) readTotals(r *Recording, all []tally) error {
 	var key traceTotalKey
 	var counts []uint64
 	var total, kept uint64
@@ -155,7 +155,7 @@ func sumOf(counts []uint64) (sum uint64) {
 }
 
 // addresses are those that are to be named.
-func (s *Session) addresses(all []counted) (addresses []uint64) {
+func (s *Session) addresses(all []tally) (addresses []uint64) {
 	for _, e := range all {
 		if traceKind(e.key.Kind) == traceKindKIND_DROP {
 			addresses = append(addresses, e.key.Location-1) // it is where the call returns to
@@ -200,7 +200,7 @@ func (s *Session) reason(kind uint8, number uint32) string {
 }
 
 // event gives an event the form in which it is judged.
-func (s *Session) event(c *counted, names map[uint64]string) (cause.Event, bool) {
+func (s *Session) event(c *tally, names map[uint64]string) (cause.Event, bool) {
 	k := &c.key
 	kind, ok := kinds[traceKind(k.Kind)]
 	if !ok {
@@ -248,10 +248,11 @@ const (
 	flagIsFragment = 0x80
 )
 
-func tuple(c *counted) cause.Tuple {
+func tuple(c *tally) cause.Tuple {
 	k := &c.key
 	t := cause.Tuple{Protocol: k.Protocol, EtherType: swap(k.Ethertype), Fragment: k.Flags&flagIsFragment != 0}
-	source, destination := address(k.Source.Word), address(k.Destination.Word)
+	ip6 := t.EtherType == unix.ETH_P_IPV6
+	source, destination := address(k.Source.Word, ip6), address(k.Destination.Word, ip6)
 	sourcePort, destinationPort := swap(c.SourcePort), swap(c.DestinationPort)
 	switch k.Protocol {
 	case unix.IPPROTO_TCP:
@@ -268,13 +269,14 @@ func tuple(c *counted) cause.Tuple {
 
 func swap(port uint16) uint16 { return port<<8 | port>>8 }
 
-// address reads one of 16 bytes; the zero one where there is none.
-func address(word [4]uint32) netip.Addr {
+// address reads one of 16 bytes. Where nothing was read it is the zero one, but for
+// IPv6, whose :: is one that packets have.
+func address(word [4]uint32, ip6 bool) netip.Addr {
 	var bytes [16]byte
 	for i, w := range word {
 		binary.NativeEndian.PutUint32(bytes[4*i:], w)
 	}
-	if bytes == [16]byte{} {
+	if bytes == [16]byte{} && !ip6 {
 		return netip.Addr{}
 	}
 	return netip.AddrFrom16(bytes).Unmap()

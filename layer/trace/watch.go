@@ -136,7 +136,7 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 
 // load loads the chosen programs: all at once, or, where the kernel refuses one, each
 // that it does not refuse.
-func (s *Session) load(spec *ebpf.CollectionSpec, chosen []program) (*ebpf.Collection, error) {
+func (s *Session) load(spec *ebpf.CollectionSpec, chosen []probe) (*ebpf.Collection, error) {
 	keep := map[string]bool{}
 	for _, p := range chosen {
 		keep[p.name] = true
@@ -178,7 +178,7 @@ func (s *Session) miss(tracepoint string, err error) {
 }
 
 // start fills in whom to look at and attaches the programs.
-func (s *Session) start(o *Options, chosen []program) error {
+func (s *Session) start(o *Options, chosen []probe) error {
 	for _, inode := range o.Namespaces {
 		if err := s.collection.Maps[traceMapWanted].Put(inode, uint8(1)); err != nil {
 			return fmt.Errorf("choose namespace %d: %w", inode, err)
@@ -270,15 +270,15 @@ func (s *Session) close() {
 	}
 }
 
-// program is one of trace.bpf.c, with the tracepoint that it is for.
-type program struct {
+// probe is one program of trace.bpf.c, with the tracepoint that it is for.
+type probe struct {
 	name, tracepoint string
 	// arguments are the kernel's types of the tracepoint's arguments, in their order,
 	// as far as the program reads them; "" for those of no matter.
 	arguments []string
 }
 
-var programs = []program{
+var probes = []probe{
 	{traceProgDrop, "kfree_skb", []string{"sk_buff"}},
 	{traceProgReset, "tcp_send_reset", []string{"sock", "sk_buff"}},
 	{traceProgIcmp, "icmp_send", []string{"sk_buff", "", ""}},
@@ -295,8 +295,8 @@ var programs = []program{
 
 // choose finds which tracepoints the kernel has, with the arguments that our programs
 // read.
-func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec) (chosen []program, err error) {
-	for _, p := range programs {
+func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec) (chosen []probe, err error) {
+	for _, p := range probes {
 		have, err := argumentsOf(kernel, p.tracepoint)
 		switch {
 		case err != nil:

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/doctor"
+	"github.com/millrace/millrace/layer/trace"
+	"github.com/millrace/millrace/layer/trace/cause"
+)
+
+// watching is what the flags ask for.
+type watching struct {
+	spaces []string
+	window time.Duration
+}
+
+// evidenceVariable names a file into which all that was seen is written as JSON: what a
+// rule that was wrong has to be mended with.
+const evidenceVariable = "MILLRACE_TRACE_EVIDENCE"
+
+func traceCommand(s *settings) *cobra.Command {
+	var w watching
+	c := command(&cobra.Command{
+		Use:   "trace [FROM] [TO]",
+		Short: "Where packets die, why, and what to do about it",
+		Long: `
+Watches packets and connections in network namespaces of this node, and says why
+those that died did so: the cause, the evidence for it and against others, what
+to do, how to undo that, and whose it is. It needs no agent, works beside any
+network plug-in, and leaves nothing behind, also when it is killed.
+  millrace trace --netns blue,green --for 10s
+  millrace trace 10.244.1.4 10.96.0.10:53
+  millrace trace 10.244.0.0/16 -o json --for 1m
+FROM and TO are an address, one with a port, or a range, and stand for packets in
+both directions. Without --for it goes on until Ctrl-C. Needs root, or CAP_BPF,
+CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
+		Args: cobra.MaximumNArgs(2),
+	}, readsOnly, func(ctx context.Context, args []string) error {
+		return w.trace(ctx, s, args)
+	}, exitFindings, exitIncomplete, exitUnavailable, exitPrivilege)
+	c.Flags().StringSliceVar(&w.spaces, "netns", nil, "network namespaces to look at: a name below /run/netns, a path, a process's number, or node (default: all of this node)")
+	flagFor(c, &w.window, 0, "how long to watch; 0 is until Ctrl-C")
+	return c
+}
+
+// flagFor is the flag of every command that goes on for a time.
+func flagFor(c *cobra.Command, window *time.Duration, value time.Duration, meaning string) {
+	c.Flags().DurationVar(window, "for", value, meaning)
+}
+
+func (w *watching) trace(ctx context.Context, s *settings, args []string) error {
+	ends, err := parseEnds(args)
+	if err != nil {
+		return err
+	}
+	if w.window < 0 || w.window > 24*time.Hour {
+		return usage("--for %s: use 0s to 24h", w.window)
+	}
+	spaces, chosen, err := w.namespaces()
+	if err != nil {
+		return err
+	}
+	evidence, err := w.watch(ctx, spaces, chosen)
+	if err != nil {
+		return err
+	}
+	if name := os.Getenv(evidenceVariable); name != "" {
+		if err := writeEvidence(name, evidence); err != nil {
+			return err
+		}
+	}
+	r := newTraceReport(evidence, ends.filter(cause.Diagnose(evidence)), spaces)
+	if s.json() {
+		err = printJSON(r)
+	} else {
+		err = r.print(os.Stdout)
+	}
+	if err != nil {
+		return &failure{exitIncomplete, fmt.Errorf("write report: %w", err)}
+	}
+	if len(r.Verdicts) > 0 {
+		return &failure{exitFindings, errors.New("")}
+	}
+	return nil
+}
+
+// watch takes the evidence of one window.
+func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen []uint32) (*cause.Evidence, error) {
+	p := newProgress()
+	defer p.done()
+	reader, err := trace.NewReader(spaces)
+	if err != nil {
+		return nil, err
+	}
+	defer reader.Close()
+	session, err := trace.Watch(trace.Options{Namespaces: chosen})
+	if err != nil {
+		return nil, err
+	}
+	if err := reader.Before(ctx); err != nil {
+		_, _ = session.Stop()
+		return nil, err
+	}
+	begun := time.Now()
+	fmt.Fprintf(p, "watching %d network namespaces %s", len(spaces), w.until())
+	var over <-chan time.Time
+	if w.window > 0 {
+		over = time.After(w.window)
+	}
+	select {
+	case <-over:
+	case <-ctx.Done(): // Ctrl-C: what was seen until then is told
+	}
+	window := time.Since(begun)
+	recording, err := session.Stop()
+	if err != nil {
+		return nil, err
+	}
+	evidence, err := reader.After(context.WithoutCancel(ctx), window, recording.Events)
+	if err != nil {
+		return nil, err
+	}
+	evidence.Missing = append(recording.Missing, evidence.Missing...)
+	evidence.Lost = recording.Lost
+	return evidence, nil
+}
+
+func (w *watching) until() string {
+	if w.window == 0 {
+		return "until Ctrl-C"
+	}
+	return "for " + w.window.String()
+}
+
+// namespaces are those to be read, and the inodes of those to be watched; none of the
+// latter stands for all.
+func (w *watching) namespaces() (spaces []trace.Namespace, chosen []uint32, err error) {
+	if len(w.spaces) == 0 {
+		places, _, nested, err := doctor.This().Places()
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, p := range places {
+			spaces = append(spaces, trace.Namespace{Name: p.Name, Path: p.Path, Pod: p.Pod, Inode: p.Inode})
+			if nested {
+				chosen = append(chosen, p.Inode)
+			}
+		}
+		return spaces, chosen, nil
+	}
+	for _, name := range w.spaces {
+		path := pathOfSpace(name)
+		var file unix.Stat_t
+		if err := unix.Stat(path, &file); err != nil {
+			return nil, nil, usage("--netns %s: %s: %v", name, path, err)
+		}
+		spaces = append(spaces, trace.Namespace{Name: name, Path: path, Inode: uint32(file.Ino)})
+		chosen = append(chosen, uint32(file.Ino))
+	}
+	return spaces, chosen, nil
+}
+
+// pathOfSpace leads to a namespace as a person names it.
+func pathOfSpace(name string) string {
+	if name == "node" {
+		return "/proc/self/ns/net"
+	}
+	if strings.Contains(name, "/") {
+		return name
+	}
+	mounted := filepath.Join("/run/netns", name)
+	if _, err := strconv.Atoi(name); err == nil {
+		if _, err := os.Stat(mounted); err != nil {
+			return filepath.Join("/proc", name, "ns/net")
+		}
+	}
+	return mounted
+}
+
+func writeEvidence(name string, e *cause.Evidence) error {
+	file, err := os.Create(name)
+	if err != nil {
+		return fmt.Errorf("write evidence: %w", err)
+	}
+	encoder := json.NewEncoder(file)
+	encoder.SetIndent("", " ")
+	if err := errors.Join(encoder.Encode(e), file.Close()); err != nil {
+		return fmt.Errorf("write evidence: %w", err)
+	}
+	return nil
+}
+
+// end is one end of the packets that a person asks about.
+type end struct {
+	prefix netip.Prefix
+	port   uint16
+}
+
+// ends are FROM and TO, as far as they are given.
+type ends []end
+
+func parseEnds(args []string) (all ends, err error) {
+	for _, arg := range args {
+		one, err := parseEnd(arg)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, one)
+	}
+	return all, nil
+}
+
+func parseEnd(arg string) (end, error) {
+	if both, err := netip.ParseAddrPort(arg); err == nil {
+		return end{netip.PrefixFrom(both.Addr(), both.Addr().BitLen()), both.Port()}, nil
+	}
+	if addr, err := netip.ParseAddr(strings.Trim(arg, "[]")); err == nil {
+		return end{prefix: netip.PrefixFrom(addr, addr.BitLen())}, nil
+	}
+	if prefix, err := netip.ParsePrefix(arg); err == nil {
+		return end{prefix: prefix.Masked()}, nil
+	}
+	return end{}, usage("%q: use an address, ADDRESS:PORT or a range like 10.1.0.0/16", arg)
+}
+
+func (e end) is(a netip.AddrPort) bool {
+	return e.prefix.Contains(a.Addr()) && (e.port == 0 || e.port == a.Port())
+}
+
+// filter keeps the verdicts that concern the ends asked for: a tuple that fits in one
+// direction or the other. What has no tuple concerns everybody.
+func (all ends) filter(verdicts []cause.Verdict) []cause.Verdict {
+	if len(all) == 0 {
+		return verdicts
+	}
+	return slices.DeleteFunc(verdicts, func(v cause.Verdict) bool {
+		if v.Tuple == nil {
+			return false
+		}
+		from, to := v.Tuple.Source, v.Tuple.Destination
+		if len(all) == 1 {
+			return !all[0].is(from) && !all[0].is(to)
+		}
+		return !(all[0].is(from) && all[1].is(to)) && !(all[0].is(to) && all[1].is(from))
+	})
+}

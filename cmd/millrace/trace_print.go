@@ -1,0 +1,142 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/millrace/millrace/layer/trace"
+	"github.com/millrace/millrace/layer/trace/cause"
+)
+
+// traceReport is what a trace found, and its JSON form (docs/trace.md).
+type traceReport struct {
+	Version       int             `json:"version"`
+	WindowSeconds float64         `json:"window_seconds"`
+	Node          string          `json:"node"`
+	Kernel        string          `json:"kernel"`
+	Namespaces    []string        `json:"namespaces"`
+	Verdicts      []cause.Verdict `json:"verdicts"`
+	// Folded are packets that died as they have to where all is well.
+	Folded  []folded `json:"folded"`
+	Missing []string `json:"missing"`
+	Lost    uint64   `json:"lost"`
+}
+
+// folded are drops of one reason in one namespace.
+type folded struct {
+	Reason    string `json:"reason"`
+	Namespace string `json:"namespace"`
+	Count     uint64 `json:"count"`
+}
+
+func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.Namespace) *traceReport {
+	r := &traceReport{
+		Version: 1, WindowSeconds: e.Window.Seconds(), Node: hostname(), Kernel: e.Kernel, Namespaces: []string{},
+		Verdicts: append([]cause.Verdict{}, verdicts...), Folded: []folded{},
+		Missing: append([]string{}, e.Missing...), Lost: e.Lost,
+	}
+	names := map[uint32]string{}
+	for _, s := range e.Spaces {
+		names[s.Inode] = s.Name
+	}
+	for _, s := range spaces {
+		r.Namespaces = append(r.Namespaces, s.Name)
+	}
+	for i := range r.Verdicts {
+		r.Verdicts[i].Where.Node = r.Node
+	}
+	for _, e := range e.Events {
+		if e.Kind != cause.Drop {
+			continue
+		}
+		f := folded{Reason: e.Reason, Namespace: names[e.Space]}
+		if f.Reason == "" {
+			f.Reason = e.Location
+		}
+		at := slices.IndexFunc(r.Folded, func(o folded) bool { return o.Reason == f.Reason && o.Namespace == f.Namespace })
+		if at < 0 {
+			at = len(r.Folded)
+			r.Folded = append(r.Folded, f)
+		}
+		r.Folded[at].Count += e.Count
+	}
+	return r
+}
+
+// print is the report for people.
+func (r *traceReport) print(w io.Writer) error {
+	out := &lines{w: w}
+	out.say("millrace trace  node %s  kernel %s  namespaces %d  window %.1f s", r.Node, r.Kernel, len(r.Namespaces), r.WindowSeconds)
+	for _, v := range r.Verdicts {
+		out.say("")
+		where := v.Where.Namespace
+		if v.Where.Pod != "" {
+			where = "pod " + v.Where.Pod
+		}
+		for _, more := range []string{v.Where.Hook, v.Where.Interface} {
+			if more != "" {
+				where += ", " + more
+			}
+		}
+		out.say("%s  %s", red("DIED"), bold(v.Title))
+		out.field("cause", fmt.Sprintf("%s  (confidence %s)", v.Cause, v.Confidence))
+		out.field("where", where)
+		if v.Tuple != nil {
+			out.field("packet", fmt.Sprintf("%s %s > %s", v.Tuple.Protocol, v.Tuple.Source, v.Tuple.Destination))
+		}
+		for _, e := range v.Evidence {
+			out.field("evidence", e)
+		}
+		for _, n := range v.Not {
+			out.field("not", n)
+		}
+		out.field("fix", v.Fix)
+		out.field("undo", v.Undo)
+		out.field("owner", v.Owner)
+	}
+	if len(r.Verdicts) == 0 {
+		out.say("%s  no packet died that should not have, and no connection failed", green("ok"))
+	}
+	out.say("")
+	for _, m := range r.Missing {
+		out.say("not seen: %s", m)
+	}
+	if r.Lost > 0 {
+		out.say("not seen apart: %d events, for which there was no room; they are in the totals", r.Lost)
+	}
+	return out.err
+}
+
+// lines writes lines and keeps the first error.
+type lines struct {
+	w    io.Writer
+	err  error
+	last string
+}
+
+func (l *lines) say(format string, values ...any) {
+	if _, err := fmt.Fprintf(l.w, format+"\n", values...); err != nil && l.err == nil {
+		l.err = err
+	}
+	l.last = ""
+}
+
+// field is one line of a verdict; a name that was just there is not repeated.
+func (l *lines) field(name, value string) {
+	if value == "" {
+		return
+	}
+	shown := name
+	if l.last == name {
+		shown = ""
+	}
+	for i, line := range strings.Split(value, "\n") {
+		if i > 0 {
+			shown = ""
+		}
+		l.say("  %-9s %s", shown, line)
+	}
+	l.last = name
+}
