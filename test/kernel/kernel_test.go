@@ -27,7 +27,16 @@ var packages = []struct {
 	flags, tests []string
 }{
 	{"layer/service", serviceFlags(), serviceTests},
+	{"layer/trace", traceFlags(), traceTests},
 	{"lab", labFlags(), labTests},
+}
+
+// traceTests are that each program sees its event, where the kernel has a tracepoint
+// for it, and that nothing is lost of the totals.
+var traceTests = []string{"TestEveryProgramSeesItsEvent", "TestExamplesAreWhole", "TestTotalsAreExact", "TestNothingIsLeftBehind"}
+
+func traceFlags() []string {
+	return []string{"-test.run=^(" + strings.Join(traceTests, "|") + ")$"}
 }
 
 // serviceTests are what of the data path is always tested there: that every
