@@ -53,6 +53,7 @@ var law = []clause{
 	{"agent/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"doctor/...", []string{"doctor", "layer", "model", "kernel/..."}, []string{"golang.org/x/sys", "golang.org/x/sync"}},
 	{"bench/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
+	{"lab/fault", []string{"kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"lab/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"examples/...", nil, nil},
 	{"cmd/...", []string{"agent/...", "doctor/...", "bench/...", "lab/...", "layer/...", "source/...", "model", "kernel/...", "examples"}, []string{"github.com/spf13/cobra", "golang.org/x/sys", "golang.org/x/sync"}},

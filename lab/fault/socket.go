@@ -1,0 +1,167 @@
+package fault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// nobodyListens takes a port that nobody has, of the server or of the router.
+func nobodyListens(p *Part) error {
+	p.blame(p.server)
+	return nil
+}
+
+// closesUnread is a server that closes while data waits to be read.
+func closesUnread(p *Part) error {
+	p.blame(p.server)
+	return p.serve(p.server, p.local(p.port), func(conn net.Conn) {
+		conn.Read(make([]byte, 16))
+		time.Sleep(50 * time.Millisecond) // the rest has come
+	})
+}
+
+// longCalls ask for more than a small answer.
+func longCalls(ctx context.Context, p *Part) {
+	every(ctx, p.attempts, 100*time.Millisecond, func() { p.saw(p.call(ctx, 4000)) })
+}
+
+// deaf is a UDP server that does not read, with little room.
+func deaf(p *Part) error {
+	p.blame(p.server)
+	conn, err := packetConn(p.server, p.local(p.port))
+	if err != nil {
+		return err
+	}
+	p.atEnd(func() { conn.Close() })
+	return conn.SetReadBuffer(4096 << p.draw(3))
+}
+
+// pour sends many datagrams, and notes whether one was answered.
+func pour(size, times int) func(context.Context, *Part) {
+	return func(ctx context.Context, p *Part) {
+		conn, err := dial(ctx, p.client, "udp", p.from, p.local(p.port), patience)
+		if err != nil {
+			p.wrong(err)
+			return
+		}
+		p.atEnd(func() { conn.Close() })
+		for i := range times {
+			if _, err := conn.Write(make([]byte, size)); err != nil && !errors.Is(err, unix.ENOBUFS) {
+				p.saw(outcomeOf(err, Silent))
+			}
+			if i%50 == 49 && !rest(ctx, 20*time.Millisecond) {
+				return
+			}
+		}
+		conn.SetReadDeadline(time.Now().Add(answerTime))
+		_, err = conn.Read(make([]byte, size))
+		p.saw(outcomeOf(err, Silent))
+	}
+}
+
+// stalled is a TCP server that accepts, and reads no more than it must.
+func stalled(p *Part) error {
+	p.blame(p.server)
+	l, err := listen(p.server, p.local(p.port), 128)
+	if err != nil {
+		return err
+	}
+	p.atEnd(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.AcceptTCP()
+			if err != nil {
+				return
+			}
+			conn.SetReadBuffer(8192)
+			p.atEnd(func() { conn.Close() })
+		}
+	}()
+	return nil
+}
+
+// push writes until nothing goes any more, and stays.
+func push(ctx context.Context, p *Part) {
+	every(ctx, 1+p.draw(3), 100*time.Millisecond, func() {
+		conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+		if err != nil {
+			p.saw(outcomeOf(err, Timeout))
+			return
+		}
+		p.atEnd(func() { conn.Close() })
+		conn.SetDeadline(time.Now().Add(patience))
+		_, err = conn.Write(make([]byte, 32<<20))
+		p.saw(outcomeOf(err, Hang))
+	})
+}
+
+// filtered puts a filter at the server's socket that lets nothing in.
+func filtered(p *Part) error {
+	p.blame(p.server)
+	none := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
+	attach := func(control func(func(uintptr)) error) error {
+		var refused error
+		err := control(func(fd uintptr) {
+			refused = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &none[0]})
+		})
+		return errors.Join(err, refused)
+	}
+	conn, err := packetConn(p.server, p.local(p.port))
+	if err != nil {
+		return err
+	}
+	p.atEnd(func() { conn.Close() })
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return attach(raw.Control)
+}
+
+// fewPorts leaves the client a handful of ports.
+func fewPorts(p *Part) error {
+	p.blame(p.client)
+	first := 33000 + p.random.IntN(20000)
+	return p.client.set("net.ipv4.ip_local_port_range", fmt.Sprintf("%d %d", first, first+3+p.draw(8)))
+}
+
+// hold opens connections and keeps them until the end.
+func hold(n int) func(context.Context, *Part) {
+	return func(ctx context.Context, p *Part) {
+		var mu sync.Mutex
+		every(ctx, n, 20*time.Millisecond, func() {
+			conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+			if err != nil {
+				p.saw(outcomeOf(err, Timeout))
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			p.atEnd(func() { conn.Close() })
+			p.saw(p.exchange(ctx, conn, 10))
+		})
+	}
+}
+
+var socketFaults = []*Fault{
+	{Name: "no-tcp-listener", Number: "05a", Says: "Nobody listens at the TCP port.",
+		Causes: []string{"no-listener"}, Seen: []Outcome{Refused}, induce: nobodyListens, send: calls},
+	{Name: "no-udp-listener", Number: "05b", Says: "Nobody listens at the UDP port.",
+		Causes: []string{"no-listener"}, Seen: []Outcome{Refused}, induce: nobodyListens, send: questions},
+	{Name: "udp-buffer-full", Number: "09", Says: "A UDP server does not read: its receive buffer overflows.",
+		Causes: []string{"receive-buffer-full"}, Seen: []Outcome{Silent}, induce: deaf, send: pour(800, 300)},
+	{Name: "closed-unread", Number: "19", Says: "A server closes with data unread, which resets the connection.",
+		Causes: []string{"closed-with-unread-data"}, Seen: []Outcome{Reset}, induce: closesUnread, send: longCalls},
+	{Name: "local-ports", Number: "20", Says: "The client has no local port left for this destination.", whole: true,
+		Causes: []string{"local-ports-exhausted"}, Seen: []Outcome{NoAddress}, induce: serving(fewPorts), send: hold(20)},
+	{Name: "socket-filter", Number: "28", Says: "A filter at the server's socket lets nothing in.",
+		Causes: []string{"socket-filter-drop"}, Seen: []Outcome{Silent}, induce: filtered, send: questions},
+	{Name: "zero-window", Number: "30", Says: "A server does not read: its window is closed, and the sender waits.",
+		Causes: []string{"receiver-stalled"}, Seen: []Outcome{Hang}, induce: stalled, send: push},
+}
