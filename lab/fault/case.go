@@ -269,8 +269,9 @@ func (s *Stage) Close() error {
 
 // Named is a cause that somebody gave, and where.
 type Named struct {
-	Cause     string `json:"cause"`
-	Namespace string `json:"namespace"`
+	Cause      string `json:"cause"`
+	Namespace  string `json:"namespace"`
+	Confidence string `json:"confidence"`
 }
 
 // Judge compares what was named with what was induced: missed are the faults that
