@@ -29,11 +29,11 @@ every containerPort a small server says which pod answered. Images are not run.
 Services that name no ipFamilies get both (PreferDualStack).`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usage("say what to do: up, status, exec, scale, kill, replace, down or list")
+			return usage("say what to do: up, status, exec, scale, kill, replace, down, list or faults")
 		},
 	}
 	c.AddCommand(labUpCommand(s), labStatusCommand(s), labExecCommand(), labScaleCommand(s), labKillCommand(s),
-		labReplaceCommand(s), labDownCommand(s), labListCommand(s))
+		labReplaceCommand(s), labDownCommand(s), labListCommand(s), labFaultsCommand(s))
 	return c
 }
 

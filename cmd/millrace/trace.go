@@ -27,6 +27,9 @@ type watching struct {
 	window time.Duration
 }
 
+// watchingWord is what the progress of a trace begins with once it watches.
+const watchingWord = "watching"
+
 // evidenceVariable names a file into which all that was seen is written as JSON: what a
 // rule that was wrong has to be mended with.
 const evidenceVariable = "MILLRACE_TRACE_EVIDENCE"
@@ -115,7 +118,7 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 		return nil, err
 	}
 	begun := time.Now()
-	fmt.Fprintf(p, "watching %d network namespaces %s", len(spaces), w.until())
+	fmt.Fprintf(p, watchingWord+" %d network namespaces %s", len(spaces), w.until())
 	var over <-chan time.Time
 	if w.window > 0 {
 		over = time.After(w.window)

@@ -15,6 +15,8 @@ type Said struct {
 	Named []Named
 	// Others are causes, by who named them: "reason only".
 	Others map[string][]string
+	// Report is all of what was said, for who wants to show it.
+	Report any
 }
 
 // Tracer watches namespaces for a time and names causes. It calls started when it
@@ -50,6 +52,8 @@ type Result struct {
 	Found map[string]bool `json:"found"`
 	Error string          `json:"error,omitempty"`
 	Seed  uint64          `json:"seed"`
+	// Report is that of Said.
+	Report any `json:"-"`
 }
 
 // Run induces the faults of a case while a tracer watches, and judges what it said.
@@ -79,7 +83,7 @@ func (c Case) Run(ctx context.Context, worker []string, shortest time.Duration, 
 	case took != nil:
 		r.State, r.Error = NotTook, took.Error()
 	}
-	r.Named, r.Others = said.Named, said.Others
+	r.Named, r.Others, r.Report = said.Named, said.Others, said.Report
 	r.Missed, r.False = stage.Judge(said.Named)
 	for who, causes := range said.Others {
 		r.Found[who] = stage.named(causes)
