@@ -159,4 +159,3 @@ func routeText(r netlink.Route, p cause.Path) string {
 	}
 	return strings.Join(words, " ") + table(r.Table) + metric(r.Priority)
 }
-
