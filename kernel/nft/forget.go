@@ -106,16 +106,21 @@ func nameOf(entry []byte) attributes {
 
 // remove removes entries; those that are gone already are no error.
 func (s *socket) remove(names []attributes) error {
-	if len(names) == 0 {
+	return s.each(ctDelete, 0, names, unix.ENOENT)
+}
+
+// each sends a message about each of some entries, in one go. What fails with the
+// accepted error is none.
+func (s *socket) each(message, flags uint16, entries []attributes, accepted unix.Errno) error {
+	if len(entries) == 0 {
 		return nil
 	}
 	var batch []byte
-	flags := uint16(0)
-	for i, name := range names {
-		if i == len(names)-1 {
-			flags = unix.NLM_F_ACK
+	for i, entry := range entries {
+		if i == len(entries)-1 {
+			flags |= unix.NLM_F_ACK
 		}
-		batch = append(batch, s.message(ctDelete, flags, familyOf(name), name)...)
+		batch = append(batch, s.message(message, flags, familyOf(entry), entry)...)
 	}
 	if err := s.send(batch); err != nil {
 		return err
@@ -124,14 +129,14 @@ func (s *socket) remove(names []attributes) error {
 		if err != nil {
 			return err
 		}
-		if err := m.err(); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := m.err(); err != nil && !errors.Is(err, accepted) {
 			return err
 		}
 		if m.sequence == s.sequence {
 			return nil
 		}
 	}
-	return nil // not reached: receive ends with an error only
+	return nil
 }
 
 func familyOf(name attributes) byte {

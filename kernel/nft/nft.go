@@ -7,6 +7,8 @@
 // before tracking. The table outlives the process. Beside it, it reads which tables
 // of iptables-legacy hold rules.
 //
+// It makes entries of nf_conntrack (Reserve) and removes some (Forget).
+//
 // What others have in nftables is read, and removed only by Take: what a caller
 // names as one program's, whose place it takes. Take may leave a table
 // `inet millrace-hold`, until Release.

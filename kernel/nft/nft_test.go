@@ -2,7 +2,6 @@ package nft
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -341,16 +340,8 @@ func TestForget(t *testing.T) {
 // remember makes an entry, by its addresses in both directions.
 func (s *socket) remember(b *bed, from, to, back, forth string, port uint16) {
 	b.t.Helper()
-	tuple := func(from, to string, ports ...uint16) attributes {
-		source, target := netip.MustParseAddr(from), netip.MustParseAddr(to)
-		kinds := [2]uint16{ctaSource4, ctaTarget4}
-		if source.Is6() {
-			kinds = [2]uint16{ctaSource6, ctaTarget6}
-		}
-		return attributes(nil).
-			nest(ctaTupleIP, attributes(nil).put(kinds[0], source.AsSlice()).put(kinds[1], target.AsSlice())).
-			nest(2, attributes(nil).put(1, []byte{unix.IPPROTO_UDP}).
-				put(2, binary.BigEndian.AppendUint16(nil, ports[0])).put(3, binary.BigEndian.AppendUint16(nil, ports[1])))
+	tuple := func(from, to string, source, target uint16) attributes {
+		return tupleOf(unix.IPPROTO_UDP, netip.AddrPortFrom(netip.MustParseAddr(from), source), netip.AddrPortFrom(netip.MustParseAddr(to), target))
 	}
 	const timeout, newEntry = 7, unix.NFNL_SUBSYS_CTNETLINK << 8
 	entry := attributes(nil).

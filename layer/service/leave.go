@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -18,9 +19,9 @@ import (
 
 // Leave implements layer.Layer. From now on the programs begin no flow (handover), and
 // without tables no endpoint serves, so that datagrams, which know no end, go to
-// whoever serves beside. TCP connections that are translated packet by packet go on.
-// Flows that have ended are forgotten: whoever serves beside gives their ports of the
-// node to others.
+// whoever serves beside. TCP connections that are translated packet by packet go on,
+// and while it is called again and again, nobody else gets their ports of the node.
+// Flows that have ended are forgotten, and their ports are free.
 func (l *Layer) Leave() (layer.Changes, error) {
 	lock, err := lockFolder(l.settings.Pins)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -177,6 +178,9 @@ func (l *Layer) forgetEnded(prefix string) error {
 	if err != nil {
 		return err
 	}
+	if err := l.reservePorts(prefix, t.flows); err != nil {
+		return err
+	}
 	ended, clients := endedFlows(t.flows, now)
 	if err := l.endMasquerades(prefix, ended); err != nil {
 		return err
@@ -187,6 +191,33 @@ func (l *Layer) forgetEnded(prefix string) error {
 		}
 	}
 	return l.countEnded(prefix, clients)
+}
+
+// reservedFor is how long source ports stay reserved after the last Leave: who removes
+// the layer calls it every second.
+const reservedFor = 30 * time.Second
+
+// reservePorts keeps whoever masquerades beside from giving the ports of the node that
+// open connections have to others.
+func (l *Layer) reservePorts(prefix string, flows map[datapathTuple]datapathTranslation) error {
+	rules := nft.In(l.settings.Netns)
+	if others, err := rules.Tracking(); err != nil || !others.Asked {
+		return nil // nobody masquerades, or who does cannot be told
+	}
+	m, err := l.openPin(prefix + datapathMapMasquerades)
+	if m == nil || err != nil {
+		return err
+	}
+	defer m.Close()
+	var open []nft.Connection
+	for _, back := range openConnections(flows) {
+		var out datapathMasquerade
+		going := reverseOf(back)
+		if m.Lookup(going, &out) == nil && out.To.Destination == going.Destination {
+			open = append(open, nft.Connection{From: endOf(out.To.Source, out.To.SourcePort), To: endOf(going.Destination, going.DestinationPort)})
+		}
+	}
+	return rules.Reserve(open, reservedFor)
 }
 
 // endedFlows are the keys of flows that are no open connections, and how many of them

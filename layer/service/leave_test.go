@@ -1,6 +1,7 @@
 package service
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"testing"
@@ -148,4 +149,60 @@ func (h *harbour) left(want int) {
 			h.t.Fatalf("%d connections are left, want %d", left, want)
 		}
 	}
+}
+
+// Who serves beside masquerades towards the same endpoints, and cannot know which ports
+// of the node our open connections have: it gets none of them.
+func TestWhoLeavesReservesThePortsOfOpenConnections(t *testing.T) {
+	h := newHarbour(t)
+	h.sysctl(h.NetNS, "net.ipv4.ip_local_port_range", "1024 65533") // two ports are left for others
+	h.rules(`table inet other { chain postrouting { type nat hook postrouting priority 100;
+		ip daddr 10.244.2.0/24 tcp sport 4000-4009 masquerade to :65534-65535
+		ip6 daddr fd00:244:2::/64 tcp sport 4000-4009 masquerade to :65534-65535
+		}
+		}`)
+	h.routes(h.client.netns, farPod4+"/32", nodeToClient, farPod6+"/128", nodeToClient6)
+	h.other.serveAll("far")
+	h.open(h.services(nil, h.other))
+	ways := []struct{ endpoint, entrance string }{
+		{farPod4 + ":8080", nodeToClient + ":30080"}, {"[" + farPod6 + "]:8080", "[" + nodeToClient6 + "]:30080"},
+	}
+	ours := make([]net.Conn, len(ways))
+	for i, way := range ways {
+		ours[i] = h.client.dial("tcp", way.entrance)
+		h.must(exchangeLine(ours[i], "before"))
+	}
+	h.leaves()
+	h.leaves() // as often as one likes
+	for i, way := range ways {
+		theirs, err := h.client.fromPort("tcp", way.endpoint, 4000)
+		if err != nil {
+			t.Fatalf("%s: %v; the other port is free", way.endpoint, err)
+		}
+		defer theirs.Close()
+		for n := range 3 {
+			h.must(exchangeLine(theirs, fmt.Sprint("theirs ", n)))
+			h.must(exchangeLine(ours[i], fmt.Sprint("ours ", n)))
+		}
+		if err := h.client.quicklyFrom(way.endpoint, 4001); !errors.Is(err, errNoAnswer) {
+			t.Errorf("%s: %v; there is no third port", way.endpoint, err)
+		}
+		h.must(exchangeLine(ours[i], "after"))
+	}
+}
+
+// quicklyFrom connects from a port, and waits half a second for an answer.
+func (p *pod) quicklyFrom(address string, port int) error {
+	return p.inside(func() error {
+		dialer := net.Dialer{Timeout: patience / 20, LocalAddr: &net.TCPAddr{Port: port}}
+		conn, err := dialer.Dial("tcp", address)
+		var late net.Error
+		if errors.As(err, &late) && late.Timeout() {
+			return errNoAnswer
+		}
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
 }
