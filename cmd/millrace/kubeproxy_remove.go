@@ -60,7 +60,7 @@ type removedRules struct {
 	// Connections are translated and go on; while there are any, the table
 	// inet millrace-hold is there.
 	Connections int  `json:"connections"`
-	DryRun      bool `json:"dryRun"`
+	DryRun      bool `json:"dry_run"`
 }
 
 type removedPart struct {
