@@ -155,6 +155,8 @@ func (a *Agent) open(l layer.Layer) error {
 	}
 	if n := p.have.Len(); n > 0 {
 		a.config.Log.Info("took over", "layer", l.Name(), "objects", n)
+	}
+	if server, ok := l.(layer.Server); ok && server.Serves(p.have) {
 		a.health.TookOver()
 	}
 	return nil

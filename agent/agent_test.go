@@ -36,6 +36,12 @@ type pond struct {
 	settled int
 }
 
+// Serves implements layer.Server.
+func (p *pond) Serves(have layer.Picture) bool { return have.Len() > 0 }
+
+// settingsOnly is a layer that serves nothing.
+type settingsOnly struct{ layer.Layer }
+
 type words map[string]bool
 
 func (w words) Len() int { return len(w) }
@@ -393,7 +399,11 @@ func TestProbes(t *testing.T) {
 	r.untilHolds("a b")
 	r.until("it is ready", func() bool { s, _ := r.status(); return s.Ready })
 	says(r, "with all of them", "200 ok")
-	says(start(t, &pond{kernel: map[string]bool{"a": true}}), "after a restart", "200 ok")
+	left := map[string]bool{"a": true}
+	says(start(t, &pond{kernel: left}), "after a restart", "200 ok")
+	says(start(t, &pond{kernel: map[string]bool{}}, func(c *Config) {
+		c.Layers = append(c.Layers, settingsOnly{&pond{kernel: left}})
+	}), "after a restart that left settings alone", notYet)
 }
 
 func TestMetricsAreServed(t *testing.T) {

@@ -70,6 +70,12 @@ type Layer interface {
 	Remove() (Changes, error)
 }
 
+// Server is a layer without whose objects Services cannot be relied on at a node.
+type Server interface {
+	// Serves says whether Services are in force, by a picture of the kernel.
+	Serves(Picture) bool
+}
+
 // ErrInUse says that another process works at the same place.
 var ErrInUse = errors.New("another millrace process works here: stop it first")
 

@@ -115,13 +115,19 @@ type room interface {
 	carryOut(layer.Change) error
 }
 
-var _ layer.Layer = (*Layer)(nil)
+var (
+	_ layer.Layer  = (*Layer)(nil)
+	_ layer.Server = (*Layer)(nil)
+)
 
 // New makes the layer. It touches nothing before Open.
 func New(settings Settings) *Layer { return &Layer{settings: settings} }
 
 // Name implements layer.Layer.
 func (l *Layer) Name() string { return "service" }
+
+// Serves implements layer.Server.
+func (l *Layer) Serves(have layer.Picture) bool { return have.Len() > 0 }
 
 // Plan implements layer.Layer.
 func (l *Layer) Plan(snapshot *model.Snapshot) layer.Picture {
