@@ -1,0 +1,433 @@
+package cause
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// listeners are the TCP sockets of a space that listen.
+func (s *Space) listeners() (all []*Socket) {
+	for i := range s.After.Sockets {
+		if o := &s.After.Sockets[i]; o.Protocol == protoTCP && o.State == tcpListen {
+			all = append(all, o)
+		}
+	}
+	return all
+}
+
+// dropsRose is how much a socket's own counter of drops has grown.
+func (s *Space) dropsRose(o *Socket) uint64 {
+	for _, was := range s.Before.Sockets {
+		if was.Cookie == o.Cookie && o.Cookie != 0 {
+			return o.Drops - min(was.Drops, o.Drops)
+		}
+	}
+	return o.Drops
+}
+
+// over says that a listener has no room for one more connection.
+func (o *Socket) over() bool { return o.State == tcpListen && o.ReceiveQueue > o.SendQueue }
+
+// acceptQueues: a program does not accept the connections that are ready for it.
+func (d *diagnosis) acceptQueues() {
+	for _, s := range d.Spaces {
+		overflows := s.rose("TcpExt.ListenOverflows")
+		if overflows == 0 {
+			continue
+		}
+		var full []*Socket
+		for _, o := range s.listeners() {
+			if o.over() || s.dropsRose(o) > 0 && o.ReceiveQueue >= o.SendQueue {
+				full = append(full, o)
+			}
+		}
+		if len(full) == 0 { // it has accepted them meanwhile
+			for _, o := range s.listeners() {
+				if s.dropsRose(o) > 0 {
+					full = append(full, o)
+				}
+			}
+		}
+		for _, o := range full {
+			d.acceptQueue(s, o, overflows)
+		}
+		if len(full) == 0 {
+			d.acceptQueue(s, nil, overflows)
+		}
+	}
+}
+
+func (d *diagnosis) acceptQueue(s *Space, o *Socket, overflows uint64) {
+	object := ""
+	if o != nil {
+		object = o.Local.String()
+	}
+	v, _ := d.verdict(AcceptQueueFull, s, object, nil)
+	v.Where.Hook = "socket"
+	v.saw("TcpExt.ListenOverflows +%d, ListenDrops +%d (/proc/net/netstat)", overflows, s.rose("TcpExt.ListenDrops"))
+	v.Packets = overflows
+	if o == nil {
+		v.Title = fmt.Sprintf("a program in %s does not accept its connections fast enough: %s turned away; its listener is closed by now", s.Name, times(overflows, "time", "times"))
+		v.Confidence = Medium
+		v.Fix = "find which program in " + s.Name + " closed its listener, and give it more time or workers to call accept()"
+		v.Undo, v.Owner = "nothing was changed", "the program that listened"
+	} else {
+		v.Tuple = &Ends{Protocol: "tcp", Destination: o.Local}
+		holder := s.process(o.Inode)
+		v.Title = fmt.Sprintf("%s does not accept: its queue at %s in %s is full, %d connections wait and %d may", orProgram(holder), o.Local, s.Name, o.ReceiveQueue, o.SendQueue)
+		v.saw("listener %s: Recv-Q %d, Send-Q %d (ss -ltn), drops +%d (SKMEMINFO)", o.Local, o.ReceiveQueue, o.SendQueue, s.dropsRose(o))
+		if !o.over() {
+			v.Title = fmt.Sprintf("%s was too slow to accept: its queue at %s in %s, for %d connections, was full", orProgram(holder), o.Local, s.Name, o.SendQueue)
+		}
+		v.Owner = orProgram(holder)
+		v.Fix = "see what keeps the program from calling accept()"
+		if p, known := s.Processes[o.Inode]; known {
+			v.Fix += fmt.Sprintf(": cat /proc/%d/stack /proc/%d/status", p.PID, p.PID)
+		}
+		v.Undo = "nothing is changed by looking"
+		if limit := s.Settings["net.core.somaxconn"]; limit != "" && fmt.Sprint(o.SendQueue) == limit {
+			v.Fix += "; the queue is as long as net.core.somaxconn allows: " + s.in("sysctl -w net.core.somaxconn=%d", max(4096, 2*o.SendQueue)) + ", then restart the program"
+			v.Undo = s.in("sysctl -w net.core.somaxconn=%s", limit)
+		}
+	}
+	v.isNot("%s: connections are complete, and wait for accept()", SYNQueueFull)
+	v.isNot("%s: a socket listens", NoListener)
+	d.folds(AcceptQueueFull, func(e *seen) bool {
+		return e.Kind == Drop && e.Reason == "TCP_LISTEN_OVERFLOW" && e.Space == s.Inode
+	})
+}
+
+// floods folds what an answer to a flood of SYNs comes to: its sources are often made up.
+func (d *diagnosis) floods() {
+	for _, s := range d.Spaces {
+		if s.rose("TcpExt.TCPReqQFullDoCookies", "TcpExt.TCPReqQFullDrop") == 0 && s.halfOpen() < 16 {
+			continue
+		}
+		madeUp := func(a netip.Addr) bool { return a.IsValid() && len(d.owners(a)) == 0 }
+		gone := map[netip.Addr]bool{}
+		d.folds("flood", func(e *seen) bool {
+			answer := e.Tuple.Protocol == protoTCP && e.Tuple.TCPFlags&(flagSYN|flagACK) == flagSYN|flagACK || e.Kind == Retransmit && e.OldState == tcpNewSynReceived
+			if answer && madeUp(e.Tuple.Destination.Addr()) && s.owns(e.Tuple.Source.Addr()) && !byFirewall(e) {
+				gone[e.Tuple.Destination.Addr()] = true
+				return true
+			}
+			return false
+		})
+		d.folds("flood", func(e *seen) bool { return e.Kind == NeighFailed && gone[e.Tuple.Destination.Addr()] })
+	}
+}
+
+// halfOpen is how many connections wait for the last packet of their handshake.
+func (s *Space) halfOpen() (n int) {
+	for _, o := range s.After.Sockets {
+		if o.State == tcpSynReceived || o.State == tcpNewSynReceived {
+			n++
+		}
+	}
+	return n
+}
+
+// synQueues: more connections are half open than a listener may have.
+func (d *diagnosis) synQueues() {
+	for _, s := range d.Spaces {
+		refused, cookies := s.rose("TcpExt.TCPReqQFullDrop"), s.rose("TcpExt.TCPReqQFullDoCookies")
+		drops := s.rose("TcpExt.ListenDrops")
+		// A listener whose accept queue is full keeps connections half open itself.
+		if d.has(AcceptQueueFull, s) {
+			continue
+		}
+		silent := s.Settings["net.ipv4.tcp_syncookies"] == "0" && drops > 0 && s.rose("TcpExt.ListenOverflows") == 0 && !d.has(NoRouteBack, s) && s.halfOpen() > 0
+		switch {
+		case refused > 0 || silent:
+			d.synQueue(s, max(refused, drops))
+		case cookies > 0:
+			d.synFlood(s, cookies)
+		}
+	}
+}
+
+// busiest is the listener with the most half-open connections.
+func (s *Space) busiest() (*Socket, int) {
+	count := map[uint16]int{}
+	for _, o := range s.After.Sockets {
+		if o.State == tcpSynReceived || o.State == tcpNewSynReceived {
+			count[o.Local.Port()]++
+		}
+	}
+	var found *Socket
+	most := 0
+	for _, o := range s.listeners() {
+		if n := count[o.Local.Port()]; found == nil || n > most {
+			found, most = o, n
+		}
+	}
+	return found, most
+}
+
+func (d *diagnosis) synQueue(s *Space, drops uint64) {
+	v, _ := d.verdict(SYNQueueFull, s, "", nil)
+	v.Packets, v.Where.Hook = drops, "socket"
+	o, half := s.busiest()
+	at := ""
+	if o != nil {
+		at = " for " + o.Local.String()
+		v.Tuple = &Ends{Protocol: "tcp", Destination: o.Local}
+		v.Owner = orProgram(s.process(o.Inode))
+	}
+	v.Title = fmt.Sprintf("too many half-open connections%s in %s, and SYN cookies are off: %s dropped", at, s.Name, times(drops, "SYN", "SYNs"))
+	v.saw("TcpExt.ListenDrops +%d, ListenOverflows +0, TCPReqQFullDrop +%d (/proc/net/netstat)", s.rose("TcpExt.ListenDrops"), s.rose("TcpExt.TCPReqQFullDrop"))
+	v.saw("%d connections half open (SYN-RECV) at the end", half)
+	v.saw("net.ipv4.tcp_syncookies = %s, net.ipv4.tcp_max_syn_backlog = %s", s.Settings["net.ipv4.tcp_syncookies"], s.Settings["net.ipv4.tcp_max_syn_backlog"])
+	v.isNot("%s: ListenOverflows did not rise, accept() is not behind", AcceptQueueFull)
+	v.isNot("%s: there is a route back, Ip.OutNoRoutes +%d", NoRouteBack, s.rose("Ip.OutNoRoutes", "Ip6OutNoRoutes"))
+	v.Fix, v.Undo = s.in("sysctl -w net.ipv4.tcp_syncookies=1"), s.in("sysctl -w net.ipv4.tcp_syncookies=%s", orZero(s.Settings["net.ipv4.tcp_syncookies"]))
+	if v.Owner == "" {
+		v.Owner = "whoever sends the SYNs"
+	}
+}
+
+func (d *diagnosis) synFlood(s *Space, cookies uint64) {
+	v, _ := d.verdict(SYNFlood, s, "", nil)
+	v.Packets, v.Where.Hook = cookies, "socket"
+	at := s.Name
+	if o, _ := s.busiest(); o != nil {
+		at = o.Local.String() + " in " + s.Name
+		v.Tuple = &Ends{Protocol: "tcp", Destination: o.Local}
+	}
+	v.Title = fmt.Sprintf("more connections are opened to %s than its queue holds: %s answered with a cookie", at, times(cookies, "SYN was", "SYNs were"))
+	v.saw("TcpExt.TCPReqQFullDoCookies +%d, SyncookiesSent +%d, SyncookiesRecv +%d, SyncookiesFailed +%d (/proc/net/netstat)", cookies,
+		s.rose("TcpExt.SyncookiesSent"), s.rose("TcpExt.SyncookiesRecv"), s.rose("TcpExt.SyncookiesFailed"))
+	v.isNot("%s: cookies are on, so no SYN is dropped for it", SYNQueueFull)
+	v.isNot("%s: ListenOverflows did not rise", AcceptQueueFull)
+	v.Fix = s.in("ss -tn state syn-recv") + " shows where they come from; keep them away by a rule, or let the program listen with a longer queue"
+	v.Undo, v.Owner = "nothing is changed by looking", "whoever sends the SYNs"
+}
+
+// noRouteBack: a server cannot answer, for no route leads back to the client.
+func (d *diagnosis) noRouteBack() {
+	for _, s := range d.Spaces {
+		drops, missing := s.rose("TcpExt.ListenDrops"), s.rose("Ip.OutNoRoutes", "Ip6OutNoRoutes")
+		if drops == 0 || missing == 0 || s.rose("TcpExt.ListenOverflows") >= drops {
+			continue
+		}
+		// Whose SYNs come to nothing? Those of clients that try again and have an address here.
+		found := false
+		for _, e := range d.events {
+			asks := e.Kind == Retransmit && e.OldState == tcpSynSent || e.Kind == SocketError && e.Errno == eTIMEDOUT || e.Kind == StateChange && e.OldState == tcpSynSent
+			if e.by != "" || !asks || !s.owns(e.Tuple.Destination.Addr()) || e.Tuple.Destination.Addr().IsLoopback() {
+				continue
+			}
+			client := e.Tuple.Source.Addr()
+			p := d.path(s.Inode, "", netip.Addr{}, client)
+			switch {
+			case p != nil && refusing(p.Type):
+				d.refusingRoute(s, e, p)
+				found = true
+			case p == nil || p.Errno != 0:
+				d.routeBackMissing(s, client, e)
+				found = true
+			}
+		}
+		if !found {
+			d.routeBackMissing(s, netip.Addr{}, nil)
+		}
+	}
+}
+
+func (d *diagnosis) routeBackMissing(s *Space, client netip.Addr, e *seen) {
+	object := ""
+	if client.IsValid() {
+		object = client.String()
+	}
+	v, fresh := d.verdict(NoRouteBack, s, object, e)
+	if e != nil && e.Kind == CallFailed {
+		d.eventOf(v, e)
+	}
+	if !fresh {
+		return
+	}
+	v.Where.Hook = "route"
+	to := "its clients"
+	if client.IsValid() {
+		to = client.String()
+		v.saw("asked for a route to %s, %s has none (RTM_GETROUTE)", to, s.Name)
+	} else {
+		v.Confidence = Medium
+	}
+	v.Title = fmt.Sprintf("%s gets packets of %s and has no route back to answer", s.Name, to)
+	drops := s.rose("TcpExt.ListenDrops")
+	v.Packets = max(v.Packets, drops)
+	v.saw("Ip.OutNoRoutes +%d, Ip6OutNoRoutes +%d, TcpExt.ListenDrops +%d, ListenOverflows +%d", s.rose("Ip.OutNoRoutes"), s.rose("Ip6OutNoRoutes"), drops, s.rose("TcpExt.ListenOverflows"))
+	v.isNot("%s: ListenOverflows did not rise with ListenDrops", AcceptQueueFull)
+	v.isNot("%s: the SYNs arrive, the answers do not leave", FirewallDrop)
+	if client.IsValid() {
+		six := ""
+		if client.Is6() {
+			six = "-6 "
+		}
+		v.Fix, v.Undo = s.in("ip %sroute add %s via GATEWAY", six, client), s.in("ip %sroute del %s", six, client)
+	} else {
+		v.Fix, v.Undo = s.in("ip route add default via GATEWAY"), s.in("ip route del default")
+	}
+	v.Owner = "whoever makes the routes of " + s.Name
+}
+
+// noListener: nobody has the port that packets come to.
+func (d *diagnosis) noListener() {
+	for _, e := range d.open(Drop, ResetSent) {
+		if e.Reason != "NO_SOCKET" && e.Reason != "IP_NOPROTO" || e.Kind == ResetSent && d.dropOf(e) {
+			continue
+		}
+		s := d.spaces[e.Space]
+		if d.late(s, e) {
+			e.by = "benign"
+			continue
+		}
+		if d.otherOwner(s, e) {
+			continue
+		}
+		d.portClosed(s, e)
+	}
+	d.folds(NoListener, func(e *seen) bool {
+		if e.Kind == ResetSent && e.Reason == "NO_SOCKET" {
+			return true
+		}
+		refused := (e.Kind == SocketError || e.Kind == CallFailed || e.Kind == StateChange) && e.Errno == eCONNREFUSED
+		port := e.Kind == ICMPSent && (e.Type == 3 && (e.Code == 3 || e.Code == 2) || e.Type == 1 && e.Code == 4)
+		return (refused || port) && slices.ContainsFunc(d.events, func(o *seen) bool { return o.by == NoListener && same(o.Tuple, e.Tuple) })
+	})
+}
+
+// dropOf says that there is an event of the packet that a reset answers.
+func (d *diagnosis) dropOf(e *seen) bool {
+	return slices.ContainsFunc(d.events, func(o *seen) bool {
+		return o.Kind == Drop && o.Reason == "NO_SOCKET" && o.Space == e.Space && same(o.Tuple, e.Tuple)
+	})
+}
+
+// late says that nobody misses the packet: it is to a connection that has ended, or the
+// answer to a question whose asker has gone.
+func (d *diagnosis) late(s *Space, e *seen) bool {
+	switch e.Tuple.Protocol {
+	case protoTCP:
+		return !e.Tuple.opens() // a connection that was there and is gone
+	case protoUDP:
+		answer := s.ephemeral(e.Tuple.Destination.Port()) && !s.ephemeral(e.Tuple.Source.Port())
+		return answer && e.Tuple.Source.Port() < e.Tuple.Destination.Port()
+	}
+	return false
+}
+
+// otherOwner says that another space on the same wire has the address as well, and
+// listens there: the packet has come to the wrong one.
+func (d *diagnosis) otherOwner(s *Space, e *seen) bool {
+	for _, o := range d.owners(e.Tuple.Destination.Addr()) {
+		l := s.link(e.Device)
+		if o == s || l == nil || !slices.ContainsFunc(d.segment(s, l), func(p place) bool { return p.space == o }) {
+			continue
+		}
+		if o.serves(e.Tuple.Protocol, e.Tuple.Destination) {
+			d.duplicate(s, e, e.Tuple.Destination.Addr())
+			return true
+		}
+	}
+	return false
+}
+
+// serves says that a socket takes what comes to an end.
+func (s *Space) serves(protocol uint8, to netip.AddrPort) bool {
+	return slices.ContainsFunc(s.After.Sockets, func(o Socket) bool {
+		open := o.State == tcpListen || o.Protocol == protoUDP && o.Remote.Port() == 0
+		return open && o.Protocol == protocol && o.Local.Port() == to.Port() && (o.Local.Addr().IsUnspecified() || o.Local.Addr() == to.Addr())
+	})
+}
+
+func (d *diagnosis) portClosed(s *Space, e *seen) {
+	to := e.Tuple.Destination
+	if e.Tuple.Protocol == protoTCP && to.Addr().IsLoopback() && e.Count <= 2 && s.listensElsewhere(to) {
+		e.by = "benign" // localhost is two addresses: programs try the one and then the other
+		return
+	}
+	v, fresh := d.verdict(NoListener, s, fmt.Sprint(e.Tuple.Protocol, to), e)
+	d.eventOf(v, e)
+	v.Title = fmt.Sprintf("nothing listens at %s %s in %s: %s refused", protocolName(e.Tuple.Protocol), shown(to), s.Name, times(e.Count, "packet was", "packets were"))
+	if !fresh {
+		return
+	}
+	v.Where.Hook = "socket"
+	for _, o := range s.After.Sockets {
+		takes := o.State == tcpListen || o.Protocol == protoUDP && o.Remote.Port() == 0
+		if takes && o.Protocol == e.Tuple.Protocol && o.Local.Port() == to.Port() {
+			v.saw("%s listens at %s only", orProgram(s.process(o.Inode)), o.Local)
+		}
+	}
+	if e.Tuple.Protocol == protoUDP {
+		v.saw("Udp.NoPorts +%d, Udp6NoPorts +%d", s.rose("Udp.NoPorts"), s.rose("Udp6NoPorts"))
+	}
+	v.isNot("%s: the packet came as far as the sockets", FirewallReject)
+	what := "-ltnp"
+	if e.Tuple.Protocol == protoUDP {
+		what = "-lunp"
+	}
+	v.Fix = fmt.Sprintf("start the program that is to listen at port %d, or let it listen at %s: %s shows who listens", to.Port(), to.Addr(), s.in("ss %s", what))
+	v.Undo = "stop it again"
+	v.Owner = "the program that should listen there"
+	if s.Pod != "" {
+		v.Owner += ", pod " + s.Pod
+	}
+	if e.Reason == "IP_NOPROTO" {
+		v.Title = fmt.Sprintf("nobody in %s takes packets of protocol %s: %s refused", s.Name, protocolName(e.Tuple.Protocol), times(e.Count, "packet was", "packets were"))
+	}
+}
+
+// listensElsewhere says that the port is open at another address.
+func (s *Space) listensElsewhere(to netip.AddrPort) bool {
+	return slices.ContainsFunc(s.listeners(), func(o *Socket) bool { return o.Local.Port() == to.Port() })
+}
+
+// closedUnread: a program closed a connection without reading what had come: the other
+// end meets a reset, and may lose what was on its way to it.
+func (d *diagnosis) closedUnread() {
+	for _, e := range d.open(ResetSent) {
+		if e.Reason != "TCP_ABORT_ON_CLOSE" && !(e.Reason == "" && strings.Contains(strings.Join(e.Stack, " "), "tcp_close")) {
+			continue
+		}
+		s := d.spaces[e.Space]
+		closer, other := e.Tuple.Source, e.Tuple.Destination
+		// A client that has what it wanted may close so; its server does not care.
+		looked := len(d.owners(other.Addr())) > 0
+		hurt := slices.ContainsFunc(d.events, func(o *seen) bool {
+			return (o.Kind == SocketError || o.Kind == CallFailed) && o.Errno == eCONNRESET && same(o.Tuple, e.Tuple)
+		})
+		if looked && !hurt && !other.Addr().IsLoopback() {
+			e.by = "benign"
+			continue
+		}
+		v, fresh := d.verdict(ClosedUnread, s, closer.String(), e)
+		d.eventOf(v, e)
+		v.Packets += e.Count
+		who := e.Command
+		if who == "" {
+			who = "a program"
+		} else {
+			who = fmt.Sprintf("%s (pid %d)", e.Command, e.PID)
+		}
+		v.Title = fmt.Sprintf("%s in %s closes connections of %s with data unread: %s", who, s.Name, shown(closer), times(v.Packets, "reset is sent", "resets are sent"))
+		if !fresh {
+			continue
+		}
+		v.Where.Hook = "socket"
+		if !hurt {
+			v.Confidence = Medium
+		} else {
+			v.saw("the other end %s was told ECONNRESET", other.Addr())
+		}
+		v.saw("TcpExt.TCPAbortOnClose +%d (/proc/net/netstat)", s.rose("TcpExt.TCPAbortOnClose"))
+		v.isNot("%s: the connection was established", NoListener)
+		v.isNot("%s: the reset is this socket's own", FirewallReject)
+		v.Fix = "let the program read to the end before it closes (shutdown(SHUT_WR), then read until 0), or see why it gives up: its log at that time"
+		v.Undo, v.Owner = "nothing was changed", who
+	}
+}

@@ -1,0 +1,212 @@
+package cause
+
+import (
+	"fmt"
+	"strings"
+)
+
+// programs: an eBPF program, or another filter of tc, drops.
+func (d *diagnosis) programs() {
+	for _, e := range d.open(Drop) {
+		s := d.spaces[e.Space]
+		switch {
+		case e.Reason == "TC_INGRESS":
+			d.programDrop(TCDrop, s, e, "tc ingress", "")
+		case e.Reason == "TC_EGRESS":
+			d.programDrop(TCDrop, s, e, "tc egress", "")
+		case e.Reason == "XDP", e.Reason == "NOT_SPECIFIED" && strings.Contains(e.Location, "xdp"):
+			d.programDrop(XDPDrop, s, e, "xdp", "")
+		case e.Reason == "BPF_CGROUP_EGRESS":
+			d.programDrop(CgroupDrop, s, e, "cgroup egress", "")
+		case e.Reason == "SOCKET_FILTER" && (e.Tuple.Protocol == protoTCP || e.Tuple.Protocol == protoUDP || e.Tuple.Protocol == protoSCTP):
+			if len(s.attached("cgroup ingress", "")) > 0 {
+				d.programDrop(CgroupDrop, s, e, "cgroup ingress", "")
+			} else {
+				d.socketFilter(s, e)
+			}
+		case e.Reason == "SOCKET_FILTER": // each ping has a filter against the answers to others
+			e.by = "benign"
+		}
+	}
+	for _, s := range d.Spaces {
+		for _, l := range s.After.Links {
+			d.driverDrops(s, &l)
+		}
+	}
+}
+
+// attached are the programs at a hook of a device, "" for any.
+func (s *Space) attached(hook, device string) (all []Program) {
+	for _, p := range s.Programs {
+		if strings.HasPrefix(p.Hook, hook) && (device == "" || p.Device == device) {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+func (p Program) String() string {
+	text := fmt.Sprintf("%s program %d %q", p.Type, p.ID, p.Name)
+	if p.ID == 0 {
+		text = fmt.Sprintf("filter of type %s", p.Type)
+	}
+	if p.Pref != 0 {
+		text += fmt.Sprintf(", pref %d", p.Pref)
+	}
+	if p.Cgroup != "" {
+		text += ", cgroup " + p.Cgroup
+	}
+	return text + " at " + p.Hook
+}
+
+// programDrop names a program at a hook. With several it cannot be told which.
+func (d *diagnosis) programDrop(id string, s *Space, e *seen, hook, _ string) {
+	v, fresh := d.verdict(id, s, hook+e.Device, e)
+	d.eventOf(v, e)
+	if !fresh {
+		return
+	}
+	device := e.Device
+	if id == CgroupDrop {
+		device = ""
+	}
+	all := s.attached(hook, device)
+	v.Where.Hook = hook
+	name := "an eBPF program"
+	if len(all) > 0 {
+		v.Where.Hook = all[0].Hook
+		name = all[0].String()
+		v.Fix, v.Undo = all[0].fix(s)
+		v.Owner = all[0].owner()
+	}
+	where := ""
+	if device != "" {
+		where = " of " + device
+	}
+	v.Title = fmt.Sprintf("%s%s in %s drops %s", name, where, s.Name, flow(e.Tuple))
+	for _, p := range all {
+		v.saw("attached: %s", p)
+	}
+	switch {
+	case len(all) > 1:
+		v.Confidence = Medium
+	case len(all) == 0:
+		v.Confidence = Medium
+		v.saw("no program is attached there any more")
+		v.Fix, v.Undo = s.in("bpftool net"), "nothing is changed by looking"
+		v.Owner = "whoever attached it"
+	}
+	v.isNot("%s: the packet died at %s, not at a hook of netfilter", FirewallDrop, e.Location)
+}
+
+func (p Program) owner() string {
+	if p.Owner != "" {
+		return p.Owner
+	}
+	return fmt.Sprintf("whoever loaded program %d (%s)", p.ID, p.Name)
+}
+
+// fix is how a program is taken away. It cannot be put back without its object.
+func (p Program) fix(s *Space) (fix, undo string) {
+	side := strings.TrimPrefix(p.Hook, "tc ")
+	switch {
+	case strings.HasPrefix(p.Hook, "tc ") && p.Pref != 0:
+		fix = s.in("tc filter del dev %s %s pref %d", p.Device, side, p.Pref)
+	case strings.HasPrefix(p.Hook, "tc "):
+		fix = s.in("bpftool net detach tcx_%s dev %s", side, p.Device) + fmt.Sprintf(" (or end the process that holds its link: bpftool prog show id %d)", p.ID)
+	case p.Hook == "xdp generic":
+		fix = s.in("ip link set dev %s xdpgeneric off", p.Device)
+	case p.Hook == "xdp":
+		fix = s.in("ip link set dev %s xdp off", p.Device)
+	default:
+		fix = fmt.Sprintf("bpftool cgroup detach CGROUP%s %s id %d, where CGROUP is where cgroup2 is mounted", p.Cgroup, strings.ReplaceAll(strings.TrimPrefix(p.Hook, "cgroup "), "gress", "gress"), p.ID)
+	}
+	return fix, fmt.Sprintf("attach program %d (%s) again by whoever did so", p.ID, p.Name)
+}
+
+// driverDrops: XDP in a driver drops before there is a packet to tell of; only its counter
+// does.
+func (d *diagnosis) driverDrops(s *Space, l *Link) {
+	var dropped uint64
+	var counter string
+	for name := range l.Statistics {
+		if strings.HasPrefix(name, "ethtool.") && (strings.HasSuffix(name, "xdp_drops") || strings.HasSuffix(name, "xdp_drop")) {
+			if rose := s.linkRose(l.Index, name); rose > 0 {
+				dropped += rose
+				counter = name
+			}
+		}
+	}
+	if dropped == 0 {
+		return
+	}
+	known := d.keys[fmt.Sprint(XDPDrop, " ", s.Inode, " xdp", l.Name)]
+	if known != nil {
+		known.saw("%s of %s +%d (ethtool -S)", strings.TrimPrefix(counter, "ethtool."), l.Name, dropped)
+		return
+	}
+	all := s.attached("xdp", l.Name)
+	if len(all) == 0 {
+		return
+	}
+	v, _ := d.verdict(XDPDrop, s, "xdp"+l.Name, nil)
+	v.Packets, v.Where.Interface, v.Where.Hook = dropped, l.Name, all[0].Hook
+	v.Title = fmt.Sprintf("%s of %s in %s drops: %s", all[0], l.Name, s.Name, times(dropped, "packet", "packets"))
+	v.saw("%s of %s +%d (ethtool -S)", strings.TrimPrefix(counter, "ethtool."), l.Name, dropped)
+	v.isNot("%s: what dies in the driver has reached no hook", FirewallDrop)
+	v.Fix, v.Undo = all[0].fix(s)
+	v.Owner = all[0].owner()
+}
+
+// socketFilter: a filter that a program has put on its own socket drops.
+func (d *diagnosis) socketFilter(s *Space, e *seen) {
+	socket := s.socketOf(e)
+	object := shown(e.Tuple.Destination)
+	v, fresh := d.verdict(SocketFilterDrop, s, object, e)
+	v.Title = fmt.Sprintf("a filter on the socket at %s in %s drops what comes to it: %s", object, s.Name, times(v.Packets, "packet", "packets"))
+	d.eventOf(v, e)
+	if !fresh {
+		return
+	}
+	v.Where.Hook = "socket"
+	v.Owner = "the program that has the socket"
+	if socket != nil {
+		if holder := s.process(socket.Inode); holder != "" {
+			v.Title = fmt.Sprintf("a filter on the socket of %s at %s in %s drops what comes to it: %s", holder, object, s.Name, times(v.Packets, "packet", "packets"))
+			v.Owner = holder
+		}
+		v.saw("the socket counts %d drops (SKMEMINFO)", socket.Drops)
+	}
+	if e.Tuple.Protocol == protoUDP {
+		v.saw("Udp.InErrors +%d, Udp6InErrors +%d", s.rose("Udp.InErrors"), s.rose("Udp6InErrors"))
+	}
+	v.isNot("%s: the socket was found, and has room", ReceiveBufferFull)
+	v.isNot("%s: no program is attached to a cgroup's ingress here", CgroupDrop)
+	v.Fix = "the program set it itself (setsockopt SO_ATTACH_FILTER or SO_ATTACH_BPF): configure or restart " + orProgram(v.Owner)
+	v.Undo = "start it again as it was"
+}
+
+func orProgram(text string) string {
+	if text == "" {
+		return "the program"
+	}
+	return text
+}
+
+// socketOf finds the socket that an event is about: by its cookie, else by its end.
+func (s *Space) socketOf(e *seen) *Socket {
+	for i := range s.After.Sockets {
+		if o := &s.After.Sockets[i]; e.Socket != 0 && o.Cookie == e.Socket {
+			return o
+		}
+	}
+	for _, end := range []struct{ port, other uint16 }{{e.Tuple.Destination.Port(), 0}, {e.Tuple.Source.Port(), 0}} {
+		for i := range s.After.Sockets {
+			o := &s.After.Sockets[i]
+			if o.Protocol == e.Tuple.Protocol && end.port != 0 && o.Local.Port() == end.port && (o.Local.Addr().IsUnspecified() || s.owns(o.Local.Addr())) {
+				return o
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,222 @@
+package cause
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// qdiscs: a device's queue is full, or its rate is used up.
+func (d *diagnosis) qdiscs() {
+	for _, e := range d.open(Drop) {
+		queue := strings.HasPrefix(e.Reason, "QDISC_") || strings.HasPrefix(e.Reason, "FQ_") || e.Reason == "CAKE_FLOOD" || e.Reason == "DUALPI2_STEP_DROP"
+		if !queue || e.Device == "" {
+			continue
+		}
+		s := d.spaces[e.Space]
+		v, fresh := d.verdict(QdiscFull, s, e.Device, e)
+		d.eventOf(v, e)
+		l := s.link(e.Device)
+		var q *Qdisc
+		var dropped uint64
+		if l != nil {
+			q, dropped = s.fullest(l)
+		}
+		v.Title = fmt.Sprintf("the queue of %s in %s is full: %s dropped", e.Device, s.Name, times(v.Packets, "packet", "packets"))
+		if q != nil {
+			rate := ""
+			if q.Rate > 0 {
+				rate = fmt.Sprintf(", which lets %d kbit/s through,", q.Rate*8/1000)
+			}
+			v.Title = fmt.Sprintf("the %s queue of %s in %s%s is full: %s dropped", q.Kind, e.Device, s.Name, rate, times(v.Packets, "packet", "packets"))
+		}
+		if !fresh {
+			continue
+		}
+		v.Where.Hook = "qdisc"
+		v.Fix, v.Undo = s.in("tc -s qdisc show dev %s", e.Device), "nothing is changed by looking"
+		if q != nil {
+			v.saw("qdisc %s %x:: dropped +%d, overlimits %d, limit %d, backlog %d bytes at the end (tc -s qdisc show dev %s)", q.Kind, q.Handle>>16, dropped, q.Overlimits, q.Limit, q.Backlog, e.Device)
+			v.Fix = fmt.Sprintf("give it a higher rate or a longer queue: %s", s.in("tc qdisc change dev %s %s %s ...", e.Device, parent(q), q.Kind))
+			v.Undo = "change it back to what tc qdisc show says now"
+		}
+		v.isNot("%s: the device is up with carrier", LinkDown)
+		v.isNot("%s: it is the sender's own device, the receiver has not seen the packet", ReceiveBufferFull)
+		v.Owner = "whoever shapes " + e.Device + " (the CNI bandwidth plug-in, or tc)"
+		d.folds(QdiscFull, func(o *seen) bool { return o.Kind == CallFailed && o.Errno == eNOBUFS && o.Space == e.Space })
+	}
+}
+
+func parent(q *Qdisc) string {
+	const root = 1<<32 - 1
+	if q.Parent == root {
+		return "root"
+	}
+	return fmt.Sprintf("parent %x:%x", q.Parent>>16, q.Parent&0xffff)
+}
+
+// fullest is the qdisc of a device that has dropped the most in the window.
+func (s *Space) fullest(l *Link) (found *Qdisc, most uint64) {
+	for i := range l.Qdiscs {
+		q := &l.Qdiscs[i]
+		rose := q.Drops
+		for _, was := range s.Before.Links {
+			if was.Index != l.Index {
+				continue
+			}
+			for _, o := range was.Qdiscs {
+				if o.Handle == q.Handle && o.Parent == q.Parent && o.Kind == q.Kind {
+					rose = q.Drops - min(o.Drops, q.Drops)
+				}
+			}
+		}
+		if rose > 0 && rose >= most {
+			found, most = q, rose
+		}
+	}
+	return found, most
+}
+
+// queues: a program does not read, and its socket has no room.
+func (d *diagnosis) queues() {
+	for _, e := range d.open(Drop, ReceiveFull) {
+		full := e.Kind == ReceiveFull || e.Reason == "SOCKET_RCVBUFF" || e.Reason == "SOCKET_BACKLOG"
+		if !full || e.Tuple.Protocol != protoUDP && e.Tuple.Protocol != protoTCP && e.Tuple.Protocol != protoSCTP {
+			continue
+		}
+		s := d.spaces[e.Space]
+		if e.Tuple.Protocol == protoTCP && e.Reason != "SOCKET_BACKLOG" {
+			e.by = "benign" // TCP holds its sender back: receiver-stalled says so if it lasts
+			continue
+		}
+		socket := s.socketOf(e)
+		end := e.Tuple.Destination
+		if e.Kind == ReceiveFull && socket != nil {
+			end = socket.Local
+		} else if e.Kind == ReceiveFull {
+			end = e.Tuple.Source
+		}
+		object := fmt.Sprint(e.Tuple.Protocol, end.Port())
+		v, fresh := d.verdict(ReceiveBufferFull, s, object, e)
+		if e.Kind == Drop {
+			d.eventOf(v, e)
+		}
+		if !fresh {
+			continue
+		}
+		v.Where.Hook = "socket"
+		holder := ""
+		if socket != nil {
+			holder = s.process(socket.Inode)
+			v.saw("the socket at %s: %d bytes wait, room for %d, drops +%d (SKMEMINFO)", socket.Local, socket.ReceiveQueue, socket.ReceiveBuffer, s.dropsRose(socket))
+		}
+		v.Owner = orProgram(holder)
+		v.Title = fmt.Sprintf("the receive buffer of %s at %s %s in %s is full: it does not read fast enough", orProgram(holder), protocolName(e.Tuple.Protocol), shown(end), s.Name)
+		if e.Tuple.Protocol == protoUDP {
+			v.saw("Udp.RcvbufErrors +%d, Udp6RcvbufErrors +%d (/proc/net/snmp)", s.rose("Udp.RcvbufErrors"), s.rose("Udp6RcvbufErrors"))
+		} else {
+			v.saw("TcpExt.TCPBacklogDrop +%d", s.rose("TcpExt.TCPBacklogDrop"))
+		}
+		v.isNot("%s: the socket was found", NoListener)
+		v.isNot("%s: the packet arrived at the receiver", QdiscFull)
+		v.Fix = "let the program read faster, or ask for a larger buffer (SO_RCVBUF), which net.core.rmem_max limits: sysctl -w net.core.rmem_max=8388608 on the node"
+		v.Undo = fmt.Sprintf("sysctl -w net.core.rmem_max=%s", orNone(s.Settings["net.core.rmem_max"]))
+	}
+}
+
+// memory: the node has no memory, or no time, for packets.
+func (d *diagnosis) memory() {
+	for _, e := range d.open(Drop) {
+		s := d.spaces[e.Space]
+		switch e.Reason {
+		case "NOMEM", "PROTO_MEM", "PFMEMALLOC":
+			v, fresh := d.verdict(MemoryShort, s, e.Reason, e)
+			d.eventOf(v, e)
+			v.Title = fmt.Sprintf("there is no memory for packets in %s: %s dropped", s.Name, times(v.Packets, "packet", "packets"))
+			if !fresh {
+				continue
+			}
+			v.saw("TcpExt.TCPMemoryPressures +%d, Udp.MemErrors +%d", s.rose("TcpExt.TCPMemoryPressures"), s.rose("Udp.MemErrors"))
+			v.isNot("%s: it is the limit of all sockets together", ReceiveBufferFull)
+			v.Fix, v.Undo = "cat /proc/net/sockstat; sysctl net.ipv4.tcp_mem net.ipv4.udp_mem (raise the third number, in pages)", "set it back"
+			v.Owner = "the node's memory"
+		case "CPU_BACKLOG":
+			v, fresh := d.verdict(BacklogFull, s, "", e)
+			d.eventOf(v, e)
+			v.Title = fmt.Sprintf("a processor cannot keep up with what comes to %s: %s dropped", s.Name, times(v.Packets, "packet", "packets"))
+			if !fresh {
+				continue
+			}
+			v.isNot("%s: no socket was reached yet", ReceiveBufferFull)
+			v.Fix = fmt.Sprintf("sysctl -w net.core.netdev_max_backlog=10000 on the node (now %s)", orNone(s.Settings["net.core.netdev_max_backlog"]))
+			v.Undo = "sysctl -w net.core.netdev_max_backlog=" + orNone(s.Settings["net.core.netdev_max_backlog"])
+			v.Owner = "the node's processors"
+		}
+	}
+}
+
+// mostProbes is how often a sender asks whether a window that is zero has opened before
+// its receiver counts as stalled: the third comes after some 1.4 seconds, at 0.2, 0.6 and
+// 1.4. A program that is only busy for a moment reads before.
+const mostProbes = 3
+
+// stalled: a program does not read from a connection; the sender may send no more.
+func (d *diagnosis) stalled() {
+	for _, s := range d.Spaces {
+		for i := range s.After.Sockets {
+			o := &s.After.Sockets[i]
+			if o.Protocol == protoTCP && o.Probing && o.SendQueue > 0 && o.Retransmits >= mostProbes-1 {
+				d.stall(s, o)
+			}
+		}
+	}
+	for _, s := range d.Spaces {
+		// The connections may have ended within the window: the counters stay.
+		probes := s.rose("TcpExt.TCPWinProbe")
+		if probes < mostProbes || slices.ContainsFunc(d.verdicts, func(v *Verdict) bool { return v.Cause == ReceiverStalled }) {
+			continue
+		}
+		for _, r := range d.Spaces {
+			if zero := r.rose("TcpExt.TCPToZeroWindowAdv", "TcpExt.TCPWantZeroWindowAdv"); zero > 0 {
+				v, _ := d.verdict(ReceiverStalled, r, "", nil)
+				v.Where.Hook, v.Confidence = "socket", Medium
+				v.Title = fmt.Sprintf("a program in %s does not read from its connection: its window was zero, and senders in %s asked %d times for it to open", r.Name, s.Name, probes)
+				v.saw("TcpExt.TCPWinProbe +%d in %s, TCPToZeroWindowAdv +%d, TCPWantZeroWindowAdv +%d in %s", probes, s.Name, r.rose("TcpExt.TCPToZeroWindowAdv"), r.rose("TcpExt.TCPWantZeroWindowAdv"), r.Name)
+				v.isNot("lost packets: the sender waits, it does not send again")
+				v.Fix, v.Undo = r.in("ss -tnpm")+" shows who has data unread (Recv-Q)", "nothing is changed by looking"
+				v.Owner = "the program that receives"
+			}
+		}
+	}
+}
+
+func (d *diagnosis) stall(s *Space, o *Socket) {
+	r, receiver := s, (*Socket)(nil)
+	for _, other := range d.owners(o.Remote.Addr()) {
+		for i := range other.After.Sockets {
+			if p := &other.After.Sockets[i]; p.Local == o.Remote && p.Remote == o.Local {
+				r, receiver = other, p
+			}
+		}
+	}
+	v, _ := d.verdict(ReceiverStalled, r, o.Remote.String(), nil)
+	v.Where.Hook = "socket"
+	v.Tuple = &Ends{Protocol: "tcp", Source: o.Local, Destination: o.Remote}
+	holder := ""
+	if receiver != nil {
+		holder = r.process(receiver.Inode)
+		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.ReceiveQueue, receiver.ReceiveWindow)
+	}
+	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), o.Remote, o.Local, s.Name, o.SendQueue)
+	v.saw("the sender's socket waits for the window to open: timer persist, %d probes (ss -tno)", o.Retransmits)
+	v.saw("TcpExt.TCPWinProbe +%d in %s, TCPToZeroWindowAdv +%d in %s", s.rose("TcpExt.TCPWinProbe"), s.Name, r.rose("TcpExt.TCPToZeroWindowAdv"), r.Name)
+	v.isNot("lost packets: its probes are answered, with a window of zero")
+	v.Owner = orProgram(holder)
+	v.Fix = "see why the program does not read"
+	if receiver != nil {
+		if p, known := r.Processes[receiver.Inode]; known {
+			v.Fix += fmt.Sprintf(": cat /proc/%d/stack /proc/%d/status", p.PID, p.PID)
+		}
+	}
+	v.Undo = "nothing is changed by looking"
+}

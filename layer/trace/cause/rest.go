@@ -1,0 +1,174 @@
+package cause
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// localPorts: no local port is left towards a remote end.
+func (d *diagnosis) localPorts() {
+	for _, e := range d.open(CallFailed) {
+		none := e.Call == "connect" && e.Errno == eADDRNOTAVAIL || e.Call == "bind" && e.Errno == eADDRINUSE && e.Tuple.Source.Port() == 0 ||
+			e.Call == "connect" && e.Errno == eAGAIN && e.Tuple.Protocol == protoUDP
+		if !none {
+			continue
+		}
+		s := d.spaces[e.Space]
+		low, high := s.portRange()
+		taken, of := 0, Busy{}
+		for _, b := range append(slices.Clone(s.Before.Busy), s.After.Busy...) {
+			if b.Ports > taken && (b.Remote == e.Tuple.Destination || !e.Tuple.Destination.Addr().IsValid() || e.Tuple.Destination.Port() == 0) {
+				taken, of = b.Ports, b
+			}
+		}
+		// connect() says the same when the address to come from is not this host's.
+		src := e.Tuple.Source.Addr()
+		if src.IsValid() && !src.IsUnspecified() && !s.owns(src) {
+			continue
+		}
+		v, fresh := d.verdict(PortsExhausted, s, e.Tuple.Destination.String(), e)
+		d.eventOf(v, e)
+		if !fresh {
+			continue
+		}
+		v.Where.Hook = "socket"
+		v.Packets = e.Count
+		v.Title = fmt.Sprintf("%s in %s has no local port left towards %s: the range %d-%d has %d", e.Command, s.Name, shown(e.Tuple.Destination), low, high, high-low+1)
+		v.saw("net.ipv4.ip_local_port_range = %d %d", low, high)
+		if taken > 0 {
+			v.saw("%d ports are taken towards %s, those in TIME-WAIT too (sock_diag)", taken, of.Remote)
+		}
+		if taken*10 < (high-low+1)*8 {
+			v.Confidence = Medium
+		}
+		v.isNot("%s: the error is of this host, nothing was sent", NoRoute)
+		v.Fix, v.Undo = s.in("sysctl -w net.ipv4.ip_local_port_range='1024 65535'"), s.in("sysctl -w net.ipv4.ip_local_port_range='%d %d'", low, high)
+		v.Fix += "; better, let the program keep and use its connections again"
+		v.Owner = fmt.Sprintf("%s (pid %d)", e.Command, e.PID)
+	}
+}
+
+// fragments: a part of a packet is missing, so that the whole of it dies.
+func (d *diagnosis) fragments() {
+	for _, e := range d.open(Drop) {
+		if e.Reason == "FRAG_REASM_TIMEOUT" || e.Reason == "FRAG_TOO_FAR" || e.Reason == "NOT_SPECIFIED" && (strings.HasPrefix(e.Location, "ip_expire") || strings.HasPrefix(e.Location, "ip6_frag_expire") || strings.HasPrefix(e.Location, "ip6frag_expire")) {
+			d.fragmentLost(d.spaces[e.Space], e)
+		}
+	}
+	for _, s := range d.Spaces {
+		came, whole, failed := s.rose("Ip.ReasmReqds", "Ip6ReasmReqds"), s.rose("Ip.ReasmOKs", "Ip6ReasmOKs"), s.rose("Ip.ReasmTimeout", "Ip6ReasmTimeout")
+		// Parts that wait at the end may be just on their way: they count if none of many
+		// packets was ever whole.
+		waits := s.After.Fragments > s.Before.Fragments && whole == 0 && came >= 2
+		if d.has(FragmentLost, s) || failed == 0 && !waits {
+			continue
+		}
+		d.fragmentLost(s, nil)
+	}
+	d.folds(FragmentLost, func(e *seen) bool {
+		return e.Kind == ICMPSent && (e.Type == 11 || e.Type == 3 && e.Tuple.is6()) && e.Code == 1
+	})
+}
+
+func (d *diagnosis) fragmentLost(s *Space, e *seen) {
+	object := ""
+	if e != nil {
+		object = e.Tuple.Source.Addr().String()
+	}
+	v, fresh := d.verdict(FragmentLost, s, object, e)
+	v.Title = fmt.Sprintf("parts of packets get lost on their way to %s: the rest of them waits in vain", s.Name)
+	if e != nil {
+		d.eventOf(v, e)
+		v.Title = fmt.Sprintf("parts of packets from %s get lost on their way to %s: the rest of them waits in vain", e.Tuple.Source.Addr(), s.Name)
+	}
+	if !fresh {
+		return
+	}
+	v.Where.Hook = "reassembly"
+	v.saw("Ip.ReasmReqds +%d, ReasmOKs +%d, ReasmTimeout +%d, Ip6ReasmReqds +%d, Ip6ReasmOKs +%d, Ip6ReasmTimeout +%d", s.rose("Ip.ReasmReqds"), s.rose("Ip.ReasmOKs"), s.rose("Ip.ReasmTimeout"),
+		s.rose("Ip6ReasmReqds"), s.rose("Ip6ReasmOKs"), s.rose("Ip6ReasmTimeout"))
+	v.saw("%d packets wait for their parts at the end (/proc/net/sockstat)", s.After.Fragments)
+	if e == nil && s.rose("Ip.ReasmTimeout", "Ip6ReasmTimeout") == 0 {
+		v.Confidence = Medium
+	}
+	v.isNot("%s: some parts arrive, which a router that drops what is too big would not let", MTUBlackHole)
+	v.Fix = "send smaller packets (an MTU or a buffer of EDNS that fits the way), or find who drops the parts: " + s.in("tcpdump -ni any 'ip[6:2] & 0x3fff != 0'")
+	v.Undo, v.Owner = "nothing is changed by looking", "the network between"
+}
+
+// calls are errors of programs that nothing else explains.
+func (d *diagnosis) calls() {
+	for _, e := range d.open(CallFailed) {
+		s := d.spaces[e.Space]
+		if e.Errno != ePERM {
+			continue
+		}
+		hook := map[string]string{"connect": "cgroup connect", "bind": "cgroup bind"}[e.Call]
+		if hook == "" {
+			hook = "cgroup"
+		}
+		if d.explainedBy(e, FirewallDrop, CgroupDrop, FirewallReject, ConntrackFull, ConntrackInvalid, SNATPortsExhausted) {
+			e.by = "refused"
+			continue
+		}
+		all := s.attached(hook, "")
+		if len(all) == 0 {
+			all = s.attached("cgroup", "")
+		}
+		if len(all) == 0 {
+			continue
+		}
+		v, fresh := d.verdict(CgroupDrop, s, hook, e)
+		d.eventOf(v, e)
+		if !fresh {
+			continue
+		}
+		v.Where.Hook = all[0].Hook
+		v.Title = fmt.Sprintf("%s refuses %s of %s in %s: EPERM", all[0], e.Call, e.Command, s.Name)
+		v.Confidence = Medium
+		for _, p := range all {
+			v.saw("attached: %s", p)
+		}
+		v.isNot("%s: no packet died at a hook of netfilter", FirewallDrop)
+		v.Fix, v.Undo = all[0].fix(s)
+		v.Owner = all[0].owner()
+	}
+}
+
+// explainedBy says that a conversation has met one of the causes.
+func (d *diagnosis) explainedBy(e *seen, causes ...string) bool {
+	return slices.ContainsFunc(d.events, func(o *seen) bool {
+		return slices.Contains(causes, o.by) && o.Space == e.Space && (same(o.Tuple, e.Tuple) || o.Tuple.Destination.Addr() == e.Tuple.Destination.Addr())
+	})
+}
+
+// often is how many packets of a conversation have to die before a cause that is not
+// known is told of: one that dies now and then is nothing.
+const often = 3
+
+// rest tells of what died again and again, hurt somebody, and fits nothing known.
+func (d *diagnosis) rest() {
+	for _, e := range d.open(Drop) {
+		if e.Count < often || !e.Tuple.Destination.Addr().IsValid() || e.Tuple.noise() || !d.suffered(e.Tuple) || lateReset(e.Tuple) {
+			continue
+		}
+		if slices.ContainsFunc(d.events, func(o *seen) bool { return o.by != "" && o.by != "benign" && o.Kind == Drop && same(o.Tuple, e.Tuple) }) {
+			continue // the conversation has a cause
+		}
+		s := d.spaces[e.Space]
+		v, fresh := d.verdict(Unexplained, s, e.Reason+e.Location, e)
+		d.eventOf(v, e)
+		v.Title = fmt.Sprintf("%s of %s died at %s in %s, reason %s: no cause is known", times(v.Packets, "packet", "packets"), flow(e.Tuple), orNone(e.Location), s.Name, orNone(e.Reason))
+		if !fresh {
+			continue
+		}
+		v.Confidence = Low
+		v.Where.Hook = hookOf(e)
+		if len(e.Stack) > 0 {
+			v.saw("called by %s", strings.Join(e.Stack[:min(6, len(e.Stack))], " < "))
+		}
+		v.Fix, v.Undo = "look up the function in the kernel's source; report it with the output of -o json", "nothing was changed"
+		v.Owner = "not known"
+	}
+}
