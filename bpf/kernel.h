@@ -49,6 +49,10 @@ struct sock {
 	int sk_err;
 } __attribute__((preserve_access_index));
 
+struct inet_sock {
+	__be16 inet_sport;
+} __attribute__((preserve_access_index));
+
 struct inet_connection_sock {
 	__u8 icsk_retransmits;
 } __attribute__((preserve_access_index));

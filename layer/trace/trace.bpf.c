@@ -503,6 +503,8 @@ static __always_inline bool read_socket(struct subject *s, const struct sock *sk
 		return false;
 	}
 	s->source_port = __builtin_bswap16(sk->__sk_common.skc_num);
+	if (!s->source_port) /* it has given its port back, but still knows which it was */
+		s->source_port = BPF_CORE_READ((struct inet_sock *)sk, inet_sport);
 	s->destination_port = sk->__sk_common.skc_dport;
 	return true;
 }
