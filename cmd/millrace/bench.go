@@ -17,9 +17,9 @@ func benchCommand(s *settings) *cobra.Command {
 		Short: "Measure, side by side, on this machine",
 		Long:  inOwnSpaces + "\n\nMeasures millrace beside what else could do the work.",
 		Args:  cobra.NoArgs,
-		RunE:  func(*cobra.Command, []string) error { return usage("say what to measure: services or program") },
+		RunE:  func(*cobra.Command, []string) error { return usage("say what to measure: services, program or drops") },
 	}
-	c.AddCommand(benchServicesCommand(s), benchProgramCommand(s), benchServeCommand())
+	c.AddCommand(benchServicesCommand(s), benchProgramCommand(s), benchDropsCommand(s), benchServeCommand())
 	return c
 }
 

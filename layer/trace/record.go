@@ -44,6 +44,7 @@ func (s *Session) readExamples() {
 		behind := record.RawSample[read:]
 		one.behind = bytes.Clone(behind[:min(len(behind), int(one.Captured))])
 		s.examples[one.Key] = one
+		s.received++
 	}
 }
 
@@ -55,7 +56,7 @@ type tally struct {
 
 // record makes of what the kernel has counted, and of the examples, a Recording.
 func (s *Session) record() (*Recording, error) {
-	r := &Recording{Missing: s.missing}
+	r := &Recording{Missing: s.missing, Received: s.received}
 	all, err := s.readCounts()
 	if err != nil {
 		return nil, err
@@ -110,28 +111,25 @@ func (s *Session) readCounts() (all []tally, err error) {
 // was pushed out, and what a program did not see because it had been interrupted by
 // the same.
 func (s *Session) readTotals(r *Recording, all []tally) error {
-	var key traceTotalKey
+	totals := s.collection.Maps[traceMapTotals]
+	reasons := totals.MaxEntries() / uint32(traceKindKINDS)
 	var counts []uint64
 	var total, kept uint64
-	entries := s.collection.Maps[traceMapTotals].Iterate()
-	for entries.Next(&key, &counts) {
-		sum := sumOf(counts)
-		total += sum
-		t := Total{Kind: kinds[key.Kind], Space: key.Netns, Count: sum}
-		t.Reason = s.reason(uint8(key.Kind), key.Reason)
-		r.Totals = append(r.Totals, t)
-	}
-	if err := entries.Err(); err != nil {
-		return fmt.Errorf("read totals: %w", err)
-	}
-	for kind := range uint32(traceKindKINDS) {
-		if err := s.collection.Maps[traceMapRest].Lookup(kind, &counts); err != nil {
+	for slot := range totals.MaxEntries() {
+		if err := totals.Lookup(slot, &counts); err != nil {
 			return fmt.Errorf("read totals: %w", err)
 		}
-		if sum := sumOf(counts); sum > 0 {
-			total += sum
-			r.Totals = append(r.Totals, Total{Kind: kinds[traceKind(kind)], Count: sum})
+		sum := sumOf(counts)
+		if sum == 0 {
+			continue
 		}
+		total += sum
+		kind := traceKind(slot / reasons)
+		one := Total{Kind: kinds[kind], Reason: s.reason(uint8(kind), slot%reasons), Count: sum}
+		if slot%reasons == reasons-1 {
+			one.Reason = "others"
+		}
+		r.Totals = append(r.Totals, one)
 	}
 	for _, e := range all {
 		kept += e.Count

@@ -29,6 +29,9 @@ enum kind {
 	KINDS,
 };
 
+/* Totals are kept apart for so many reasons; Linux 6.18 has 130. */
+#define REASONS 256
+
 enum {                       /* of struct event_key.flags, beside those of TCP */
        FLAG_SOURCE = 0x40,   /* port is the source's */
        FLAG_FRAGMENT = 0x80, /* not the first of a packet */
@@ -43,7 +46,7 @@ struct event_key {
 	__u32 ifindex;
 	__be16 ethertype;
 	__be16 port; /* the service's; of ICMP its type and code */
-	__u8 kind;
+	__u8 kind;   /* enum kind */
 	__u8 protocol;
 	__u8 flags;
 	__u8 zero[5];
@@ -86,7 +89,6 @@ struct example {
 	__s32 stack_bytes;
 	__u32 zero2;
 	char command[16];
-	char device[16];
 	__u64 stack[STACK_DEPTH];
 	__u8 header[HEADER_LIMIT];
 };
@@ -95,19 +97,13 @@ struct example {
 struct subject {
 	struct event_key key;
 	struct sk_buff *skb;
+	struct net_device *dev;
 	__u64 socket;
 	__u32 length;
 	__u32 network; /* offset of the network header from skb->head */
 	__be16 source_port;
 	__be16 destination_port;
-	char device[16];
 	__u8 retransmits;
-};
-
-struct total_key {
-	__u32 netns;
-	__u32 reason;
-	enum kind kind;
 };
 
 struct budget {
@@ -132,20 +128,14 @@ struct {
 	__uint(max_entries, 8192);
 } events SEC(".maps");
 
-/* Totals, which nothing is lost of: what has no room here is in rest. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
-	__type(key, struct total_key);
-	__type(value, __u64);
-	__uint(max_entries, 4096);
-} totals SEC(".maps");
-
+/* Totals, which nothing is lost of: REASONS numbers for each kind, of drops and resets
+ * by reason. The last one holds reasons of a higher number. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);
 	__type(value, __u64);
-	__uint(max_entries, KINDS);
-} rest SEC(".maps");
+	__uint(max_entries, KINDS *REASONS);
+} totals SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
@@ -156,14 +146,14 @@ struct {
 /* A program does not interrupt itself on a processor, but another one may. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__type(key, __u32);
+	__type(key, enum kind);
 	__type(value, struct example);
 	__uint(max_entries, KINDS);
 } drafts SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__type(key, __u32);
+	__type(key, enum kind);
 	__type(value, struct budget);
 	__uint(max_entries, KINDS);
 } budgets SEC(".maps");
@@ -259,60 +249,73 @@ static __always_inline bool has_ports(__u8 protocol)
 	       protocol == IPPROTO_UDPLITE || protocol == IPPROTO_DCCP;
 }
 
-/* read_transport reads what follows the network header, at offset at from skb->head. */
-static __always_inline void read_transport(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
-{
-	struct {
-		__be16 source;
-		__be16 destination;
-		__u8 others[8];
-		__u8 length;
-		__u8 flags;
-	} l4 = {};
+/* What is read of a packet at once: an IP header without options, and what of the
+ * next one is of interest. */
+#define FIRST_READ 60
 
-	if (at + 4 > tail)
+struct headers {
+	__u8 byte[FIRST_READ + 4];
+	__u32 length; /* of what was read */
+};
+
+static __always_inline void read_headers(struct headers *h, const unsigned char *head, __u32 at, __u32 tail)
+{
+	__u32 length = tail - at;
+
+	h->length = 0;
+	if (at >= tail)
 		return;
+	if (length > FIRST_READ)
+		length = FIRST_READ;
+	if (!bpf_probe_read_kernel(h->byte, length, head + at))
+		h->length = length;
+}
+
+/* take_ports takes what of the transport header was read: its first 4 bytes, and the
+ * flags of TCP. */
+static __always_inline void take_ports(struct subject *s, const __u8 *l4, bool flags)
+{
 	if (s->key.protocol == IPPROTO_ICMP || s->key.protocol == IPPROTO_ICMPV6) {
-		bpf_probe_read_kernel(&s->key.port, sizeof(s->key.port), head + at);
+		s->key.port = l4[0] | l4[1] << 8;
 		return;
 	}
 	if (!has_ports(s->key.protocol))
 		return;
-	if (s->key.protocol == IPPROTO_TCP && at + sizeof(l4) <= tail)
-		bpf_probe_read_kernel(&l4, sizeof(l4), head + at);
-	else
-		bpf_probe_read_kernel(&l4, 4, head + at);
-	s->source_port = l4.source;
-	s->destination_port = l4.destination;
-	s->key.flags |= l4.flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK);
+	s->source_port = l4[0] | l4[1] << 8;
+	s->destination_port = l4[2] | l4[3] << 8;
+	if (flags && s->key.protocol == IPPROTO_TCP)
+		s->key.flags |= l4[13] & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK);
 	choose_port(s);
 }
 
-static __always_inline void read_ip4(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+/* read_transport reads what follows IP options and extension headers. */
+static __always_inline void read_transport(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
 {
-	struct {
-		__u8 version_length;
-		__u8 tos;
-		__be16 length;
-		__be16 id;
-		__be16 fragment;
-		__u8 ttl;
-		__u8 protocol;
-		__be16 checksum;
-		__be32 source;
-		__be32 destination;
-	} ip;
+	__u8 l4[14] = {};
 
-	if (at + sizeof(ip) > tail || bpf_probe_read_kernel(&ip, sizeof(ip), head + at))
-		return;
-	s->key.source = address_from_ip4(ip.source);
-	s->key.destination = address_from_ip4(ip.destination);
-	s->key.protocol = ip.protocol;
-	if (host16(ip.fragment) & 0x1fff) {
-		s->key.flags |= FLAG_FRAGMENT;
-		return;
+	if (at + sizeof(l4) <= tail) {
+		bpf_probe_read_kernel(l4, sizeof(l4), head + at);
+		take_ports(s, l4, true);
+	} else if (at + 4 <= tail) {
+		bpf_probe_read_kernel(l4, 4, head + at);
+		take_ports(s, l4, false);
 	}
-	read_transport(s, head, at + (ip.version_length & 0x0f) * 4, tail);
+}
+
+static __always_inline void read_ip4(struct subject *s, const struct headers *h, const unsigned char *head, __u32 at,
+				     __u32 tail)
+{
+	if (h->length < 20)
+		return;
+	s->key.source = address_from_ip4(*(const __be32 *)(h->byte + 12));
+	s->key.destination = address_from_ip4(*(const __be32 *)(h->byte + 16));
+	s->key.protocol = h->byte[9];
+	if ((h->byte[6] << 8 | h->byte[7]) & 0x1fff)
+		s->key.flags |= FLAG_FRAGMENT;
+	else if (h->byte[0] != 0x45)
+		read_transport(s, head, at + (h->byte[0] & 0x0f) * 4, tail);
+	else if (h->length >= 24)
+		take_ports(s, h->byte + 20, h->length >= 34);
 }
 
 /* What may stand between an IPv6 header and the transport header (RFC 8200, 4.1). */
@@ -323,25 +326,24 @@ static __always_inline bool is_extension(__u8 next)
 
 #define EXTENSIONS 4 /* that are read over */
 
-static __always_inline void read_ip6(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+static __always_inline void read_ip6(struct subject *s, const struct headers *h, const unsigned char *head, __u32 at,
+				     __u32 tail)
 {
-	struct {
-		__be32 version_class_flow;
-		__be16 length;
-		__u8 next;
-		__u8 hops;
-		struct address source;
-		struct address destination;
-	} ip;
 	__u8 extension[4];
 
-	if (at + sizeof(ip) > tail || bpf_probe_read_kernel(&ip, sizeof(ip), head + at))
+	if (h->length < 40)
 		return;
-	s->key.source = ip.source;
-	s->key.destination = ip.destination;
-	at += sizeof(ip);
-	__u8 next = ip.next;
+	__builtin_memcpy(&s->key.source, h->byte + 8, sizeof(s->key.source));
+	__builtin_memcpy(&s->key.destination, h->byte + 24, sizeof(s->key.destination));
+	__u8 next = h->byte[6];
 
+	if (!is_extension(next)) {
+		s->key.protocol = next;
+		if (h->length >= 44)
+			take_ports(s, h->byte + 40, h->length >= 54);
+		return;
+	}
+	at += 40;
 	for (int i = 0; i < EXTENSIONS && is_extension(next); i++) {
 		if (at + sizeof(extension) > tail || bpf_probe_read_kernel(extension, sizeof(extension), head + at))
 			return;
@@ -362,47 +364,37 @@ static __always_inline void read_ip6(struct subject *s, const unsigned char *hea
 }
 
 /* read_arp takes the IPv4 addresses of a message over Ethernet (RFC 826). */
-static __always_inline void read_arp(struct subject *s, const unsigned char *head, __u32 at, __u32 tail)
+static __always_inline void read_arp(struct subject *s, const struct headers *h)
 {
 	__be32 ip = 0;
 
-	if (at + 28 > tail)
+	if (h->length < 28)
 		return;
-	bpf_probe_read_kernel(&ip, sizeof(ip), head + at + 14);
+	__builtin_memcpy(&ip, h->byte + 14, sizeof(ip));
 	s->key.source = address_from_ip4(ip);
-	bpf_probe_read_kernel(&ip, sizeof(ip), head + at + 24);
+	__builtin_memcpy(&ip, h->byte + 24, sizeof(ip));
 	s->key.destination = address_from_ip4(ip);
 }
 
-/* version is that of the IP header which would be at an offset. */
-static __always_inline __u8 version_at(const unsigned char *head, __u32 at, __u32 tail)
+/* find_network finds an IP header of a version where the kernel has not noted it: where
+ * the data begins, or behind the Ethernet header. Not every packet that dies has got so
+ * far that it was noted. */
+static __always_inline __u32 find_network(struct headers *h, struct sk_buff *skb, const unsigned char *head,
+					  __u32 noted, __u32 tail, __u8 version)
 {
-	__u8 first = 0;
-
-	if (at < tail)
-		bpf_probe_read_kernel(&first, sizeof(first), head + at);
-	return first >> 4;
-}
-
-/* find_network finds the network header: where the kernel has noted it, where the data
- * begins, or behind the Ethernet header. Not every packet that dies has got so far
- * that it was noted. */
-static __always_inline __u32 find_network(struct sk_buff *skb, const unsigned char *head, __u32 tail)
-{
-	__u32 noted = skb->network_header;
 	__u32 data = skb->data - head;
 	__u32 mac = skb->mac_header;
-	__u8 version = skb->protocol == ETHERTYPE_IP6 ? 6 : 4;
 
-	if (skb->protocol != ETHERTYPE_IP4 && skb->protocol != ETHERTYPE_IP6)
-		return noted && noted != UNSET ? noted : data;
-	if (noted && noted != UNSET && version_at(head, noted, tail) == version)
-		return noted;
-	if (version_at(head, data, tail) == version)
+	read_headers(h, head, data, tail);
+	if (h->byte[0] >> 4 == version)
 		return data;
-	if (mac != UNSET && version_at(head, mac + 14, tail) == version)
-		return mac + 14;
-	return noted && noted != UNSET ? noted : data;
+	if (mac != UNSET) {
+		read_headers(h, head, mac + 14, tail);
+		if (h->byte[0] >> 4 == version)
+			return mac + 14;
+	}
+	h->length = 0;
+	return noted;
 }
 
 /* read_packet reads addresses, ports and the like. */
@@ -410,25 +402,29 @@ static __always_inline void read_packet(struct subject *s, struct sk_buff *skb)
 {
 	const unsigned char *head = skb->head;
 	__u32 tail = skb->tail;
-	__u32 at = find_network(skb, head, tail);
-	__u32 data = skb->data - head;
+	__u32 at = skb->network_header;
+	struct headers h = {};
+	__u8 version = 0;
 
-	s->skb = skb;
-	s->network = at;
-	s->length = skb->len + data - at;
 	s->key.ethertype = skb->protocol;
 	if (s->key.ethertype == ETHERTYPE_IP4)
-		read_ip4(s, head, at, tail);
+		version = 4;
 	else if (s->key.ethertype == ETHERTYPE_IP6)
-		read_ip6(s, head, at, tail);
+		version = 6;
+	if (!at || at == UNSET)
+		at = skb->data - head;
+	read_headers(&h, head, at, tail);
+	if (version && h.byte[0] >> 4 != version)
+		at = find_network(&h, skb, head, at, tail, version);
+	s->skb = skb;
+	s->network = at;
+	s->length = skb->len + (__u32)(skb->data - head) - at;
+	if (version == 4)
+		read_ip4(s, &h, head, at, tail);
+	else if (version == 6)
+		read_ip6(s, &h, head, at, tail);
 	else if (s->key.ethertype == ETHERTYPE_ARP)
-		read_arp(s, head, at, tail);
-}
-
-static __always_inline void read_device(struct subject *s, struct net_device *dev)
-{
-	s->key.ifindex = dev->ifindex;
-	bpf_probe_read_kernel_str(s->device, sizeof(s->device), dev->name);
+		read_arp(s, &h);
 }
 
 /* place_packet says in which namespace a packet is: in that of its device. The socket
@@ -445,7 +441,8 @@ static __always_inline bool place_packet(struct subject *s, struct sk_buff *skb,
 		if (s->key.netns >= LEAST_INODE) {
 			if (!looked_at(s->key.netns))
 				return false;
-			read_device(s, dev);
+			s->dev = dev;
+			s->key.ifindex = dev->ifindex;
 			return true;
 		}
 	}
@@ -525,19 +522,13 @@ static __always_inline void port_of_service(struct subject *s, __u8 state)
 
 static __always_inline void count_total(const struct subject *s)
 {
-	struct total_key key = { s->key.netns, s->key.reason, s->key.kind };
-	__u64 one = 1;
-	__u64 *count = bpf_map_lookup_elem(&totals, &key);
+	__u32 reason = 0;
 
-	if (count) {
-		*count += 1;
-		return;
-	}
-	if (!bpf_map_update_elem(&totals, &key, &one, BPF_NOEXIST))
-		return;
-	count = bpf_map_lookup_elem(&totals, &key);
-	if (!count)
-		count = bpf_map_lookup_elem(&rest, &key.kind);
+	if (s->key.kind == KIND_DROP || s->key.kind == KIND_RESET)
+		reason = s->key.reason < REASONS ? s->key.reason : REASONS - 1;
+	__u32 at = s->key.kind * REASONS + reason;
+	__u64 *count = bpf_map_lookup_elem(&totals, &at);
+
 	if (count)
 		*count += 1;
 }
@@ -597,7 +588,6 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 	e->socket = s->socket;
 	e->retransmits = s->retransmits;
 	e->captured = e->headers = e->before = e->gso = e->packet_type = e->summed = 0;
-	__builtin_memcpy(e->device, s->device, sizeof(e->device));
 	e->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(e->command, sizeof(e->command));
 	e->stack_bytes = 0;
@@ -614,20 +604,29 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 	bpf_perf_event_output(ctx, &examples, BPF_F_CURRENT_CPU, e, sizeof(*e));
 }
 
+/* From then on every so many events the time and the greatest length are noted. */
+#define OFTEN 64
+
 /* note counts an event, and shows it if its like was not met before. */
 static __always_inline void note(void *ctx, struct subject *s, __u32 program, bool stack)
 {
-	__u64 now = bpf_ktime_get_ns();
 	struct event *e = bpf_map_lookup_elem(&events, &s->key);
 
 	count_total(s);
+	if (e && e->count > OFTEN && e->count % OFTEN) { /* a storm: the clock costs as much as the rest */
+		e->count++;
+		return;
+	}
+	__u64 now = bpf_ktime_get_ns();
+
 	if (e) {
 		if (!e->count) { /* met on another processor */
 			e->first = now;
 			e->source_port = s->source_port;
 			e->destination_port = s->destination_port;
 			e->socket = s->socket;
-			__builtin_memcpy(e->device, s->device, sizeof(e->device));
+			if (s->dev)
+				bpf_probe_read_kernel_str(e->device, sizeof(e->device), s->dev->name);
 		}
 		e->count++;
 		e->last = now;
@@ -645,7 +644,8 @@ static __always_inline void note(void *ctx, struct subject *s, __u32 program, bo
 		.destination_port = s->destination_port,
 	};
 
-	__builtin_memcpy(fresh.device, s->device, sizeof(fresh.device));
+	if (s->dev)
+		bpf_probe_read_kernel_str(fresh.device, sizeof(fresh.device), s->dev->name);
 	if (bpf_map_update_elem(&events, &s->key, &fresh, BPF_NOEXIST)) {
 		e = bpf_map_lookup_elem(&events, &s->key); /* another processor was faster */
 		if (e) {
@@ -796,7 +796,8 @@ int neighbour(__u64 *ctx)
 	s.key.netns = net->ns.inum;
 	if (!looked_at(s.key.netns))
 		return 0;
-	read_device(&s, n->dev);
+	s.dev = n->dev;
+	s.key.ifindex = n->dev->ifindex;
 	if (n->tbl->family == AF_INET) {
 		s.key.ethertype = ETHERTYPE_IP4;
 		bpf_probe_read_kernel(&ip, sizeof(ip), n->primary_key);

@@ -73,7 +73,6 @@ type traceExample struct {
 	StackBytes      int32
 	Zero2           uint32
 	Command         [16]int8
-	Device          [16]int8
 	Stack           [28]uint64
 	Header          [128]uint8
 }
@@ -97,13 +96,6 @@ const (
 	traceKindKINDS             traceKind = 13
 )
 
-type traceTotalKey struct {
-	_      structs.HostLayout
-	Netns  uint32
-	Reason uint32
-	Kind   traceKind
-}
-
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -112,7 +104,6 @@ const (
 	traceMapDrafts           = "drafts"
 	traceMapEvents           = "events"
 	traceMapExamples         = "examples"
-	traceMapRest             = "rest"
 	traceMapTotals           = "totals"
 	traceMapWanted           = "wanted"
 	traceProgBadChecksum     = "bad_checksum"
@@ -206,7 +197,6 @@ type traceMapSpecs struct {
 	Drafts   *ebpf.MapSpec `ebpf:"drafts"`
 	Events   *ebpf.MapSpec `ebpf:"events"`
 	Examples *ebpf.MapSpec `ebpf:"examples"`
-	Rest     *ebpf.MapSpec `ebpf:"rest"`
 	Totals   *ebpf.MapSpec `ebpf:"totals"`
 	Wanted   *ebpf.MapSpec `ebpf:"wanted"`
 }
@@ -254,7 +244,6 @@ type traceMaps struct {
 	Drafts   *ebpf.Map `ebpf:"drafts"`
 	Events   *ebpf.Map `ebpf:"events"`
 	Examples *ebpf.Map `ebpf:"examples"`
-	Rest     *ebpf.Map `ebpf:"rest"`
 	Totals   *ebpf.Map `ebpf:"totals"`
 	Wanted   *ebpf.Map `ebpf:"wanted"`
 }
@@ -265,7 +254,6 @@ func (m *traceMaps) Close() error {
 		m.Drafts,
 		m.Events,
 		m.Examples,
-		m.Rest,
 		m.Totals,
 		m.Wanted,
 	)

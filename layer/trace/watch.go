@@ -41,15 +41,15 @@ type Recording struct {
 	Missing []string
 	// Lost are events that are in Totals but not in Events.
 	Lost uint64
-	// Totals are how many events of each kind, namespace and reason there were; none
-	// is ever lost.
+	// Received are events of which this process got an example of its own.
+	Received uint64
+	// Totals are how many events of each kind and reason there were; none is ever lost.
 	Totals []Total
 }
 
 // Total is how many events of a kind there were.
 type Total struct {
 	Kind   cause.Kind
-	Space  uint32
 	Reason string
 	Count  uint64
 }
@@ -67,7 +67,7 @@ type Session struct {
 	// Of the goroutine that reads, until done.
 	examples map[traceEventKey]*sample
 	unread   uint64
-	every    uint64
+	received uint64
 }
 
 // mostExamples bounds what a session keeps: each takes up to 3 kB.
@@ -237,7 +237,7 @@ func (s *Session) countEvery() {
 		}
 		s.unread += record.LostSamples
 		if record.LostSamples == 0 {
-			s.every++
+			s.received++
 		}
 	}
 }

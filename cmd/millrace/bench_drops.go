@@ -1,0 +1,86 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/bench"
+	"github.com/millrace/millrace/layer/trace"
+	"github.com/millrace/millrace/layer/trace/cause"
+)
+
+func benchDropsCommand(s *settings) *cobra.Command {
+	var options bench.DropsOptions
+	c := command(&cobra.Command{
+		Use:   "drops",
+		Short: "What it costs a sender that somebody looks at drops",
+		Long: `
+Sends a storm of UDP packets to a port where nobody is, opens connections, and sends
+much over one, while nobody looks, while trace's programs count in the kernel,
+and while a tracer gets every drop with its stack, one by one. All have their
+turn in every round, in random order; a ratio is that to the turn of the same round
+in which nobody looks. Every packet that died must be in the totals of trace.`,
+	}, inOwnSpaces, func(ctx context.Context, _ []string) error {
+		options.Watchers = watchers()
+		p := newProgress()
+		options.Progress = p
+		report, err := bench.Drops(ctx, options)
+		p.done()
+		if err != nil {
+			return err
+		}
+		if s.json() {
+			err = printJSON(report)
+		} else {
+			err = report.WriteDropsTable(os.Stdout, options.Watchers)
+		}
+		if err == nil && report.Miscounted(options.Watchers) {
+			return &failure{exitFindings, errors.New("packets died that are not in the totals")}
+		}
+		return err
+	}, exitFindings, exitUnavailable, exitPrivilege)
+	c.Flags().IntVar(&options.Rounds, "rounds", bench.DefaultRounds, "how often each has its turn; 6 or more give an interval")
+	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DropsRoundTime, "how long a turn lasts, all operations together")
+	return c
+}
+
+// watchers are the ways to look at drops that are compared.
+func watchers() []bench.Watcher {
+	return []bench.Watcher{
+		{Name: "trace", About: "counts in the kernel, one example of each kind", Watch: watcher(false)},
+		{Name: "each", About: "a tracer that gets every drop with its stack", Watch: watcher(true)},
+	}
+}
+
+func watcher(every bool) func([]string) (func() (uint64, uint64, error), error) {
+	return func(paths []string) (func() (uint64, uint64, error), error) {
+		o := trace.Options{EveryDrop: every}
+		for _, path := range paths {
+			var file unix.Stat_t
+			if err := unix.Stat(path, &file); err != nil {
+				return nil, err
+			}
+			o.Namespaces = append(o.Namespaces, uint32(file.Ino))
+		}
+		session, err := trace.Watch(o)
+		if err != nil {
+			return nil, err
+		}
+		return func() (counted, received uint64, err error) {
+			r, err := session.Stop()
+			if err != nil {
+				return 0, 0, err
+			}
+			for _, t := range r.Totals {
+				if t.Kind == cause.Drop && t.Reason == "NO_SOCKET" {
+					counted += t.Count
+				}
+			}
+			return counted, r.Received, nil
+		}, nil
+	}
+}
