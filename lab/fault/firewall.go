@@ -22,8 +22,8 @@ type rule struct {
 	iptables, nft string
 	// verdict is in nft's words: "drop", "reject", "reject with tcp reset".
 	verdict string
-	// any leaves out the destination.
-	any bool
+	// any leaves out the address; answers makes the rule about what comes back.
+	any, answers bool
 }
 
 // iptablesVerdicts are nft's in the words of iptables.
@@ -49,14 +49,18 @@ func (p *Part) add(front string, r rule) error {
 		argv = append(argv, "-t", "mangle")
 	}
 	argv = append(argv, "-A", strings.ToUpper(r.hook))
+	address, port := "-d", "--dport"
+	if r.answers {
+		address, port = "-s", "--sport"
+	}
 	if !r.any {
-		argv = append(argv, "-d", p.to.String())
+		argv = append(argv, address, p.to.String())
 	}
 	if r.protocol != "" {
 		argv = append(argv, "-p", r.protocol)
 	}
 	if r.port != 0 {
-		argv = append(argv, "--dport", strconv.Itoa(int(r.port)))
+		argv = append(argv, port, strconv.Itoa(int(r.port)))
 	}
 	argv = append(argv, strings.Fields(r.iptables)...)
 	if p.draw(3) == 1 {
@@ -75,12 +79,16 @@ func (p *Part) addNFT(r rule) error {
 		family = "inet"
 	}
 	var b strings.Builder
+	address, port := "daddr", "dport"
+	if r.answers {
+		address, port = "saddr", "sport"
+	}
 	if !r.any {
-		fmt.Fprintf(&b, "%s daddr %s ", word, p.to)
+		fmt.Fprintf(&b, "%s %s %s ", word, address, p.to)
 	}
 	switch {
 	case r.port != 0:
-		fmt.Fprintf(&b, "%s dport %d ", r.protocol, r.port)
+		fmt.Fprintf(&b, "%s %s %d ", r.protocol, port, r.port)
 	case r.protocol != "" && !strings.Contains(r.nft, r.protocol):
 		fmt.Fprintf(&b, "meta l4proto %s ", r.protocol)
 	}
@@ -116,8 +124,14 @@ func (p *Part) place(r *rule, first string) {
 	switch r.hook {
 	case "input":
 		r.at = p.server
+		if r.answers {
+			r.at = p.client
+		}
 	case "output":
 		r.at = p.client
+		if r.answers {
+			r.at = p.server
+		}
 	case "prerouting":
 		r.at = []*space{p.router, p.server}[p.draw(2)]
 	default:
@@ -129,10 +143,10 @@ func (p *Part) place(r *rule, first string) {
 // dropping is a rule that drops, as a whole or for one port.
 func dropping(front, hook string) func(*Part) error {
 	return serving(func(p *Part) error {
-		r := rule{verdict: "drop"}
+		r := rule{verdict: "drop", answers: p.draw(3) == 1}
 		p.place(&r, hook)
 		if p.draw(2) == 0 {
-			r.protocol, r.port = "tcp", p.port
+			r.protocol, r.port = p.protocol(), p.port
 		}
 		if !p.listed {
 			front = fronts[p.draw(len(fronts))]
@@ -145,7 +159,9 @@ func dropping(front, hook string) func(*Part) error {
 func rejecting(first string) func(*Part) error {
 	return serving(func(p *Part) error {
 		words := []string{first, "reject", "reject with tcp reset", "reject with icmpx type admin-prohibited", "reject with icmpx type host-unreachable"}
-		r := rule{verdict: words[p.draw(len(words))], protocol: "tcp", port: p.port}
+		r := rule{verdict: words[p.draw(len(words))]}
+		p.udp = p.udp && !strings.Contains(r.verdict, "tcp")
+		r.protocol, r.port = p.protocol(), p.port
 		// Only a hook that has a route already can refuse.
 		places := []struct {
 			hook string
@@ -237,27 +253,30 @@ func atOutput(p *Part) error {
 	return p.add(fronts[p.draw(len(fronts))], rule{at: p.client, hook: "output", verdict: "drop"})
 }
 
-var refusals = []Outcome{Refused, Unreachable, Prohibited, Reset}
+var dropped = []Outcome{Timeout, Silent, NotAllowed}
+
+// refusals are what a program sees of a refusal: of datagrams, not all of them.
+var refusals = []Outcome{Refused, Unreachable, Prohibited, Reset, Silent}
 
 var firewallFaults = []*Fault{
 	{Name: "iptables-nft-drop", Number: "03a", Says: "A rule of iptables-nft drops what the router forwards.",
-		Causes: []string{"firewall-drop"}, Seen: []Outcome{Timeout, NotAllowed}, needs: []string{"iptables-nft"},
-		induce: dropping("iptables-nft", "forward"), send: calls},
+		Causes: []string{"firewall-drop"}, Seen: dropped, needs: []string{"iptables-nft"},
+		induce: dropping("iptables-nft", "forward"), send: callsOrQuestions},
 	{Name: "iptables-legacy-drop", Number: "03b", Says: "A rule of iptables-legacy drops what the server receives.",
-		Causes: []string{"firewall-drop"}, Seen: []Outcome{Timeout, NotAllowed}, needs: []string{"iptables-legacy"},
-		induce: dropping("iptables-legacy", "input"), send: calls},
+		Causes: []string{"firewall-drop"}, Seen: dropped, needs: []string{"iptables-legacy"},
+		induce: dropping("iptables-legacy", "input"), send: callsOrQuestions},
 	{Name: "nft-reject", Number: "03c", Says: "A rule refuses with an ICMP message, which looks like a port without a listener.",
-		Causes: []string{"firewall-reject"}, Seen: refusals, needs: []string{"nft"}, induce: rejecting("reject"), send: calls},
+		Causes: []string{"firewall-reject"}, Seen: refusals, needs: []string{"nft"}, induce: rejecting("reject"), send: callsOrQuestions},
 	{Name: "output-drop", Number: "03d", Says: "A rule drops what the client itself sends.",
 		Causes: []string{"firewall-drop"}, Seen: []Outcome{NotAllowed}, needs: []string{"iptables-nft"}, induce: serving(atOutput), send: questions},
 	{Name: "last-ack-drop", Number: "33", Says: "A rule drops the last packet of the handshake: connected at one end only.",
 		Causes: []string{"firewall-drop"}, Seen: []Outcome{Hang}, needs: []string{"iptables-nft"}, induce: serving(lastACK), send: calls},
 
 	{Name: "reject-tcp-reset", Says: "A rule refuses with a reset of the firewall's own.",
-		Causes: []string{"firewall-reject"}, Seen: refusals, needs: []string{"nft"}, induce: rejecting("reject with tcp reset"), send: calls},
+		Causes: []string{"firewall-reject"}, Seen: refusals, needs: []string{"nft"}, induce: rejecting("reject with tcp reset"), send: callsOrQuestions},
 	{Name: "reject-prohibited", Says: "A rule refuses as administratively prohibited.",
 		Causes: []string{"firewall-reject"}, Seen: refusals, needs: []string{"nft"},
-		induce: rejecting("reject with icmpx type admin-prohibited"), send: calls},
+		induce: rejecting("reject with icmpx type admin-prohibited"), send: callsOrQuestions},
 	{Name: "chain-policy-drop", Says: "No rule drops: the policy of a chain does.",
 		Causes: []string{"firewall-drop"}, Seen: []Outcome{Timeout, Silent}, needs: []string{"nft"}, induce: serving(policy), send: callsOrQuestions},
 	{Name: "netdev-ingress-drop", Says: "A rule drops at the device, before the IP stack.",

@@ -66,10 +66,11 @@ type Part struct {
 	fault  *Fault
 	random *rand.Rand
 	// six is the family, listed that nothing is drawn at random that changes what the fault is.
-	six, listed bool
-	from, to    netip.Addr
-	port        uint16
-	attempts    int
+	// udp that its application asks by datagrams, where it may be either.
+	six, listed, udp bool
+	from, to         netip.Addr
+	port             uint16
+	attempts         int
 	// worker is the command of WorkerMain; group the one that its process is in.
 	worker []string
 	group  string
@@ -86,6 +87,7 @@ func (s *scene) newPart(f *Fault, six, listed bool) (*Part, error) {
 	random := rand.New(rand.NewPCG(s.random.Uint64(), 3))
 	p := &Part{scene: s, fault: f, random: random, six: six, listed: listed, port: uint16(1024 + random.IntN(28000)),
 		attempts: 3 + random.IntN(6), seen: map[Outcome]int{}}
+	p.udp = p.draw(3) == 2
 	near, distant := s.near[p.i()], s.distant[p.i()]
 	p.from, p.to = s.host(near), s.host(distant)
 	p.blame(s.router)
@@ -116,6 +118,14 @@ func (p *Part) blame(at ...*space) {
 	for _, s := range at {
 		p.blamed = append(p.blamed, s.name)
 	}
+}
+
+// protocol is that of the part's application.
+func (p *Part) protocol() string {
+	if p.udp {
+		return "udp"
+	}
+	return "tcp"
 }
 
 func (p *Part) saw(o Outcome) {

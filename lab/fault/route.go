@@ -3,9 +3,11 @@ package fault
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,10 +44,32 @@ func leadingNowhere(kind int) func(*Part) error {
 		if p.draw(2) == 0 {
 			return p.router.route(one(p.to), netip.Addr{}, "", kind)
 		}
+		if p.draw(2) == 1 {
+			return p.ruled(kind)
+		}
 		p.to = p.elsewhere()
 		to := p.wide(p.to)
 		return errors.Join(p.client.route(to, p.nearGate[p.i()], p.client.device, unix.RTN_UNICAST), p.router.route(to, netip.Addr{}, "", kind))
 	})
+}
+
+// ruled is a route of a table of its own, which a rule of policy routing leads to.
+func (p *Part) ruled(kind int) error {
+	table := 100 + p.random.IntN(100)
+	rule := netlink.NewRule()
+	rule.Dst, rule.Table, rule.Priority = ipNet(one(p.to)), table, 1000+table
+	rule.Family = unix.AF_INET
+	if p.six {
+		rule.Family = unix.AF_INET6
+	}
+	if err := p.router.net.RuleAdd(rule); err != nil {
+		return fmt.Errorf("add rule to %s in %s: %w", p.to, p.router.name, err)
+	}
+	r := &netlink.Route{Dst: ipNet(one(p.to)), Type: kind, Table: table}
+	if err := p.router.net.RouteAdd(r); err != nil {
+		return fmt.Errorf("add route to %s in table %d of %s: %w", p.to, table, p.router.name, err)
+	}
+	return nil
 }
 
 // routerKnowsNot: the client sends to a network that the router has no route to.
@@ -95,6 +119,8 @@ func strict(all bool) func(*Part) error {
 		}
 		return errors.Join(
 			p.router.set("net.ipv4.conf."+other+".rp_filter", "0", "net.ipv4.conf."+which+".rp_filter", "1"),
+			// Asked by this source, the router would not even answer ARP.
+			p.client.set("net.ipv4.conf.all.arp_announce", "2"),
 			p.client.addr(p.client.device, one(p.from)),
 			p.router.route(one(p.from), p.to, p.router.far, unix.RTN_UNICAST))
 	})

@@ -5,16 +5,25 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// nobodyListens takes a port that nobody has, of the server or of the router.
+// nobodyListens takes a port that nobody has, or that somebody has at loopback only.
 func nobodyListens(p *Part) error {
 	p.blame(p.server)
-	return nil
+	if p.draw(2) == 0 {
+		return nil
+	}
+	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if p.six {
+		loopback = netip.IPv6Loopback()
+	}
+	on := netip.AddrPortFrom(loopback, p.port)
+	return errors.Join(p.serve(p.server, on, echo), p.answers(p.server, on))
 }
 
 // closesUnread is a server that closes while data waits to be read.

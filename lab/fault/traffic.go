@@ -192,7 +192,7 @@ func questions(ctx context.Context, p *Part) {
 
 // callsOrQuestions are either, where the fault makes no difference between them.
 func callsOrQuestions(ctx context.Context, p *Part) {
-	if p.draw(3) == 2 {
+	if p.udp {
 		questions(ctx, p)
 		return
 	}
