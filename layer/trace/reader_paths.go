@@ -15,6 +15,10 @@ import (
 // mostPaths is how many routes the kernel is asked for in all.
 const mostPaths = 2000
 
+// mostAsked is how many namespaces may be for each to be asked about every connection that
+// does not come about.
+const mostAsked = 32
+
 // question is one look-up of a route.
 type question struct {
 	space    uint32
@@ -28,7 +32,7 @@ func (r *Reader) paths(ctx context.Context, e *cause.Evidence) (all []cause.Path
 	asked := map[question]bool{}
 	of := map[uint32][]question{}
 	ask := func(q question) {
-		if q.dst.IsValid() && !q.dst.IsUnspecified() && len(asked) < mostPaths && !asked[q] {
+		if q.dst.IsValid() && !q.dst.IsUnspecified() && !q.dst.IsMulticast() && len(asked) < mostPaths && !asked[q] {
 			asked[q] = true
 			of[q.space] = append(of[q.space], q)
 		}
@@ -40,9 +44,17 @@ func (r *Reader) paths(ctx context.Context, e *cause.Evidence) (all []cause.Path
 			ask(question{event.Space, event.Device, src, dst})
 			ask(question{event.Space, "", netip.Addr{}, src}) // the way back
 			ask(question{event.Space, "", netip.Addr{}, dst})
-		case cause.CallFailed, cause.SocketError, cause.NeighFailed, cause.Retransmit:
+		case cause.CallFailed, cause.SocketError, cause.NeighFailed, cause.Retransmit, cause.StateChange:
 			ask(question{event.Space, "", src, dst})
 			ask(question{event.Space, "", netip.Addr{}, dst})
+		}
+		// What did not get through: every namespace on its way is asked about there and back.
+		lost := event.Kind == cause.Retransmit || event.Kind == cause.SocketError || event.Reason == "IP_INHDR" || event.Reason == "NEIGH_FAILED"
+		if lost && len(e.Spaces) <= mostAsked {
+			for _, s := range e.Spaces {
+				ask(question{s.Inode, "", netip.Addr{}, src})
+				ask(question{s.Inode, "", netip.Addr{}, dst})
+			}
 		}
 	}
 	for _, s := range e.Spaces {

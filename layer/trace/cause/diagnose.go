@@ -298,7 +298,8 @@ func same(a, b Tuple) bool {
 	}
 	straight := a.Source.Addr() == b.Source.Addr() && a.Destination.Addr() == b.Destination.Addr()
 	turned := a.Source.Addr() == b.Destination.Addr() && a.Destination.Addr() == b.Source.Addr()
-	service := func(x, y netip.AddrPort) bool { return x.Port() == y.Port() }
+	// A socket that is closed has lost its port.
+	service := func(x, y netip.AddrPort) bool { return x.Port() == y.Port() || x.Port() == 0 || y.Port() == 0 }
 	return straight && (service(a.Destination, b.Destination) || service(a.Source, b.Source)) ||
 		turned && (service(a.Destination, b.Source) || service(a.Source, b.Destination))
 }

@@ -92,7 +92,7 @@ func (d *diagnosis) downLinks() {
 			"IP_INNOROUTES", "IP_OUTNOROUTES", "NO_TX_TARGET", "NOT_SPECIFIED", "IP_INADDRERRORS"}, e.Reason) {
 			continue
 		}
-		if e.Tuple.noise() {
+		if e.Tuple.noise() && !isDiscovery(e.Event) {
 			continue
 		}
 		s := d.spaces[e.Space]

@@ -396,12 +396,17 @@ func (d *diagnosis) closedUnread() {
 		}
 		s := d.spaces[e.Space]
 		closer, other := e.Tuple.Source, e.Tuple.Destination
-		// A client that has what it wanted may close so; its server does not care.
 		looked := len(d.owners(other.Addr())) > 0
-		hurt := slices.ContainsFunc(d.events, func(o *seen) bool {
-			return (o.Kind == SocketError || o.Kind == CallFailed) && o.Errno == eCONNRESET && same(o.Tuple, e.Tuple)
-		})
-		if looked && !hurt && !other.Addr().IsLoopback() {
+		hurt := false
+		for _, o := range d.events {
+			if (o.Kind == SocketError || o.Kind == CallFailed) && o.Errno == eCONNRESET && same(o.Tuple, e.Tuple) {
+				hurt = true
+				if closer.Port() == 0 { // it was given back by then
+					closer = netip.AddrPortFrom(closer.Addr(), o.Tuple.Destination.Port())
+				}
+			}
+		}
+		if looked && !hurt && !other.Addr().IsLoopback() || d.givesUp(e) {
 			e.by = "benign"
 			continue
 		}
@@ -430,4 +435,23 @@ func (d *diagnosis) closedUnread() {
 		v.Fix = "let the program read to the end before it closes (shutdown(SHUT_WR), then read until 0), or see why it gives up: its log at that time"
 		v.Undo, v.Owner = "nothing was changed", who
 	}
+}
+
+// givesUp says that clients closed a small part of their connections to a service so:
+// they had what they wanted, or did not want it any more. A server does not do that.
+func (d *diagnosis) givesUp(e *seen) bool {
+	to := e.Tuple.Destination
+	isClient := slices.ContainsFunc(d.owners(to.Addr()), func(s *Space) bool { return s.serves(protoTCP, to) })
+	var opened, closed uint64
+	for _, o := range d.events {
+		switch {
+		case o.Space != e.Space || o.Tuple.Destination != to:
+		case o.Kind == StateChange && o.OldState == tcpSynSent && o.NewState == tcpEstablished:
+			isClient = true
+			opened += o.Count
+		case o.Kind == ResetSent && o.Reason == e.Reason:
+			closed += o.Count
+		}
+	}
+	return isClient && 2*closed < opened
 }

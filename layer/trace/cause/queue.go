@@ -2,8 +2,8 @@ package cause
 
 import (
 	"fmt"
-	"slices"
 	"strings"
+	"time"
 )
 
 // qdiscs: a device's queue is full, or its rate is used up.
@@ -130,6 +130,11 @@ func (d *diagnosis) memory() {
 		s := d.spaces[e.Space]
 		switch e.Reason {
 		case "NOMEM", "PROTO_MEM", "PFMEMALLOC":
+			// TCP says so as well when the one socket has no room: its sender is held back.
+			if e.Reason == "PROTO_MEM" && e.Tuple.Protocol == protoTCP && s.rose("TcpExt.TCPMemoryPressures") == 0 {
+				e.by = "benign"
+				continue
+			}
 			v, fresh := d.verdict(MemoryShort, s, e.Reason, e)
 			d.eventOf(v, e)
 			v.Title = fmt.Sprintf("there is no memory for packets in %s: %s dropped", s.Name, times(v.Packets, "packet", "packets"))
@@ -155,38 +160,50 @@ func (d *diagnosis) memory() {
 	}
 }
 
-// mostProbes is how often a sender asks whether a window that is zero has opened before
-// its receiver counts as stalled: the third comes after some 1.4 seconds, at 0.2, 0.6 and
-// 1.4. A program that is only busy for a moment reads before.
-const mostProbes = 3
+// mostProbes is how often in a row a sender asks whether a window that is zero has opened
+// before its receiver counts as stalled: the second time is after some 0.6 seconds. A
+// program that is only busy for a moment reads before.
+const mostProbes = 2
 
-// stalled: a program does not read from a connection; the sender may send no more.
+// longPause is how long nothing has come to a receiver whose window is zero before it
+// counts as stalled.
+const longPause = time.Second
+
+// stalled: a program does not read from a connection; the sender may send no more. It is
+// seen at an end of the window: a receiver that is only slow opens its window again.
 func (d *diagnosis) stalled() {
 	for _, s := range d.Spaces {
-		for i := range s.After.Sockets {
-			o := &s.After.Sockets[i]
-			if o.Protocol == protoTCP && o.Probing && o.SendQueue > 0 && o.Retransmits >= mostProbes-1 {
-				d.stall(s, o)
+		for _, r := range []*Reading{&s.After, &s.Before} {
+			for i := range r.Sockets {
+				o := &r.Sockets[i]
+				if o.Protocol != protoTCP || o.State == tcpListen {
+					continue
+				}
+				waits := o.SendQueue > 0 && o.Retransmits >= mostProbes && (o.Probing || o.SendWindow == 0 && o.BytesAcked > 0)
+				switch {
+				case waits:
+					d.stall(s, o)
+				case o.ReceiveQueue > 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
+					d.stallAt(s, o)
+				}
 			}
 		}
 	}
-	for _, s := range d.Spaces {
-		// The connections may have ended within the window: the counters stay.
-		probes := s.rose("TcpExt.TCPWinProbe")
-		if probes < mostProbes || slices.ContainsFunc(d.verdicts, func(v *Verdict) bool { return v.Cause == ReceiverStalled }) {
-			continue
-		}
-		for _, r := range d.Spaces {
-			if zero := r.rose("TcpExt.TCPToZeroWindowAdv", "TcpExt.TCPWantZeroWindowAdv"); zero > 0 {
-				v, _ := d.verdict(ReceiverStalled, r, "", nil)
-				v.Where.Hook, v.Confidence = "socket", Medium
-				v.Title = fmt.Sprintf("a program in %s does not read from its connection: its window was zero, and senders in %s asked %d times for it to open", r.Name, s.Name, probes)
-				v.saw("TcpExt.TCPWinProbe +%d in %s, TCPToZeroWindowAdv +%d, TCPWantZeroWindowAdv +%d in %s", probes, s.Name, r.rose("TcpExt.TCPToZeroWindowAdv"), r.rose("TcpExt.TCPWantZeroWindowAdv"), r.Name)
-				v.isNot("lost packets: the sender waits, it does not send again")
-				v.Fix, v.Undo = r.in("ss -tnpm")+" shows who has data unread (Recv-Q)", "nothing is changed by looking"
-				v.Owner = "the program that receives"
+}
+
+// stallAt finds the sender of a receiver that is stalled: one that has more to send.
+func (d *diagnosis) stallAt(r *Space, o *Socket) {
+	looked := d.owners(o.Remote.Addr())
+	for _, s := range looked {
+		for i := range s.After.Sockets {
+			if p := &s.After.Sockets[i]; p.Local == o.Remote && p.Remote == o.Local && p.SendQueue > 0 {
+				d.stall(s, p)
+				return
 			}
 		}
+	}
+	if len(looked) == 0 {
+		d.stall(r, &Socket{Protocol: protoTCP, Local: o.Remote, Remote: o.Local})
 	}
 }
 
@@ -208,7 +225,9 @@ func (d *diagnosis) stall(s *Space, o *Socket) {
 		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.ReceiveQueue, receiver.ReceiveWindow)
 	}
 	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), o.Remote, o.Local, s.Name, o.SendQueue)
-	v.saw("the sender's socket waits for the window to open: timer persist, %d probes (ss -tno)", o.Retransmits)
+	if o.Retransmits > 0 {
+		v.saw("the sender's socket waits for the window to open: asked %d times in a row, window %d (ss -tnoi)", o.Retransmits, o.SendWindow)
+	}
 	v.saw("TcpExt.TCPWinProbe +%d in %s, TCPToZeroWindowAdv +%d in %s", s.rose("TcpExt.TCPWinProbe"), s.Name, r.rose("TcpExt.TCPToZeroWindowAdv"), r.Name)
 	v.isNot("lost packets: its probes are answered, with a window of zero")
 	v.Owner = orProgram(holder)

@@ -3,6 +3,7 @@ package cause
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -26,6 +27,48 @@ func (d *diagnosis) sourceChecks() {
 			d.duplicate(s, e, src)
 		case e.Reason == "IP_LOCALNET", e.Reason == "IP_INVALID_SOURCE", e.Reason == "IP_INVALID_DEST" && !e.Tuple.noise(), (arriving(e) || six) && martian && src.IsValid():
 			d.martian(s, e)
+		}
+	}
+	for _, e := range d.open(Retransmit, SocketError, NeighFailed, Drop) {
+		if e.Kind != Drop || e.Reason == "NEIGH_FAILED" {
+			d.unansweredARP(e)
+		}
+	}
+}
+
+// unansweredARP: the reverse path filter also looks at questions for a neighbour: their
+// sender has the address that the packet is to come from (ARP, arp_announce 0). A router
+// that would drop the packet does not answer them.
+func (d *diagnosis) unansweredARP(e *seen) {
+	s := d.spaces[e.Space]
+	src, hop := e.Tuple.Source.Addr(), d.nextHop(e)
+	unknown := slices.ContainsFunc(s.Neighs, func(n Neigh) bool {
+		return n.Addr == hop && n.State&(neighFailed|neighIncomplete) != 0
+	})
+	if !unknown || !src.Is4() || !s.owns(src) {
+		return
+	}
+	for _, o := range d.owners(hop) {
+		for _, a := range o.Addrs {
+			l := o.linkAt(a.Index)
+			if a.Prefix.Addr() != hop || l == nil {
+				continue
+			}
+			mode := max(orZero(o.Settings["net.ipv4.conf.all.rp_filter"]), orZero(o.Settings["net.ipv4.conf."+l.Name+".rp_filter"]))
+			p := d.path(o.Inode, "", netip.Addr{}, src)
+			if p == nil || mode == "0" || mode == "1" && p.Device == l.Name || mode == "2" && p.Device != "" {
+				continue
+			}
+			was := *e.Event
+			was.Space, was.Device = o.Inode, l.Name
+			d.reversePath(o, &seen{Event: &was})
+			v := d.keys[fmt.Sprint(ReversePath, " ", o.Inode, " ", l.Name)]
+			v.saw("%s asks for %s from %s, and is not answered: neighbour %s (RTM_GETNEIGH); the filter holds for ARP as well", s.Name, hop, src, "FAILED")
+			v.isNot("%s: %s is there, and does not want to answer this source", NeighbourMissing, hop)
+			e.by = ReversePath
+			d.folds(ReversePath, func(f *seen) bool {
+				return f.Space == e.Space && (f.Kind == NeighFailed && f.Tuple.Destination.Addr() == hop || f.Kind == Drop && f.Reason == "NEIGH_FAILED" && f.Tuple.Source.Addr() == src)
+			})
 		}
 	}
 }
