@@ -308,9 +308,10 @@ func (d *diagnosis) undiscovered(e *seen) bool {
 }
 
 // blamesInvalid names a rule that drops what connection tracking calls invalid, if that
-// hurt somebody: late ends of connections die of it all the time.
+// hurt somebody: late ends of connections, which tracking has forgotten by then, die of it
+// all the time.
 func (d *diagnosis) blamesInvalid(s *Space, e *seen, hook string, c suspect) bool {
-	if lateReset(e.Tuple) && !d.suffered(e.Tuple) {
+	if lateReset(e.Tuple) {
 		return false
 	}
 	v, fresh := d.verdict(ConntrackInvalid, s, c.describe(), e)
