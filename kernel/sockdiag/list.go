@@ -19,6 +19,8 @@ type State struct {
 	// Timer is what it waits for: 1 a retransmission, 4 a probe of a window of zero.
 	// Tries is how often that was done in a row.
 	Timer, Tries int
+	// Backoff is how often TCP has doubled the time that it waits.
+	Backoff int
 	// ReceiveQueue and SendQueue are bytes; of a listener connections that wait to be
 	// accepted, and how many may.
 	ReceiveQueue, SendQueue int
@@ -120,6 +122,9 @@ func (s *State) attribute(kind uint16, value []byte) {
 	case diagCgroup:
 		s.Cgroup = long(0)
 	case diagInfo: // struct tcp_info of linux/tcp.h
+		if len(value) > 4 {
+			s.Backoff = int(value[4])
+		}
 		s.MSS, s.PathMTU = int(word(16)), int(word(60))
 		s.LastSent, s.LastReceived = milliseconds(44), milliseconds(52)
 		s.RTT = time.Duration(word(68)) * time.Microsecond

@@ -84,7 +84,7 @@ func socketOf(s sockdiag.State) cause.Socket {
 		Protocol: s.Protocol, Local: s.Local, Remote: s.Remote, State: s.State,
 		Inode: s.Inode, Cookie: s.Cookie, Cgroup: s.Cgroup,
 		ReceiveQueue: s.ReceiveQueue, SendQueue: s.SendQueue, Drops: s.Drops, ReceiveBuffer: s.ReceiveBuffer,
-		Retransmits: s.Tries, Probing: s.Timer == sockdiag.TimerProbe, MSS: s.MSS, PathMTU: s.PathMTU,
+		Retransmits: s.Tries, Backoff: s.Backoff, Probing: s.Timer == sockdiag.TimerProbe, MSS: s.MSS, PathMTU: s.PathMTU,
 		TotalRetransmits: s.TotalRetransmits, BytesAcked: s.BytesAcked, BytesReceived: s.BytesReceived,
 		ReceiveWindow: s.ReceiveWindow, SendWindow: s.SendWindow,
 		LastSent: s.LastSent, LastReceived: s.LastReceived, RTT: s.RTT,

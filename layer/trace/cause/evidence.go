@@ -223,7 +223,8 @@ type Socket struct {
 	ReceiveQueue, SendQueue   int
 	Drops                     uint64 // SKMEMINFO
 	ReceiveBuffer             int
-	Retransmits               int  // in a row, now; of one that probes, its probes
+	Retransmits               int  // in a row, now; of one that probes, its probes without an answer
+	Backoff                   int  // how often that time was doubled
 	Probing                   bool // its timer is that of a window that is zero
 	MSS, PathMTU              int
 	TotalRetransmits          uint64

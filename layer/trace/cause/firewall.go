@@ -286,7 +286,7 @@ func onlyInvalid(r *Rule) bool { return len(r.States) == 1 && r.States[0] == "in
 func (d *diagnosis) undiscovered(e *seen) bool {
 	found := false
 	for _, n := range d.events {
-		if n.Kind != NeighFailed && n.Reason != "NEIGH_FAILED" {
+		if n.Kind != NeighFailed && !n.unresolved() {
 			continue
 		}
 		about := n.Tuple.Destination.Addr()

@@ -125,7 +125,7 @@ func (d *diagnosis) downFor(s *Space, e *seen) (place, bool) {
 		}
 	}
 	to := e.Tuple.Destination.Addr()
-	if e.Kind == NeighFailed || e.Reason == "NEIGH_FAILED" {
+	if e.Kind == NeighFailed || e.unresolved() {
 		return d.downBetween(s, e, to)
 	}
 	if e.Reason == "NOT_SPECIFIED" && e.Location != "ip_error" && !strings.HasPrefix(e.Location, "ip6_") {
@@ -249,7 +249,7 @@ func (d *diagnosis) bridges() {
 		}
 	}
 	for _, e := range d.open(NeighFailed, Drop) {
-		if e.Kind == Drop && e.Reason != "NEIGH_FAILED" {
+		if e.Kind == Drop && !e.unresolved() {
 			continue
 		}
 		s := d.spaces[e.Space]

@@ -99,16 +99,20 @@ func (d *diagnosis) acceptQueue(s *Space, o *Socket, overflows uint64) {
 	})
 }
 
+// manySYNs are more connections at once than clients that wait open by themselves.
+const manySYNs = 16
+
 // floods folds what an answer to a flood of SYNs comes to: its sources are often made up.
 func (d *diagnosis) floods() {
 	for _, s := range d.Spaces {
-		if s.rose("TcpExt.TCPReqQFullDoCookies", "TcpExt.TCPReqQFullDrop") == 0 && s.halfOpen() < 16 {
+		refused := s.rose("TcpExt.ListenDrops") - min(s.rose("TcpExt.ListenOverflows"), s.rose("TcpExt.ListenDrops"))
+		if s.rose("TcpExt.TCPReqQFullDoCookies", "TcpExt.TCPReqQFullDrop") == 0 && s.halfOpen() < manySYNs && refused < manySYNs {
 			continue
 		}
 		madeUp := func(a netip.Addr) bool { return a.IsValid() && len(d.owners(a)) == 0 }
 		gone := map[netip.Addr]bool{}
 		d.folds("flood", func(e *seen) bool {
-			answer := e.Tuple.Protocol == protoTCP && e.Tuple.TCPFlags&(flagSYN|flagACK) == flagSYN|flagACK || e.Kind == Retransmit && e.OldState == tcpNewSynReceived
+			answer := e.Tuple.Protocol == protoTCP && (e.Kind == Drop || e.Kind == ICMPSent || e.Kind == Retransmit)
 			if answer && madeUp(e.Tuple.Destination.Addr()) && s.owns(e.Tuple.Source.Addr()) && !byFirewall(e) {
 				gone[e.Tuple.Destination.Addr()] = true
 				return true

@@ -30,7 +30,7 @@ func (d *diagnosis) pathMTU() {
 		}
 	}
 	for _, e := range d.open(Drop) {
-		if e.Reason != "PKT_TOO_BIG" || !e.Tuple.Destination.Addr().IsValid() {
+		if !e.tooLong() || !e.Tuple.Destination.Addr().IsValid() {
 			continue
 		}
 		var killed *seen
@@ -51,6 +51,11 @@ func (d *diagnosis) pathMTU() {
 			d.blackHole(nil, l) // the router that sent it is not among those looked at
 		}
 	}
+}
+
+// tooLong says that a packet died for it was too big to be sent on whole.
+func (e *Event) tooLong() bool {
+	return e.Reason == "PKT_TOO_BIG" || e.Reason == "NOT_SPECIFIED" && (strings.HasPrefix(e.Location, "ip6_fragment") || strings.HasPrefix(e.Location, "ip_fragment"))
 }
 
 // unheard says that the sender of a packet that was too big did not hear of it, or is not

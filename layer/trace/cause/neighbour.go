@@ -10,7 +10,7 @@ import (
 // neighbours: nobody answers for the next hop's address.
 func (d *diagnosis) neighbours() {
 	for _, e := range d.open(Drop) {
-		if e.Reason == "NEIGH_FAILED" || e.Reason == "NEIGH_CREATEFAIL" {
+		if e.unresolved() {
 			d.unresolved(e, d.nextHop(e))
 		}
 	}
@@ -30,6 +30,12 @@ func (d *diagnosis) neighbours() {
 			return unreachable || told
 		})
 	}
+}
+
+// unresolved says that a packet died while it waited for a neighbour's answer.
+func (e *Event) unresolved() bool {
+	return e.Kind == Drop && (e.Reason == "NEIGH_FAILED" || e.Reason == "NEIGH_CREATEFAIL" ||
+		e.Reason == "NOT_SPECIFIED" && (strings.HasPrefix(e.Location, "neigh_invalidate") || strings.HasSuffix(e.Location, "_error_report")))
 }
 
 // wanted says that a program or a packet needed a neighbour that failed.

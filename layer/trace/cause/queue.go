@@ -162,7 +162,9 @@ func (d *diagnosis) memory() {
 
 // mostProbes is how often in a row a sender asks whether a window that is zero has opened
 // before its receiver counts as stalled: the second time is after some 0.6 seconds. A
-// program that is only busy for a moment reads before.
+// program that is only busy for a moment reads before. The kernel doubles the time that it
+// waits; the questions that it counts are those that nobody answered, and then it is not
+// the receiver's program that is the cause.
 const mostProbes = 2
 
 // longPause is how long nothing has come to a receiver whose window is zero before it
@@ -179,7 +181,7 @@ func (d *diagnosis) stalled() {
 				if o.Protocol != protoTCP || o.State == tcpListen {
 					continue
 				}
-				waits := o.SendQueue > 0 && o.Retransmits >= mostProbes && (o.Probing || o.SendWindow == 0 && o.BytesAcked > 0)
+				waits := o.SendQueue > 0 && o.Probing && o.Backoff >= mostProbes && o.Retransmits < mostProbes
 				switch {
 				case waits:
 					d.stall(s, o)
@@ -225,8 +227,8 @@ func (d *diagnosis) stall(s *Space, o *Socket) {
 		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.ReceiveQueue, receiver.ReceiveWindow)
 	}
 	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), o.Remote, o.Local, s.Name, o.SendQueue)
-	if o.Retransmits > 0 {
-		v.saw("the sender's socket waits for the window to open: asked %d times in a row, window %d (ss -tnoi)", o.Retransmits, o.SendWindow)
+	if o.Probing {
+		v.saw("the sender's socket waits for the window to open: timer persist, backoff %d, window %d (ss -tnoi)", o.Backoff, o.SendWindow)
 	}
 	v.saw("TcpExt.TCPWinProbe +%d in %s, TCPToZeroWindowAdv +%d in %s", s.rose("TcpExt.TCPWinProbe"), s.Name, r.rose("TcpExt.TCPToZeroWindowAdv"), r.Name)
 	v.isNot("lost packets: its probes are answered, with a window of zero")

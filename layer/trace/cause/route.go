@@ -55,7 +55,8 @@ func (d *diagnosis) routes() {
 			d.refusingRoute(s, e, p)
 		case p != nil && p.Errno == eNETUNREACH && e.Errno == eNETUNREACH && e.Kind == CallFailed:
 			// Resolvers connect UDP sockets only to learn which source address they would have.
-			if e.Tuple.Protocol == protoUDP && e.Call == "connect" {
+			// Where there is no address of IPv6 they learn that all the time.
+			if e.Tuple.Protocol == protoUDP && e.Call == "connect" && e.Tuple.is6() && !s.speaks6() {
 				e.by = "benign"
 				continue
 			}
@@ -66,6 +67,14 @@ func (d *diagnosis) routes() {
 		return e.Kind == ICMPSent && slices.ContainsFunc(d.verdicts, func(v *Verdict) bool {
 			return v.Where.Hook == "route" && v.Where.Namespace == d.spaces[e.Space].Name
 		})
+	})
+}
+
+// speaks6 says that a namespace has an address of IPv6 that reaches further than its wire.
+func (s *Space) speaks6() bool {
+	return slices.ContainsFunc(s.Addrs, func(a Addr) bool {
+		own := a.Prefix.Addr()
+		return own.Is6() && !own.IsLoopback() && !own.IsLinkLocalUnicast()
 	})
 }
 

@@ -30,7 +30,7 @@ func (d *diagnosis) sourceChecks() {
 		}
 	}
 	for _, e := range d.open(Retransmit, SocketError, NeighFailed, Drop) {
-		if e.Kind != Drop || e.Reason == "NEIGH_FAILED" {
+		if e.Kind != Drop || e.unresolved() {
 			d.unansweredARP(e)
 		}
 	}
@@ -67,7 +67,7 @@ func (d *diagnosis) unansweredARP(e *seen) {
 			v.isNot("%s: %s is there, and does not want to answer this source", NeighbourMissing, hop)
 			e.by = ReversePath
 			d.folds(ReversePath, func(f *seen) bool {
-				return f.Space == e.Space && (f.Kind == NeighFailed && f.Tuple.Destination.Addr() == hop || f.Kind == Drop && f.Reason == "NEIGH_FAILED" && f.Tuple.Source.Addr() == src)
+				return f.Space == e.Space && (f.Kind == NeighFailed && f.Tuple.Destination.Addr() == hop || f.unresolved() && f.Tuple.Source.Addr() == src)
 			})
 		}
 	}
