@@ -22,13 +22,15 @@ type diagnosis struct {
 	events   []*seen
 	verdicts []*Verdict
 	keys     map[string]*Verdict
+	// narrow are the devices whose MTU a path MTU is, by namespace and name.
+	narrow map[string]*Verdict
 }
 
 // Diagnose names the causes of what the evidence holds. A cause is named once for each
 // object (a rule, a socket, a route, a device); what follows from a cause is not named
 // beside it. The surest come first.
 func Diagnose(e *Evidence) []Verdict {
-	d := &diagnosis{Evidence: e, spaces: map[uint32]*Space{}, keys: map[string]*Verdict{}}
+	d := &diagnosis{Evidence: e, spaces: map[uint32]*Space{}, keys: map[string]*Verdict{}, narrow: map[string]*Verdict{}}
 	for _, s := range e.Spaces {
 		d.spaces[s.Inode] = s
 	}

@@ -87,6 +87,7 @@ func (d *diagnosis) blackHole(big, killed *seen) {
 		v.saw("%s too big at %s in %s, up to %d bytes: %s", times(big.Count, "packet", "packets"), big.Location, s.Name, max(big.Longest, big.Length), flow(big.Tuple))
 		if p := d.path(big.Space, big.Device, big.Tuple.Source.Addr(), target); p != nil && p.MTU > 0 {
 			v.saw("the route to %s leaves by %s with MTU %d (RTM_GETROUTE)", target, p.Device, p.MTU)
+			d.narrow[fmt.Sprint(s.Inode, " ", p.Device)] = v
 		}
 	}
 	if fresh {
@@ -170,6 +171,11 @@ func (d *diagnosis) linkMTU() {
 			if longest <= narrow.MTU {
 				continue
 			}
+		}
+		if known := d.narrow[fmt.Sprint(where.Inode, " ", narrow.Name)]; known != nil {
+			e.by = MTUBlackHole
+			known.saw("the other end of %s has MTU %d: what is too big from there dies on the link, %s at %s", narrow.Name, l.MTU, times(e.Count, "packet", "packets"), e.Location)
+			continue
 		}
 		v, fresh := d.verdict(MTUExceedsPeer, where, narrow.Name, e)
 		v.saw("%s of up to %d bytes dropped at %s in %s, device %s: %s", times(e.Count, "packet", "packets"), longest, e.Location, s.Name, e.Device, flow(e.Tuple))
