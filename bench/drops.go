@@ -378,10 +378,10 @@ func (r *Report) WriteDropsTable(w io.Writer, watchers []Watcher) error {
 			rate := r.Row(watcher.Name, 0, "", MetricRate(operation))
 			used := r.Row(watcher.Name, 0, "", MetricTime(operation))
 			cells = append(cells, []string{operation, watcher.Name, fmt.Sprintf("%.0f", rate.Median), rate.Ratio.String(),
-				fmt.Sprintf("%.0f", used.Median), used.Ratio.String(), watcher.About})
+				fmt.Sprintf("%.0f", used.Median), used.Ratio.String(), fmt.Sprintf("%.0f", used.Min), watcher.About})
 		}
 	}
-	out.columns([]string{"", "watched", "a second", "to off [95 %]", "CPU ns", "to off [95 %]", ""}, cells)
+	out.columns([]string{"", "watched", "a second", "to off [95 %]", "CPU ns", "to off [95 %]", "least", ""}, cells)
 	out.printf("\nOf the storm's packets\n")
 	cells = nil
 	for _, watcher := range append([]Watcher{{Name: Off}}, watchers...) {

@@ -20,9 +20,9 @@ func benchDropsCommand(s *settings) *cobra.Command {
 		Short: "What it costs a sender that somebody looks at drops",
 		Long: `
 Sends a storm of UDP packets to a port where nobody is, opens connections, and sends
-much over one, while nobody looks, while trace's programs count in the kernel,
-and while a tracer gets every drop with its stack, one by one. All have their
-turn in every round, in random order; a ratio is that to the turn of the same round
+much over one, while nobody looks, while programs count in the kernel, while they
+look at system calls, too, as millrace trace does, and while a tracer gets every
+drop with its stack, one by one. All have their turn in every round, in random order; a ratio is that to the turn of the same round
 in which nobody looks. Every packet that died must be in the totals of trace.`,
 	}, inOwnSpaces, func(ctx context.Context, _ []string) error {
 		options.Watchers = watchers()
@@ -51,14 +51,15 @@ in which nobody looks. Every packet that died must be in the totals of trace.`,
 // watchers are the ways to look at drops that are compared.
 func watchers() []bench.Watcher {
 	return []bench.Watcher{
-		{Name: "trace", About: "counts in the kernel, one example of each kind", Watch: watcher(false)},
-		{Name: "each", About: "a tracer that gets every drop with its stack", Watch: watcher(true)},
+		{Name: "counting", About: "counts in the kernel, and shows one example of each kind", Watch: watcher(trace.Options{})},
+		{Name: "trace", About: "that, and system calls that are refused", Watch: watcher(trace.Options{Calls: true})},
+		{Name: "each", About: "a tracer that gets every drop with its stack", Watch: watcher(trace.Options{EveryDrop: true})},
 	}
 }
 
-func watcher(every bool) func([]string) (func() (uint64, uint64, error), error) {
+func watcher(o trace.Options) func([]string) (func() (uint64, uint64, error), error) {
 	return func(paths []string) (func() (uint64, uint64, error), error) {
-		o := trace.Options{EveryDrop: every}
+		o := o
 		for _, path := range paths {
 			var file unix.Stat_t
 			if err := unix.Stat(path, &file); err != nil {

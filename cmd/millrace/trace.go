@@ -25,6 +25,7 @@ import (
 type watching struct {
 	spaces []string
 	window time.Duration
+	pcap   string
 }
 
 // watchingWord is what the progress of a trace begins with once it watches.
@@ -47,6 +48,7 @@ network plug-in, and leaves nothing behind, also when it is killed.
   millrace trace --netns blue,green --for 10s
   millrace trace 10.244.1.4 10.96.0.10:53
   millrace trace 10.244.0.0/16 -o json --for 1m
+  millrace trace --pcap died.pcapng
 FROM and TO are an address, one with a port, or a range, and stand for packets in
 both directions. Without --for it goes on until Ctrl-C. Needs root, or CAP_BPF,
 CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
@@ -56,6 +58,7 @@ CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 	}, exitFindings, exitIncomplete, exitUnavailable, exitPrivilege)
 	c.Flags().StringSliceVar(&w.spaces, "netns", nil, "network namespaces to look at: a name below /run/netns, a path, a process's number, or node (default: all of this node)")
 	flagFor(c, &w.window, 0, "how long to watch; 0 is until Ctrl-C")
+	c.Flags().StringVar(&w.pcap, "pcap", "", "write the packets that died to this `file`, as pcapng with the reason as a comment")
 	return c
 }
 
@@ -109,7 +112,13 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 		return nil, err
 	}
 	defer reader.Close()
-	session, err := trace.Watch(trace.Options{Namespaces: chosen})
+	options := trace.Options{Namespaces: chosen, Calls: true}
+	kept, err := w.capture(&options, spaces)
+	if err != nil {
+		return nil, err
+	}
+	defer kept.close()
+	session, err := trace.Watch(options)
 	if err != nil {
 		return nil, err
 	}
@@ -129,6 +138,9 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 	}
 	window := time.Since(begun)
 	recording, err := session.Stop()
+	if err == nil {
+		err = kept.finish(recording, p)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -38,13 +38,25 @@ func (s *Session) readExamples() {
 		}
 		one := &sample{}
 		read, err := binary.Decode(record.RawSample, binary.NativeEndian, &one.traceExample)
-		if err != nil || s.examples[one.Key] != nil || len(s.examples) >= mostExamples {
+		if err != nil {
 			continue
 		}
-		behind := record.RawSample[read:]
-		one.behind = bytes.Clone(behind[:min(len(behind), int(one.Captured))])
-		s.examples[one.Key] = one
 		s.received++
+		behind := record.RawSample[read:]
+		one.behind = behind[:min(len(behind), int(one.Captured))]
+		if s.packets != nil && traceKind(one.Key.Kind) == traceKindKIND_DROP {
+			s.packets(s.packetOf(one))
+		}
+		s.keep(one)
+	}
+}
+
+func (s *Session) keep(one *sample) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.examples[one.Key] == nil && len(s.examples) < mostExamples {
+		one.behind = bytes.Clone(one.behind)
+		s.examples[one.Key] = one
 	}
 }
 
@@ -56,6 +68,8 @@ type tally struct {
 
 // record makes of what the kernel has counted, and of the examples, a Recording.
 func (s *Session) record() (*Recording, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	r := &Recording{Missing: s.missing, Received: s.received}
 	all, err := s.readCounts()
 	if err != nil {
@@ -329,4 +343,22 @@ func callers(example *sample, location uint64, names map[uint64]string) (stack [
 func isTracing(function string) bool {
 	return strings.HasPrefix(function, "bpf_prog_") || strings.HasPrefix(function, "bpf_trace_run") ||
 		strings.HasPrefix(function, "__traceiter_") || strings.HasPrefix(function, "__bpf_trace_")
+}
+
+// packetOf is a packet that died, for somebody who wants each.
+func (s *Session) packetOf(e *sample) Packet {
+	p := Packet{
+		At: s.since(e.When), Space: e.Key.Netns, Reason: s.reason(e.Key.Kind, e.Key.Reason), MAC: e.Mac,
+		EtherType: swap(e.Key.Ethertype), Data: e.packet(), Length: int(e.Length), Device: text(e.Device[:]),
+	}
+	where, known := s.names[e.Key.Location]
+	if !known { // there are few such functions
+		names, err := symbol.Names([]uint64{e.Key.Location - 1})
+		if err == nil {
+			where = names[e.Key.Location-1]
+		}
+		s.names[e.Key.Location] = where
+	}
+	p.Location = where
+	return p
 }

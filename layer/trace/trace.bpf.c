@@ -80,6 +80,7 @@ struct example {
 	__u32 headers;  /* bytes in header, which are those from the network header to skb->data */
 	__u32 pid;
 	__u64 socket;
+	__u64 when;
 	__u16 gso;
 	__u8 mac[6];
 	__u8 packet_type;
@@ -89,6 +90,7 @@ struct example {
 	__s32 stack_bytes;
 	__u32 zero2;
 	char command[16];
+	char device[16];
 	__u64 stack[STACK_DEPTH];
 	__u8 header[HEADER_LIMIT];
 };
@@ -165,7 +167,9 @@ const volatile __s32 drop_receiver = -1;
 const volatile __s32 reset_reason = -1;
 /* Only the namespaces in wanted. */
 const volatile bool chosen = false;
-/* Send every drop to user space: what a tracer costs that does so (bench). */
+/* Send every packet that died, as far as the budget reaches. */
+const volatile bool packets = false;
+/* Send every drop to user space, and count nothing: what a tracer costs that does so (bench). */
 const volatile bool each = false;
 /* Examples that a program may send in a second on one processor. */
 const volatile __u32 examples_a_second = 256;
@@ -585,9 +589,13 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 	e->source_port = s->source_port;
 	e->destination_port = s->destination_port;
 	e->length = s->length;
+	e->when = bpf_ktime_get_ns();
 	e->socket = s->socket;
 	e->retransmits = s->retransmits;
 	e->captured = e->headers = e->before = e->gso = e->packet_type = e->summed = 0;
+	e->device[0] = 0;
+	if (s->dev)
+		bpf_probe_read_kernel_str(e->device, sizeof(e->device), s->dev->name);
 	e->pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(e->command, sizeof(e->command));
 	e->stack_bytes = 0;
@@ -607,15 +615,16 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 /* From then on every so many events the time and the greatest length are noted. */
 #define OFTEN 64
 
-/* note counts an event, and shows it if its like was not met before. */
-static __always_inline void note(void *ctx, struct subject *s, __u32 program, bool stack)
+/* note counts an event, and shows it if its like was not met before; then it returns
+ * true. */
+static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bool stack)
 {
 	struct event *e = bpf_map_lookup_elem(&events, &s->key);
 
 	count_total(s);
 	if (e && e->count > OFTEN && e->count % OFTEN) { /* a storm: the clock costs as much as the rest */
 		e->count++;
-		return;
+		return false;
 	}
 	__u64 now = bpf_ktime_get_ns();
 
@@ -632,7 +641,7 @@ static __always_inline void note(void *ctx, struct subject *s, __u32 program, bo
 		e->last = now;
 		if (s->length > e->longest)
 			e->longest = s->length;
-		return;
+		return false;
 	}
 	struct event fresh = {
 		.count = 1,
@@ -652,10 +661,12 @@ static __always_inline void note(void *ctx, struct subject *s, __u32 program, bo
 			e->count++;
 			e->last = now;
 		}
-		return;
+		return false;
 	}
-	if (affordable(program, now))
-		show(ctx, s, program, stack);
+	if (!affordable(program, now))
+		return false;
+	show(ctx, s, program, stack);
+	return true;
 }
 
 /* A packet died. */
@@ -681,7 +692,8 @@ int drop(__u64 *ctx)
 		show(ctx, &s, KIND_DROP, true);
 		return 0;
 	}
-	note(ctx, &s, KIND_DROP, true);
+	if (!note(ctx, &s, KIND_DROP, true) && packets && affordable(KIND_DROP, bpf_ktime_get_ns()))
+		show(ctx, &s, KIND_DROP, false);
 	return 0;
 }
 

@@ -64,6 +64,7 @@ type traceExample struct {
 	Headers         uint32
 	Pid             uint32
 	Socket          uint64
+	When            uint64
 	Gso             uint16
 	Mac             [6]uint8
 	PacketType      uint8
@@ -73,6 +74,7 @@ type traceExample struct {
 	StackBytes      int32
 	Zero2           uint32
 	Command         [16]int8
+	Device          [16]int8
 	Stack           [28]uint64
 	Header          [128]uint8
 }
@@ -130,6 +132,7 @@ const (
 	traceVarDropReceiver     = "drop_receiver"
 	traceVarEach             = "each"
 	traceVarExamplesA_second = "examples_a_second"
+	traceVarPackets          = "packets"
 	traceVarResetReason      = "reset_reason"
 )
 
@@ -217,6 +220,7 @@ type traceVariableSpecs struct {
 	DropReceiver     *ebpf.VariableSpec `ebpf:"drop_receiver"`
 	Each             *ebpf.VariableSpec `ebpf:"each"`
 	ExamplesA_second *ebpf.VariableSpec `ebpf:"examples_a_second"`
+	Packets          *ebpf.VariableSpec `ebpf:"packets"`
 	ResetReason      *ebpf.VariableSpec `ebpf:"reset_reason"`
 }
 
@@ -275,6 +279,7 @@ type traceVariables struct {
 	DropReceiver     *ebpf.Variable `ebpf:"drop_receiver"`
 	Each             *ebpf.Variable `ebpf:"each"`
 	ExamplesA_second *ebpf.Variable `ebpf:"examples_a_second"`
+	Packets          *ebpf.Variable `ebpf:"packets"`
 	ResetReason      *ebpf.Variable `ebpf:"reset_reason"`
 }
 

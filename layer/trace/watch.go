@@ -29,6 +29,11 @@ type Options struct {
 	// Entries is how many different events are counted apart, each of them by each
 	// processor; 0 stands for 8192, or less on a machine of many processors.
 	Entries int
+	// Calls looks at system calls that are refused, too: every call of every process on
+	// this host then takes a quarter of a microsecond longer.
+	Calls bool
+	// Packets is given every packet that died, as far as MostPackets reaches.
+	Packets func(Packet)
 	// EveryDrop sends every drop to this process with its stack, instead of counting
 	// in the kernel: to measure what that costs.
 	EveryDrop bool
@@ -54,6 +59,23 @@ type Total struct {
 	Count  uint64
 }
 
+// MostPackets is how many packets a second of each processor Options.Packets is given.
+const MostPackets = 10_000
+
+// Packet is one that died.
+type Packet struct {
+	At     time.Duration // from the beginning
+	Space  uint32
+	Device string
+	// Reason and Location are as in cause.Event.
+	Reason, Location string
+	MAC              [6]byte
+	EtherType        uint16
+	// Data is from the network header on, and may be its beginning only; Length is of all.
+	Data   []byte
+	Length int
+}
+
 // Session watches until it is stopped.
 type Session struct {
 	collection *ebpf.Collection
@@ -64,10 +86,14 @@ type Session struct {
 	missing    []string
 	reasons    reasons
 
-	// Of the goroutine that reads, until done.
+	mu       sync.Mutex // for examples
 	examples map[traceEventKey]*sample
+
+	// Of the goroutine that reads, until done.
 	unread   uint64
 	received uint64
+	packets  func(Packet)
+	names    map[uint64]string // of functions, as far as packets died in them
 }
 
 // mostExamples bounds what a session keeps: each takes up to 3 kB.
@@ -88,7 +114,7 @@ func Watch(o Options) (*Session, error) {
 		return nil, err
 	}
 	s := &Session{examples: map[traceEventKey]*sample{}}
-	chosen, err := s.choose(kernel, spec)
+	chosen, err := s.choose(kernel, spec, &o)
 	if err != nil {
 		return nil, err
 	}
@@ -120,11 +146,14 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 	}
 	spec.Maps[traceMapEvents].MaxEntries = uint32(entries)
 	settings := map[string]any{
-		traceVarChosen: len(o.Namespaces) > 0, traceVarEach: o.EveryDrop,
+		traceVarChosen: len(o.Namespaces) > 0, traceVarEach: o.EveryDrop, traceVarPackets: o.Packets != nil,
 		traceVarCallConnect: uint32(unix.SYS_CONNECT), traceVarCallBind: uint32(unix.SYS_BIND),
 		traceVarCallSendto: uint32(unix.SYS_SENDTO), traceVarCallSendmsg: uint32(unix.SYS_SENDMSG),
 		traceVarCallSendmmsg: uint32(unix.SYS_SENDMMSG), traceVarCallWrite: uint32(unix.SYS_WRITE),
 		traceVarCallWritev: uint32(unix.SYS_WRITEV),
+	}
+	if o.Packets != nil {
+		settings[traceVarExamplesA_second] = uint32(MostPackets)
 	}
 	for name, value := range settings {
 		if err := spec.Variables[name].Set(value); err != nil {
@@ -186,7 +215,7 @@ func (s *Session) start(o *Options, chosen []probe) error {
 	}
 	options := perf.ReaderOptions{}
 	pages := 32
-	if o.EveryDrop {
+	if o.EveryDrop || o.Packets != nil {
 		pages = 256 // as much as such a tracer asks for
 		options.Watermark = pages * os.Getpagesize() / 4
 	}
@@ -197,6 +226,7 @@ func (s *Session) start(o *Options, chosen []probe) error {
 	if s.begun, err = now(); err != nil {
 		return err
 	}
+	s.packets, s.names = o.Packets, map[uint64]string{}
 	if o.EveryDrop {
 		s.done.Go(s.countEvery)
 	} else {
@@ -295,8 +325,11 @@ var probes = []probe{
 
 // choose finds which tracepoints the kernel has, with the arguments that our programs
 // read.
-func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec) (chosen []probe, err error) {
+func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec, o *Options) (chosen []probe, err error) {
 	for _, p := range probes {
+		if p.name == traceProgCall && !o.Calls {
+			continue
+		}
 		have, err := argumentsOf(kernel, p.tracepoint)
 		switch {
 		case err != nil:

@@ -113,7 +113,7 @@ func (w *town) inode(path string) uint32 {
 // says when there is no more to wait for.
 func (w *town) watched(f func(), done func(seen *Recording) bool) *Recording {
 	w.t.Helper()
-	s, err := Watch(Options{Namespaces: []uint32{w.inode(w.client), w.inode(w.server)}})
+	s, err := Watch(Options{Namespaces: []uint32{w.inode(w.client), w.inode(w.server)}, Calls: true})
 	w.must(err)
 	f()
 	for patience := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
