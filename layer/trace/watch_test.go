@@ -155,37 +155,10 @@ func ask(network, address string, patience time.Duration) {
 	}
 }
 
-// Every program sees its event, and says of it what it has to.
-func TestEveryProgramSeesItsEvent(t *testing.T) {
-	w := newTown(t)
-	w.lost(w.client, w.clientDev, "10.1.0.8")  // our SYN to it is repeated
-	w.lost(w.server, w.serverDev, "10.1.0.77") // and the server's answer to it
-	w.inClient(func() error {
-		n, err := link.Open("")
-		if err != nil {
-			return err
-		}
-		defer n.Close()
-		return n.Addr(w.clientDev, netip.MustParsePrefix("10.1.0.77/32"))
-	})
-	var listener, hasty net.Listener
-	var deaf *net.UDPConn
-	w.inServer(func() (err error) {
-		if listener, err = net.Listen("tcp", server4+":80"); err != nil {
-			return err
-		}
-		if hasty, err = net.Listen("tcp", server4+":84"); err != nil {
-			return err
-		}
-		deaf, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP(server4), Port: 90})
-		return errors.Join(err, deaf.SetReadBuffer(1))
-	})
-	defer listener.Close()
-	defer deaf.Close()
-	go rude(hasty)
-	defer hasty.Close()
+// signals are what every program is to see of what the test does.
+func (w *town) signals() []signal {
 	client, server := w.inode(w.client), w.inode(w.server)
-	signals := []signal{
+	return []signal{
 		{"kfree_skb", "a UDP packet to nobody is dropped", func(e *cause.Event) bool {
 			return e.Kind == cause.Drop && e.Space == server && e.Location == "__udp4_lib_rcv" && e.Device == "eth0" &&
 				e.Tuple.Destination == netip.MustParseAddrPort(server4+":9") && bytes.HasSuffix(e.Packet, []byte("hello")) &&
@@ -232,6 +205,38 @@ func TestEveryProgramSeesItsEvent(t *testing.T) {
 				e.Tuple.Destination == netip.MustParseAddrPort("10.9.9.9:99") && e.PID == os.Getpid()
 		}},
 	}
+}
+
+// Every program sees its event, and says of it what it has to.
+func TestEveryProgramSeesItsEvent(t *testing.T) {
+	w := newTown(t)
+	w.lost(w.client, w.clientDev, "10.1.0.8")  // our SYN to it is repeated
+	w.lost(w.server, w.serverDev, "10.1.0.77") // and the server's answer to it
+	w.inClient(func() error {
+		n, err := link.Open("")
+		if err != nil {
+			return err
+		}
+		defer n.Close()
+		return n.Addr(w.clientDev, netip.MustParsePrefix("10.1.0.77/32"))
+	})
+	var listener, hasty net.Listener
+	var deaf *net.UDPConn
+	w.inServer(func() (err error) {
+		if listener, err = net.Listen("tcp", server4+":80"); err != nil {
+			return err
+		}
+		if hasty, err = net.Listen("tcp", server4+":84"); err != nil {
+			return err
+		}
+		deaf, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP(server4), Port: 90})
+		return errors.Join(err, deaf.SetReadBuffer(1))
+	})
+	defer listener.Close()
+	defer deaf.Close()
+	go rude(hasty)
+	defer hasty.Close()
+	signals := w.signals()
 	all := func(r *Recording) bool {
 		return !slices.ContainsFunc(signals, func(s signal) bool { return !absent(r, s.tracepoint) && w.find(r, s) == nil })
 	}
