@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 
@@ -47,10 +48,7 @@ func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.
 	for i := range r.Verdicts {
 		r.Verdicts[i].Where.Node = r.Node
 	}
-	for _, e := range e.Events {
-		if e.Kind != cause.Drop {
-			continue
-		}
+	for _, e := range cause.Folded(e) {
 		f := folded{Reason: e.Reason, Namespace: names[e.Space]}
 		if f.Reason == "" {
 			f.Reason = e.Location
@@ -100,6 +98,9 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("%s  no packet died that should not have, and no connection failed", green("ok"))
 	}
 	out.say("")
+	if len(r.Folded) > 0 {
+		out.say("folded: %s, as they die where all is well", r.foldedText())
+	}
 	for _, m := range r.Missing {
 		out.say("not seen: %s", m)
 	}
@@ -107,6 +108,21 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("not seen apart: %d events, for which there was no room; they are in the totals", r.Lost)
 	}
 	return out.err
+}
+
+// foldedText counts what was folded, by reason.
+func (r *traceReport) foldedText() string {
+	var all uint64
+	counts := map[string]uint64{}
+	for _, f := range r.Folded {
+		all += f.Count
+		counts[f.Reason] += f.Count
+	}
+	var parts []string
+	for _, reason := range slices.Sorted(maps.Keys(counts)) {
+		parts = append(parts, fmt.Sprintf("%d %s", counts[reason], reason))
+	}
+	return fmt.Sprintf("%d packets (%s)", all, strings.Join(parts, ", "))
 }
 
 // lines writes lines and keeps the first error.

@@ -29,7 +29,23 @@ type diagnosis struct {
 // Diagnose names the causes of what the evidence holds. A cause is named once for each
 // object (a rule, a socket, a route, a device); what follows from a cause is not named
 // beside it. The surest come first.
-func Diagnose(e *Evidence) []Verdict {
+func Diagnose(e *Evidence) []Verdict { return judge(e).sorted() }
+
+// Folded are the packets that died and that no cause is named for: they die where all is
+// well, too.
+func Folded(e *Evidence) (all []Event) {
+	d := judge(e)
+	for _, event := range d.events {
+		about := slices.ContainsFunc(d.verdicts, func(v *Verdict) bool { return v.Cause == event.by })
+		if event.Kind == Drop && !about {
+			all = append(all, *event.Event)
+		}
+	}
+	return all
+}
+
+// judge lets all rules look at the evidence.
+func judge(e *Evidence) *diagnosis {
 	d := &diagnosis{Evidence: e, spaces: map[uint32]*Space{}, keys: map[string]*Verdict{}, narrow: map[string]*Verdict{}}
 	for _, s := range e.Spaces {
 		d.spaces[s.Inode] = s
@@ -57,6 +73,11 @@ func Diagnose(e *Evidence) []Verdict {
 	} {
 		rule(d)
 	}
+	return d
+}
+
+// sorted are the verdicts, the surest first.
+func (d *diagnosis) sorted() []Verdict {
 	rank := map[Confidence]int{High: 0, Medium: 1, Low: 2}
 	slices.SortStableFunc(d.verdicts, func(a, b *Verdict) int {
 		return cmp.Or(cmp.Compare(rank[a.Confidence], rank[b.Confidence]), cmp.Compare(a.Where.Namespace, b.Where.Namespace))
