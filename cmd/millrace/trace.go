@@ -5,10 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,6 +24,9 @@ type watching struct {
 	spaces []string
 	window time.Duration
 	pcap   string
+	// at and from are where names are asked for.
+	at   place
+	from wishes
 }
 
 // watchingWord is what the progress of a trace begins with once it watches.
@@ -49,8 +50,9 @@ network plug-in, and leaves nothing behind, also when it is killed.
   millrace trace 10.244.1.4 10.96.0.10:53
   millrace trace 10.244.0.0/16 -o json --for 1m
   millrace trace --pcap died.pcapng
-FROM and TO are an address, one with a port, or a range, and stand for packets in
-both directions. Without --for it goes on until Ctrl-C. Needs root, or CAP_BPF,
+FROM and TO are an address, one with a port, a range, the name of a pod or a
+Service (NAMESPACE/NAME), or that of a network namespace, and stand for packets in
+both directions. Names are those that the agent knows, or --source. Without --for it goes on until Ctrl-C. Needs root, or CAP_BPF,
 CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 		Args: cobra.MaximumNArgs(2),
 	}, readsOnly, func(ctx context.Context, args []string) error {
@@ -59,6 +61,9 @@ CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 	c.Flags().StringSliceVar(&w.spaces, "netns", nil, "network namespaces to look at: a name below /run/netns, a path, a process's number, or node (default: all of this node)")
 	flagFor(c, &w.window, 0, "how long to watch; 0 is until Ctrl-C")
 	c.Flags().StringVar(&w.pcap, "pcap", "", "write the packets that died to this `file`, as pcapng with the reason as a comment")
+	w.at.flagRun(c)
+	w.at.flagNode(c)
+	w.from.flagsAs(c, "where names of pods and Services come from, without an agent: "+sourceForms)
 	return c
 }
 
@@ -68,7 +73,11 @@ func flagFor(c *cobra.Command, window *time.Duration, value time.Duration, meani
 }
 
 func (w *watching) trace(ctx context.Context, s *settings, args []string) error {
-	ends, err := parseEnds(args)
+	known, err := readNames(ctx, &w.at, &w.from)
+	if err != nil {
+		return err
+	}
+	ends, err := known.parseEnds(args)
 	if err != nil {
 		return err
 	}
@@ -83,12 +92,16 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	if err != nil {
 		return err
 	}
+	known.label(evidence.Spaces)
 	if name := os.Getenv(evidenceVariable); name != "" {
 		if err := writeEvidence(name, evidence); err != nil {
 			return err
 		}
 	}
-	r := newTraceReport(evidence, ends.filter(cause.Diagnose(evidence)), spaces)
+	verdicts, others := ends.filter(cause.Diagnose(evidence), evidence.Spaces)
+	known.describe(verdicts)
+	r := newTraceReport(evidence, verdicts, spaces)
+	r.Others = len(others)
 	if s.json() {
 		err = printJSON(r)
 	} else {
@@ -216,59 +229,4 @@ func writeEvidence(name string, e *cause.Evidence) error {
 		return fmt.Errorf("write evidence: %w", err)
 	}
 	return nil
-}
-
-// end is one end of the packets that a person asks about.
-type end struct {
-	prefix netip.Prefix
-	port   uint16
-}
-
-// ends are FROM and TO, as far as they are given.
-type ends []end
-
-func parseEnds(args []string) (all ends, err error) {
-	for _, arg := range args {
-		one, err := parseEnd(arg)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, one)
-	}
-	return all, nil
-}
-
-func parseEnd(arg string) (end, error) {
-	if both, err := netip.ParseAddrPort(arg); err == nil {
-		return end{netip.PrefixFrom(both.Addr(), both.Addr().BitLen()), both.Port()}, nil
-	}
-	if addr, err := netip.ParseAddr(strings.Trim(arg, "[]")); err == nil {
-		return end{prefix: netip.PrefixFrom(addr, addr.BitLen())}, nil
-	}
-	if prefix, err := netip.ParsePrefix(arg); err == nil {
-		return end{prefix: prefix.Masked()}, nil
-	}
-	return end{}, usage("%q: use an address, ADDRESS:PORT or a range like 10.1.0.0/16", arg)
-}
-
-func (e end) is(a netip.AddrPort) bool {
-	return e.prefix.Contains(a.Addr()) && (e.port == 0 || e.port == a.Port())
-}
-
-// filter keeps the verdicts that concern the ends asked for: a tuple that fits in one
-// direction or the other. What has no tuple concerns everybody.
-func (all ends) filter(verdicts []cause.Verdict) []cause.Verdict {
-	if len(all) == 0 {
-		return verdicts
-	}
-	return slices.DeleteFunc(verdicts, func(v cause.Verdict) bool {
-		if v.Tuple == nil {
-			return false
-		}
-		from, to := v.Tuple.Source, v.Tuple.Destination
-		if len(all) == 1 {
-			return !all[0].is(from) && !all[0].is(to)
-		}
-		return !(all[0].is(from) && all[1].is(to)) && !(all[0].is(to) && all[1].is(from))
-	})
 }

@@ -19,6 +19,8 @@ type traceReport struct {
 	Kernel        string          `json:"kernel"`
 	Namespaces    []string        `json:"namespaces"`
 	Verdicts      []cause.Verdict `json:"verdicts"`
+	// Others is how many verdicts are about packets that were not asked for.
+	Others int `json:"others"`
 	// Folded are packets that died as they have to where all is well.
 	Folded  []folded `json:"folded"`
 	Missing []string `json:"missing"`
@@ -71,7 +73,7 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("")
 		where := v.Where.Namespace
 		if v.Where.Pod != "" {
-			where = "pod " + v.Where.Pod
+			where = fmt.Sprintf("pod %s (%s)", v.Where.Pod, v.Where.Namespace)
 		}
 		for _, more := range []string{v.Where.Hook, v.Where.Interface} {
 			if more != "" {
@@ -82,7 +84,8 @@ func (r *traceReport) print(w io.Writer) error {
 		out.field("cause", fmt.Sprintf("%s  (confidence %s)", v.Cause, v.Confidence))
 		out.field("where", where)
 		if v.Tuple != nil {
-			out.field("packet", fmt.Sprintf("%s %s > %s", v.Tuple.Protocol, v.Tuple.Source, v.Tuple.Destination))
+			out.field("packet", fmt.Sprintf("%s %s > %s", v.Tuple.Protocol,
+				named(v.Tuple.Source, v.Tuple.SourceName), named(v.Tuple.Destination, v.Tuple.DestinationName)))
 		}
 		for _, e := range v.Evidence {
 			out.field("evidence", e)
@@ -94,8 +97,16 @@ func (r *traceReport) print(w io.Writer) error {
 		out.field("undo", v.Undo)
 		out.field("owner", v.Owner)
 	}
-	if len(r.Verdicts) == 0 {
+	switch {
+	case len(r.Verdicts) > 0:
+	case r.Others > 0:
+		out.say("%s  nothing died between these two", green("ok"))
+	default:
 		out.say("%s  no packet died that should not have, and no connection failed", green("ok"))
+	}
+	if r.Others > 0 {
+		out.say("")
+		out.say("verdicts about other packets: %d; leave FROM and TO out to see them", r.Others)
 	}
 	out.say("")
 	if len(r.Folded) > 0 {

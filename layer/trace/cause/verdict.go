@@ -51,4 +51,8 @@ type Ends struct {
 	Protocol    string         `json:"protocol"`
 	Source      netip.AddrPort `json:"source"`
 	Destination netip.AddrPort `json:"destination"`
+	// SourceName and DestinationName are whose the addresses are, where that is known:
+	// "pod shop/web-0", "service shop/web".
+	SourceName      string `json:"source_name,omitempty"`
+	DestinationName string `json:"destination_name,omitempty"`
 }
