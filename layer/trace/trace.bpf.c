@@ -518,9 +518,9 @@ static __always_inline void port_of_service(struct subject *s, __u8 state)
 	if (state == STATE_SYN_RECV || state == STATE_NEW_SYN_RECV)
 		s->key.flags |= TCP_SYN | TCP_ACK;
 	choose_port(s);
-	if (!s->destination_port) { /* not connected: it is the receiver */
+	if (!s->destination_port) { /* it is the receiver; one of TCP was connected before */
 		s->key.flags |= FLAG_SOURCE;
-		s->key.port = s->source_port;
+		s->key.port = s->key.protocol == IPPROTO_TCP ? 0 : s->source_port;
 	}
 }
 
@@ -988,6 +988,8 @@ static __always_inline bool read_call_socket(struct subject *s, struct sock *sk)
 		return false;
 	}
 	s->source_port = __builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_num));
+	if (!s->source_port)
+		s->source_port = BPF_CORE_READ((struct inet_sock *)sk, inet_sport);
 	s->destination_port = BPF_CORE_READ(sk, __sk_common.skc_dport);
 	return true;
 }
@@ -1042,7 +1044,10 @@ int call(__u64 *ctx)
 	else if (c.number == call_sendmsg || c.number == call_sendmmsg)
 		bpf_probe_read_user(&given, sizeof(given), (const void *)c.second);
 	read_target(&s, given);
-	s.key.port = s.destination_port;
+	if (given)
+		s.key.port = s.destination_port;
+	else
+		choose_port(&s);
 	s.key.reason = error;
 	s.key.location = c.number;
 	note(ctx, &s, KIND_CALL, false);
