@@ -133,7 +133,11 @@ func (p *Part) place(r *rule, first string) {
 			r.at = p.server
 		}
 	case "prerouting":
-		r.at = []*space{p.router, p.server}[p.draw(2)]
+		end := p.server
+		if r.answers {
+			end = p.client
+		}
+		r.at = []*space{p.router, end}[p.draw(2)]
 	default:
 		r.at = p.router
 	}
