@@ -112,6 +112,21 @@ func diffClients(have *Picture, want paths, prune bool) (first, last layer.Chang
 	return first, last
 }
 
+// withClients adds the clients to the changes that come before the Services, if these
+// are the first that ask for them: nobody has looked for them yet, and a client that is
+// known later than the Service would get another endpoint then.
+func (l *Layer) withClients(have, want *Picture, first layer.Changes) layer.Changes {
+	if l.asked || !want.paths.clients {
+		return first
+	}
+	have.found = l.room.findClients(have.veths)
+	known, _ := diffClients(have, want.paths, false)
+	return append(slices.DeleteFunc(slices.Clone(first), func(change layer.Change) bool {
+		_, client := change.Subject.(knownClient)
+		return client
+	}), known...)
+}
+
 // know writes or removes a client.
 func (d *datapath) know(change layer.Change) error {
 	c := change.Subject.(knownClient)

@@ -270,7 +270,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 			done = append(done, change)
 		}
 	}
-	each(first)
+	each(l.withClients(picture, want.(*Picture), first))
 	if services, backends := l.tables.need(rows); l.tables.full(services, backends) {
 		failures = appendError(failures, l.room.grow(l.tables, roomFor(services, backends)))
 	}

@@ -443,7 +443,6 @@ func TestAffinityIsTheSameOnBothPaths(t *testing.T) {
 	defer client.stay()()
 	stays := func(s *model.Service) { s.Affinity = time.Hour }
 	h.open(h.services(stays, h.local, h.other))
-	h.become(h.services(stays, h.local, h.other)) // clients are looked for when somebody asks
 	byPackets, _, err := client.call("tcp", "10.96.0.1:80", "hello")
 	h.must(err)
 	sockets := func(s *model.Service) {
@@ -464,6 +463,34 @@ func TestAffinityIsTheSameOnBothPaths(t *testing.T) {
 	}
 	if n := h.layer.datapath.affinityCount(t); n != 1 {
 		t.Errorf("%d affinities of one client", n)
+	}
+}
+
+// The first Service that asks who its clients are knows those that are there: none of
+// them gets another endpoint a moment later.
+func TestTheFirstServiceWithAffinityKnowsItsClients(t *testing.T) {
+	h := newHarbour(t)
+	h.local.serveAll("local")
+	h.other.serveAll("far")
+	client := h.pod()
+	defer client.stay()() // a process, by which its namespace is found
+	h.layer.settings.Path = PathSocket
+	h.open(h.services(nil, h.local, h.other))
+	stays := h.services(func(s *model.Service) { s.Affinity = time.Hour }, h.local, h.other)
+	h.become(stays)
+	for _, address := range []string{"10.96.0.1:80", "[fd00:96::1]:80"} {
+		first, _, err := client.call("tcp", address, "hello")
+		h.must(err)
+		h.become(stays)
+		for range 12 {
+			again, _, err := client.call("tcp", address, "hello")
+			if err != nil || again != first {
+				t.Fatalf("%s: the pod met %q, then %q, %v", address, first, again, err)
+			}
+		}
+	}
+	if n := h.layer.datapath.affinityCount(t); n != 2 {
+		t.Errorf("%d affinities of one client at two addresses", n)
 	}
 }
 
