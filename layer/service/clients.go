@@ -133,7 +133,55 @@ func (d *datapath) know(change layer.Change) error {
 	if change.Op == layer.Remove {
 		return gone(d.maps[datapathMapClients].Delete(c.cookie))
 	}
-	return d.maps[datapathMapClients].Put(c.cookie, c.value())
+	unknown, err := d.inherit(c)
+	if err == nil {
+		err = d.maps[datapathMapClients].Put(c.cookie, c.value())
+	}
+	for _, key := range unknown {
+		err = errors.Join(err, gone(d.maps[datapathMapAffinities].Delete(key)))
+	}
+	return err
+}
+
+// unknownClient is UNKNOWN_CLIENT of client.h.
+const unknownClient = 0xff
+
+// inherit lets a client stay with the endpoints that it got while nobody knew its
+// address, and returns the keys of what it was then.
+func (d *datapath) inherit(c knownClient) (unknown []datapathAffinityKey, err error) {
+	before := [4]uint32{unknownClient, 0, uint32(c.cookie >> 32), uint32(c.cookie)}
+	had := map[datapathAffinityKey]datapathAffinity{}
+	var key datapathAffinityKey
+	var value datapathAffinity
+	entries := d.maps[datapathMapAffinities].Iterate()
+	for entries.Next(&key, &value) {
+		if key.Client.Word == before {
+			had[key] = value
+		}
+	}
+	err = entries.Err()
+	for key, value := range had {
+		unknown = append(unknown, key)
+		var backend datapathBackend
+		if d.maps[datapathMapBackends].Lookup(value.Number, &backend) != nil {
+			continue // it is gone
+		}
+		own := c.ip4
+		if addrOf(backend.Address.Word).Is6() {
+			own = c.ip6
+		}
+		if !own.IsValid() {
+			continue
+		}
+		key.Client.Word = wordsOf(own)
+		if put := d.maps[datapathMapAffinities].Update(key, value, ebpf.UpdateNoExist); !errors.Is(put, ebpf.ErrKeyExist) {
+			err = errors.Join(err, put)
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("keep the endpoints of a client that was unknown: %w", err)
+	}
+	return unknown, err
 }
 
 // sweepAffinities forgets which endpoints clients had whose time is over, or whose

@@ -494,6 +494,40 @@ func TestTheFirstServiceWithAffinityKnowsItsClients(t *testing.T) {
 	}
 }
 
+// A pod that asks before its address is known keeps the endpoint that it got.
+func TestAClientThatWasUnknownKeepsItsEndpoint(t *testing.T) {
+	h := newHarbour(t)
+	h.local.serveAll("local")
+	h.other.serveAll("far")
+	h.layer.settings.Path = PathSocket
+	stays := h.services(func(s *model.Service) { s.Affinity = time.Hour }, h.local, h.other)
+	h.open(stays)
+	client := h.pod() // whose namespace nobody finds yet
+	ways := []string{"10.96.0.1:80", "[fd00:96::1]:80"}
+	var first []string
+	for _, address := range ways {
+		line, _, err := client.call("tcp", address, "hello")
+		h.must(err)
+		first = append(first, line)
+	}
+	defer client.stay()()
+	h.layer.datapath.looked = lookedAt{}
+	h.become(stays)
+	for i, address := range ways {
+		if line, _, err := client.call("tcp", address, "hello"); err != nil || line != first[i] {
+			t.Errorf("%s: the pod met %q, then %q, %v", address, first[i], line, err)
+		}
+	}
+	if n := h.layer.datapath.affinityCount(t); n != len(ways) {
+		t.Errorf("%d affinities of one client at %d addresses", n, len(ways))
+	}
+	known, err := h.layer.datapath.readClients()
+	h.must(err)
+	if !slices.ContainsFunc(known, func(c knownClient) bool { return c.ip4 == client.ip4 }) {
+		t.Errorf("the pod is still unknown: %v", known)
+	}
+}
+
 func (d *datapath) affinityCount(t *testing.T) (n int) {
 	var key datapathAffinityKey
 	var value datapathAffinity
