@@ -224,15 +224,7 @@ func refusing() (all []cause.Route) {
 				all = append(all, cause.Route{Type: kind, To: to, Text: fmt.Sprintf("%s %s%s%s", kind, shown(to), table(r.Table), metric(r.Priority))})
 			}
 		}
-		rules, err := netlink.RuleList(family)
-		if err != nil {
-			continue
-		}
-		for _, r := range rules {
-			if kind := refused[int(r.Type)]; kind != "" {
-				all = append(all, cause.Route{Type: kind, Rule: true, To: destination(family, r.Dst), Text: ruleText(r, kind)})
-			}
-		}
+		all = append(all, refusingRules(family)...)
 	}
 	return all
 }
@@ -275,26 +267,57 @@ func metric(n int) string {
 	return fmt.Sprintf(" metric %d", n)
 }
 
-// ruleText is the rule as ip-rule(8) takes it.
-func ruleText(r netlink.Rule, kind string) string {
-	text := fmt.Sprintf("pref %d", r.Priority)
-	add := func(word, value string) {
-		if value != "" {
-			text += " " + word + " " + value
+// refusingRules lists rules that let nothing through (struct fib_rule_hdr and FRA_* of
+// linux/fib_rules.h; the netlink library leaves their action out).
+func refusingRules(family int) (all []cause.Route) {
+	const to, from, input, preference, mark, output, action, header = 1, 2, 3, 6, 10, 17, 7, 12
+	ask := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
+	ask.AddData(nl.NewIfInfomsg(family))
+	replies, err := ask.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
+	if err != nil {
+		return nil
+	}
+	for _, reply := range replies {
+		if len(reply) < header || refused[int(reply[action])] == "" {
+			continue
 		}
+		kind, raw, text := refused[int(reply[action])], reply[header:], ""
+		add := func(word, value string) {
+			if value != "" {
+				text += word + " " + value + " "
+			}
+		}
+		number := func(attribute uint16) uint32 {
+			if value := inner(raw, attribute); len(value) == 4 {
+				return binary.NativeEndian.Uint32(value)
+			}
+			return 0
+		}
+		prefix := func(attribute uint16, bits byte) (netip.Prefix, string) {
+			a, ok := netip.AddrFromSlice(inner(raw, attribute))
+			if !ok {
+				return netip.Prefix{}, ""
+			}
+			p := netip.PrefixFrom(a, int(bits))
+			return p, p.String()
+		}
+		name := func(attribute uint16) string { return strings.TrimRight(string(inner(raw, attribute)), "\x00") }
+		_, source := prefix(from, reply[2])
+		target, shown := prefix(to, reply[1])
+		add("pref", fmt.Sprint(number(preference)))
+		add("from", source)
+		add("to", shown)
+		add("iif", name(input))
+		add("oif", name(output))
+		if m := number(mark); m != 0 {
+			add("fwmark", fmt.Sprintf("%#x", m))
+		}
+		if !target.IsValid() {
+			target = destination(family, nil)
+		}
+		all = append(all, cause.Route{Type: kind, Rule: true, To: target, Text: text + kind})
 	}
-	if r.Src != nil {
-		add("from", r.Src.String())
-	}
-	if r.Dst != nil {
-		add("to", r.Dst.String())
-	}
-	add("iif", r.IifName)
-	add("oif", r.OifName)
-	if r.Mark != 0 {
-		add("fwmark", fmt.Sprintf("%#x", r.Mark))
-	}
-	return text + " " + kind
+	return all
 }
 
 // joinPeers finds in which of the namespaces the other ends of devices are. It asks the

@@ -922,7 +922,8 @@ static __always_inline bool is_call_of_interest(__u64 number)
 }
 
 /* is_usual tells what programs meet all the time: not now, already, interrupted, no
- * such descriptor, an address of a wrong kind. */
+ * such descriptor, an address of a wrong kind. EINVAL is not among them: a route of type
+ * blackhole says so. */
 static __always_inline bool is_usual(long error)
 {
 	switch (error) {
@@ -930,7 +931,6 @@ static __always_inline bool is_usual(long error)
 	case 9:   /* EBADF */
 	case 11:  /* EAGAIN */
 	case 14:  /* EFAULT */
-	case 22:  /* EINVAL */
 	case 32:  /* EPIPE: the other end has closed, or this one */
 	case 88:  /* ENOTSOCK */
 	case 89:  /* EDESTADDRREQ */

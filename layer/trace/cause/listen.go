@@ -30,32 +30,42 @@ func (s *Space) dropsRose(o *Socket) uint64 {
 // over says that a listener has no room for one more connection.
 func (o *Socket) over() bool { return o.State == tcpListen && o.ReceiveQueue > o.SendQueue }
 
+// manyOverflows are more connections turned away than a server that accepts meets by
+// chance: one of a burst comes again a second later.
+const manyOverflows = 3
+
 // acceptQueues: a program does not accept the connections that are ready for it.
 func (d *diagnosis) acceptQueues() {
 	for _, s := range d.Spaces {
 		overflows := s.rose("TcpExt.ListenOverflows")
-		if overflows == 0 {
+		full := slices.ContainsFunc(s.listeners(), (*Socket).over)
+		if overflows == 0 || overflows < manyOverflows && !full {
 			continue
 		}
-		var full []*Socket
+		d.fullQueues(s, overflows)
+	}
+}
+
+// fullQueues finds the listeners that turned connections away.
+func (d *diagnosis) fullQueues(s *Space, overflows uint64) {
+	var full []*Socket
+	for _, o := range s.listeners() {
+		if o.over() || s.dropsRose(o) > 0 && o.ReceiveQueue >= o.SendQueue {
+			full = append(full, o)
+		}
+	}
+	if len(full) == 0 { // it has accepted them meanwhile
 		for _, o := range s.listeners() {
-			if o.over() || s.dropsRose(o) > 0 && o.ReceiveQueue >= o.SendQueue {
+			if s.dropsRose(o) > 0 {
 				full = append(full, o)
 			}
 		}
-		if len(full) == 0 { // it has accepted them meanwhile
-			for _, o := range s.listeners() {
-				if s.dropsRose(o) > 0 {
-					full = append(full, o)
-				}
-			}
-		}
-		for _, o := range full {
-			d.acceptQueue(s, o, overflows)
-		}
-		if len(full) == 0 {
-			d.acceptQueue(s, nil, overflows)
-		}
+	}
+	for _, o := range full {
+		d.acceptQueue(s, o, overflows)
+	}
+	if len(full) == 0 {
+		d.acceptQueue(s, nil, overflows)
 	}
 }
 

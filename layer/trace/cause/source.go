@@ -159,6 +159,11 @@ func (d *diagnosis) duplicates() {
 			if l := s.linkAt(a.Index); l != nil {
 				v.Where.Interface = l.Name
 			}
+			// Without it programs send from the address of the wire, which no router forwards.
+			d.folds(DuplicateAddress, func(e *seen) bool {
+				src := e.Tuple.Source.Addr()
+				return e.Kind == Drop && e.Reason == "IP_INADDRERRORS" && src.Is6() && src.IsLinkLocalUnicast() && s.owns(src)
+			})
 		}
 	}
 }
