@@ -21,6 +21,8 @@ ARCHITECTURES ?= amd64 arm64
 # What `make cluster-up` and `make conformance` are given.
 CLUSTER ?= --proxy kube-proxy --mode nftables
 CONFORMANCE ?=
+# What `make faults` is given: --for 8s, --rounds 300, -o json.
+FAULTS ?=
 # What `make bench-api` is given.
 SCALE ?=
 
@@ -29,7 +31,7 @@ SCALE ?=
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo generate check lint bench bench-api test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
+.PHONY: help build test demo faults generate check lint bench bench-api test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +52,11 @@ demo: ## see it: a shop of Services in a lab on this machine, and the bench tabl
 	@test/needs root bench
 	@$(MAKE) --no-print-directory build
 	bin/millrace demo
+
+faults: ## break small networks in every way that is known, and count how often millrace trace names the cause (FAULTS=); needs root
+	@test/needs root bench
+	@$(MAKE) --no-print-directory build
+	bin/millrace lab faults all $(FAULTS)
 
 generate: ## eBPF objects and their Go, from C; needs the pinned clang
 	@test/needs check

@@ -67,7 +67,7 @@ var law = []clause{
 var testsMayImport = map[string][]string{
 	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar"},
 	"doctor/...": {module + "test/docs"},
-	"lab/...":    {"google.golang.org/grpc"},
+	"lab/...":    {"google.golang.org/grpc", module + "test/docs"},
 	"source/...": {module + "test/docs", "golang.org/x/tools/txtar"},
 	"cmd/...":    {module + "layer/layertest", "github.com/spf13/pflag", "github.com/cilium/ebpf"},
 	".":          {"github.com/cilium/ebpf"},

@@ -2,9 +2,13 @@ package fault
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 )
 
 // fronts are the programs that rules are made with.
@@ -242,6 +246,32 @@ func onBridge(p *Part) error {
 		p.word(), p.to), "nft", "-f", "-")
 }
 
+// listening lets the switch speak spanning tree: a port that comes up then waits for
+// half a minute before it forwards.
+func listening(p *Part) error {
+	device := []string{p.router.far, p.router.device}[p.draw(2)]
+	port, err := p.router.link(device)
+	if err != nil {
+		return err
+	}
+	err = p.router.do(func() error {
+		request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+		message := nl.NewIfInfomsg(unix.AF_UNSPEC)
+		message.Index = int32(port.Attrs().MasterIndex)
+		request.AddData(message)
+		info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+		info.AddRtAttr(nl.IFLA_INFO_KIND, []byte("bridge"))
+		info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(nl.IFLA_BR_STP_STATE, nl.Uint32Attr(1))
+		request.AddData(info)
+		_, err := request.Execute(unix.NETLINK_ROUTE, 0)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("let the switch in %s speak spanning tree: %w", p.router.name, err)
+	}
+	return errors.Join(p.router.net.LinkSetDown(port), p.router.net.LinkSetUp(port))
+}
+
 // lastACK drops the end of the handshake at the server.
 func lastACK(p *Part) error {
 	p.blame(p.server)
@@ -288,6 +318,9 @@ var firewallFaults = []*Fault{
 	{Name: "bridge-rule-drop", Says: "A rule of the bridge family drops what a switch forwards.",
 		Causes: []string{"firewall-drop"}, Seen: []Outcome{Timeout, Silent}, needs: []string{"nft", "ebtables-nft"},
 		shape: shape{bridged: true}, induce: serving(onBridge), send: callsOrQuestions},
+	{Name: "bridge-port-blocked", Says: "A port of a switch that speaks spanning tree does not forward yet.", whole: true,
+		Causes: []string{"bridge-port-blocked"}, Seen: []Outcome{Timeout, Silent, Unreachable}, shape: shape{bridged: true},
+		window: askedInVain, induce: serving(listening), send: callsOrQuestions},
 	{Name: "udp-drop", Says: "A rule drops datagrams.",
 		Causes: []string{"firewall-drop"}, Seen: []Outcome{Silent, NotAllowed}, needs: []string{"nft"},
 		induce: serving(func(p *Part) error {
