@@ -29,8 +29,10 @@ type Case struct {
 	Faults []*Fault
 	// Six says of each whether it is IPv6.
 	Six []bool
-	// apart gives each fault a scene of its own.
-	apart bool
+	// apart gives each fault a scene of its own; farther puts another router in each.
+	apart, farther bool
+	// early sends before anybody watches, and again and again until the end.
+	early bool
 }
 
 // Name is what a person calls the run: "blackhole-route/6 + xdp-drop".
@@ -133,6 +135,7 @@ func Random(seed uint64, n int) (cases []Case) {
 			a, b := c.Faults[0], c.Faults[1]
 			c.apart = a.whole || b.whole || a.shape != b.shape || random.IntN(2) == 0
 		}
+		c.farther, c.early = random.IntN(3) == 0, random.IntN(3) == 0
 		cases = append(cases, c)
 	}
 	return cases
@@ -175,7 +178,9 @@ func (s *Stage) open(ctx context.Context, worker []string) error {
 	listed := s.Kind != Drawn
 	for i, f := range s.Faults {
 		if i == 0 || s.apart {
-			made, err := newScene(random, f.shape)
+			shape := f.shape
+			shape.farther = s.farther && !shape.bridged
+			made, err := newScene(random, shape)
 			if err != nil {
 				return err
 			}
@@ -192,13 +197,18 @@ func (s *Stage) open(ctx context.Context, worker []string) error {
 		if err := s.enliven(ctx, made, random); err != nil {
 			return err
 		}
-		for _, at := range []*space{made.client, made.router, made.server} {
+		for _, at := range made.spaces() {
 			s.order = append(s.order, at.name)
 		}
 	}
 	for _, p := range s.parts {
 		if err := p.fault.induce(p); err != nil {
 			return err
+		}
+		if p.fault.behind && s.Kind == Drawn && p.random.IntN(4) == 0 {
+			if err := p.translate(); err != nil {
+				return err
+			}
 		}
 	}
 	random.Shuffle(len(s.order), func(i, j int) { s.order[i], s.order[j] = s.order[j], s.order[i] })
@@ -228,7 +238,12 @@ func (s *Stage) Namespaces() []string { return slices.Clone(s.order) }
 func (s *Stage) Send(ctx context.Context) {
 	var all sync.WaitGroup
 	for _, p := range s.parts {
-		all.Go(func() { p.fault.send(ctx, p) })
+		all.Go(func() {
+			p.fault.send(ctx, p)
+			for s.early && !p.fault.once && rest(ctx, 300*time.Millisecond) {
+				p.fault.send(ctx, p)
+			}
+		})
 	}
 	all.Wait()
 }

@@ -17,7 +17,7 @@ func spoiled(protocol int) func(context.Context, *Part) {
 			return
 		}
 		defer raw.close()
-		mac := p.router.mac(p.router.device)
+		mac := p.gate().mac(p.gate().device)
 		wrong := uint16(1 + p.random.IntN(60000))
 		for range 2 * p.attempts {
 			from := netip.AddrPortFrom(p.from, uint16(30000+p.random.IntN(30000)))
@@ -42,6 +42,9 @@ func spoiled(protocol int) func(context.Context, *Part) {
 
 func blameServer(p *Part) error { p.blame(p.server); return nil }
 
+// blameGate: whoever gets an IP header first checks it.
+func blameGate(p *Part) error { p.blame(p.gate()); return nil }
+
 // beforeInvalid has a rule in front of the server that drops what connection tracking
 // cannot make sense of, which is what a wrong checksum looks like.
 func beforeInvalid(p *Part) error {
@@ -55,7 +58,7 @@ var checksumFaults = []*Fault{
 	{Name: "bad-udp-checksum", Number: "10b", Says: "Datagrams come with a wrong checksum.",
 		Causes: []string{"bad-checksum"}, Seen: []Outcome{Silent}, induce: serving(blameServer), send: spoiled(unix.IPPROTO_UDP)},
 	{Name: "bad-ip-checksum", Number: "10c", Says: "IP headers come with a wrong checksum.", families: onlyFour,
-		Causes: []string{"bad-checksum"}, Seen: []Outcome{Silent}, induce: serving(), send: spoiled(0)},
+		Causes: []string{"bad-checksum"}, Seen: []Outcome{Silent}, induce: serving(blameGate), send: spoiled(0)},
 	{Name: "bad-checksum-invalid", Number: "10d", Says: "A wrong checksum, dropped by a rule about invalid packets.",
 		Causes: []string{"bad-checksum"}, Seen: []Outcome{Silent}, needs: []string{"nft"},
 		induce: serving(beforeInvalid), send: spoiled(unix.IPPROTO_TCP)},

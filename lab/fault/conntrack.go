@@ -152,6 +152,17 @@ func fewSources(p *Part) error {
 		p.word(), p.word(), p.to, p.port, to), "nft", "-f", "-")
 }
 
+// translate puts an address of nobody's before the server, which the router translates.
+func (p *Part) translate() error {
+	p.service = netip.AddrPortFrom(p.elsewhere(), uint16(1024+p.random.IntN(28000)))
+	text := fmt.Sprintf(`table %s services { chain c { type nat hook prerouting priority -100;
+		%s daddr %s tcp dport %d dnat to %s; %s daddr %s udp dport %d dnat to %s; }; }`,
+		p.word(), p.word(), p.service.Addr(), p.service.Port(), p.local(p.port), p.word(), p.service.Addr(), p.service.Port(), p.local(p.port))
+	return errors.Join(
+		p.client.route(one(p.service.Addr()), p.nearGate[p.i()], p.client.device, unix.RTN_UNICAST),
+		p.router.feed(text, "nft", "-f", "-"))
+}
+
 // dropInvalid is the rule about packets that connection tracking cannot make sense of.
 func (p *Part) dropInvalid() error {
 	front := p.draw(3)
@@ -171,7 +182,7 @@ func forgotten(p *Part) error {
 // forget opens connections, lets the router forget them, and goes on.
 func forget(ctx context.Context, p *Part) {
 	every(ctx, p.attempts, 50*time.Millisecond, func() {
-		conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+		conn, err := p.connect(ctx, "tcp")
 		if err != nil {
 			p.saw(outcomeOf(err, Timeout))
 			return
@@ -201,7 +212,7 @@ func (p *Part) deleteEntries() error {
 }
 
 var conntrackFaults = []*Fault{
-	{Name: "conntrack-full", Number: "01", Says: "The table of connection tracking is full: no new connection is let through.", whole: true,
+	{Name: "conntrack-full", behind: true, Number: "01", Says: "The table of connection tracking is full: no new connection is let through.", whole: true,
 		Causes: []string{"conntrack-table-full"}, Seen: []Outcome{Timeout, Silent}, needs: []string{"iptables-nft", "iptables-legacy", "nft"},
 		induce: serving(fill), send: callsOrQuestions},
 	{Name: "snat-exhausted", Number: "21", Says: "More connections than the ports that they are translated to.",

@@ -25,6 +25,10 @@ type Fault struct {
 	families family
 	// whole says that it meets more than the traffic of its own part.
 	whole bool
+	// behind says that its server may be behind an address that the router translates.
+	behind bool
+	// once says that it is not sent again and again: what it fills stays full.
+	once bool
 	// needs are programs that it is induced by.
 	needs []string
 	// window is how long it takes to show, where that is longer than others do.

@@ -57,8 +57,8 @@ func bigCalls(ctx context.Context, p *Part) {
 // unequal makes the far end of the client's link take less than the client sends, and
 // the client cut its segments itself, as without offloads.
 func unequal(p *Part) error {
-	p.blame(p.client, p.router)
-	return errors.Join(p.mtu(p.router, p.router.device, 1300+p.random.IntN(120)), p.noOffloads(p.client, p.client.device))
+	p.blame(p.client, p.gate())
+	return errors.Join(p.mtu(p.gate(), p.gate().device, 1300+p.random.IntN(120)), p.noOffloads(p.client, p.client.device))
 }
 
 // The commands of ethtool (linux/ethtool.h).
@@ -107,7 +107,7 @@ func halves(ctx context.Context, p *Part) {
 		return
 	}
 	defer raw.close()
-	mac := p.router.mac(p.router.device)
+	mac := p.gate().mac(p.gate().device)
 	from := netip.AddrPortFrom(p.from, uint16(1024+p.random.IntN(60000)))
 	whole := udpSegment(from, p.local(p.port), make([]byte, 2000), 0)
 	for range p.attempts {

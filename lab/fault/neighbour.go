@@ -46,14 +46,14 @@ func twice(p *Part) error {
 }
 
 var neighbourFaults = []*Fault{
-	{Name: "neighbour-missing", Number: "07", Says: "Nobody has the address that the router asks for.",
+	{Name: "neighbour-missing", behind: true, Number: "07", Says: "Nobody has the address that the router asks for.",
 		Causes: []string{"neighbour-unresolved"}, Seen: []Outcome{Unreachable, Timeout, Silent}, window: askedInVain, induce: nobodyThere(false), send: callsOrQuestions},
 	{Name: "neighbour-missing-on-link", Number: "07b", Says: "Nobody has the address that the client asks for on its own link.",
 		Causes: []string{"neighbour-unresolved"}, Seen: []Outcome{Unreachable, Timeout, Silent}, window: askedInVain, induce: nobodyThere(true), send: callsOrQuestions},
-	{Name: "wrong-mac", Number: "24", Says: "The router has a stale hardware address of the server.",
+	{Name: "wrong-mac", behind: true, Number: "24", Says: "The router has a stale hardware address of the server.",
 		Causes: []string{"wrong-mac-address"}, Seen: []Outcome{Timeout, Silent}, induce: serving(wrongMAC), send: callsOrQuestions},
-	{Name: "peer-down", Number: "27", Says: "The far end of the router's link is down.", whole: true,
+	{Name: "peer-down", behind: true, Number: "27", Says: "The far end of the router's link is down.", whole: true,
 		Causes: []string{"link-down"}, Seen: []Outcome{Unreachable, Timeout, Silent, NoNetwork}, window: askedInVain, induce: serving(peerDown), send: callsOrQuestions},
-	{Name: "duplicate-address", Number: "36", Says: "The server has the client's address, too.", families: onlyFour,
+	{Name: "duplicate-address", behind: true, Number: "36", Says: "The server has the client's address, too.", families: onlyFour,
 		Causes: []string{"duplicate-address"}, Seen: []Outcome{Timeout, Silent}, induce: serving(twice), send: callsOrQuestions},
 }

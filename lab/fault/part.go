@@ -70,7 +70,9 @@ type Part struct {
 	six, listed, udp bool
 	from, to         netip.Addr
 	port             uint16
-	attempts         int
+	// service is an address that the router translates to the server's, if it does.
+	service  netip.AddrPort
+	attempts int
 	// worker is the command of WorkerMain; group the one that its process is in.
 	worker []string
 	group  string

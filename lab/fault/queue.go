@@ -30,7 +30,7 @@ func notAccepting(n int) func(*Part) error {
 func connects(n int, between time.Duration) func(context.Context, *Part) {
 	return func(ctx context.Context, p *Part) {
 		every(ctx, n, between, func() {
-			conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+			conn, err := p.connect(ctx, "tcp")
 			if err == nil {
 				p.atEnd(func() { conn.Close() })
 			}
@@ -57,7 +57,7 @@ func flood(ctx context.Context, p *Part) {
 		return
 	}
 	defer raw.close()
-	mac := p.router.mac(p.router.device)
+	mac := p.gate().mac(p.gate().device)
 	to := p.local(p.port)
 	ghost := func() netip.Addr { return p.host(p.near[p.i()]) }
 	if p.draw(2) == 1 {
@@ -129,14 +129,14 @@ func overflowed(p *Part) error {
 }
 
 var queueFaults = []*Fault{
-	{Name: "accept-queue", Number: "06a", Says: "A server does not accept: connections wait until there is no room.",
+	{Name: "accept-queue", behind: true, Number: "06a", Says: "A server does not accept: connections wait until there is no room.",
 		Causes: []string{"accept-queue-full"}, Seen: []Outcome{Timeout}, induce: notAccepting(1), send: connects(10, 60*time.Millisecond)},
-	{Name: "accept-burst", Number: "35", Says: "More connections at once than a server has room for.",
+	{Name: "accept-burst", behind: true, Number: "35", Says: "More connections at once than a server has room for.",
 		Causes: []string{"accept-queue-full"}, Seen: []Outcome{Timeout}, induce: notAccepting(4), send: connects(30, 0)},
 	{Name: "syn-queue", Number: "06b", Says: "A flood of SYN without cookies: nobody gets through.",
 		Causes: []string{"syn-queue-full"}, Seen: []Outcome{Timeout}, whole: true, induce: flooded("0"), send: flood},
 	{Name: "syn-flood", Number: "06c", Says: "A flood of SYN, answered with cookies.",
 		Causes: []string{"syn-flood"}, Seen: []Outcome{OK, Reset}, whole: true, induce: flooded("1"), send: flood},
-	{Name: "qdisc-full", Number: "14", Says: "The queue of a device that is limited overflows.", whole: true,
+	{Name: "qdisc-full", behind: true, Number: "14", Says: "The queue of a device that is limited overflows.", whole: true,
 		Causes: []string{"qdisc-full"}, Seen: []Outcome{Silent, OK}, induce: serving(narrowPipe), send: pour(1200, 200), took: overflowed},
 }

@@ -90,9 +90,12 @@ func serverKnowsNot(p *Part) error {
 	via := p.from
 	p.from = p.elsewhere()
 	p.blame(p.server)
-	return errors.Join(
-		p.client.addr(p.client.device, one(p.from)),
-		p.router.route(one(p.from), via, p.router.device, unix.RTN_UNICAST))
+	all := p.client.addr(p.client.device, one(p.from))
+	if p.hop != nil {
+		all = errors.Join(all, p.hop.route(one(p.from), via, p.hop.device, unix.RTN_UNICAST))
+		via = p.hopGate[p.i()]
+	}
+	return errors.Join(all, p.router.route(one(p.from), via, p.router.device, unix.RTN_UNICAST))
 }
 
 // looped sends a network from the router to the server and back.
@@ -143,7 +146,8 @@ func martians(ctx context.Context, p *Part) {
 	}
 	defer raw.close()
 	from := netip.AddrFrom4([4]byte{127, byte(p.random.IntN(256)), byte(p.random.IntN(256)), byte(2 + p.random.IntN(200))})
-	to := p.router.mac(p.router.device)
+	to := p.gate().mac(p.gate().device)
+	p.blame(p.gate())
 	for range 3 * p.attempts {
 		p.wrong(raw.send(to, datagram(netip.AddrPortFrom(from, 5000), p.local(p.port), make([]byte, 32), 0)))
 		if !rest(ctx, 30*time.Millisecond) {
@@ -157,19 +161,19 @@ var routeFaults = []*Fault{
 		Causes: []string{"reverse-path-filter"}, Seen: []Outcome{Timeout, Silent}, families: onlyFour, induce: strict(false), send: callsOrQuestions},
 	{Name: "rp-filter-all", Says: "The same, by the setting for all devices.",
 		Causes: []string{"reverse-path-filter"}, Seen: []Outcome{Timeout, Silent}, families: onlyFour, induce: strict(true), send: callsOrQuestions},
-	{Name: "routing-loop", Number: "08", Says: "Two routers send a packet to one another until its time to live is over.",
+	{Name: "routing-loop", behind: true, Number: "08", Says: "Two routers send a packet to one another until its time to live is over.",
 		Causes: []string{"routing-loop"}, Seen: []Outcome{Unreachable, Timeout, Silent}, induce: looped, send: callsOrQuestions},
-	{Name: "blackhole-route", Number: "11", Says: "A route of type blackhole: nothing comes back, and nothing counts.",
+	{Name: "blackhole-route", behind: true, Number: "11", Says: "A route of type blackhole: nothing comes back, and nothing counts.",
 		Causes: []string{"route-blackhole"}, Seen: []Outcome{Timeout, Silent}, induce: leadingNowhere(unix.RTN_BLACKHOLE), send: callsOrQuestions},
-	{Name: "unreachable-route", Number: "11b", Says: "A route of type unreachable answers with ICMP.",
+	{Name: "unreachable-route", behind: true, Number: "11b", Says: "A route of type unreachable answers with ICMP.",
 		Causes: []string{"route-unreachable"}, Seen: []Outcome{Unreachable, NoNetwork, Timeout}, induce: leadingNowhere(unix.RTN_UNREACHABLE), send: calls},
-	{Name: "prohibit-route", Says: "A route of type prohibit answers as a firewall may.",
+	{Name: "prohibit-route", behind: true, Says: "A route of type prohibit answers as a firewall may.",
 		Causes: []string{"route-prohibit"}, Seen: []Outcome{Unreachable, Prohibited, Timeout}, induce: leadingNowhere(unix.RTN_PROHIBIT), send: calls},
-	{Name: "router-no-route", Number: "12", Says: "The router has no route to the destination.",
+	{Name: "router-no-route", behind: true, Number: "12", Says: "The router has no route to the destination.",
 		Causes: []string{"no-route"}, Seen: []Outcome{NoNetwork, Unreachable, Silent, Timeout}, induce: routerKnowsNot, send: callsOrQuestions},
 	{Name: "client-no-route", Number: "12b", Says: "The client itself has no route to the destination: nothing is sent.",
 		Causes: []string{"no-route"}, Seen: []Outcome{NoNetwork}, induce: clientKnowsNot, send: callsOrQuestions},
-	{Name: "no-route-back", Number: "37", Says: "The server has no route to who asks: it never answers.",
+	{Name: "no-route-back", behind: true, Number: "37", Says: "The server has no route to who asks: it never answers.",
 		Causes: []string{"no-route-back"}, Seen: []Outcome{Timeout}, induce: serving(serverKnowsNot), send: calls},
 	{Name: "forwarding-off", Number: "13", Says: "The router does not forward.", whole: true,
 		Causes: []string{"forwarding-off"}, Seen: []Outcome{Timeout, Silent}, induce: serving(noForwarding), send: callsOrQuestions},

@@ -104,6 +104,10 @@ func (s *Stage) watched(ctx context.Context, window time.Duration, trace Tracer)
 	defer sending.Wait()
 	defer stop()
 	once := sync.OnceFunc(func() { sending.Go(func() { s.Send(ctx) }) })
+	if s.early {
+		once()
+		rest(ctx, time.Second)
+	}
 	said, err := trace(ctx, s.Name(), s.Namespaces(), window, once)
 	if err != nil {
 		return nil, fmt.Errorf("trace %s: %w", s.Name(), err)

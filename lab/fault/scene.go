@@ -26,6 +26,8 @@ const spacesFolder = "/run/netns"
 type shape struct {
 	// bridged makes the router a switch: client and server are neighbours.
 	bridged bool
+	// farther puts another router between the client and the router.
+	farther bool
 }
 
 // space is one network namespace of a scene.
@@ -144,10 +146,13 @@ func (s *space) neigh(device string, addr netip.Addr, mac net.HardwareAddr) erro
 type scene struct {
 	random                 *rand.Rand
 	client, router, server *space
+	// hop is the other router, or nil.
+	hop *space
 	// near is the client's network, distant the server's: IPv4 and IPv6.
 	near, distant [2]netip.Prefix
-	// gates are the router's addresses in near and in distant.
-	nearGate, distantGate [2]netip.Addr
+	// nearGate and distantGate are the next hops of client and server; hopGate is the
+	// other router's address on the way to the router.
+	nearGate, distantGate, hopGate [2]netip.Addr
 	// hosts are the addresses that were given away.
 	hosts   *hosts
 	shape   shape
@@ -181,10 +186,14 @@ func newScene(random *rand.Rand, shape shape) (s *scene, err error) {
 	}
 	s.client.device, s.server.device = s.deviceName(), s.deviceName()
 	s.router.device, s.router.far = s.deviceName(), s.deviceName()
-	if err = s.join(s.router.device, s.client); err != nil {
+	if shape.farther {
+		if err = s.addHop(); err != nil {
+			return s, err
+		}
+	} else if err = s.join(s.router, s.router.device, s.client, s.client.device); err != nil {
 		return s, err
 	}
-	if err = s.join(s.router.far, s.server); err != nil {
+	if err = s.join(s.router, s.router.far, s.server, s.server.device); err != nil {
 		return s, err
 	}
 	if shape.bridged {
@@ -293,8 +302,36 @@ func (s *scene) deviceName() string {
 	return word + strconv.Itoa(s.random.IntN(1000))
 }
 
-// join makes a pair between the router and another.
-func (s *scene) join(name string, to *space) error {
+// gate is who forwards for the client.
+func (s *scene) gate() *space {
+	if s.hop != nil {
+		return s.hop
+	}
+	return s.router
+}
+
+// spaces are all that take part.
+func (s *scene) spaces() []*space {
+	all := []*space{s.client, s.router, s.server}
+	if s.hop != nil {
+		all = append(all, s.hop)
+	}
+	return all
+}
+
+// addHop makes the other router, joined on both sides.
+func (s *scene) addHop() (err error) {
+	if s.hop, err = s.newSpace(); err != nil {
+		return err
+	}
+	s.hop.device, s.hop.far = s.deviceName(), s.deviceName()
+	return errors.Join(
+		s.join(s.hop, s.hop.device, s.client, s.client.device),
+		s.join(s.hop, s.hop.far, s.router, s.router.device))
+}
+
+// join makes a pair of devices between two spaces.
+func (s *scene) join(at *space, name string, to *space, peer string) error {
 	fd, err := unix.Open(to.path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open %s: %w", to.path, err)
@@ -302,27 +339,31 @@ func (s *scene) join(name string, to *space) error {
 	defer unix.Close(fd)
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
-	pair := &netlink.Veth{LinkAttrs: attrs, PeerName: to.device, PeerNamespace: netlink.NsFd(fd)}
-	if err := s.router.net.LinkAdd(pair); err != nil {
-		return fmt.Errorf("add %s and %s: %w", name, to.device, err)
+	pair := &netlink.Veth{LinkAttrs: attrs, PeerName: peer, PeerNamespace: netlink.NsFd(fd)}
+	if err := at.net.LinkAdd(pair); err != nil {
+		return fmt.Errorf("add %s and %s: %w", name, peer, err)
 	}
-	near, err := s.router.link(name)
+	near, err := at.link(name)
 	if err != nil {
 		return err
 	}
-	far, err := to.link(to.device)
+	far, err := to.link(peer)
 	if err != nil {
 		return err
 	}
-	return errors.Join(s.router.net.LinkSetUp(near), to.net.LinkSetUp(far))
+	return errors.Join(at.net.LinkSetUp(near), to.net.LinkSetUp(far))
 }
 
 // wireRouter gives everybody addresses, and routes to the other side.
 func (s *scene) wireRouter() error {
+	gate := s.gate()
 	err := s.router.set("net.ipv4.ip_forward", "1", "net.ipv6.conf.all.forwarding", "1")
+	if s.hop != nil {
+		err = errors.Join(err, s.wireHop())
+	}
 	for i := range s.near {
 		err = errors.Join(err,
-			s.router.addr(s.router.device, netip.PrefixFrom(s.nearGate[i], s.near[i].Bits())),
+			gate.addr(gate.device, netip.PrefixFrom(s.nearGate[i], s.near[i].Bits())),
 			s.router.addr(s.router.far, netip.PrefixFrom(s.distantGate[i], s.distant[i].Bits())),
 			s.client.addr(s.client.device, netip.PrefixFrom(s.host(s.near[i]), s.near[i].Bits())),
 			s.server.addr(s.server.device, netip.PrefixFrom(s.host(s.distant[i]), s.distant[i].Bits())),
@@ -330,6 +371,27 @@ func (s *scene) wireRouter() error {
 			s.server.route(s.near[i], s.distantGate[i], s.server.device, unix.RTN_UNICAST))
 	}
 	return err
+}
+
+// wireHop gives the way between the two routers addresses: all else is beyond the router.
+func (s *scene) wireHop() error {
+	all := s.hop.set("net.ipv4.ip_forward", "1", "net.ipv6.conf.all.forwarding", "1")
+	everything := [2]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
+	transit := [2]netip.Prefix{
+		netip.PrefixFrom(netip.AddrFrom4([4]byte{169, 254, byte(s.random.IntN(256)), 0}), 28),
+		netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0xff, byte(s.random.IntN(256))}), 112),
+	}
+	for i, t := range transit {
+		near := t.Addr().Next().Next()
+		far := near.Next()
+		s.hopGate[i] = near
+		all = errors.Join(all,
+			s.hop.addr(s.hop.far, netip.PrefixFrom(near, t.Bits())),
+			s.router.addr(s.router.device, netip.PrefixFrom(far, t.Bits())),
+			s.hop.route(everything[i], far, s.hop.far, unix.RTN_UNICAST),
+			s.router.route(s.near[i], near, s.router.device, unix.RTN_UNICAST))
+	}
+	return all
 }
 
 // wireBridge makes the router a switch.

@@ -54,7 +54,7 @@ func deaf(p *Part) error {
 // pour sends many datagrams, and notes whether one was answered.
 func pour(size, times int) func(context.Context, *Part) {
 	return func(ctx context.Context, p *Part) {
-		conn, err := dial(ctx, p.client, "udp", p.from, p.local(p.port), patience)
+		conn, err := p.connect(ctx, "udp")
 		if err != nil {
 			p.wrong(err)
 			return
@@ -98,7 +98,7 @@ func stalled(p *Part) error {
 // push writes until nothing goes any more, and stays.
 func push(ctx context.Context, p *Part) {
 	every(ctx, 1+p.draw(3), 100*time.Millisecond, func() {
-		conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+		conn, err := p.connect(ctx, "tcp")
 		if err != nil {
 			p.saw(outcomeOf(err, Timeout))
 			return
@@ -145,7 +145,7 @@ func hold(n int) func(context.Context, *Part) {
 	return func(ctx context.Context, p *Part) {
 		var mu sync.Mutex
 		every(ctx, n, 20*time.Millisecond, func() {
-			conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+			conn, err := p.connect(ctx, "tcp")
 			if err != nil {
 				p.saw(outcomeOf(err, Timeout))
 				return
@@ -159,18 +159,18 @@ func hold(n int) func(context.Context, *Part) {
 }
 
 var socketFaults = []*Fault{
-	{Name: "no-tcp-listener", Number: "05a", Says: "Nobody listens at the TCP port.",
+	{Name: "no-tcp-listener", behind: true, Number: "05a", Says: "Nobody listens at the TCP port.",
 		Causes: []string{"no-listener"}, Seen: []Outcome{Refused}, induce: nobodyListens, send: calls},
-	{Name: "no-udp-listener", Number: "05b", Says: "Nobody listens at the UDP port.",
+	{Name: "no-udp-listener", behind: true, Number: "05b", Says: "Nobody listens at the UDP port.",
 		Causes: []string{"no-listener"}, Seen: []Outcome{Refused}, induce: nobodyListens, send: questions},
-	{Name: "udp-buffer-full", Number: "09", Says: "A UDP server does not read: its receive buffer overflows.",
+	{Name: "udp-buffer-full", behind: true, Number: "09", Says: "A UDP server does not read: its receive buffer overflows.",
 		Causes: []string{"receive-buffer-full"}, Seen: []Outcome{Silent}, induce: deaf, send: pour(800, 300)},
-	{Name: "closed-unread", Number: "19", Says: "A server closes with data unread, which resets the connection.",
+	{Name: "closed-unread", behind: true, Number: "19", Says: "A server closes with data unread, which resets the connection.",
 		Causes: []string{"closed-with-unread-data"}, Seen: []Outcome{Reset}, induce: closesUnread, send: longCalls},
-	{Name: "local-ports", Number: "20", Says: "The client has no local port left for this destination.", whole: true,
+	{Name: "local-ports", once: true, Number: "20", Says: "The client has no local port left for this destination.", whole: true,
 		Causes: []string{"local-ports-exhausted"}, Seen: []Outcome{NoAddress}, induce: serving(fewPorts), send: hold(20)},
-	{Name: "socket-filter", Number: "28", Says: "A filter at the server's socket lets nothing in.",
+	{Name: "socket-filter", behind: true, Number: "28", Says: "A filter at the server's socket lets nothing in.",
 		Causes: []string{"socket-filter-drop"}, Seen: []Outcome{Silent}, induce: filtered, send: questions},
-	{Name: "zero-window", Number: "30", Says: "A server does not read: its window is closed, and the sender waits.",
+	{Name: "zero-window", once: true, behind: true, Number: "30", Says: "A server does not read: its window is closed, and the sender waits.",
 		Causes: []string{"receiver-stalled"}, Seen: []Outcome{Hang}, induce: stalled, send: push},
 }

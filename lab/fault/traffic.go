@@ -43,6 +43,16 @@ func dial(ctx context.Context, at *space, network string, from netip.Addr, to ne
 	return conn, err
 }
 
+// connect is the part's client: from its address to its server, or to the address that
+// stands for it.
+func (p *Part) connect(ctx context.Context, network string) (net.Conn, error) {
+	to := p.local(p.port)
+	if p.service.IsValid() {
+		to = p.service
+	}
+	return dial(ctx, p.client, network, p.from, to, patience)
+}
+
 // listen opens a listener of TCP; queue is how many connections may wait to be accepted.
 func listen(at *space, on netip.AddrPort, queue int) (*net.TCPListener, error) {
 	var listener net.Listener
@@ -138,7 +148,7 @@ func (p *Part) answers(at *space, on netip.AddrPort) error {
 
 // call connects, sends, waits for the answer of the echo server, and says how it went.
 func (p *Part) call(ctx context.Context, size int) Outcome {
-	conn, err := dial(ctx, p.client, "tcp", p.from, p.local(p.port), patience)
+	conn, err := p.connect(ctx, "tcp")
 	if err != nil {
 		return outcomeOf(err, Timeout)
 	}
@@ -167,7 +177,7 @@ func calls(ctx context.Context, p *Part) {
 
 // ask sends a datagram and waits for its answer.
 func (p *Part) ask(ctx context.Context, size int) Outcome {
-	conn, err := dial(ctx, p.client, "udp", p.from, p.local(p.port), patience)
+	conn, err := p.connect(ctx, "udp")
 	if err != nil {
 		return outcomeOf(err, Timeout)
 	}
