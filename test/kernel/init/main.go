@@ -131,7 +131,7 @@ func test(binary string) {
 		fmt.Println(end, name, err)
 		return
 	}
-	command := exec.Command(binary, append(strings.Fields(string(flags)), "-test.v", "-test.timeout=10m")...)
+	command := exec.Command(binary, append([]string{"-test.v", "-test.timeout=10m"}, strings.Fields(string(flags))...)...)
 	command.Dir, command.Stdout, command.Stderr = folder, os.Stdout, os.Stdout
 	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	status := "passed"
