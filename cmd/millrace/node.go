@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/service"
+	"github.com/millrace/millrace/layer/trace"
 	"github.com/millrace/millrace/layer/tune"
 	"github.com/millrace/millrace/model"
 )
@@ -107,7 +109,24 @@ func (p *place) pinned() []layer.Layer {
 			Wire: p.wire, NodePortAddresses: p.nodePorts, NodePortPrimary: p.primary, ClusterCIDRs: p.clusterCIDRs,
 		}),
 		p.tune(),
+		p.trace(),
 	}
+}
+
+func (p *place) trace() *trace.Layer {
+	return trace.New(trace.Settings{Pins: filepath.Join(p.pins, "trace"), Whole: isWholeMachine()})
+}
+
+// isWholeMachine says that this process is where the kernel's own threads are: a node
+// that is a namespace of a machine, as in the lab, is not.
+func isWholeMachine() bool {
+	name, err := os.ReadFile("/proc/2/comm")
+	if err != nil || strings.TrimSpace(string(name)) != "kthreadd" {
+		return false
+	}
+	first, err := os.Readlink("/proc/2/ns/net")
+	own, wrong := os.Readlink("/proc/self/ns/net")
+	return err == nil && wrong == nil && first == own
 }
 
 func (p *place) tune() layer.Layer {

@@ -130,6 +130,10 @@ func (s *Session) readTotals(r *Recording, all []tally) error {
 	var counts []uint64
 	var total, kept uint64
 	for slot := range totals.MaxEntries() {
+		kind := traceKind(slot / reasons)
+		if slot%reasons > 0 && kind != traceKindKIND_DROP && kind != traceKindKIND_RESET {
+			continue // of those there is no reason
+		}
 		if err := totals.Lookup(slot, &counts); err != nil {
 			return fmt.Errorf("read totals: %w", err)
 		}
@@ -138,7 +142,6 @@ func (s *Session) readTotals(r *Recording, all []tally) error {
 			continue
 		}
 		total += sum
-		kind := traceKind(slot / reasons)
 		one := Total{Kind: kinds[kind], Reason: s.reason(uint8(kind), slot%reasons), Count: sum}
 		if slot%reasons == reasons-1 {
 			one.Reason = "others"

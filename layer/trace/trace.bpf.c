@@ -669,6 +669,23 @@ static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bo
 	return true;
 }
 
+/* read_sender takes the ends of a packet that died before it had an IP header from the
+ * socket that sends it. */
+static __always_inline void read_sender(struct subject *s, struct sk_buff *skb)
+{
+	struct sock *sk = skb->sk;
+	__u32 netns = s->key.netns;
+
+	if (!sk || !read_socket(s, sk)) {
+		s->key.netns = netns;
+		return;
+	}
+	s->key.netns = netns;
+	s->key.protocol = sk->sk_protocol;
+	port_of_service(s, sk->__sk_common.skc_state);
+	s->skb = 0; /* its bytes are no packet yet */
+}
+
 /* A packet died. */
 SEC("tp_btf/kfree_skb")
 int drop(__u64 *ctx)
@@ -685,6 +702,8 @@ int drop(__u64 *ctx)
 	if (drop_reason == 2)
 		s.key.reason = ctx[2];
 	read_packet(&s, skb);
+	if (!s.key.protocol && !s.key.ethertype)
+		read_sender(&s, skb);
 	if (receiver)
 		s.socket = receiver->__sk_common.skc_cookie.counter;
 	if (each) {

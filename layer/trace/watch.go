@@ -114,7 +114,7 @@ func Watch(o Options) (*Session, error) {
 		return nil, err
 	}
 	s := &Session{examples: map[traceEventKey]*sample{}}
-	chosen, err := s.choose(kernel, spec, &o)
+	chosen, err := s.choose(kernel, spec, wanted(&o))
 	if err != nil {
 		return nil, err
 	}
@@ -323,13 +323,18 @@ var probes = []probe{
 	{traceProgCall, "sys_exit", []string{"pt_regs", ""}},
 }
 
+// wanted are the programs that are asked for.
+func wanted(o *Options) []probe {
+	if o.Calls {
+		return probes
+	}
+	return slices.DeleteFunc(slices.Clone(probes), func(p probe) bool { return p.name == traceProgCall })
+}
+
 // choose finds which tracepoints the kernel has, with the arguments that our programs
 // read.
-func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec, o *Options) (chosen []probe, err error) {
-	for _, p := range probes {
-		if p.name == traceProgCall && !o.Calls {
-			continue
-		}
+func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec, wanted []probe) (chosen []probe, err error) {
+	for _, p := range wanted {
 		have, err := argumentsOf(kernel, p.tracepoint)
 		switch {
 		case err != nil:

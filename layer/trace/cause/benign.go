@@ -18,6 +18,12 @@ var usual = map[string]bool{
 	"SKB_UCOPY_FAULT": true, "NEIGH_QUEUEFULL": true, "NEIGH_DEAD": true,
 }
 
+// Usual says that packets like this one die where all is well, too: for its reason, or
+// since nobody waits for it.
+func Usual(e *Event) bool {
+	return usual[e.Reason] || e.Tuple.noise() && !isDiscovery(e) || e.Tuple.EtherType == 0 && !e.Tuple.Destination.Addr().IsValid()
+}
+
 // benign takes out what is no sign of anything.
 func (d *diagnosis) benign() {
 	for _, e := range d.events {
