@@ -80,12 +80,21 @@ func attached(id ebpf.ProgramID, kind, hook, device string) cause.Program {
 	return p
 }
 
+// services are the names of millrace's own programs for Services.
+var services = []string{"from_pod", "to_pod", "from_wire", "to_wire", "from_wire_l3", "to_wire_l3", "connect4", "connect6", "sendmsg4", "sendmsg6"}
+
+// pinned is where millrace keeps what stays when it ends.
+const pinned = "/sys/fs/bpf/millrace"
+
 // ownerOf is whose programs begin like that.
 func ownerOf(name string) string {
 	for prefix, owner := range map[string]string{"cil_": "cilium", "tail_": "cilium", "cali_": "calico", "calico_": "calico"} {
 		if strings.HasPrefix(name, prefix) {
 			return owner
 		}
+	}
+	if _, err := os.Stat(pinned); err == nil && slices.Contains(services, name) {
+		return "millrace"
 	}
 	return ""
 }

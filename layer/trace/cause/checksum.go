@@ -86,7 +86,7 @@ var checksumReasons = map[string]string{"TCP_CSUM": "TCP", "UDP_CSUM": "UDP", "I
 // right one. Where a rule drops what belongs to no connection it is dropped there first:
 // connection tracking takes it for invalid.
 func (d *diagnosis) checksums() {
-	for _, e := range d.open(Drop, ChecksumFail) {
+	for _, e := range append(d.open(Drop), d.open(ChecksumFail)...) {
 		which := checksumReasons[e.Reason]
 		if e.Kind == ChecksumFail {
 			which = "TCP"
@@ -105,8 +105,8 @@ func (d *diagnosis) checksums() {
 		if rose := s.rose(counter...); rose > 0 {
 			v.saw("%s +%d (%s, /proc/net/snmp)", counter[0], rose, s.Name)
 		}
-		if e.Kind == ChecksumFail {
-			continue
+		if e.Kind == ChecksumFail && !fresh {
+			continue // it is of packets that died, too
 		}
 		v.Title = "packets of " + e.Tuple.Source.Addr().String() + " arrive with a wrong " + which + " checksum: " + times(v.Packets, "was", "were") + " dropped"
 		v.saw("%d packets dropped at %s, reason %s: %s", e.Count, e.Location, e.Reason, flow(e.Tuple))

@@ -139,9 +139,15 @@ func (d *diagnosis) downFor(s *Space, e *seen) (place, bool) {
 	for _, a := range s.Addrs {
 		l := s.linkAt(a.Index)
 		if at, down := d.broken(s, l); down && a.Prefix.Addr().Is4() == to.Is4() {
-			if a.Prefix.Contains(to) || d.onlyWay(s, l, to) {
+			if a.Prefix.Contains(to) || d.onlyWay(s, l) {
 				return at, true
 			}
+		}
+	}
+	for i := range s.After.Links { // addresses of IPv6 go with it as well
+		l := &s.After.Links[i]
+		if at, down := d.broken(s, l); down && d.onlyWay(s, l) {
+			return at, true
 		}
 	}
 	return place{}, false
@@ -149,7 +155,7 @@ func (d *diagnosis) downFor(s *Space, e *seen) (place, bool) {
 
 // onlyWay says that a device has come down within the window, or is the only one that is
 // not up: the routes that led by it are not to be seen any more.
-func (d *diagnosis) onlyWay(s *Space, l *Link, _ netip.Addr) bool {
+func (d *diagnosis) onlyWay(s *Space, l *Link) bool {
 	for _, was := range s.Before.Links {
 		if was.Index == l.Index && was.Up && was.Carrier {
 			return true

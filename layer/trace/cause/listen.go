@@ -129,7 +129,15 @@ func (d *diagnosis) floods() {
 			}
 			return false
 		})
-		d.folds("flood", func(e *seen) bool { return e.Kind == NeighFailed && gone[e.Tuple.Destination.Addr()] })
+		asked := func(a netip.Addr) bool { // by somebody who opens a connection
+			return slices.ContainsFunc(d.events, func(o *seen) bool {
+				return o.Tuple.Destination.Addr() == a && (o.Kind == CallFailed || o.Kind == SocketError || o.Kind == Drop && o.Tuple.TCPFlags&flagACK == 0)
+			})
+		}
+		d.folds("flood", func(e *seen) bool {
+			a := e.Tuple.Destination.Addr()
+			return e.Kind == NeighFailed && (gone[a] || madeUp(a) && !asked(a))
+		})
 	}
 }
 

@@ -11,16 +11,16 @@ func (d *diagnosis) programs() {
 		s := d.spaces[e.Space]
 		switch {
 		case e.Reason == "TC_INGRESS":
-			d.programDrop(TCDrop, s, e, "tc ingress", "")
+			d.programDrop(TCDrop, s, e, "tc ingress")
 		case e.Reason == "TC_EGRESS":
-			d.programDrop(TCDrop, s, e, "tc egress", "")
+			d.programDrop(TCDrop, s, e, "tc egress")
 		case e.Reason == "XDP", e.Reason == "NOT_SPECIFIED" && strings.Contains(e.Location, "xdp"):
-			d.programDrop(XDPDrop, s, e, "xdp", "")
+			d.programDrop(XDPDrop, s, e, "xdp")
 		case e.Reason == "BPF_CGROUP_EGRESS":
-			d.programDrop(CgroupDrop, s, e, "cgroup egress", "")
+			d.programDrop(CgroupDrop, s, e, "cgroup egress")
 		case e.Reason == "SOCKET_FILTER" && (e.Tuple.Protocol == protoTCP || e.Tuple.Protocol == protoUDP || e.Tuple.Protocol == protoSCTP):
 			if len(s.attached("cgroup ingress", "")) > 0 {
-				d.programDrop(CgroupDrop, s, e, "cgroup ingress", "")
+				d.programDrop(CgroupDrop, s, e, "cgroup ingress")
 			} else {
 				d.socketFilter(s, e)
 			}
@@ -60,7 +60,11 @@ func (p Program) String() string {
 }
 
 // programDrop names a program at a hook. With several it cannot be told which.
-func (d *diagnosis) programDrop(id string, s *Space, e *seen, hook, _ string) {
+func (d *diagnosis) programDrop(id string, s *Space, e *seen, hook string) {
+	if own := s.attached(hook, e.Device); id == TCDrop && len(own) == 1 && own[0].Owner == "millrace" {
+		d.serviceDrop(s, e, own[0])
+		return
+	}
 	v, fresh := d.verdict(id, s, hook+e.Device, e)
 	d.eventOf(v, e)
 	if !fresh {
@@ -99,6 +103,22 @@ func (d *diagnosis) programDrop(id string, s *Space, e *seen, hook, _ string) {
 	v.isNot("%s: the packet died at %s, not at a hook of netfilter", FirewallDrop, e.Location)
 }
 
+// serviceDrop names a drop of millrace's own: it has a reason, which explain tells.
+func (d *diagnosis) serviceDrop(s *Space, e *seen, p Program) {
+	v, fresh := d.verdict(ServiceDrop, s, shown(e.Tuple.Destination), e)
+	d.eventOf(v, e)
+	v.Title = fmt.Sprintf("millrace drops what goes to %s from %s in %s: %s", shown(e.Tuple.Destination), e.Tuple.Source.Addr(), s.Name, times(v.Packets, "packet", "packets"))
+	if !fresh {
+		return
+	}
+	v.Where.Hook = p.Hook
+	v.saw("attached: %s", p)
+	v.isNot("%s: no other program is attached there", TCDrop)
+	v.Fix = fmt.Sprintf("millrace explain %s %s %s says for which Service and why: it has no endpoint that is ready here, or its client is not allowed", protocolName(e.Tuple.Protocol), e.Tuple.Source.Addr(), e.Tuple.Destination)
+	v.Undo = "nothing is changed by asking"
+	v.Owner = "the Service at " + shown(e.Tuple.Destination)
+}
+
 func (p Program) owner() string {
 	if p.Owner != "" {
 		return p.Owner
@@ -119,7 +139,7 @@ func (p Program) fix(s *Space) (fix, undo string) {
 	case p.Hook == "xdp":
 		fix = s.in("ip link set dev %s xdp off", p.Device)
 	default:
-		fix = fmt.Sprintf("bpftool cgroup detach CGROUP%s %s id %d, where CGROUP is where cgroup2 is mounted", p.Cgroup, strings.ReplaceAll(strings.TrimPrefix(p.Hook, "cgroup "), "gress", "gress"), p.ID)
+		fix = fmt.Sprintf("bpftool cgroup detach CGROUP%s %s id %d, where CGROUP is where cgroup2 is mounted", p.Cgroup, strings.TrimPrefix(p.Hook, "cgroup "), p.ID)
 	}
 	return fix, fmt.Sprintf("attach program %d (%s) again by whoever did so", p.ID, p.Name)
 }
