@@ -47,6 +47,8 @@ type Layer struct {
 	// refused is why programs are not attached.
 	refused map[string]error
 	reasons *reasons
+	// kernel describes the kernel's types, while programs are loaded.
+	kernel *btf.Spec
 }
 
 var _ layer.Layer = (*Layer)(nil)
@@ -215,6 +217,7 @@ func (l *Layer) Settle() error { return nil }
 // twice; those that die in the millisecond between are not counted. A program that
 // cannot be attached is tried again, and then left out.
 func (l *Layer) Apply(have, _ layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
+	defer func() { l.kernel = nil }()
 	now := &Picture{signals: slices.Clone(have.(*Picture).signals)}
 	var done layer.Changes
 	var failures []error
@@ -268,16 +271,19 @@ func (m *missing) Error() string { return strings.Join(m.what, "; ") }
 
 // attachPinned loads one program over the pinned maps, attaches and pins it.
 func (l *Layer) attachPinned(p probe) error {
-	kernel, err := btf.LoadKernelSpec()
-	if err != nil {
-		return &missing{[]string{err.Error()}}
+	if l.kernel == nil {
+		kernel, err := btf.LoadKernelSpec()
+		if err != nil {
+			return &missing{[]string{err.Error()}}
+		}
+		l.kernel = kernel
 	}
 	spec, err := loadTrace()
 	if err != nil {
 		return err
 	}
 	s := &Session{}
-	chosen, err := s.choose(kernel, spec, []probe{p})
+	chosen, err := s.choose(l.kernel, spec, []probe{p})
 	if err != nil {
 		return err
 	}
@@ -298,7 +304,9 @@ func (l *Layer) attachPinned(p probe) error {
 	for _, name := range []string{traceMapEvents, traceMapTotals} {
 		spec.Maps[name].Pinning = ebpf.PinByName
 	}
-	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: folder}})
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
+		Maps: ebpf.MapOptions{PinPath: folder}, Programs: ebpf.ProgramOptions{KernelTypes: l.kernel},
+	})
 	if err != nil {
 		return err
 	}
