@@ -1,0 +1,200 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// traced is a trace that runs until it is stopped.
+type traced struct {
+	t       *testing.T
+	command *exec.Cmd
+	out     bytes.Buffer
+}
+
+// trace starts one on the ward's two namespaces, and returns when it watches.
+func (w *ward) trace(args ...string) *traced {
+	w.t.Helper()
+	r := &traced{t: w.t, command: product(append([]string{"trace", "--netns", w.node + "," + w.pod, "-o", "json"}, args...)...)}
+	r.command.Stdout = &r.out
+	told, err := r.command.StderrPipe()
+	w.must(err)
+	w.must(r.command.Start())
+	w.t.Cleanup(func() { r.command.Process.Kill(); r.command.Wait() })
+	lines := bufio.NewReader(told)
+	for {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			w.t.Fatalf("trace ended: %v: %s", err, line)
+		}
+		if strings.Contains(line, "watching 2 network namespaces") {
+			break
+		}
+	}
+	go io.Copy(io.Discard, lines)
+	return r
+}
+
+// stop is Ctrl-C.
+func (r *traced) stop() (report traceReport, status int) {
+	r.t.Helper()
+	if err := r.command.Process.Signal(syscall.SIGINT); err != nil {
+		r.t.Fatal(err)
+	}
+	_ = r.command.Wait()
+	if err := json.Unmarshal(r.out.Bytes(), &report); err != nil {
+		r.t.Fatalf("%v: %q", err, r.out.String())
+	}
+	return report, r.command.ProcessState.ExitCode()
+}
+
+// refused calls a port of the pod where nobody listens.
+func (w *ward) refused(port int) {
+	w.must(netns.Do(w.node, func() error {
+		_, err := net.DialTimeout("tcp", fmt.Sprintf("%s:%d", wardPod, port), 5*time.Second)
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("port %d where nobody listens: %v", port, err)
+		}
+		return nil
+	}))
+}
+
+func TestTraceNamesTheCause(t *testing.T) {
+	w := newWard(t)
+	file := filepath.Join(t.TempDir(), "died.pcapng")
+	manifest := filepath.Join(t.TempDir(), "pods.yaml")
+	write(t, manifest, "apiVersion: v1\nkind: Pod\nmetadata: {name: web-0, namespace: shop}\n"+
+		"spec: {containers: [{name: c, image: x}]}\nstatus: {phase: Running, podIP: "+wardPod+"}\n")
+	r := w.trace("--pcap", file, "--source", "dir:"+manifest)
+	w.refused(81)
+	report, status := r.stop()
+	if status != exitFindings || len(report.Verdicts) != 1 || report.Version != 1 {
+		t.Fatalf("exit status %d: %s", status, r.out.String())
+	}
+	v := report.Verdicts[0]
+	if v.Cause != "no-listener" || v.Where.Namespace != w.pod || v.Where.Pod != "shop/web-0" || v.Where.Node == "" ||
+		v.Tuple == nil || v.Tuple.Destination.String() != wardPod+":81" || v.Tuple.DestinationName != "pod shop/web-0" || v.Fix == "" || v.Owner == "" {
+		t.Errorf("%+v", v)
+	}
+	if packets, err := os.ReadFile(file); err != nil || !bytes.Contains(packets, []byte("died: NO_SOCKET in tcp_v4_rcv, namespace "+w.pod)) {
+		t.Errorf("the file of packets: %v, %q", err, packets)
+	}
+}
+
+func TestTraceOfAHealthyRunNamesNothing(t *testing.T) {
+	w := newWard(t)
+	var listener net.Listener
+	w.must(netns.Do(w.pod, func() (err error) { listener, err = net.Listen("tcp", wardPod+":80"); return err }))
+	defer listener.Close()
+	go func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() { io.Copy(c, c); c.Close() }()
+		}
+	}()
+	r := w.trace()
+	for range 50 {
+		w.must(netns.Do(w.node, func() error {
+			c, err := net.Dial("tcp", wardPod+":80")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if _, err := c.Write([]byte("hello")); err != nil {
+				return err
+			}
+			_, err = io.ReadFull(c, make([]byte, 5))
+			return err
+		}))
+	}
+	if report, status := r.stop(); status != exitOK || len(report.Verdicts) != 0 || len(report.Missing) != 0 {
+		t.Errorf("exit status %d: %s", status, r.out.String())
+	}
+}
+
+// Verdicts about others are counted, not shown.
+func TestTraceOfTwoEnds(t *testing.T) {
+	w := newWard(t)
+	r := w.trace(wardNode, wardPod+":82")
+	w.refused(82)
+	w.refused(83)
+	report, status := r.stop()
+	if status != exitFindings || len(report.Verdicts) != 1 || report.Verdicts[0].Tuple.Destination.Port() != 82 || report.Others != 1 {
+		t.Errorf("exit status %d: %s", status, r.out.String())
+	}
+}
+
+// Whoever kills it finds nothing of it in the kernel.
+func TestKilledTraceLeavesNothing(t *testing.T) {
+	w := newWard(t)
+	r := w.trace()
+	infos, err := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", r.command.Process.Pid))
+	w.must(err)
+	var programs []ebpf.ProgramID
+	for _, info := range infos {
+		text, _ := os.ReadFile(info) // one that was closed meanwhile has none
+		for line := range strings.Lines(string(text)) {
+			var id ebpf.ProgramID
+			if n, _ := fmt.Sscanf(line, "prog_id: %d", &id); n == 1 && !slices.Contains(programs, id) {
+				programs = append(programs, id)
+			}
+		}
+	}
+	if len(programs) < 8 {
+		t.Fatalf("only programs %v are loaded: the test is blind", programs)
+	}
+	w.must(r.command.Process.Kill())
+	_ = r.command.Wait()
+	for _, id := range programs {
+		for patience := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			p, err := ebpf.NewProgramFromID(id)
+			if err != nil {
+				break
+			}
+			p.Close()
+			if time.Now().After(patience) {
+				t.Fatalf("program %d is still loaded", id)
+			}
+		}
+	}
+}
+
+func TestTraceExitStatuses(t *testing.T) {
+	for _, row := range []struct {
+		args   []string
+		status int
+		says   string
+	}{
+		{[]string{"--for", "-1s"}, exitUsage, "--for -1s: use 0s to 24h"},
+		{[]string{"--netns", "absent"}, exitUsage, "--netns absent: /run/netns/absent: no such file"},
+		{[]string{"10.0.0.1:x"}, exitUsage, `"10.0.0.1:x": "x" is no port`},
+		{[]string{"shop/web"}, exitUsage, `"shop/web": no pod and no Service of this name is known`},
+		{[]string{"nobody"}, exitUsage, `"nobody": use an address`},
+		{[]string{"1.1.1.1", "1.1.1.2", "1.1.1.3"}, exitUsage, "accepts at most 2 arg(s)"},
+	} {
+		_, stderr, status := millrace(t, append([]string{"trace"}, row.args...)...)
+		if status != row.status || !strings.Contains(stderr, row.says) {
+			t.Errorf("millrace trace %s: exit status %d, not %d; says %q, not %q", strings.Join(row.args, " "), status, row.status, stderr, row.says)
+		}
+	}
+}
