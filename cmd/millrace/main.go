@@ -160,7 +160,8 @@ func rootCommand() *cobra.Command {
 
 millrace is a Kubernetes network stack in Go and eBPF. Start with
   millrace demo         a cluster in a box, measured beside iptables (needs root)
-  millrace status       what the agent on this node does`,
+  millrace status       what the agent on this node does
+  millrace trace        where packets die on this node, why, and what to do`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
