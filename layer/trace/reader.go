@@ -99,6 +99,7 @@ func (r *Reader) After(ctx context.Context, window time.Duration, events []cause
 			e.Spaces = append(e.Spaces, s)
 		}
 	}
+	r.lookAgain(ctx, e.Spaces)
 	r.joinPeers(ctx, e.Spaces)
 	e.Paths = r.paths(ctx, e)
 	r.cgroups(ctx, e)

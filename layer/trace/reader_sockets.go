@@ -1,11 +1,13 @@
 package trace
 
 import (
+	"context"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -89,6 +91,52 @@ func socketOf(s sockdiag.State) cause.Socket {
 		ReceiveWindow: s.ReceiveWindow, SendWindow: s.SendWindow,
 		LastSent: s.LastSent, LastReceived: s.LastReceived, RTT: s.RTT,
 	}
+}
+
+// secondLook is how long after the window those sockets are looked at again whose window
+// is zero: a program that is only slow has read something by then, or the next time that
+// somebody is slow for as long.
+const secondLook = 500 * time.Millisecond
+
+// waits says whether a connection's sender waits for its receiver, seen from either end.
+func waits(s *cause.Socket) bool {
+	return s.Protocol == unix.IPPROTO_TCP && s.State != tcpListen && (s.Probing || s.ReceiveQueue > 0 && s.ReceiveWindow < max(s.MSS, 1))
+}
+
+// lookAgain says of connections that wait whether anything moves there.
+func (r *Reader) lookAgain(ctx context.Context, spaces []*cause.Space) {
+	waiting := map[uint32]map[uint64]*cause.Socket{}
+	for _, s := range spaces {
+		for i := range s.After.Sockets {
+			if o := &s.After.Sockets[i]; waits(o) {
+				if waiting[s.Inode] == nil {
+					waiting[s.Inode] = map[uint64]*cause.Socket{}
+				}
+				waiting[s.Inode][o.Cookie] = o
+			}
+		}
+	}
+	if len(waiting) == 0 {
+		return
+	}
+	select {
+	case <-ctx.Done():
+		return
+	case <-time.After(secondLook):
+	}
+	err := r.each(ctx, func(n Namespace) error {
+		sockets := waiting[n.Inode]
+		if sockets == nil {
+			return nil
+		}
+		return sockdiag.Walk(unix.IPPROTO_TCP, func(now sockdiag.State) {
+			if o := sockets[now.Cookie]; o != nil {
+				o.Idle = now.ReceiveQueue == o.ReceiveQueue && now.SendQueue == o.SendQueue &&
+					now.BytesReceived == o.BytesReceived && now.BytesAcked == o.BytesAcked
+			}
+		})
+	})
+	r.miss("sockets, a second time", err)
 }
 
 // processes finds who holds the sockets of the evidence: every listener, UDP socket and

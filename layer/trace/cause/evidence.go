@@ -226,6 +226,7 @@ type Socket struct {
 	Retransmits               int  // in a row, now; of one that probes, its probes without an answer
 	Backoff                   int  // how often that time was doubled
 	Probing                   bool // its timer is that of a window that is zero
+	Idle                      bool // a second look, half a second later, found its queues as they were
 	MSS, PathMTU              int
 	TotalRetransmits          uint64
 	BytesAcked, BytesReceived uint64

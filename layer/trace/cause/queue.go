@@ -172,53 +172,66 @@ const mostProbes = 2
 const longPause = time.Second
 
 // stalled: a program does not read from a connection; the sender may send no more. It is
-// seen at an end of the window: a receiver that is only slow opens its window again.
+// seen at the end of the window, where a second look finds everything as it was: a
+// receiver that is only slow has read something by then.
 func (d *diagnosis) stalled() {
 	for _, s := range d.Spaces {
-		for _, r := range []*Reading{&s.After, &s.Before} {
-			for i := range r.Sockets {
-				o := &r.Sockets[i]
-				if o.Protocol != protoTCP || o.State == tcpListen {
-					continue
-				}
-				waits := o.SendQueue > 0 && o.Probing && o.Backoff >= mostProbes && o.Retransmits < mostProbes
-				switch {
-				case waits:
-					d.stall(s, o)
-				case o.ReceiveQueue > 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
-					d.stallAt(s, o)
+		for i := range s.After.Sockets {
+			o := &s.After.Sockets[i]
+			if o.Protocol != protoTCP || o.State == tcpListen || !o.Idle {
+				continue
+			}
+			waits := o.SendQueue > 0 && o.Probing && o.Backoff >= mostProbes && o.Retransmits < mostProbes
+			switch {
+			case o.ReceiveQueue > 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
+				d.stallAt(s, o)
+			case waits:
+				if _, receiver := d.farEnd(s, o); receiver == nil {
+					d.stall(s, o, s, nil)
 				}
 			}
 		}
 	}
+}
+
+// farEnd is the other end of a connection, by the two addresses, or, as somebody on the way
+// may translate those, by this end's alone; nil where it is not in a namespace looked at.
+func (d *diagnosis) farEnd(s *Space, o *Socket) (at *Space, other *Socket) {
+	for _, r := range d.Spaces {
+		for i := range r.After.Sockets {
+			p := &r.After.Sockets[i]
+			if p == o || p.Protocol != protoTCP || p.State == tcpListen || p.Remote != o.Local && p.Local != o.Remote {
+				continue
+			}
+			if p.Remote == o.Local && p.Local == o.Remote && (r == s || !p.Local.Addr().IsLoopback()) {
+				return r, p
+			}
+			if !p.Local.Addr().IsLoopback() && (s.owns(o.Local.Addr()) && p.Remote == o.Local || r.owns(p.Local.Addr()) && p.Local == o.Remote) {
+				at, other = r, p
+			}
+		}
+	}
+	return at, other
 }
 
 // stallAt finds the sender of a receiver that is stalled: one that has more to send.
 func (d *diagnosis) stallAt(r *Space, o *Socket) {
-	looked := d.owners(o.Remote.Addr())
-	for _, s := range looked {
-		for i := range s.After.Sockets {
-			if p := &s.After.Sockets[i]; p.Local == o.Remote && p.Remote == o.Local && p.SendQueue > 0 {
-				d.stall(s, p)
-				return
-			}
-		}
-	}
-	if len(looked) == 0 {
-		d.stall(r, &Socket{Protocol: protoTCP, Local: o.Remote, Remote: o.Local})
+	s, sender := d.farEnd(r, o)
+	switch {
+	case sender != nil && sender.SendQueue > 0:
+		d.stall(s, sender, r, o)
+	case sender == nil && len(d.owners(o.Remote.Addr())) == 0:
+		d.stall(r, &Socket{Protocol: protoTCP, Local: o.Remote, Remote: o.Local}, r, o)
 	}
 }
 
-func (d *diagnosis) stall(s *Space, o *Socket) {
-	r, receiver := s, (*Socket)(nil)
-	for _, other := range d.owners(o.Remote.Addr()) {
-		for i := range other.After.Sockets {
-			if p := &other.After.Sockets[i]; p.Local == o.Remote && p.Remote == o.Local {
-				r, receiver = other, p
-			}
-		}
+// stall names the receiver at r, where it is known, of a sender at s.
+func (d *diagnosis) stall(s *Space, o *Socket, r *Space, receiver *Socket) {
+	at := o.Remote
+	if receiver != nil {
+		at = receiver.Local
 	}
-	v, _ := d.verdict(ReceiverStalled, r, o.Remote.String(), nil)
+	v, _ := d.verdict(ReceiverStalled, r, at.String(), nil)
 	v.Where.Hook = "socket"
 	v.Tuple = &Ends{Protocol: "tcp", Source: o.Local, Destination: o.Remote}
 	holder := ""
@@ -226,7 +239,7 @@ func (d *diagnosis) stall(s *Space, o *Socket) {
 		holder = r.process(receiver.Inode)
 		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.ReceiveQueue, receiver.ReceiveWindow)
 	}
-	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), o.Remote, o.Local, s.Name, o.SendQueue)
+	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), at, o.Local, s.Name, o.SendQueue)
 	if o.Probing {
 		v.saw("the sender's socket waits for the window to open: timer persist, backoff %d, window %d (ss -tnoi)", o.Backoff, o.SendWindow)
 	}
