@@ -255,7 +255,9 @@ func (d *diagnosis) bridges() {
 		}
 	}
 	for _, e := range d.open(NeighFailed, Drop) {
-		if e.Kind == Drop && !e.unresolved() {
+		// A switch that knows behind which port a host is drops what may not leave by it.
+		kept := e.Reason == "NO_TX_TARGET" && strings.HasPrefix(e.Location, "br_")
+		if e.Kind == Drop && !e.unresolved() && !kept {
 			continue
 		}
 		s := d.spaces[e.Space]

@@ -35,6 +35,25 @@ func (d *diagnosis) vxlan() {
 			d.otherPort(s, e)
 		}
 	}
+	for _, v := range d.verdicts {
+		if v.Tuple != nil && slices.Contains([]string{VXLANUnknownID, VXLANNoPeer, VXLANPort}, v.Cause) {
+			d.behindTunnel(v)
+		}
+	}
+}
+
+// behindTunnel folds neighbours that are asked for through a tunnel that is broken: the
+// questions die with all else.
+func (d *diagnosis) behindTunnel(v *Verdict) {
+	through := func(e *seen) bool {
+		s := d.spaces[e.Space]
+		l := s.link(e.Device)
+		return l != nil && l.VXLAN != nil && (s.Name == v.Where.Namespace || slices.Contains(d.owners(v.Tuple.Source.Addr()), s))
+	}
+	d.folds(v.Cause, func(e *seen) bool {
+		unreachable := e.Kind == ICMPSent && (e.Type == 3 && e.Code == 1 || e.Type == 1 && e.Code == 3)
+		return (e.Kind == NeighFailed || e.unresolved() || unreachable) && through(e)
+	})
 }
 
 // network finds the VXLAN header in a packet: behind UDP, its flag for a network number
