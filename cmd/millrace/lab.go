@@ -14,6 +14,7 @@ import (
 
 	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/lab"
+	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/service"
 	"github.com/millrace/millrace/source/dir"
 )
@@ -87,28 +88,37 @@ func (w *labWish) up(ctx context.Context, p *progress) error {
 	}
 	argv := []string{self, labRunWord, "-f", path, "--nodes", strconv.Itoa(w.nodes), "--path", w.path, "--name", w.name}
 	err = lab.Start(ctx, argv, p.say)
-	if err == nil && w.path == string(service.PathPacket) {
-		err = w.awaitDevices(ctx)
+	if err == nil {
+		err = w.awaitNodes(ctx, p)
 	}
 	p.done()
 	return err
 }
 
-// awaitDevices waits until the packet path is at every pod's device: pods and
-// agents become ready side by side.
-func (w *labWish) awaitDevices(ctx context.Context) error {
+// nodesPatience is how long nodes may lack what is published, when all pods and agents
+// are ready: on a busy machine it takes a second.
+const nodesPatience = 30 * time.Second
+
+// awaitNodes waits until the Services of all that is published are in force on every
+// node, and the packet path, where it serves, is at every pod's device: pods and agents
+// become ready side by side. What the kernel does not take never comes: that is told.
+func (w *labWish) awaitNodes(ctx context.Context, p *progress) error {
 	client, err := lab.Dial(w.name)
 	if err != nil {
 		return err
 	}
-	for {
+	for begun := time.Now(); ; {
 		status, err := client.Status(ctx)
 		if err != nil {
 			return err
 		}
-		behind, err := behindPods(ctx, status)
+		behind, err := w.behind(ctx, status)
 		if behind == "" || err != nil {
 			return err
+		}
+		if time.Since(begun) > nodesPatience {
+			p.say("gone on after " + nodesPatience.String() + ", though " + behind)
+			return nil
 		}
 		select {
 		case <-ctx.Done():
@@ -118,27 +128,65 @@ func (w *labWish) awaitDevices(ctx context.Context) error {
 	}
 }
 
-// behindPods names a node where the packet path is not at every pod's device yet;
-// empty if there is none.
-func behindPods(ctx context.Context, status *lab.Status) (string, error) {
+// behind names a node that lacks something yet; empty if there is none.
+func (w *labWish) behind(ctx context.Context, status *lab.Status) (string, error) {
 	pods := map[string]int{}
 	for _, pod := range status.Pods {
 		pods[pod.Node]++
 	}
 	for _, node := range status.Nodes {
-		var a agent.Status
-		if err := agent.Ask(ctx, node.RunFolder, "/status", &a); err != nil {
+		if w.path == string(service.PathPacket) {
+			devices, err := devicesServed(ctx, node)
+			if err != nil {
+				return "", err
+			}
+			if devices < pods[node.Node] {
+				return fmt.Sprintf("the packet path is at %d of %d pods of node %s", devices, pods[node.Node], node.Node), nil
+			}
+		}
+		missing, err := w.notInForce(ctx, node)
+		if err != nil {
 			return "", err
 		}
-		devices := 0
-		for _, l := range a.Layers {
-			devices += len(devicesOf(l)[fromPodProgram])
-		}
-		if devices < pods[node.Node] {
-			return fmt.Sprintf("the packet path is at %d of %d pods of node %s", devices, pods[node.Node], node.Node), nil
+		if len(missing) > 0 {
+			return fmt.Sprintf("node %s lacks %d changes: %s", node.Node, len(missing), missing[0]), nil
 		}
 	}
 	return "", nil
+}
+
+// devicesServed is at how many pods' devices of a node the packet path is.
+func devicesServed(ctx context.Context, node lab.NodeStatus) (devices int, err error) {
+	var a agent.Status
+	if err := agent.Ask(ctx, node.RunFolder, "/status", &a); err != nil {
+		return 0, err
+	}
+	for _, l := range a.Layers {
+		devices += len(devicesOf(l)[fromPodProgram])
+	}
+	return devices, nil
+}
+
+// notInForce are the changes that lead from what a node's kernel has of Services to
+// what is published.
+func (w *labWish) notInForce(ctx context.Context, node lab.NodeStatus) (missing layer.Changes, err error) {
+	snapshot, err := firstSnapshot(ctx, &wishes{source: "dir:" + node.ClusterFolder}, node.Node)
+	if err != nil {
+		return nil, err
+	}
+	at := place{cgroup: node.Cgroup, pins: node.BPFFolder, run: node.RunFolder, node: node.Node, path: w.path,
+		conntrack: string(service.ConntrackAuto), wire: true}
+	for _, l := range at.pinned() {
+		if _, serves := l.(layer.Server); !serves {
+			continue
+		}
+		have, err := l.Look()
+		if err != nil {
+			return nil, err
+		}
+		missing = append(missing, l.Diff(have, l.Plan(snapshot), true)...)
+	}
+	return missing, nil
 }
 
 // fromPodProgram is the program at every pod's device that the packet path serves.
