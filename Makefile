@@ -31,7 +31,7 @@ SCALE ?=
 TESTS := go run ./test/run -allowed-skips test/allowed-skips
 
 .DEFAULT_GOAL := build
-.PHONY: help build test demo faults generate check lint bench bench-api test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
+.PHONY: help build test demo faults faults-kernel generate check lint bench bench-api test-kernel test-cluster long image cluster-up cluster-down churn moving conformance conformance-table clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,11 @@ faults: ## break small networks in every way that is known, and count how often 
 	@test/needs root bench
 	@$(MAKE) --no-print-directory build
 	bin/millrace lab faults all $(FAULTS)
+
+faults-kernel: ## the same on Debian's kernel in a virtual machine, which has fewer signals: the score (KERNEL_PACKAGE=)
+	@test/needs go kernel
+	@test/kernel/fetch
+	MILLRACE_FAULTS=1 go test -count=1 -timeout 60m -run Faults -v ./test/kernel
 
 generate: ## eBPF objects and their Go, from C; needs the pinned clang
 	@test/needs check

@@ -96,16 +96,49 @@ var bootPatience = map[string]time.Duration{"kvm": 20 * time.Second, "tcg": 90 *
 // What works here, where the tests run otherwise, works on the oldest kernel of
 // a distribution that we support too.
 func TestOnDebianKernel(t *testing.T) {
+	m := runMachine(t, wholePatience(), packTests)
+	m.report()
+}
+
+// faultsPatience is how long the faults of the lab may take: emulated, each takes some
+// twenty seconds.
+const faultsPatience = 50 * time.Minute
+
+// What trace names there of the faults that were measured, and of healthy runs: the
+// kernel has fewer signals, so that this is a score, and no run has to be right. That a
+// cause is named which is not there is an error here as anywhere.
+func TestFaultsOnDebianKernel(t *testing.T) {
+	if os.Getenv("MILLRACE_FAULTS") == "" {
+		t.Skip("asked for by MILLRACE_FAULTS=1: make faults-kernel")
+	}
+	m := runMachine(t, faultsPatience, func(t *testing.T, a *archive, work string) {
+		program := filepath.Join(work, "millrace")
+		build(t, "build", "-o", program, "./cmd/millrace")
+		a.addFile(t, "commands/faults/program", program)
+		a.add("commands/faults/flags", modeFile, []byte("lab\nfaults\nlisted\ncontrols"))
+	})
+	if !m.ended["faults"] {
+		t.Error("the faults did not end")
+	}
+	score := regexp.MustCompile(`(?m)^(as listed|controls) .*$`)
+	for _, line := range score.FindAllString(m.said, -1) {
+		t.Log(line)
+	}
+}
+
+// runMachine boots a machine with what fill puts into it, and follows it to its end.
+func runMachine(t *testing.T, patience time.Duration, fill func(t *testing.T, a *archive, work string)) *machine {
+	t.Helper()
 	kernel := kernelFolder(t)
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skip("needs qemu-system-x86_64: apt-get install qemu-system-x86")
 	}
 	initramfs := filepath.Join(t.TempDir(), "initramfs")
-	if err := os.WriteFile(initramfs, pack(t, kernel), 0o600); err != nil {
+	if err := os.WriteFile(initramfs, pack(t, kernel, fill), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("kernel: %s", filepath.Base(kernel))
-	m := &machine{t: t}
+	m := &machine{t: t, patience: patience}
 	for _, accelerator := range accelerators() {
 		m.begun = time.Now()
 		err := m.boot(accelerator, filepath.Join(kernel, "vmlinuz"), initramfs)
@@ -118,7 +151,7 @@ func TestOnDebianKernel(t *testing.T) {
 		}
 		break
 	}
-	m.report()
+	return m
 }
 
 // kernelFolder is where `fetch` put the kernel.
@@ -152,9 +185,8 @@ var programs = []string{"nft", "iptables", "iptables-nft", "iptables-legacy", "i
 
 const extensions = "/usr/lib/x86_64-linux-gnu/xtables"
 
-// pack makes the machine's root: init, the modules, and for each package its
-// tests with their testdata.
-func pack(t *testing.T, kernel string) []byte {
+// pack makes the machine's root: init, the modules, programs, and what fill adds.
+func pack(t *testing.T, kernel string, fill func(t *testing.T, a *archive, work string)) []byte {
 	t.Helper()
 	archive := &archive{libraries: map[string]bool{}}
 	work := t.TempDir()
@@ -172,6 +204,13 @@ func pack(t *testing.T, kernel string) []byte {
 		archive.addProgram(t, name)
 	}
 	archive.addTree(t, extensions[1:], extensions)
+	fill(t, archive, work)
+	return archive.end()
+}
+
+// packTests adds for each package its tests with their testdata.
+func packTests(t *testing.T, archive *archive, work string) {
+	t.Helper()
 	for _, name := range []string{"bpf", "docs", "bench/testdata"} { // tests of other packages read them
 		archive.addTree(t, "tests/"+name, filepath.Join(root, name))
 	}
@@ -182,7 +221,6 @@ func pack(t *testing.T, kernel string) []byte {
 		archive.add("tests/"+p.name+"/flags", modeFile, []byte(strings.Join(p.flags, "\n")))
 		archive.addTree(t, "tests/"+p.name+"/testdata", filepath.Join(root, p.name, "testdata"))
 	}
-	return archive.end()
 }
 
 // build calls go for the machine: statically, for it has no C library.
@@ -198,13 +236,15 @@ func build(t *testing.T, verb string, args ...string) {
 
 // machine is one virtual machine and what its tests said.
 type machine struct {
-	t       *testing.T
-	begun   time.Time
-	folder  string // the package that is being tested
-	results []*result
-	open    map[string]*result
-	ended   map[string]bool // packages that ended
-	failed  []string        // packages that ended otherwise than passed
+	t        *testing.T
+	begun    time.Time
+	patience time.Duration
+	said     string // all of the console
+	folder   string // the package that is being tested
+	results  []*result
+	open     map[string]*result
+	ended    map[string]bool // packages that ended
+	failed   []string        // packages that ended otherwise than passed
 }
 
 // result is one test on the other kernel.
@@ -223,7 +263,7 @@ var errSilent = errors.New("the machine did not come up")
 
 // boot starts the machine and follows its console until it ends.
 func (m *machine) boot(accelerator, kernel, initramfs string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), wholePatience())
+	ctx, cancel := context.WithTimeout(context.Background(), m.patience)
 	defer cancel()
 	command := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-accel", accelerator, "-cpu", processor[accelerator], "-m", "1024", "-smp", "2",
@@ -269,6 +309,7 @@ func (m *machine) follow(console io.Reader, first func()) (spoke, finished bool,
 	for lines.Scan() {
 		line := strings.TrimRight(lines.Text(), "\r")
 		fmt.Fprintln(m.t.Output(), "|", line) // the bar: `go test -json` must not take it for its own
+		m.said += line + "\n"
 		if last = append(last, line); len(last) > 60 {
 			last = last[1:]
 		}

@@ -1,7 +1,8 @@
 // Command init is the first and only process that the virtual machine of
 // test/kernel starts: it makes the machine as a container host looks, with
-// cgroup2 as the only hierarchy, runs the test binaries it finds in /tests one
-// after the other, says on the console how each ended, and switches off.
+// cgroup2 as the only hierarchy, runs the test binaries it finds in /tests, and other
+// programs in /commands, one after the other, says on the console how each ended, and
+// switches off.
 //
 // It is for that machine only: on any other it refuses to do anything.
 package main
@@ -52,11 +53,18 @@ func run() error {
 	if err := loopbackUp(); err != nil {
 		return err
 	}
-	return filepath.WalkDir("/tests", func(path string, entry fs.DirEntry, err error) error {
-		if err == nil && entry.Name() == "package.test" {
+	return filepath.WalkDir("/", func(path string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case path == "/proc" || path == "/sys" || path == "/dev":
+			return fs.SkipDir
+		case entry.Name() == "package.test":
 			test(path)
+		case entry.Name() == "program":
+			command(path)
 		}
-		return err
+		return nil
 	})
 }
 
@@ -120,10 +128,17 @@ func loopbackUp() error {
 	return nil
 }
 
-// test runs one binary in its package's folder, as `go test` does.
+// test runs one test binary in its package's folder, as `go test` does.
 func test(binary string) {
+	start(binary, strings.TrimPrefix(filepath.Dir(binary), "/tests/"), "-test.v", "-test.timeout=10m")
+}
+
+// command runs another program.
+func command(binary string) { start(binary, filepath.Base(filepath.Dir(binary))) }
+
+// start runs a program in its folder with the arguments given and those of its folder.
+func start(binary, name string, arguments ...string) {
 	folder := filepath.Dir(binary)
-	name := strings.TrimPrefix(folder, "/tests/")
 	fmt.Println(begin, name)
 	// One flag a line; a test without any has an empty file.
 	flags, err := os.ReadFile(filepath.Join(folder, "flags"))
@@ -131,7 +146,7 @@ func test(binary string) {
 		fmt.Println(end, name, err)
 		return
 	}
-	command := exec.Command(binary, append([]string{"-test.v", "-test.timeout=10m"}, strings.Fields(string(flags))...)...)
+	command := exec.Command(binary, append(arguments, strings.Fields(string(flags))...)...)
 	command.Dir, command.Stdout, command.Stderr = folder, os.Stdout, os.Stdout
 	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	status := "passed"
