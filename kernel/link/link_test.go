@@ -234,3 +234,29 @@ func TestWatchTellsDevicesAndAddresses(t *testing.T) {
 		t.Errorf("the watch ended with %v", err)
 	}
 }
+
+// A device pair counts what its queues do; a bridge has no counters of its own.
+func TestCounters(t *testing.T) {
+	path, n := namespace(t, "counted")
+	far, _ := namespace(t, "far")
+	if _, err := n.Veth(Veth{Name: "near", Peer: "far", PeerNamespace: far}); err != nil {
+		t.Fatal(err)
+	}
+	err := netns.Do(path, func() error {
+		found, err := Counters("near")
+		if err != nil {
+			return err
+		}
+		if _, has := found["rx_queue_0_xdp_drops"]; !has {
+			t.Errorf("counters of a pair: %v", found)
+		}
+		none, err := Counters("lo")
+		if len(none) > 0 || err != nil {
+			t.Errorf("counters of loopback: %v, %v", none, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

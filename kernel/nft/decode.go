@@ -47,7 +47,7 @@ func (n *Net) everybodys() ([]Rule, error) {
 			continue
 		}
 		chain := set.chains[key]
-		d := decoding{family: m.family, header: m.family, table: key.table, lists: lists, line: &line{chain: chain, place: len(chain.lines)}}
+		d := decoding{family: m.family, header: m.family, table: key.table, system: set.system(key.table), lists: lists, line: &line{chain: chain, place: len(chain.lines)}}
 		d.rule(m.attributes)
 		chain.lines = append(chain.lines, d.line)
 	}
@@ -84,7 +84,7 @@ func (s *socket) chainsOf(asleep map[tableKey]bool) (map[byte]*chainset, error) 
 			continue
 		}
 		if sets[m.family] == nil {
-			sets[m.family] = &chainset{chains: map[chainKey]*listedChain{}}
+			sets[m.family] = &chainset{chains: map[chainKey]*listedChain{}, compatible: map[string]bool{}}
 		}
 		c := &listedChain{key: key, family: m.family}
 		if hook := find(m.attributes, unix.NFTA_CHAIN_HOOK); hook != nil {
@@ -101,7 +101,10 @@ func (s *socket) chainsOf(asleep map[tableKey]bool) (map[byte]*chainset, error) 
 				c.hook = names[number]
 			}
 			c.drops = find(m.attributes, unix.NFTA_CHAIN_POLICY) != nil && numberOf(m.attributes, unix.NFTA_CHAIN_POLICY) == 0
-			c.policy = Rule{System: systemOf(m.family, key), Family: familyNames[m.family], Table: key.table, Chain: key.chain,
+			if ofIPTables(m.family, key) {
+				sets[m.family].compatible[key.table] = true
+			}
+			c.policy = Rule{System: sets[m.family].system(key.table), Family: familyNames[m.family], Table: key.table, Chain: key.chain,
 				Policy: true, Verdict: "drop", Text: "policy drop"}
 			if counters := find(m.attributes, unix.NFTA_CHAIN_COUNTERS); counters != nil {
 				c.policy.HasCounter, c.policy.Packets = false, longOf(counters, unix.NFTA_COUNTER_PACKETS)
@@ -119,10 +122,15 @@ func longOf(raw []byte, kind uint16) uint64 {
 	return 0
 }
 
-// systemOf tells tables of iptables-nft by the names of their chains.
-func systemOf(family byte, key chainKey) string {
+// ofIPTables says that a base chain is one of iptables-nft: it has a name of theirs.
+func ofIPTables(family byte, key chainKey) bool {
 	ip := family == unix.NFPROTO_IPV4 || family == unix.NFPROTO_IPV6
-	if ip && slices.Contains(iptables, key.table) && key.chain == strings.ToUpper(key.chain) {
+	return ip && slices.Contains(iptables, key.table) && key.chain == strings.ToUpper(key.chain)
+}
+
+// system is whose a table is: of iptables-nft if it has their chains.
+func (s *chainset) system(table string) string {
+	if s.compatible[table] {
 		return "iptables-nft"
 	}
 	return "nftables"
@@ -152,7 +160,6 @@ type decoding struct {
 
 // rule reads a whole rule.
 func (d *decoding) rule(raw []byte) {
-	d.system = systemOf(d.family, d.line.chain.key)
 	for _, e := range listed(find(raw, unix.NFTA_RULE_EXPRESSIONS)) {
 		d.expression(string(trim(find(e.value, unix.NFTA_EXPR_NAME))), find(e.value, unix.NFTA_EXPR_DATA))
 	}

@@ -4,8 +4,9 @@
 //
 // It writes one table, `inet millrace`, in the namespace that a Net is for: two
 // sets of ranges and two chains that say `notrack`, at prerouting and output
-// before tracking. The table outlives the process. Beside it, it reads which tables
-// of iptables-legacy hold rules.
+// before tracking. The table outlives the process. Beside it, it reads everybody's rules
+// that drop, refuse or translate, those of iptables-legacy too, and says whether a packet
+// meets them.
 //
 // It makes entries of nf_conntrack (Reserve) and removes some (Forget).
 //

@@ -88,6 +88,8 @@ func (r *Rule) Matches(packet []byte, in, out string) Fit {
 // look one after the other: they are told apart by their table.
 type chainset struct {
 	chains map[chainKey]*listedChain
+	// compatible are the tables of iptables-nft.
+	compatible map[string]bool
 }
 
 // listedChain is a chain with its rules.

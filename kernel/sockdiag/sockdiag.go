@@ -8,6 +8,8 @@
 // cookie, which no other socket ever has, so none is closed that came to the same
 // addresses meanwhile.
 //
+// It also lists sockets with what the kernel knows of them (Listeners, Walk).
+//
 // It writes nothing that stays. A namespace is entered by a path that leads to it:
 // /proc/PID/ns/net of a process in it, or a mount, as container runtimes make them
 // below /run/netns. That takes CAP_SYS_ADMIN, and CAP_SYS_PTRACE for processes of

@@ -267,8 +267,6 @@ const (
 
 	neighIncomplete, neighFailed, neighPermanent = 0x01, 0x20, 0x80
 
-	packetOtherHost = 3
-
 	ePERM, eAGAIN, eACCES, eINVAL, eMSGSIZE                                                            = 1, 11, 13, 22, 90
 	eADDRINUSE, eADDRNOTAVAIL, eNETUNREACH, eCONNRESET, eNOBUFS, eTIMEDOUT, eCONNREFUSED, eHOSTUNREACH = 98, 99, 101, 104, 105, 110, 111, 113
 )
