@@ -383,6 +383,9 @@ func (d *decoding) field(base, offset, length uint32) string {
 	if d.header == unix.NFPROTO_IPV6 {
 		names = map[part]string{{network, 8, 16}: "ip6 saddr", {network, 24, 16}: "ip6 daddr", {network, 6, 1}: "ip6 nexthdr", {network, 7, 1}: "ip6 hoplimit", {network, 4, 2}: "ip6 length"}
 	}
+	if d.family == unix.NFPROTO_ARP {
+		names = map[part]string{{network, 6, 2}: "arp operation", {network, 14, 4}: "arp saddr ip", {network, 24, 4}: "arp daddr ip"}
+	}
 	if name := names[p]; name != "" {
 		return name
 	}
@@ -578,7 +581,7 @@ func sayValue(what, sign string, value []byte) string {
 
 func valueText(what string, value []byte) string {
 	switch {
-	case strings.HasSuffix(what, "addr"):
+	case strings.HasSuffix(what, "addr"), strings.HasSuffix(what, "addr ip"):
 		size := 4
 		if strings.HasPrefix(what, "ip6") {
 			size = 16
@@ -596,7 +599,7 @@ func valueText(what string, value []byte) string {
 			name += "*"
 		}
 		return strconv.Quote(name)
-	case strings.HasSuffix(what, "port"), strings.HasSuffix(what, "length"):
+	case strings.HasSuffix(what, "port"), strings.HasSuffix(what, "length"), strings.HasSuffix(what, "operation"):
 		if len(value) == 2 {
 			return strconv.Itoa(int(binary.BigEndian.Uint16(value)))
 		}

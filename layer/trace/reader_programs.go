@@ -161,6 +161,8 @@ func (r *Reader) cgroups(_ context.Context, e *cause.Evidence) {
 		return
 	}
 	left := mostCgroups
+	near := map[uint32][]cause.Program{} // of cgroups that have to do with a space
+	var all []cause.Program
 	_ = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || !entry.IsDir() {
 			return nil
@@ -172,13 +174,45 @@ func (r *Reader) cgroups(_ context.Context, e *cause.Evidence) {
 		if len(found) == 0 {
 			return nil
 		}
+		all = append(all, found...)
 		for inode, s := range suspects {
-			if name == root || concerns(name, inode) {
-				s.Programs = append(s.Programs, found...)
+			if name == root || holdsAny(name, cgroupsOf(s)) || concerns(name, inode) {
+				near[inode] = append(near[inode], found...)
 			}
 		}
 		return nil
 	})
+	for inode, s := range suspects {
+		if len(near[inode]) == 0 {
+			near[inode] = all // whoever it was has ended: it is one of these
+		}
+		s.Programs = append(s.Programs, near[inode]...)
+	}
+}
+
+// cgroupsOf are the cgroups, by inode, of the sockets of a space.
+func cgroupsOf(s *cause.Space) map[uint64]bool {
+	of := map[uint64]bool{}
+	for _, socket := range s.After.Sockets {
+		of[socket.Cgroup] = true
+	}
+	delete(of, 0)
+	delete(of, 1) // the root has everybody
+	return of
+}
+
+// holdsAny says whether a cgroup, or one below it, is among those.
+func holdsAny(folder string, inodes map[uint64]bool) bool {
+	found := false
+	_ = filepath.WalkDir(folder, func(name string, entry fs.DirEntry, err error) error {
+		var file unix.Stat_t
+		if err == nil && entry.IsDir() && unix.Stat(name, &file) == nil && inodes[file.Ino] {
+			found = true
+			return filepath.SkipAll
+		}
+		return nil
+	})
+	return found
 }
 
 // unified is where cgroup2 is mounted.
