@@ -100,6 +100,9 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	}
 	verdicts, others := ends.filter(cause.Diagnose(evidence), evidence.Spaces)
 	known.describe(verdicts)
+	if reader, err := trace.NewReader(spaces); err == nil {
+		reader.Ways(context.WithoutCancel(ctx), evidence, verdicts)
+	}
 	r := newTraceReport(evidence, verdicts, spaces)
 	r.Others = len(others)
 	if s.json() {

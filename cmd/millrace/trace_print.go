@@ -87,6 +87,9 @@ func (r *traceReport) print(w io.Writer) error {
 			out.field("packet", fmt.Sprintf("%s %s > %s", v.Tuple.Protocol,
 				named(v.Tuple.Source, v.Tuple.SourceName), named(v.Tuple.Destination, v.Tuple.DestinationName)))
 		}
+		for _, step := range v.Way {
+			out.field("way", stepText(step))
+		}
 		for _, e := range v.Evidence {
 			out.field("evidence", e)
 		}
@@ -119,6 +122,23 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("not seen apart: %d events, for which there was no room; they are in the totals", r.Lost)
 	}
 	return out.err
+}
+
+// stepText is "h2r: in by ra, 10.71.2.0/24 dev rb".
+func stepText(s cause.Step) string {
+	text := s.Namespace
+	if s.Pod != "" {
+		text = "pod " + s.Pod
+	}
+	if s.In != "" {
+		text += ": in by " + s.In + ", "
+	} else {
+		text += ": "
+	}
+	if s.Route == "" {
+		return text + "no route"
+	}
+	return text + s.Route
 }
 
 // foldedText counts what was folded, by reason.

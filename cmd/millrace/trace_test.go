@@ -93,6 +93,9 @@ func TestTraceNamesTheCause(t *testing.T) {
 		v.Tuple == nil || v.Tuple.Destination.String() != wardPod+":81" || v.Tuple.DestinationName != "pod shop/web-0" || v.Fix == "" || v.Owner == "" {
 		t.Errorf("%+v", v)
 	}
+	if len(v.Way) != 2 || v.Way[0].Out != "veth1" || v.Way[1].In != "eth0" || v.Way[1].Namespace != w.pod {
+		t.Errorf("its way: %+v", v.Way)
+	}
 	if packets, err := os.ReadFile(file); err != nil || !bytes.Contains(packets, []byte("died: NO_SOCKET in tcp_v4_rcv, namespace "+w.pod)) {
 		t.Errorf("the file of packets: %v, %q", err, packets)
 	}

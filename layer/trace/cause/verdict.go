@@ -30,6 +30,9 @@ type Verdict struct {
 	// Owner is whose the rule, program, socket, route or setting is.
 	Owner string `json:"owner"`
 	Where Where  `json:"where"`
+	// Way is how such a packet comes to where it died, namespace by namespace, as the
+	// routes are now; empty where that is not known.
+	Way []Step `json:"way,omitempty"`
 	// Tuple is one of those that were met; Packets how many died of it.
 	Tuple   *Ends  `json:"tuple,omitempty"`
 	Packets uint64 `json:"packets"`
@@ -44,6 +47,17 @@ type Where struct {
 	// "socket", "route" ...
 	Hook      string `json:"hook,omitempty"`
 	Interface string `json:"interface,omitempty"`
+}
+
+// Step is a namespace on the way of a packet.
+type Step struct {
+	Namespace string `json:"namespace"`
+	Pod       string `json:"pod,omitempty"`
+	// In and Out are the devices that it comes and goes by, "" where it begins or ends.
+	In  string `json:"in,omitempty"`
+	Out string `json:"out,omitempty"`
+	// Route is the one that says so.
+	Route string `json:"route,omitempty"`
 }
 
 // Ends are a Tuple as people and machines read it.
