@@ -72,7 +72,6 @@ type Signal struct {
 	Tracepoint string `json:"tracepoint"`
 	// version is of the programs that it belongs to.
 	version string
-	left    bool
 }
 
 // Object implements layer.Subject.
