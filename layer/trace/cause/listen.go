@@ -459,21 +459,13 @@ func (d *diagnosis) closedUnread() {
 	}
 }
 
-// givesUp says that clients closed a small part of their connections to a service so:
-// they had what they wanted, or did not want it any more. A server does not do that.
+// givesUp says that it was the client who closed a connection so: it had what it wanted,
+// or did not want it any more, and may hang up. A server may not.
 func (d *diagnosis) givesUp(e *seen) bool {
-	to := e.Tuple.Destination
-	isClient := slices.ContainsFunc(d.owners(to.Addr()), func(s *Space) bool { return s.serves(protoTCP, to) })
-	var opened, closed uint64
-	for _, o := range d.events {
-		switch {
-		case o.Space != e.Space || o.Tuple.Destination != to:
-		case o.Kind == StateChange && o.OldState == tcpSynSent && o.NewState == tcpEstablished:
-			isClient = true
-			opened += o.Count
-		case o.Kind == ResetSent && o.Reason == e.Reason:
-			closed += o.Count
-		}
-	}
-	return isClient && 2*closed < opened
+	s, from, to := d.spaces[e.Space], e.Tuple.Source, e.Tuple.Destination
+	served := slices.ContainsFunc(d.owners(to.Addr()), func(s *Space) bool { return s.serves(protoTCP, to) })
+	opened := slices.ContainsFunc(d.events, func(o *seen) bool {
+		return o.Kind == StateChange && o.Space == e.Space && o.Tuple.Destination == to && o.OldState == tcpSynSent && o.NewState == tcpEstablished
+	})
+	return served || opened || !s.serves(protoTCP, from) && s.ephemeral(from.Port())
 }
