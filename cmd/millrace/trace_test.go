@@ -19,6 +19,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/millrace/millrace/bench"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -198,6 +199,23 @@ func TestTraceExitStatuses(t *testing.T) {
 		_, stderr, status := millrace(t, append([]string{"trace"}, row.args...)...)
 		if status != row.status || !strings.Contains(stderr, row.says) {
 			t.Errorf("millrace trace %s: exit status %d, not %d; says %q, not %q", strings.Join(row.args, " "), status, row.status, stderr, row.says)
+		}
+	}
+}
+
+// Every packet of a storm is in the totals, of whatever way to look at it.
+func TestBenchDrops(t *testing.T) {
+	needsRoot(t)
+	stdout, stderr, status := millrace(t, "bench", "drops", "--rounds", "1", "--round-time", "150ms", "-o", "json")
+	var report bench.Report
+	if err := json.Unmarshal([]byte(stdout), &report); err != nil || status != exitOK {
+		t.Fatalf("exit status %d, %v: %s", status, err, stderr)
+	}
+	for _, watcher := range []string{"counting", "trace", "each"} {
+		died, counted := report.Row(watcher, 0, "", bench.MetricDied), report.Row(watcher, 0, "", bench.MetricCounted)
+		rate := report.Row(watcher, 0, "", bench.MetricRate(bench.Healthy))
+		if died == nil || died.Median == 0 || counted.Median != died.Median || rate == nil || rate.Median == 0 {
+			t.Errorf("%s: died %+v, counted %+v, connections %+v", watcher, died, counted, rate)
 		}
 	}
 }
