@@ -67,7 +67,7 @@ func judge(e *Evidence) *diagnosis {
 		(*diagnosis).vxlan, (*diagnosis).hops, (*diagnosis).routes, (*diagnosis).neighbours,
 		(*diagnosis).qdiscs, (*diagnosis).queues, (*diagnosis).memory,
 		(*diagnosis).acceptQueues, (*diagnosis).noListener, (*diagnosis).noRouteBack, (*diagnosis).synQueues,
-		(*diagnosis).closedUnread, (*diagnosis).stalled, (*diagnosis).localPorts,
+		(*diagnosis).closedUnread, (*diagnosis).stalled, (*diagnosis).localPorts, (*diagnosis).portsTaken,
 		(*diagnosis).fragments, (*diagnosis).fragmentsOfTunnels,
 		(*diagnosis).calls, (*diagnosis).rest,
 	} {

@@ -2,6 +2,7 @@ package cause
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 )
@@ -46,6 +47,31 @@ func (d *diagnosis) localPorts() {
 		v.Fix, v.Undo = s.in("sysctl -w net.ipv4.ip_local_port_range='1024 65535'"), s.in("sysctl -w net.ipv4.ip_local_port_range='%d %d'", low, high)
 		v.Fix += "; better, let the program keep and use its connections again"
 		v.Owner = fmt.Sprintf("%s (pid %d)", e.Command, e.PID)
+	}
+}
+
+// portsTaken: all local ports are taken towards a remote end, at both ends of the window:
+// whoever connects there next is refused, whether or not somebody was in between.
+func (d *diagnosis) portsTaken() {
+	for _, s := range d.Spaces {
+		low, high := s.portRange()
+		for _, b := range s.After.Busy {
+			before := slices.ContainsFunc(s.Before.Busy, func(o Busy) bool {
+				return o.Remote == b.Remote && o.Local == b.Local && o.Protocol == b.Protocol && o.Ports > high-low
+			})
+			if b.Ports <= high-low || !before || !s.owns(b.Local) || s.serves(b.Protocol, netip.AddrPortFrom(b.Local, uint16(low))) || d.has(PortsExhausted, s) {
+				continue
+			}
+			v, _ := d.verdict(PortsExhausted, s, b.Remote.String(), nil)
+			v.Where.Hook, v.Confidence = "socket", Medium
+			v.Tuple = &Ends{Protocol: protocolName(b.Protocol), Source: netip.AddrPortFrom(b.Local, 0), Destination: b.Remote}
+			v.Title = fmt.Sprintf("%s has no local port left towards %s: all %d of the range %d-%d are taken", s.Name, b.Remote, high-low+1, low, high)
+			v.saw("%d ports are taken towards %s, those in TIME-WAIT too (sock_diag)", b.Ports, b.Remote)
+			v.saw("net.ipv4.ip_local_port_range = %d %d", low, high)
+			v.isNot("%s: what has a port is connected", NoRoute)
+			v.Fix, v.Undo = s.in("sysctl -w net.ipv4.ip_local_port_range='1024 65535'"), s.in("sysctl -w net.ipv4.ip_local_port_range='%d %d'", low, high)
+			v.Owner = "the program that connects there"
+		}
 	}
 }
 
