@@ -27,8 +27,8 @@ const faultWord = "lab-fault"
 
 // faultWish is what `lab faults` was asked for.
 type faultWish struct {
-	window         time.Duration
-	rounds, atOnce int
+	window time.Duration
+	rounds int
 }
 
 func labFaultsCommand(s *settings) *cobra.Command {
@@ -60,7 +60,7 @@ themselves. MILLRACE_TRACE_EVIDENCE=FOLDER keeps what was seen in each run.`,
 
 // labFaultCommand is a client in a process of its own.
 func labFaultCommand() *cobra.Command {
-	return &cobra.Command{Use: faultWord, Hidden: true, Short: "A client that a fault of the lab needs", Long: inOwnSpaces,
+	return &cobra.Command{Use: faultWord, Hidden: true, Short: "A client that a fault of the lab needs", Long: inOwnSpaces + "\n\nExit statuses:\n  0   done",
 		DisableFlagParsing: true,
 		RunE: func(_ *cobra.Command, args []string) error {
 			if status := fault.WorkerMain(args); status != 0 {
