@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -11,10 +13,49 @@ import (
 )
 
 // Every fault that was measured is named and nothing else is; so are those drawn from
-// one seed, and of the healthy runs nothing is.
+// one seed, and of the healthy runs nothing is. A run that is not right is made once more,
+// and told: other tests may have kept the processors from its programs.
 func TestEveryFaultIsNamed(t *testing.T) {
 	needsRoot(t)
-	stdout, stderr, _ := millrace(t, "lab", "faults", "listed", "random:1", "controls", "--rounds", "20", "-o", "json")
+	again := map[string]*fault.Result{}
+	asked := []string{}
+	for _, r := range faultsOf(t, 3, "listed", "random:1", "controls", "--rounds", "20") {
+		if r.State == fault.Right {
+			continue
+		}
+		t.Logf("once more: %s", resultText(r))
+		again[keyOf(r)] = r
+		what := r.Name
+		if r.Kind == fault.Drawn {
+			what = "random:1"
+		}
+		if !slices.Contains(asked, what) {
+			asked = append(asked, what)
+		}
+	}
+	if len(again) > 6 {
+		t.Fatalf("%d runs were not right", len(again))
+	}
+	if len(again) == 0 {
+		return
+	}
+	for _, r := range faultsOf(t, 0, append(asked, "--rounds", "20")...) {
+		if first := again[keyOf(r)]; first != nil {
+			delete(again, keyOf(r))
+			if r.State != fault.Right {
+				t.Errorf("twice: %s", resultText(r))
+			}
+		}
+	}
+	for _, r := range again {
+		t.Errorf("not made again: %s", resultText(r))
+	}
+}
+
+// faultsOf makes runs, and logs the totals, of which there have to be so many.
+func faultsOf(t *testing.T, totals int, arguments ...string) []*fault.Result {
+	t.Helper()
+	stdout, stderr, _ := millrace(t, append([]string{"lab", "faults", "-o", "json"}, arguments...)...)
 	var report struct {
 		Runs   []*fault.Result
 		Totals []fault.Total
@@ -25,15 +66,23 @@ func TestEveryFaultIsNamed(t *testing.T) {
 	for _, total := range report.Totals {
 		t.Logf("%s: %d of %d right, %d with false alarms, %d not judged", total.Kind, total.Right, total.Runs, total.False, total.NotJudged)
 	}
-	if len(report.Totals) != 3 {
+	if totals > 0 && len(report.Totals) != totals {
 		t.Fatalf("%d totals", len(report.Totals))
 	}
-	for _, r := range report.Runs {
-		if r.State != fault.Right {
-			t.Errorf("%s %s: %s: named %v, expected %v; missed %v, false alarms %v %s; its application saw %s",
-				r.Kind, r.Name, r.State, r.Named, r.Expected, r.Missed, r.False, r.Error, r.Outcomes)
-		}
+	return report.Runs
+}
+
+// keyOf tells runs apart: what is drawn by its seed, the others by their names.
+func keyOf(r *fault.Result) string {
+	if r.Kind == fault.Drawn {
+		return fmt.Sprint(r.Seed)
 	}
+	return r.Name
+}
+
+func resultText(r *fault.Result) string {
+	return fmt.Sprintf("%s %s: %s: named %v, expected %v; missed %v, false alarms %v %s; its application saw %s",
+		r.Kind, r.Name, r.State, r.Named, r.Expected, r.Missed, r.False, r.Error, r.Outcomes)
 }
 
 // One fault is shown with what it is, what its application saw, and what trace says.

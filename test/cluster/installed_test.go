@@ -142,16 +142,7 @@ func openShop(t *testing.T) {
 	}
 	closeShop()
 	t.Cleanup(closeShop)
-	number, err := filepath.Glob(filepath.Join(root, cacheFolder, "bin", "*", "agnhost.version"))
-	if err != nil || len(number) != 1 {
-		t.Fatalf("find the version of agnhost: %q, %v", number, err)
-	}
-	tag := strings.TrimSpace(string(read(t, number[0])))
-	apply := exec.Command(folder+"/kubectl", "apply", "-f", "-")
-	apply.Stdin = strings.NewReader(strings.ReplaceAll(shop, "AGNHOST", "registry.k8s.io/e2e-test-images/agnhost:"+tag))
-	if _, err := output(apply); err != nil {
-		t.Fatal(err)
-	}
+	applyWithAgnhost(t, shop)
 	kubectlOf(t, "-n", "installed", "rollout", "status", "deployment/shop", "--timeout=1m")
 	kubectlOf(t, "-n", "installed", "rollout", "status", "daemonset/client", "--timeout=1m")
 	calls(t, 10)
