@@ -60,14 +60,13 @@ themselves. MILLRACE_TRACE_EVIDENCE=FOLDER keeps what was seen in each run.`,
 
 // labFaultCommand is a client in a process of its own.
 func labFaultCommand() *cobra.Command {
-	return &cobra.Command{Use: faultWord, Hidden: true, Short: "A client that a fault of the lab needs", Long: inOwnSpaces + "\n\nExit statuses:\n  0   done",
-		DisableFlagParsing: true,
-		RunE: func(_ *cobra.Command, args []string) error {
+	return command(&cobra.Command{Use: faultWord, Hidden: true, Short: "A client that a fault of the lab needs", Args: cobra.ArbitraryArgs, DisableFlagParsing: true},
+		inOwnSpaces, func(_ context.Context, args []string) error {
 			if status := fault.WorkerMain(args); status != 0 {
 				return &failure{status, errors.New("")}
 			}
 			return nil
-		}}
+		})
 }
 
 // atOnce is how many runs are made side by side: most of each is waiting.
@@ -85,6 +84,9 @@ func (w *faultWish) run(ctx context.Context, s *settings, args []string) error {
 		return err
 	}
 	self, err := os.Executable()
+	if err == nil {
+		err = fault.Sweep()
+	}
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,8 @@
 // inside of these, links, addresses, routes, neighbours, settings, rules, programs and
 // entries of connection tracking; one group below millrace-fault in the cgroup2
 // hierarchy for the one fault that needs it. Nothing is changed in the host's own
-// network namespace, and Close removes everything. Rules of firewalls are made by the
+// network namespace, and Close removes everything; what a killed process left, Sweep
+// removes, which finds the names in /run/millrace/fault. Rules of firewalls are made by the
 // front ends that people use (nft, iptables-nft, iptables-legacy), because what these
 // leave in the kernel is what has to be recognised; a fault whose program is not
 // installed is not run, and says so.

@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -17,12 +19,19 @@ import (
 	"github.com/millrace/millrace/test/docs"
 )
 
-const asWorker = "fault-worker"
+// The processes that the test binary can be.
+const (
+	asWorker = "fault-worker"
+	asVictim = "fault-victim"
+)
 
 // TestMain lets the test binary be the process of a client.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == asWorker {
 		os.Exit(WorkerMain(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == asVictim {
+		os.Exit(victim())
 	}
 	os.Exit(m.Run())
 }
@@ -91,6 +100,60 @@ func TestWhatCannotBeInducedLeavesNothing(t *testing.T) {
 	if r.State != NotRun || !strings.Contains(r.Error, "absent needs no-such-program") {
 		t.Errorf("a fault whose program is missing: %s, %q", r.State, r.Error)
 	}
+}
+
+// What a killed process left is removed by the next; what a living one has is not.
+func TestWhatAKilledProcessLeft(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes network namespaces")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed := exec.Command(self, asVictim)
+	out, err := killed.StdoutPipe()
+	if err == nil {
+		err = killed.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var left [3]string
+	if _, err := fmt.Fscan(out, &left[0], &left[1], &left[2]); err != nil {
+		t.Fatal(err)
+	}
+	if err := Sweep(); err != nil {
+		t.Error(err)
+	}
+	for _, name := range left {
+		if _, err := os.Lstat(spacesFolder + "/" + name); err != nil {
+			t.Errorf("its process lives: %v", err)
+		}
+	}
+	killed.Process.Kill()
+	killed.Wait()
+	if err := Sweep(); err != nil {
+		t.Error(err)
+	}
+	for _, name := range left {
+		if _, err := os.Lstat(spacesFolder + "/" + name); err == nil {
+			t.Errorf("namespace %s is left", name)
+		}
+	}
+}
+
+// victim makes a scene and waits for its end.
+func victim() int {
+	s, err := newScene(rand.New(rand.NewPCG(rand.Uint64(), 1)), shape{})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	for _, at := range s.spaces() {
+		fmt.Println(at.name)
+	}
+	select {}
 }
 
 func noneLeft(t *testing.T, stage *Stage) {

@@ -277,7 +277,10 @@ func (s *scene) newSpace() (*space, error) {
 		if err != nil {
 			return nil, err
 		}
-		s.later(func() error { return netns.Remove(path) })
+		s.later(func() error { return errors.Join(netns.Remove(path), own.keep(name, false)) })
+		if err := own.keep(name, true); err != nil {
+			return nil, err
+		}
 		made := &space{name: name, path: path}
 		err = made.do(func() (err error) { made.net, err = netlink.NewHandle(unix.NETLINK_ROUTE); return err })
 		if err != nil {
