@@ -27,7 +27,7 @@ type Fault struct {
 	whole bool
 	// behind says that its server may be behind an address that the router translates.
 	behind bool
-	// once says that it is not sent again and again: what it fills stays full.
+	// once says that it is not sent again and again: what it meets lasts.
 	once bool
 	// needs are programs that it is induced by.
 	needs []string

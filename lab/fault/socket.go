@@ -167,7 +167,7 @@ var socketFaults = []*Fault{
 		Causes: []string{"receive-buffer-full"}, Seen: []Outcome{Silent}, induce: deaf, send: pour(800, 300)},
 	{Name: "closed-unread", behind: true, Number: "19", Says: "A server closes with data unread, which resets the connection.",
 		Causes: []string{"closed-with-unread-data"}, Seen: []Outcome{Reset}, induce: closesUnread, send: longCalls},
-	{Name: "local-ports", once: true, Number: "20", Says: "The client has no local port left for this destination.", whole: true,
+	{Name: "local-ports", Number: "20", Says: "The client has no local port left for this destination.", whole: true,
 		Causes: []string{"local-ports-exhausted"}, Seen: []Outcome{NoAddress}, induce: serving(fewPorts), send: hold(20)},
 	{Name: "socket-filter", behind: true, Number: "28", Says: "A filter at the server's socket lets nothing in.",
 		Causes: []string{"socket-filter-drop"}, Seen: []Outcome{Silent}, induce: filtered, send: questions},
