@@ -654,6 +654,12 @@ func (d *decoding) lookup(data []byte) {
 	if verdictMap {
 		// What a packet meets depends on the element: those that drop are what is told of.
 		d.verdict, d.counter = "drop", false
+		before := slices.Clone(d.line.conditions)
+		d.line.branches = list
+		d.line.branch = func(to string) *line {
+			taken := func(p *packet, r *values) Fit { return list.leads(r, from, to) }
+			return &line{chain: d.line.chain, place: d.line.place, conditions: append(slices.Clone(before), taken)}
+		}
 		d.add(func(p *packet, r *values) Fit { return list.drops(p, r, from) })
 		return
 	}
@@ -691,8 +697,9 @@ type elementList struct {
 
 type setElement struct {
 	key, end []byte
-	last     bool // where an interval has ended
-	drop     bool // of a verdict map
+	last     bool   // where an interval has ended
+	drop     bool   // of a verdict map
+	jump     string // of a verdict map: the chain that it leads to
 }
 
 func (l *elementLists) want(key setKey) *elementList {
@@ -752,7 +759,7 @@ func elementOf(raw []byte) setElement {
 		last: numberOf(raw, unix.NFTA_SET_ELEM_FLAGS)&unix.NFT_SET_ELEM_INTERVAL_END != 0,
 	}
 	if verdict := find(find(raw, unix.NFTA_SET_ELEM_DATA), unix.NFTA_DATA_VERDICT); verdict != nil {
-		e.drop = numberOf(verdict, unix.NFTA_VERDICT_CODE) == 0
+		e.drop, e.jump = numberOf(verdict, unix.NFTA_VERDICT_CODE) == 0, textOf(verdict, unix.NFTA_VERDICT_CHAIN)
 	}
 	return e
 }
@@ -804,6 +811,22 @@ func (l *elementList) has(r *values, from int) Fit {
 	}
 	_, found := l.find(value)
 	return fits(found)
+}
+
+// leads says whether a verdict map leads a packet to a chain.
+func (l *elementList) leads(r *values, from int, to string) Fit {
+	if !l.read {
+		return Unknown
+	}
+	if len(l.elements) == 0 {
+		return No
+	}
+	value := r.get(from, len(l.elements[0].key))
+	if value == nil {
+		return Unknown
+	}
+	e, found := l.find(value)
+	return fits(found && e.jump == to)
 }
 
 // drops says whether a verdict map drops a packet.

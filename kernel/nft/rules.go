@@ -113,7 +113,11 @@ type line struct {
 	conditions []condition
 	ends       bool // no rule of the chain comes after it for a packet that fits
 	jump       string
-	report     *Rule // nil if it neither ends nor translates
+	// branches is the verdict map that the rule looks into, and branch the rule as it is
+	// for packets that the map leads to a chain.
+	branches *elementList
+	branch   func(to string) *line
+	report   *Rule // nil if it neither ends nor translates
 }
 
 // condition says whether a packet fits; it may leave something in registers.
@@ -202,6 +206,16 @@ func (s *chainset) link() {
 		for _, l := range c.lines {
 			if to := s.chains[chainKey{c.key.table, l.jump}]; l.jump != "" && to != nil {
 				to.from = append(to.from, l)
+			}
+			if l.branches == nil {
+				continue
+			}
+			led := map[string]bool{}
+			for _, e := range l.branches.elements {
+				if to := s.chains[chainKey{c.key.table, e.jump}]; e.jump != "" && to != nil && !led[e.jump] {
+					led[e.jump] = true
+					to.from = append(to.from, l.branch(e.jump))
+				}
 			}
 		}
 	}

@@ -268,3 +268,47 @@ func processorTime() time.Duration {
 	}
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
+
+// A chain that only a verdict map leads to is found by the packets that the map sends there.
+func TestRulesBehindAVerdictMap(t *testing.T) {
+	b := newBed(t)
+	b.run(`table ip t {
+	map refused {
+		type ipv4_addr . inet_proto . inet_service : verdict
+		elements = { 192.0.2.2 . tcp . 80 : goto refuse }
+	}
+	chain refuse {
+		reject
+	}
+	chain check {
+		ip daddr . meta l4proto . th dport vmap @refused
+	}
+	chain forward {
+		type filter hook forward priority 0
+		jump check
+	}
+}
+`, strings.Fields(nftables)...)
+	rules, err := b.Rules()
+	b.must(err)
+	var found *Rule
+	for i := range rules {
+		if rules[i].Chain == "refuse" {
+			found = &rules[i]
+		}
+	}
+	if found == nil {
+		t.Fatalf("the rule that refuses is not listed: %+v", rules)
+	}
+	if found.Hook != "forward" || found.Verdict != "reject" {
+		t.Errorf("hook %q, verdict %q", found.Hook, found.Verdict)
+	}
+	packet := []byte{0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2, 0x9c, 0x40, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0}
+	if fit := found.Matches(packet, "a", "b"); fit != Yes {
+		t.Errorf("a packet that the map sends there fits: %v", fit)
+	}
+	packet[23] = 81
+	if fit := found.Matches(packet, "a", "b"); fit != No {
+		t.Errorf("a packet to another port fits: %v", fit)
+	}
+}
