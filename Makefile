@@ -45,7 +45,7 @@ test: ## everything CI runs; installs what it needs; needs root
 	@$(MAKE) --no-print-directory build
 	@test/check
 	@test/kernel/fetch
-	$(TESTS) -- -count=1 -p 1 -vet off -timeout 10m ./...
+	$(TESTS) -- -count=1 -p 1 -vet off -timeout 25m ./...
 	@$(MAKE) --no-print-directory test-cluster
 
 demo: ## see it: a shop of Services in a lab on this machine, and the bench table; needs root

@@ -87,7 +87,7 @@ func (r *Reader) After(ctx context.Context, window time.Duration, events []cause
 		s.Settings = settings(s.After.Links)
 		s.Addrs, s.Neighs, s.Routes = addresses(), neighbours(), refusing()
 		s.Rules = bothCounts(r.rules[n.Inode], r.readRules(n))
-		s.Programs = attachedTo(s.After.Links)
+		s.Programs, s.Policies = attachedTo(s.After.Links), blocking()
 		spaces[at] = s
 		return nil
 	})

@@ -80,7 +80,7 @@ func linkOf(l netlink.Link, reply []byte) cause.Link {
 			Peers: map[string][]netip.Addr{}}
 		c.VXLAN.Local, c.VXLAN.Group = addrOf(v.SrcAddr), addrOf(v.Group)
 	}
-	c.PortState = portState(reply)
+	c.PortState, c.Isolated = portState(reply)
 	return c
 }
 
@@ -89,17 +89,20 @@ func addrOf(ip net.IP) netip.Addr {
 	return a.Unmap()
 }
 
-// portState is that of a bridge's port: IFLA_LINKINFO, IFLA_INFO_SLAVE_DATA, IFLA_BRPORT_STATE.
-func portState(reply []byte) string {
-	const slaveKind, slaveData, state = 4, 5, 1
+// portState is that of a bridge's port: IFLA_LINKINFO, IFLA_INFO_SLAVE_DATA,
+// IFLA_BRPORT_STATE and IFLA_BRPORT_ISOLATED.
+func portState(reply []byte) (name string, alone bool) {
+	const slaveKind, slaveData, state, isolated = 4, 5, 1, 33
 	info := inner(reply[unix.SizeofIfInfomsg:], unix.IFLA_LINKINFO)
 	if kind := inner(info, slaveKind); string(kind) != "bridge" && string(kind) != "bridge\x00" {
-		return ""
+		return "", false
 	}
-	if s := inner(inner(info, slaveData), state); len(s) == 1 && int(s[0]) < len(portStates) {
-		return portStates[s[0]]
+	port := inner(info, slaveData)
+	if s := inner(port, state); len(s) == 1 && int(s[0]) < len(portStates) {
+		name = portStates[s[0]]
 	}
-	return ""
+	i := inner(port, isolated)
+	return name, len(i) == 1 && i[0] != 0
 }
 
 // inner is the value of the first attribute of a kind.

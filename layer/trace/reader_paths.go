@@ -3,6 +3,8 @@ package trace
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"strings"
 
@@ -49,7 +51,8 @@ func (r *Reader) paths(ctx context.Context, e *cause.Evidence) (all []cause.Path
 			ask(question{event.Space, "", netip.Addr{}, dst})
 		}
 		// What did not get through: every namespace on its way is asked about there and back.
-		lost := event.Kind == cause.Retransmit || event.Kind == cause.SocketError || event.Reason == "IP_INHDR" || event.Reason == "NEIGH_FAILED"
+		lost := event.Kind == cause.Retransmit || event.Kind == cause.SocketError || event.Reason == "IP_INHDR" ||
+			event.Kind == cause.StateChange && event.OldState == tcpSynSent && event.NewState == tcpClose || event.Reason == "NEIGH_FAILED"
 		if lost && len(e.Spaces) <= mostAsked {
 			for _, s := range e.Spaces {
 				ask(question{s.Inode, "", netip.Addr{}, src})
@@ -170,4 +173,38 @@ func routeText(r netlink.Route, p cause.Path) string {
 		words = append(words, "dev", p.Device)
 	}
 	return strings.Join(words, " ") + table(r.Table) + metric(r.Priority)
+}
+
+// blocking lists the policies of IPsec that let nothing through.
+func blocking() (all []cause.Policy) {
+	policies, err := netlink.XfrmPolicyList(netlink.FAMILY_ALL)
+	if err != nil {
+		return nil // a kernel without IPsec has none
+	}
+	prefix := func(n *net.IPNet) netip.Prefix {
+		if n == nil {
+			return netip.Prefix{}
+		}
+		ones, _ := n.Mask.Size()
+		return netip.PrefixFrom(addrOf(n.IP), ones)
+	}
+	for _, p := range policies {
+		if p.Action != netlink.XFRM_POLICY_BLOCK {
+			continue
+		}
+		c := cause.Policy{From: prefix(p.Src), To: prefix(p.Dst), Protocol: uint8(p.Proto), Port: uint16(p.DstPort)}
+		c.Text = fmt.Sprintf("src %s dst %s", c.From, c.To)
+		if p.Proto != 0 {
+			c.Text += " proto " + strings.TrimPrefix(p.Proto.String(), "proto-")
+		}
+		if p.SrcPort != 0 {
+			c.Text += fmt.Sprintf(" sport %d", p.SrcPort)
+		}
+		if p.DstPort != 0 {
+			c.Text += fmt.Sprintf(" dport %d", p.DstPort)
+		}
+		c.Text += " dir " + strings.TrimPrefix(p.Dir.String(), "dir ")
+		all = append(all, c)
+	}
+	return all
 }

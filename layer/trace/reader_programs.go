@@ -22,6 +22,7 @@ import (
 const (
 	clsactIngress = 0xfffffff2 // TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)
 	clsactEgress  = 0xfffffff3
+	bpfOps        = 5  // TCA_BPF_OPS, of a classic program
 	bpfName       = 7  // TCA_BPF_NAME
 	bpfID         = 11 // TCA_BPF_ID
 )
@@ -123,6 +124,8 @@ func filters(l cause.Link, parent uint32, hook string) (all []cause.Program) {
 			}
 			p.Pref = pref
 			all = append(all, p)
+		case kind == "bpf" && len(inner(options, bpfOps)) > 0:
+			all = append(all, cause.Program{Name: "classic BPF", Type: kind, Hook: hook, Device: l.Name, Pref: pref})
 		case kind == "bpf": // its group, without a program
 		case !slices.ContainsFunc(all, func(p cause.Program) bool { return p.Type == kind && p.Pref == pref }):
 			all = append(all, cause.Program{Name: kind, Type: kind, Hook: hook, Device: l.Name, Pref: pref})
@@ -138,6 +141,15 @@ var cgroupHooks = map[ebpf.AttachType]string{
 	ebpf.AttachCGroupUDP4Sendmsg: "cgroup sendmsg", ebpf.AttachCGroupUDP6Sendmsg: "cgroup sendmsg",
 	ebpf.AttachCGroupInetSockCreate: "cgroup sock_create",
 	ebpf.AttachCGroupInet4Bind:      "cgroup bind", ebpf.AttachCGroupInet6Bind: "cgroup bind",
+}
+
+// attachNames are what bpftool(8) calls them.
+var attachNames = map[ebpf.AttachType]string{
+	ebpf.AttachCGroupInetIngress: "ingress", ebpf.AttachCGroupInetEgress: "egress",
+	ebpf.AttachCGroupInet4Connect: "connect4", ebpf.AttachCGroupInet6Connect: "connect6",
+	ebpf.AttachCGroupUDP4Sendmsg: "sendmsg4", ebpf.AttachCGroupUDP6Sendmsg: "sendmsg6",
+	ebpf.AttachCGroupInetSockCreate: "sock_create",
+	ebpf.AttachCGroupInet4Bind:      "bind4", ebpf.AttachCGroupInet6Bind: "bind6",
 }
 
 // mostCgroups is how many are asked for their programs.
@@ -170,7 +182,7 @@ func (r *Reader) cgroups(_ context.Context, e *cause.Evidence) {
 		if left--; left < 0 {
 			return filepath.SkipAll
 		}
-		found := cgroupPrograms(name, strings.TrimPrefix(name, root))
+		found := cgroupPrograms(name)
 		if len(found) == 0 {
 			return nil
 		}
@@ -226,15 +238,12 @@ func unified() string {
 	return ""
 }
 
-func cgroupPrograms(folder, name string) (all []cause.Program) {
+func cgroupPrograms(folder string) (all []cause.Program) {
 	fd, err := unix.Open(folder, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil
 	}
 	defer unix.Close(fd)
-	if name == "" {
-		name = "/"
-	}
 	for attach, hook := range cgroupHooks {
 		found, err := link.QueryPrograms(link.QueryOptions{Target: fd, Attach: attach})
 		if err != nil {
@@ -242,7 +251,7 @@ func cgroupPrograms(folder, name string) (all []cause.Program) {
 		}
 		for _, f := range found.Programs {
 			p := attached(f.ID, "cgroup", hook, "")
-			p.Cgroup = name
+			p.Cgroup, p.Attach = folder, attachNames[attach]
 			all = append(all, p)
 		}
 	}

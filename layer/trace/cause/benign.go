@@ -28,6 +28,7 @@ func Usual(e *Event) bool {
 func (d *diagnosis) benign() {
 	for _, e := range d.events {
 		switch {
+		case e.by != "":
 		case e.Kind == Drop && usual[e.Reason]:
 			e.by = "benign"
 		case e.Kind == Drop && e.Tuple.EtherType != 0 && e.Tuple.EtherType != etherIP && e.Tuple.EtherType != etherIP6 && e.Tuple.EtherType != etherARP:
@@ -38,6 +39,8 @@ func (d *diagnosis) benign() {
 			e.by = "benign" // mDNS, MLD, router solicitations: nobody waits for them
 		case e.Kind == Drop && broadcasts(d.spaces[e.Space], e.Event):
 			e.by = "benign"
+		case e.Kind == Drop && (e.Tuple.Protocol == protoICMP && e.Tuple.ICMPType == 5 || e.Tuple.Protocol == protoICMP6 && e.Tuple.ICMPType == 137):
+			e.by = "benign" // redirects: nobody needs them, and translation drops its own
 		case e.Kind == Drop && strings.HasPrefix(e.Location, "unix_"), e.Kind == Drop && strings.HasPrefix(e.Location, "netlink_"):
 			e.by = "benign"
 		case e.Kind == Drop && strings.Contains(e.Location, "packet_rcv"):

@@ -58,7 +58,7 @@ func judge(e *Evidence) *diagnosis {
 	// The order is that of what follows from what: a packet that a rule drops is the
 	// cause of the neighbour that is not found, not the other way round.
 	for _, rule := range []func(*diagnosis){
-		(*diagnosis).benign,
+		(*diagnosis).sixOff, (*diagnosis).benign,
 		(*diagnosis).checksums, (*diagnosis).duplicates, (*diagnosis).floods,
 		(*diagnosis).pathMTU, (*diagnosis).linkMTU,
 		(*diagnosis).tracking, (*diagnosis).firewall,
@@ -66,10 +66,12 @@ func judge(e *Evidence) *diagnosis {
 		(*diagnosis).sourceChecks, (*diagnosis).wrongMAC, (*diagnosis).downLinks,
 		(*diagnosis).vxlan, (*diagnosis).hops, (*diagnosis).routes, (*diagnosis).neighbours,
 		(*diagnosis).qdiscs, (*diagnosis).queues, (*diagnosis).memory,
-		(*diagnosis).acceptQueues, (*diagnosis).noListener, (*diagnosis).noRouteBack, (*diagnosis).synQueues,
+		(*diagnosis).acceptQueues, (*diagnosis).policies, (*diagnosis).otherAnswers, (*diagnosis).noListener,
+		(*diagnosis).noRouteBack, (*diagnosis).synQueues,
 		(*diagnosis).closedUnread, (*diagnosis).stalled, (*diagnosis).localPorts, (*diagnosis).portsTaken,
 		(*diagnosis).fragments, (*diagnosis).fragmentsOfTunnels,
 		(*diagnosis).calls, (*diagnosis).rest,
+		(*diagnosis).throughTunnels,
 	} {
 		rule(d)
 	}

@@ -155,6 +155,35 @@ func written() []handwritten {
 	group.Tuple = Tuple{Protocol: protoUDP, EtherType: etherIP, Source: netip.MustParseAddrPort("192.0.2.1:5353"), Destination: netip.MustParseAddrPort("224.0.0.251:5353")}
 	traced := drop("IP_INHDR", "ip_forward", 3)
 	traced.Packet = []byte{0x45, 0, 0, 40, 0, 0, 0, 0, 1, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2}
+	to := func(e Event, source, destination string) Event {
+		e.Tuple.Source, e.Tuple.Destination = netip.MustParseAddrPort(source), netip.MustParseAddrPort(destination)
+		if e.Tuple.Destination.Addr().Is6() {
+			e.Tuple.EtherType = etherIP6
+		}
+		return e
+	}
+	datagram := func(e Event) Event { e.Tuple.Protocol = protoUDP; return e }
+	probe := datagram(to(traced, "192.0.2.1:40000", "198.51.100.2:33436"))
+	probe.Count = 9
+	probeEnd := datagram(to(drop("NO_SOCKET", "__udp4_lib_rcv", 9), "192.0.2.1:40000", "192.0.2.2:33437"))
+	redirect := drop("NETFILTER_DROP", "nf_hook_slow", 9)
+	redirect.Tuple.Protocol, redirect.Tuple.ICMPType, redirect.Stack = protoICMP, 5, []string{"__ip_local_out"}
+	looped := to(drop("NETFILTER_DROP", "nf_hook_slow", 9), "127.0.0.1:40000", "192.0.2.9:8080")
+	looped.Stack = []string{"__ip_local_out"}
+	loDown := to(drop("QDISC_DROP", "__dev_queue_xmit", 9), "127.0.0.1:40000", "127.0.0.1:80")
+	loDown.Device, loDown.Index = "lo", 1
+	answered := to(drop("NO_SOCKET", "tcp_v4_rcv", 4), "192.0.2.9:8080", "192.0.2.1:40000")
+	answered.Tuple.TCPFlags = flagSYN | flagACK
+	told := datagram(to(drop("NO_SOCKET", "__udp4_lib_rcv", 4), "192.0.2.9:53", "192.0.2.1:40000"))
+	blocked := drop("XFRM_POLICY", "tcp_v4_rcv", 4)
+	off := to(drop("IPV6DISABLED", "ip6_rcv_core", 4), "[2001:db8::1]:40000", "[2001:db8::2]:80")
+	offAgain := to(again(), "[2001:db8::1]:40000", "[2001:db8::2]:80")
+	marked := drop("NOT_SPECIFIED", "ip_error", 4)
+	reset2 := to(drop("TCP_ABORT_ON_CLOSE", "tcp_close", 9), "192.0.2.1:40000", "192.0.2.2:80")
+	reset2.Kind = ResetSent
+	opened, hurt := again(), again()
+	opened.Kind, opened.OldState, opened.NewState = StateChange, tcpSynSent, tcpEstablished
+	hurt.Kind, hurt.Errno = SocketError, eCONNRESET
 	big := drop("PKT_TOO_BIG", "ip_forward", 2)
 	flooded := drop("OTHERHOST", "ip_rcv_core", 7)
 	return []handwritten{
@@ -166,6 +195,27 @@ func written() []handwritten {
 		}, drop("TC_INGRESS", "__netif_receive_skb_core", 5))},
 		{"nobody knows", Unexplained, one(nil, drop("DEV_HDR", "tun_get_user", 5), again())},
 		{"a filter of UDP", SocketFilterDrop, one(nil, fragment)},
+		{"loopback is down", LinkDown, one(func(s *Space) {
+			s.After.Links = append(s.After.Links, Link{Index: 1, Name: "lo", Statistics: map[string]uint64{}})
+		}, loDown)},
+		{"a NodePort asked for at localhost", MartianSource, one(nil, looped)},
+		{"an answer that was not translated back", OtherAnswer, one(nil, answered, again())},
+		{"a server of datagrams with two addresses", OtherAnswer, one(func(s *Space) {
+			s.After.Sockets = []Socket{{Protocol: protoUDP, Local: netip.MustParseAddrPort("192.0.2.1:40000"), Remote: netip.MustParseAddrPort("192.0.2.2:53")}}
+		}, told)},
+		{"a policy of IPsec", IPsecPolicy, one(func(s *Space) {
+			s.Policies = []Policy{{To: netip.MustParsePrefix("192.0.2.2/32"), Protocol: protoTCP, Text: "src 0.0.0.0/0 dst 192.0.2.2/32 proto 6 dir in"}}
+		}, blocked)},
+		{"IPv6 is off", IPv6Off, one(nil, off, offAgain)},
+		{"a table that a mark leads to", RouteBlackhole, one(func(s *Space) {
+			s.Routes = []Route{{Type: "blackhole", To: netip.MustParsePrefix("0.0.0.0/0"), Text: "blackhole default table 200"}}
+		}, marked)},
+		{"ports that are isolated", BridgePortBlocked, isolatedPorts()},
+		{"a question through a tunnel that a firewall blocks", FirewallDrop, tunnelled()},
+		{"a client that closes with data unread", "", one(nil, reset2, opened, hurt)},
+		{"traceroute with many probes", "", one(nil, probe)},
+		{"the end of traceroute", "", one(nil, probeEnd)},
+		{"a redirect that translation drops", "", one(nil, redirect)},
 		{"nobody suffers", "", one(nil, drop("DEV_HDR", "tun_get_user", 5))},
 		{"once", "", one(nil, drop("DEV_HDR", "tun_get_user", 1), again())},
 		{"two pings at once", "", one(nil, echo)},
@@ -183,6 +233,34 @@ func written() []handwritten {
 			Tuple: Tuple{Protocol: protoUDP, EtherType: etherIP6, Destination: netip.MustParseAddrPort("[2001:db8::1]:80")}}},
 			Paths: []Path{{Space: 1, Destination: netip.MustParseAddr("2001:db8::1"), Errno: eNETUNREACH}}}},
 	}
+}
+
+// isolatedPorts are two pods at a bridge whose ports are isolated from each other.
+func isolatedPorts() Evidence {
+	pod := func(inode uint32, name, address string, port int) *Space {
+		s := space(func(s *Space) { s.Inode, s.Name = inode, name })
+		s.After.Links[0].Kind, s.After.Links[0].Peer, s.After.Links[0].PeerSpace = "veth", port, 3
+		s.Addrs = []Addr{{Index: 2, Prefix: netip.MustParsePrefix(address)}}
+		return s
+	}
+	node := space(func(s *Space) { s.Inode, s.Name = 3, "node" })
+	node.After.Links = []Link{{Index: 9, Name: "cni0", Kind: "bridge", Up: true, Carrier: true}}
+	for i, inode := range []uint32{1, 2} {
+		node.After.Links = append(node.After.Links, Link{Index: 4 + i, Name: fmt.Sprint("veth", i), Kind: "veth", Up: true, Carrier: true, Master: 9,
+			PortState: "forwarding", Isolated: true, Peer: 2, PeerSpace: inode})
+	}
+	return Evidence{Spaces: []*Space{pod(1, "a", "192.0.2.1/24", 4), pod(2, "b", "192.0.2.2/24", 5), node}, Events: []Event{drop("NEIGH_FAILED", "neigh_invalidate", 4), again()}}
+}
+
+// tunnelled is a neighbour that is asked for through a tunnel whose packets a rule drops.
+func tunnelled() Evidence {
+	s := space(nil)
+	s.After.Links = append(s.After.Links, Link{Index: 5, Name: "vx0", Kind: "vxlan", Up: true, Carrier: true,
+		VXLAN: &VXLAN{ID: 1, Port: 4789, Peers: map[string][]netip.Addr{"": {netip.MustParseAddr("198.51.100.2")}}}})
+	inside, outside := drop("NEIGH_FAILED", "neigh_invalidate", 4), drop("NETFILTER_DROP", "nft_do_chain", 9)
+	inside.Device, inside.Index = "vx0", 5
+	outside.Tuple = Tuple{Protocol: protoUDP, EtherType: etherIP, Source: netip.MustParseAddrPort("198.51.100.1:50000"), Destination: netip.MustParseAddrPort("198.51.100.2:4789")}
+	return Evidence{Spaces: []*Space{s}, Events: []Event{inside, outside, again()}}
 }
 
 func TestWrittenCases(t *testing.T) {

@@ -116,6 +116,7 @@ type Space struct {
 	Routes   []Route
 	Rules    []Rule
 	Programs []Program
+	Policies []Policy
 	// Processes say who holds sockets: by inode of the socket.
 	Processes map[uint32]Process
 	// Enter is what is put before a command for it to be given in this namespace:
@@ -166,6 +167,14 @@ type Route struct {
 	Rule bool
 }
 
+// Policy is one of IPsec that blocks.
+type Policy struct {
+	From, To netip.Prefix
+	Protocol uint8  // 0 for any
+	Port     uint16 // to which; 0 for any
+	Text     string // as ip-xfrm(8) selects it: "src 10.0.0.1/32 dst 10.0.0.2/32 dir in"
+}
+
 // Conntrack is the connection tracking of a namespace; Max is 0 where there is none.
 type Conntrack struct {
 	Count, Max                             uint64
@@ -182,6 +191,7 @@ type Link struct {
 	Up, Carrier bool
 	Master      int    // the bridge that it is a port of
 	PortState   string // of a bridge's port: "disabled", "blocking", "listening", "learning", "forwarding"
+	Isolated    bool   // of a bridge's port: takes nothing from, and gives nothing to, other isolated ones
 	Peer        int    // index of a veth's other end
 	PeerSpace   uint32 // its namespace, where it could be told; else 0
 	VXLAN       *VXLAN
@@ -291,7 +301,8 @@ type Program struct {
 	Hook   string // "tc ingress", "tc egress", "xdp", "xdp generic", "cgroup egress"
 	Device string
 	Pref   uint32 // of a tc filter, 0 for tcx
-	Cgroup string
+	Cgroup string // the folder of its cgroup
+	Attach string // what bpftool(8) calls the place in it: "connect6"
 	Owner  string // who it is of, where its pin, link or name tells: "cilium", "millrace"
 }
 

@@ -2,6 +2,7 @@ package cause
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 )
@@ -265,12 +266,44 @@ func (d *diagnosis) firewall() {
 			e.by = "benign"
 			continue
 		}
+		if len(all) == 0 && d.loopbackTranslated(s, e, hook) {
+			continue
+		}
 		if len(all) == 0 && lateReset(e.Tuple) && !d.suffered(e.Tuple) {
 			e.by = "benign"
 			continue
 		}
 		d.blamesRule(s, e, hook, all)
 	}
+}
+
+// loopbackTranslated: what was sent to a loopback address was translated to one elsewhere,
+// and may not leave with the source that it has.
+func (d *diagnosis) loopbackTranslated(s *Space, e *seen, hook string) bool {
+	src, dst := e.Tuple.Source.Addr(), e.Tuple.Destination.Addr()
+	if hook != "output" || !src.IsLoopback() || dst.IsLoopback() || e.Location == "nft_do_chain" {
+		return false
+	}
+	v, fresh := d.verdict(MartianSource, s, shown(e.Tuple.Destination), e)
+	v.Title = fmt.Sprintf("what %s sends to a loopback address is translated to %s, and may not leave with source %s: %s", s.Name, shown(e.Tuple.Destination), src, times(v.Packets, "packet dropped", "packets dropped"))
+	v.saw("%s dropped at %s, hook %s, without a rule: %s", times(e.Count, "packet", "packets"), e.Location, hook, flow(e.Tuple))
+	if !fresh {
+		return true
+	}
+	v.Where.Hook = hook
+	device := "DEVICE"
+	if p := d.path(e.Space, "", netip.Addr{}, dst); p != nil && p.Device != "" {
+		device = p.Device
+	}
+	setting := "net.ipv4.conf." + device + ".route_localnet"
+	v.saw("%s = %s; the packet goes on by %s, and its answers come back to it", setting, orNone(s.Settings[setting]), device)
+	v.isNot("%s: no rule that drops fits the packet", FirewallDrop)
+	v.isNot("%s: %s", ConntrackFull, conntrackText(s))
+	rule := fmt.Sprintf("POSTROUTING -s 127.0.0.0/8 -o %s -j MASQUERADE", device)
+	v.Fix = s.in("sysctl -w %s=1", setting) + " && " + s.in("iptables -t nat -A %s", rule)
+	v.Undo = s.in("iptables -t nat -D %s", rule) + " && " + s.in("sysctl -w %s=%s", setting, orZero(s.Settings[setting]))
+	v.Owner = "whoever wrote the rule that translates it (of Kubernetes: a NodePort that is asked for at localhost)"
+	return true
 }
 
 // lateReset says that it ends a connection: when it dies nobody waits for it.
@@ -366,6 +399,10 @@ func (r *Rule) fix(s *Space) (fix, undo string) {
 	case r.Policy:
 		return s.in("nft 'chain %s %s %s { policy accept; }'", r.Family, r.Table, r.Chain), s.in("nft 'chain %s %s %s { policy drop; }'", r.Family, r.Table, r.Chain)
 	}
+	if r.System == "iptables-nft" {
+		return s.in("nft delete rule %s %s %s handle %d", r.Family, r.Table, r.Chain, r.Handle),
+			"put it in again by iptables, as iptables-save shows it now: " + r.Text
+	}
 	return s.in("nft delete rule %s %s %s handle %d", r.Family, r.Table, r.Chain, r.Handle),
 		s.in("nft 'insert rule %s %s %s %s'", r.Family, r.Table, r.Chain, strings.ReplaceAll(r.Text, "'", ""))
 }
@@ -426,6 +463,20 @@ func (d *diagnosis) blamesRule(s *Space, e *seen, hook string, all []suspect) {
 	}
 	v.Fix, v.Undo = c.fix(s)
 	v.Owner = c.owner()
+	if namespace, name, ok := serviceWithout(c.Rule); ok {
+		v.Fix = fmt.Sprintf("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s; kubectl -n %s describe service %s: no pod that its selector fits is ready (or none on this node, where its traffic policy is Local)", namespace, name, namespace, name)
+		v.Undo = "nothing is changed by looking: kube-proxy takes the rule away when there is an endpoint"
+	}
+}
+
+// serviceWithout is the Service without endpoints that kube-proxy refuses by a rule.
+func serviceWithout(r *Rule) (namespace, name string, ok bool) {
+	service, _, without := strings.Cut(r.Comment, " has no ")
+	if !without || !strings.HasSuffix(r.Comment, "endpoints") {
+		return "", "", false
+	}
+	service, _, _ = strings.Cut(service, ":")
+	return strings.Cut(service, "/")
 }
 
 func conntrackText(s *Space) string {

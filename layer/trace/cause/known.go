@@ -41,6 +41,9 @@ const (
 	XDPDrop            = "bpf-xdp-drop"
 	CgroupDrop         = "bpf-cgroup-drop"
 	SocketFilterDrop   = "socket-filter-drop"
+	OtherAnswer        = "answer-from-other-address"
+	IPv6Off            = "ipv6-off"
+	IPsecPolicy        = "ipsec-policy-drop"
 	BridgePortBlocked  = "bridge-port-blocked"
 	ServiceDrop        = "service-drop" // millrace's own, with the Service's name
 	MemoryShort        = "memory-short"

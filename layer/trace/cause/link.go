@@ -113,6 +113,9 @@ func (d *diagnosis) downLinks() {
 
 // downFor finds the device that is down for an event.
 func (d *diagnosis) downFor(s *Space, e *seen) (place, bool) {
+	if l := s.link(e.Device); l != nil && l.Name == "lo" && !l.Up {
+		return place{s, l}, true
+	}
 	if l := s.link(e.Device); l != nil {
 		routed := e.Reason == "IP_INNOROUTES" || e.Reason == "NOT_SPECIFIED" && !strings.Contains(e.Location, "forward_skb")
 		if !routed {
@@ -265,6 +268,9 @@ func (d *diagnosis) bridges() {
 		if l == nil {
 			continue
 		}
+		if d.isolated(s, l, e) {
+			continue
+		}
 		for _, p := range d.segment(s, l) {
 			if p.link.PortState != "" && p.link.PortState != "forwarding" && p.link.Up && p.link.Carrier {
 				blocked(p, e)
@@ -272,4 +278,49 @@ func (d *diagnosis) bridges() {
 			}
 		}
 	}
+}
+
+// isolated: the ports of a bridge by which a packet comes and would have to leave are
+// isolated from each other.
+func (d *diagnosis) isolated(s *Space, l *Link, e *seen) bool {
+	hop := e.Tuple.Destination.Addr()
+	if e.Kind == Drop {
+		hop = d.nextHop(e)
+	}
+	all := d.segment(s, l)
+	home, known := owner(all, hop)
+	if !known {
+		return false
+	}
+	port := func(of *Space) (place, bool) {
+		for _, p := range all {
+			if other, peer := d.peer(p.link); p.link.Isolated && peer != nil && other == of {
+				return p, true
+			}
+		}
+		return place{}, false
+	}
+	near, ok := port(s)
+	far, there := port(home.space)
+	if !ok || !there || near.space != far.space || near.link.Master != far.link.Master {
+		return false
+	}
+	v, fresh := d.verdict(BridgePortBlocked, near.space, near.link.Name+far.link.Name, e)
+	d.eventOf(v, e)
+	if !fresh {
+		return true
+	}
+	bridge := ""
+	if m := near.space.linkAt(near.link.Master); m != nil {
+		bridge = m.Name
+	}
+	v.Where.Interface, v.Where.Hook = near.link.Name, "bridge"
+	v.Title = fmt.Sprintf("ports %s and %s of bridge %s in %s are isolated: nothing passes from one to the other", near.link.Name, far.link.Name, bridge, near.space.Name)
+	v.saw("%s and %s: isolated on (RTM_GETLINK, IFLA_BRPORT_ISOLATED)", near.link.Name, far.link.Name)
+	v.saw("%s is behind %s, and is asked for by %s", hop, far.link.Name, s.Name)
+	v.isNot("%s: both ports are up", LinkDown)
+	v.isNot("%s: %s has the address", NeighbourMissing, home.space.Name)
+	v.Fix, v.Undo = near.space.in("bridge link set dev %s isolated off", near.link.Name), near.space.in("bridge link set dev %s isolated on", near.link.Name)
+	v.Owner = "whoever isolated the ports (the CNI plug-in bridge does with portIsolation)"
+	return true
 }

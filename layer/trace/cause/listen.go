@@ -231,13 +231,13 @@ func (d *diagnosis) synFlood(s *Space, cookies uint64) {
 func (d *diagnosis) noRouteBack() {
 	for _, s := range d.Spaces {
 		drops, missing := s.rose("TcpExt.ListenDrops"), s.rose("Ip.OutNoRoutes", "Ip6OutNoRoutes")
-		if drops == 0 || missing == 0 || s.rose("TcpExt.ListenOverflows") >= drops {
+		if drops == 0 || s.rose("TcpExt.ListenOverflows") >= drops {
 			continue
 		}
 		// Whose SYNs come to nothing? Those of clients that try again and have an address here.
 		found := false
 		for _, e := range d.events {
-			asks := e.Kind == Retransmit && e.OldState == tcpSynSent || e.Kind == SocketError && e.Errno == eTIMEDOUT || e.Kind == StateChange && e.OldState == tcpSynSent
+			asks := e.Kind == Retransmit && e.OldState == tcpSynSent || e.Kind == SocketError && e.Errno == eTIMEDOUT || e.Kind == StateChange && e.OldState == tcpSynSent && e.NewState == tcpClose
 			if e.by != "" || !asks || !s.owns(e.Tuple.Destination.Addr()) || e.Tuple.Destination.Addr().IsLoopback() {
 				continue
 			}
@@ -247,12 +247,13 @@ func (d *diagnosis) noRouteBack() {
 			case p != nil && refusing(p.Type):
 				d.refusingRoute(s, e, p)
 				found = true
-			case p == nil || p.Errno != 0:
+			case missing > 0 && p != nil && p.Errno != 0:
 				d.routeBackMissing(s, client, e)
 				found = true
 			}
 		}
-		if !found {
+		// A route of IPv6 that lets nothing through is counted nowhere else.
+		if !found && missing > 0 {
 			d.routeBackMissing(s, netip.Addr{}, nil)
 		}
 	}
@@ -289,11 +290,41 @@ func (d *diagnosis) routeBackMissing(s *Space, client netip.Addr, e *seen) {
 		if client.Is6() {
 			six = "-6 "
 		}
-		v.Fix, v.Undo = s.in("ip %sroute add %s via GATEWAY", six, client), s.in("ip %sroute del %s", six, client)
+		v.Fix, v.Undo = s.in("ip %sroute add %s via %s", six, client, d.router(s, client)), s.in("ip %sroute del %s", six, client)
 	} else {
 		v.Fix, v.Undo = s.in("ip route add default via GATEWAY"), s.in("ip route del default")
 	}
 	v.Owner = "whoever makes the routes of " + s.Name
+}
+
+// router is the neighbour of a space that leads to an address, as far as it can be told:
+// one that forwards, of the namespaces looked at, or the only neighbour there is.
+func (d *diagnosis) router(s *Space, to netip.Addr) string {
+	var known []string
+	for _, n := range s.Neighs {
+		near := slices.ContainsFunc(s.Addrs, func(a Addr) bool { return a.Index == n.Index && a.Prefix.Contains(n.Addr) })
+		if n.State&(neighFailed|neighIncomplete) != 0 || n.Addr.Is4() != to.Is4() || !near {
+			continue
+		}
+		text := n.Addr.String()
+		if l := s.linkAt(n.Index); l != nil && n.Addr.Is6() && n.Addr.IsLinkLocalUnicast() {
+			text += " dev " + l.Name
+		}
+		known = append(known, text)
+		setting := "net.ipv4.ip_forward"
+		if to.Is6() {
+			setting = "net.ipv6.conf.all.forwarding"
+		}
+		for _, o := range d.owners(n.Addr) {
+			if p := d.path(o.Inode, "", netip.Addr{}, to); o != s && o.Settings[setting] == "1" && (p == nil || p.Errno == 0) {
+				return text
+			}
+		}
+	}
+	if len(known) == 1 {
+		return known[0]
+	}
+	return "GATEWAY"
 }
 
 // noListener: nobody has the port that packets come to.
@@ -336,6 +367,9 @@ func (d *diagnosis) late(s *Space, e *seen) bool {
 	case protoTCP:
 		return !e.Tuple.opens() // a connection that was there and is gone
 	case protoUDP:
+		if e.traceroute() {
+			return true
+		}
 		answer := s.ephemeral(e.Tuple.Destination.Port()) && !s.ephemeral(e.Tuple.Source.Port())
 		return answer && e.Tuple.Source.Port() < e.Tuple.Destination.Port()
 	}

@@ -1,6 +1,7 @@
 package cause
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 )
@@ -123,6 +124,9 @@ func (p Program) owner() string {
 	if p.Owner != "" {
 		return p.Owner
 	}
+	if p.ID == 0 {
+		return "whoever put the filter in"
+	}
 	return fmt.Sprintf("whoever loaded program %d (%s)", p.ID, p.Name)
 }
 
@@ -139,7 +143,10 @@ func (p Program) fix(s *Space) (fix, undo string) {
 	case p.Hook == "xdp":
 		fix = s.in("ip link set dev %s xdp off", p.Device)
 	default:
-		fix = fmt.Sprintf("bpftool cgroup detach CGROUP%s %s id %d, where CGROUP is where cgroup2 is mounted", p.Cgroup, strings.TrimPrefix(p.Hook, "cgroup "), p.ID)
+		fix = fmt.Sprintf("bpftool cgroup detach %s %s id %d", p.Cgroup, cmp.Or(p.Attach, strings.TrimPrefix(p.Hook, "cgroup ")), p.ID)
+	}
+	if p.ID == 0 {
+		return fix, fmt.Sprintf("put the filter (%s) in again by whoever did so", p.Name)
 	}
 	return fix, fmt.Sprintf("attach program %d (%s) again by whoever did so", p.ID, p.Name)
 }

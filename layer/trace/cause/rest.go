@@ -28,7 +28,7 @@ func (d *diagnosis) localPorts() {
 		if src.IsValid() && !src.IsUnspecified() && !s.owns(src) {
 			continue
 		}
-		v, fresh := d.verdict(PortsExhausted, s, e.Tuple.Destination.String(), e)
+		v, fresh := d.verdict(PortsExhausted, s, "", e)
 		d.eventOf(v, e)
 		if !fresh {
 			continue
@@ -87,7 +87,10 @@ func (d *diagnosis) fragments() {
 		// Parts that wait at the end may be just on their way: they count if none of many
 		// packets was ever whole.
 		waits := s.After.Fragments > s.Before.Fragments && whole == 0 && came >= 2
-		if d.has(FragmentLost, s) || failed == 0 && !waits {
+		cut := slices.ContainsFunc(d.events, func(e *seen) bool {
+			return e.Kind == Drop && e.by != "" && e.by != "benign" && e.Tuple.Fragment && s.owns(e.Tuple.Destination.Addr())
+		})
+		if d.has(FragmentLost, s) || cut || failed == 0 && !waits {
 			continue
 		}
 		d.fragmentLost(s, nil)

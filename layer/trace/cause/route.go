@@ -39,7 +39,13 @@ func (d *diagnosis) routes() {
 		case p != nil && refusing(p.Type):
 			d.refusingRoute(s, e, p)
 		case d.noForwarding(s, e):
+			if d.asked(e.Tuple.Destination.Addr()) {
+				e.by = NeighbourMissing // it is to have the address, not to forward
+				continue
+			}
 			d.forwardingOff(s, e)
+		case d.listedRefusal(s, e) != nil:
+			d.refusingRoute(s, e, d.listedRefusal(s, e))
 		case e.Reason == "IP_INNOROUTES" || e.Reason == "IP_OUTNOROUTES" || p != nil && p.Errno == eNETUNREACH:
 			d.noRoute(s, e)
 		}
@@ -70,6 +76,49 @@ func (d *diagnosis) routes() {
 	})
 }
 
+// asked says that somebody asks for an address on the wire in vain.
+func (d *diagnosis) asked(a netip.Addr) bool {
+	return slices.ContainsFunc(d.Spaces, func(s *Space) bool {
+		return slices.ContainsFunc(s.Neighs, func(n Neigh) bool { return n.Addr == a && n.State&(neighFailed|neighIncomplete) != 0 })
+	})
+}
+
+// listedRefusal is the route or rule that lets nothing through and fits a packet that the
+// routing code dropped though the route that it is told leads on: another table was asked,
+// by the packet's mark or by what else a rule looks at. Nil unless there is just one.
+func (d *diagnosis) listedRefusal(s *Space, e *seen) *Path {
+	dropped := e.Location == "ip_error" || strings.HasPrefix(e.Location, "dst_discard") || strings.HasPrefix(e.Location, "ip6_pkt_")
+	if !dropped || e.Reason != "NOT_SPECIFIED" && e.Reason != "" {
+		return nil
+	}
+	kind := "blackhole"
+	for _, o := range d.events {
+		if o.Kind != ICMPSent || o.Space != e.Space || !same(o.Tuple, e.Tuple) {
+			continue
+		}
+		switch {
+		case o.Type == 3 && o.Code == 13 || o.Type == 1 && o.Code == 1:
+			kind = "prohibit"
+		case o.Type == 3 && o.Code == 1 || o.Type == 1:
+			kind = "unreachable"
+		}
+	}
+	var found *Path
+	for _, r := range s.Routes {
+		to := e.Tuple.Destination.Addr()
+		fits := !r.To.IsValid() || r.To.Contains(to)
+		if r.Type != kind || !fits {
+			continue
+		}
+		if found != nil {
+			return nil
+		}
+		errno := map[string]int{"blackhole": eINVAL, "unreachable": eHOSTUNREACH, "prohibit": eACCES}[kind]
+		found = &Path{Space: s.Inode, From: e.Device, Source: e.Tuple.Source.Addr(), Destination: to, Type: kind, Errno: errno, Route: r.Text}
+	}
+	return found
+}
+
 // speaks6 says that a namespace has an address of IPv6 that reaches further than its wire.
 func (s *Space) speaks6() bool {
 	return slices.ContainsFunc(s.Addrs, func(a Addr) bool {
@@ -94,7 +143,11 @@ func (d *diagnosis) refusingRoute(s *Space, e *seen, p *Path) {
 		return
 	}
 	v.Where.Hook = "route"
-	v.saw("asked for the route from %s to %s, %s answers errno %d: %s", orAny(e.Tuple.Source.Addr()), to, s.Name, p.Errno, p.Route)
+	if d.listedRefusal(s, e) != nil {
+		v.saw("the route or rule of %s that refuses like this and fits the packet: %s", s.Name, p.Route)
+	} else {
+		v.saw("asked for the route from %s to %s, %s answers errno %d: %s", orAny(e.Tuple.Source.Addr()), to, s.Name, p.Errno, p.Route)
+	}
 	if p.Type == "blackhole" {
 		v.isNot("%s: the packet died in the routing code (%s), not at a hook, and no ICMP message was sent", FirewallDrop, orNone(e.Location))
 	} else {
@@ -121,9 +174,20 @@ func orAny(a netip.Addr) string {
 	return a.String()
 }
 
-// eventOf adds what happened to the evidence.
+// mostAlike is how many lines of evidence may differ in their ports alone.
+const mostAlike = 3
+
+// eventOf adds what happened to the evidence. Of the same that happened to many
+// connections some examples are told.
 func (d *diagnosis) eventOf(v *Verdict, e *seen) {
 	s := d.spaces[e.Space]
+	alike := fmt.Sprint(e.Kind, e.Space, e.Reason, e.Location, e.Call, e.PID, e.Errno, e.Tuple.Protocol, e.Tuple.Source.Addr(), e.Tuple.Destination.Addr())
+	if v.alike == nil {
+		v.alike = map[string]int{}
+	}
+	if v.alike[alike]++; v.alike[alike] > mostAlike {
+		return
+	}
 	switch e.Kind {
 	case Drop:
 		v.saw("%s dropped at %s in %s, reason %s: %s", times(e.Count, "packet", "packets"), e.Location, s.Name, orNone(e.Reason), flow(e.Tuple))
@@ -249,7 +313,7 @@ func (d *diagnosis) hops() {
 		s := d.spaces[e.Space]
 		p := d.path(e.Space, e.Device, e.Tuple.Source.Addr(), e.Tuple.Destination.Addr())
 		loops := p != nil && d.comesBack(e, p)
-		if !loops && e.Count <= 3 && !d.suffered(e.Tuple) {
+		if !loops && !d.suffered(e.Tuple) && (e.Count <= 3 || e.traceroute() || e.Tuple.Protocol == protoICMP || e.Tuple.Protocol == protoICMP6) {
 			e.by = "benign" // traceroute asks for this
 			continue
 		}
@@ -273,8 +337,20 @@ func (d *diagnosis) hops() {
 		v.Fix = s.in("ip route get %s", e.Tuple.Destination.Addr()) + " here and on the router that it names: one of the two must lead elsewhere"
 		v.Undo = "put the route back that was changed"
 		v.Owner = "whoever makes the routes of " + s.Name
+		if !loops {
+			v.saw("no namespace looked at sends them back: they start with too few hops, or go round before they come here")
+			v.Fix = "see with how many hops they start: sysctl net.ipv4.ip_default_ttl net.ipv6.conf.all.hop_limit at the sender, or the program's own IP_TTL; or whether a router before " + s.Name + " sends them in a circle: traceroute " + e.Tuple.Destination.Addr().String()
+			v.Undo, v.Owner = "nothing is changed by looking", "the sender's program, or whoever makes the routes before "+s.Name
+		}
 		d.foldExceeded(e)
 	}
+}
+
+// traceroute says that a datagram is to one of the ports of traceroute(8), which nobody is
+// to listen at: 33434, and one more for each packet.
+func (e *Event) traceroute() bool {
+	port := e.Tuple.Destination.Port()
+	return e.Tuple.Protocol == protoUDP && port >= 33434 && port < 33434+3*64
 }
 
 func (d *diagnosis) foldExceeded(e *seen) {

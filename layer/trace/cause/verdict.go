@@ -36,6 +36,8 @@ type Verdict struct {
 	// Tuple is one of those that were met; Packets how many died of it.
 	Tuple   *Ends  `json:"tuple,omitempty"`
 	Packets uint64 `json:"packets"`
+
+	alike map[string]int // how often evidence of a kind was added
 }
 
 // Where is the place of a cause.

@@ -56,6 +56,47 @@ func (d *diagnosis) behindTunnel(v *Verdict) {
 	})
 }
 
+// throughTunnels takes verdicts back about neighbours that are asked for through a tunnel,
+// where the packets of the tunnel itself have a cause: the questions are inside.
+func (d *diagnosis) throughTunnels() {
+	within := func(v *Verdict) bool {
+		if v.Cause != NeighbourMissing {
+			return false
+		}
+		for _, s := range d.Spaces {
+			l := s.link(v.Where.Interface)
+			if s.Name != v.Where.Namespace || l == nil {
+				continue
+			}
+			for _, p := range d.segment(s, l) {
+				if x := p.link.VXLAN; x != nil && slices.ContainsFunc(d.verdicts, func(o *Verdict) bool { return o != v && o.carries(x) }) {
+					return true
+				}
+			}
+		}
+		return false
+	}
+	inside := map[*Verdict]bool{} // the decision about one must not hang on that about another
+	for _, v := range d.verdicts {
+		inside[v] = within(v)
+	}
+	d.verdicts = slices.DeleteFunc(d.verdicts, func(v *Verdict) bool { return inside[v] })
+}
+
+// carries says that a verdict is about packets between the ends of a tunnel.
+func (v *Verdict) carries(x *VXLAN) bool {
+	if v.Tuple == nil || v.Tuple.Protocol != "udp" && v.Tuple.Protocol != "" {
+		return false
+	}
+	from, to := v.Tuple.Source.Addr(), v.Tuple.Destination.Addr()
+	ends := []netip.Addr{x.Group}
+	for _, peers := range x.Peers {
+		ends = append(ends, peers...)
+	}
+	port := v.Tuple.Destination.Port()
+	return (port == 0 || int(port) == x.Port) && slices.ContainsFunc(ends, func(a netip.Addr) bool { return a.IsValid() && (a == from || a == to) })
+}
+
 // network finds the VXLAN header in a packet: behind UDP, its flag for a network number
 // is set.
 func (e *Event) network() (vni int, found bool) {
