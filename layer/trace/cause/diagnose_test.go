@@ -412,3 +412,15 @@ func prune(tree any) any {
 	}
 	return tree
 }
+
+// A rule that kube-proxy has for all Services without endpoints is not to be deleted.
+func TestRefusalOfKubeProxy(t *testing.T) {
+	e := Evidence{Spaces: []*Space{space(func(s *Space) {
+		s.Rules = []Rule{{System: "nftables", Family: "ip", Table: "kube-proxy", Chain: "reject-chain", Hook: "forward", Handle: 5, Verdict: "reject", Text: "reject"}}
+	})}, Events: []Event{drop("NETFILTER_DROP", "nft_do_chain", 9)}}
+	e.Events[0].Stack = []string{"ip_forward"}
+	all := Diagnose(&e)
+	if len(all) != 1 || all[0].Cause != FirewallReject || !strings.Contains(all[0].Fix, "kubectl get endpointslices") || strings.Contains(all[0].Fix, "delete") {
+		t.Errorf("%+v", all)
+	}
+}

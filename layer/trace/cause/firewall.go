@@ -466,6 +466,10 @@ func (d *diagnosis) blamesRule(s *Space, e *seen, hook string, all []suspect) {
 	if namespace, name, ok := serviceWithout(c.Rule); ok {
 		v.Fix = fmt.Sprintf("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s; kubectl -n %s describe service %s: no pod that its selector fits is ready (or none on this node, where its traffic policy is Local)", namespace, name, namespace, name)
 		v.Undo = "nothing is changed by looking: kube-proxy takes the rule away when there is an endpoint"
+	} else if v.Owner == "kube-proxy" && id == FirewallReject {
+		// The rule is for all Services without endpoints: a map leads there.
+		v.Fix = fmt.Sprintf("kubectl get services -A -o wide | grep -wF %s shows the Service, kubectl get endpointslices -A its endpoints: none is ready", e.Tuple.Destination.Addr())
+		v.Undo = "nothing is changed by looking: kube-proxy refuses no more when there is an endpoint"
 	}
 }
 
