@@ -62,7 +62,6 @@ CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 	flagFor(c, &w.window, 0, "how long to watch; 0 is until Ctrl-C")
 	c.Flags().StringVar(&w.pcap, "pcap", "", "write the packets that died to this `file`, as pcapng with the reason as a comment")
 	w.at.flagRun(c)
-	w.at.flagNode(c)
 	w.from.flagsAs(c, "where names of pods and Services come from, without an agent: "+sourceForms)
 	return c
 }

@@ -29,7 +29,7 @@ type names struct {
 func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
 	n := &names{map[netip.Addr]string{}, map[netip.Addr]string{}, map[string][]netip.Addr{}}
 	if from.source != "" {
-		snapshot, err := firstSnapshot(ctx, from, at.node)
+		snapshot, err := firstSnapshot(ctx, from, "") // the pods of all nodes: one may be at the other end
 		if err != nil {
 			return nil, err
 		}
@@ -186,7 +186,7 @@ func (e end) is(a netip.AddrPort, spaces []*cause.Space) bool {
 // direction or the other, from the others. What has no tuple concerns everybody.
 func (all ends) filter(verdicts []cause.Verdict, spaces []*cause.Space) (asked, others []cause.Verdict) {
 	for _, v := range verdicts {
-		if v.Tuple == nil || all.fit(v.Tuple.Source, v.Tuple.Destination, spaces) {
+		if v.Tuple == nil || all.fit(v, spaces) {
 			asked = append(asked, v)
 		} else {
 			others = append(others, v)
@@ -195,14 +195,27 @@ func (all ends) filter(verdicts []cause.Verdict, spaces []*cause.Space) (asked, 
 	return asked, others
 }
 
-func (all ends) fit(from, to netip.AddrPort, spaces []*cause.Space) bool {
+func (all ends) fit(v cause.Verdict, spaces []*cause.Space) bool {
+	from, to := v.Tuple.Source, v.Tuple.Destination
+	// A listener at all addresses of its namespace has each of them.
+	at := slices.IndexFunc(spaces, func(s *cause.Space) bool { return s.Name == v.Where.Namespace })
+	is := func(e end, a netip.AddrPort) bool {
+		if a.Addr().IsUnspecified() && at >= 0 {
+			return slices.ContainsFunc(spaces[at].Addrs, func(own cause.Addr) bool {
+				return e.is(netip.AddrPortFrom(own.Prefix.Addr(), a.Port()), spaces)
+			})
+		}
+		return e.is(a, spaces)
+	}
 	switch len(all) {
 	case 0:
 		return true
 	case 1:
-		return all[0].is(from, spaces) || all[0].is(to, spaces)
+		return is(all[0], from) || is(all[0], to)
 	}
-	return all[0].is(from, spaces) && all[1].is(to, spaces) || all[0].is(to, spaces) && all[1].is(from, spaces)
+	// An end that is not known may be the one that is asked for.
+	may := func(e end, a netip.AddrPort) bool { return !a.IsValid() || is(e, a) }
+	return may(all[0], from) && may(all[1], to) || may(all[0], to) && may(all[1], from)
 }
 
 // describe gives the ends of a verdict's packet their names.
@@ -216,6 +229,9 @@ func (n *names) describe(verdicts []cause.Verdict) {
 
 // named is an end with its name behind it.
 func named(a netip.AddrPort, name string) string {
+	if !a.IsValid() {
+		return "unknown"
+	}
 	if name == "" {
 		return a.String()
 	}

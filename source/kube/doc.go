@@ -12,7 +12,8 @@
 // alone. Nodes say where endpoints are, which ranges are pods', and in which zone
 // this node is. Pods are asked for with spec.nodeName because only those of this
 // node can ask for anything here (annotations); their addresses name a client in
-// explain. Another node's pods are known as endpoints only.
+// explain. Another node's pods are known as endpoints only. Who looks at packets between
+// nodes (trace) asks for all.
 //
 // The server selects as it does for kube-proxy: no Services with the label
 // service.kubernetes.io/service-proxy-name, no headless ones, and no slices with

@@ -26,12 +26,16 @@ type kind struct {
 	never string
 }
 
-// kindsFor are the kinds that are watched for a node.
+// kindsFor are the kinds that are watched for a node, or with the pods of all nodes.
 //
 // The selectors are kube-proxy's: a Service with the label service-proxy-name is
 // another proxy's, and headless Services are for DNS, as are slices with the
 // label headless. Slices without a Service are somebody else's private matter.
 func kindsFor(node string) []kind {
+	onNode := ""
+	if node != "" {
+		onNode = "spec.nodeName=" + node
+	}
 	return []kind{
 		{
 			resource: "services", path: "/api/v1/services", object: "Service",
@@ -55,7 +59,7 @@ func kindsFor(node string) []kind {
 		},
 		{
 			resource: "pods", path: "/api/v1/pods", object: "Pod",
-			fields: "spec.nodeName=" + node,
+			fields: onNode,
 			list:   func() runtime.Object { return &corev1.PodList{} },
 		},
 	}

@@ -20,7 +20,7 @@ type Settings struct {
 	// Servers are addresses of API servers, "https://10.0.0.1:6443", tried in turn
 	// instead of the one in the kubeconfig or the pod's environment.
 	Servers []string
-	// Node is the node whose pods are asked for.
+	// Node is the node whose pods are asked for; empty for those of all nodes.
 	Node string
 	// Account is the folder of the service account; empty for where Kubernetes
 	// mounts it.

@@ -48,9 +48,11 @@ func serve(t *testing.T, s *kubetest.Server) string {
 	return web.URL
 }
 
-func (b *bed) open(servers ...string) *Source {
+func (b *bed) open(servers ...string) *Source { return b.openFor("n1", servers...) }
+
+func (b *bed) openFor(node string, servers ...string) *Source {
 	b.t.Helper()
-	s, err := Open(Settings{Kubeconfig: kubeconfig(b.t, "http://192.0.2.1"), Servers: servers, Node: "n1"})
+	s, err := Open(Settings{Kubeconfig: kubeconfig(b.t, "http://192.0.2.1"), Servers: servers, Node: node})
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -222,6 +224,20 @@ metadata: {name: %s}
 spec: {nodeName: %s, containers: [{name: c}]}
 status: {phase: Running, podIP: %[3]s, podIPs: [{ip: %[3]s}]}
 `, name, node, ip)
+}
+
+// Who asks for no node gets the pods of all.
+func TestRunDeliversThePodsOfAllNodes(t *testing.T) {
+	b := newBed(t)
+	b.source = b.openFor("", b.url)
+	b.apply(nodes + service("web", "10.96.0.2") + slice("web", "10.244.1.1") + pod("here", "n1", "10.244.1.1") + pod("there", "n2", "10.244.2.1"))
+	b.run()
+	if first := b.shows("web 10.244.1.1"); len(first.Pods) != 2 {
+		t.Errorf("pods %v, want those of both nodes", first.Pods)
+	}
+	if err := b.end(); err != nil {
+		t.Errorf("Run ended with %v", err)
+	}
 }
 
 // The first Snapshot holds all there is and is complete; each change makes another.
