@@ -28,12 +28,12 @@ func (n *Net) everybodys() ([]Rule, error) {
 	}
 	defer s.close()
 	asleep, err := s.dormant()
-	if err != nil || len(asleep) == 1 && !s.anyTable() {
-		return nil, err // without a table there is nothing more to ask for
-	}
-	sets, err := s.chainsOf(asleep)
 	if err != nil {
 		return nil, err
+	}
+	sets, err := s.chainsOf(asleep)
+	if err != nil || len(sets) == 0 {
+		return nil, err // without a chain there are no rules
 	}
 	lists := &elementLists{socket: s, named: map[setKey]*elementList{}}
 	left := mostRules
@@ -62,14 +62,6 @@ func (n *Net) everybodys() ([]Rule, error) {
 		}
 	}
 	return all, nil
-}
-
-func (s *socket) anyTable() bool {
-	found := false
-	for _, err := range s.ask(unix.NFT_MSG_GETTABLE, unix.NLM_F_DUMP, unix.AF_UNSPEC, nil) {
-		found = found || err == nil
-	}
-	return found
 }
 
 // chainsOf reads the chains of tables that are not asleep, by family.
@@ -222,7 +214,11 @@ func (d *decoding) expression(name string, data []byte) {
 	case "queue":
 		d.finish("queue", "queue")
 	case "nat":
-		d.finish(map[bool]string{true: "snat", false: "dnat"}[numberOf(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT], d.natText(data))
+		kind := "dnat"
+		if numberOf(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT {
+			kind = "snat"
+		}
+		d.finish(kind, kind+d.natRange(data))
 	case "masq":
 		d.finish("masquerade", "masquerade")
 	case "redir":
@@ -230,7 +226,7 @@ func (d *decoding) expression(name string, data []byte) {
 	case "synproxy":
 		d.finish("synproxy", "synproxy")
 	case "limit", "quota", "connlimit", "last", "numgen":
-		d.chance(name, data)
+		d.chance(name)
 	case "match":
 		d.match(textOf(data, unix.NFTA_MATCH_NAME), numberOf(data, unix.NFTA_MATCH_REV), find(data, unix.NFTA_MATCH_INFO))
 	case "target":
@@ -240,13 +236,13 @@ func (d *decoding) expression(name string, data []byte) {
 	case "dynset":
 		d.dynamic(data)
 	default: // fib, rt, socket, osf, hash, exthdr ...: what they load or find is not known
-		d.load(data, name)
+		d.load(name)
 	}
 }
 
 // load notes an expression whose result is not known: most name their register second or
 // first, so all registers are forgotten.
-func (d *decoding) load(_ []byte, name string) {
+func (d *decoding) load(name string) {
 	d.line.conditions = append(d.line.conditions, func(_ *packet, r *values) Fit { *r = values{}; return Yes })
 	for i := range d.described {
 		d.described[i] = name
@@ -257,11 +253,11 @@ func (d *decoding) load(_ []byte, name string) {
 	}
 }
 
-func (d *decoding) chance(name string, data []byte) {
+func (d *decoding) chance(name string) {
 	d.rate = d.rate || name != "last"
 	switch name {
 	case "numgen":
-		d.load(data, "numgen")
+		d.load(name)
 	case "last":
 	default:
 		d.unknown(name)
@@ -295,8 +291,8 @@ func (d *decoding) reject(kind uint32) {
 	d.finish("reject", "reject")
 }
 
-func (d *decoding) natText(data []byte) string {
-	text := map[bool]string{true: "snat", false: "dnat"}[numberOf(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT]
+// natRange is what an address is translated to.
+func (d *decoding) natRange(data []byte) (text string) {
 	if find(data, unix.NFTA_NAT_REG_ADDR_MIN) != nil {
 		if a, ok := netip.AddrFromSlice(d.constants[at(data, unix.NFTA_NAT_REG_ADDR_MIN)]); ok {
 			text += " to " + a.String()
@@ -657,14 +653,16 @@ func (d *decoding) lookup(data []byte) {
 		before := slices.Clone(d.line.conditions)
 		d.line.branches = list
 		d.line.branch = func(to string) *line {
-			taken := func(p *packet, r *values) Fit { return list.leads(r, from, to) }
+			taken := func(_ *packet, r *values) Fit {
+				return list.holds(r, from, func(e setElement) bool { return e.jump == to })
+			}
 			return &line{chain: d.line.chain, place: d.line.place, conditions: append(slices.Clone(before), taken)}
 		}
-		d.add(func(p *packet, r *values) Fit { return list.drops(p, r, from) })
+		d.add(func(_ *packet, r *values) Fit { return list.holds(r, from, func(e setElement) bool { return e.drop }) })
 		return
 	}
 	d.add(func(_ *packet, r *values) Fit {
-		found := list.has(r, from)
+		found := list.holds(r, from, func(setElement) bool { return true })
 		if isMap {
 			r.put(to, nil, 16)
 		}
@@ -798,27 +796,12 @@ func inParts(value, low, high []byte) bool {
 	return true
 }
 
-func (l *elementList) has(r *values, from int) Fit {
+// holds says whether the value of a register is, or falls into, such an element.
+func (l *elementList) holds(r *values, from int, such func(setElement) bool) Fit {
 	if !l.read {
 		return Unknown
 	}
-	if len(l.elements) == 0 {
-		return No
-	}
-	value := r.get(from, len(l.elements[0].key))
-	if value == nil {
-		return Unknown
-	}
-	_, found := l.find(value)
-	return fits(found)
-}
-
-// leads says whether a verdict map leads a packet to a chain.
-func (l *elementList) leads(r *values, from int, to string) Fit {
-	if !l.read {
-		return Unknown
-	}
-	if len(l.elements) == 0 {
+	if !slices.ContainsFunc(l.elements, such) {
 		return No
 	}
 	value := r.get(from, len(l.elements[0].key))
@@ -826,21 +809,5 @@ func (l *elementList) leads(r *values, from int, to string) Fit {
 		return Unknown
 	}
 	e, found := l.find(value)
-	return fits(found && e.jump == to)
-}
-
-// drops says whether a verdict map drops a packet.
-func (l *elementList) drops(p *packet, r *values, from int) Fit {
-	if !l.read {
-		return Unknown
-	}
-	if !slices.ContainsFunc(l.elements, func(e setElement) bool { return e.drop }) {
-		return No
-	}
-	value := r.get(from, len(l.elements[0].key))
-	if value == nil {
-		return Unknown
-	}
-	e, found := l.find(value)
-	return fits(found && e.drop)
+	return fits(found && such(e))
 }

@@ -110,24 +110,15 @@ func (d *decoding) multiport(info []byte) {
 
 // connectionState reads xt_conntrack and xt_state, as far as they are about states.
 func (d *decoding) connectionState(name string, revision uint32, info []byte) {
-	// struct xt_conntrack_mtinfo1 to 3: three sets of flags after ten addresses, two times
-	// and five ports.
-	const flagsAt, invertedAt, statesAt, byState = 146, 148, 150, 1
-	mask, not, only := uint32(0), false, true
-	switch {
-	case name == "state" && len(info) >= 4:
-		mask = host.Uint32(info)
-	case name == "conntrack" && revision >= 1 && len(info) >= statesAt+2:
-		mask = uint32(info[statesAt])
-		if revision > 1 {
-			mask = uint32(host.Uint16(info[statesAt:]))
-		}
-		only = host.Uint16(info[flagsAt:])&^(1<<13) == byState
-		not = host.Uint16(info[invertedAt:])&byState != 0
-	default:
+	asked, known := conntrackOf(revision, info)
+	if name == "state" && len(info) >= 4 {
+		asked, known = conntrackMatch{states: host.Uint32(info), onlyStates: true}, true
+	}
+	if !known {
 		d.unknown("-m " + name)
 		return
 	}
+	mask, not := asked.states, asked.inverted&byState != 0
 	names := stateNames(mask)
 	d.states = append(d.states, names...)
 	d.say("ctstate " + map[bool]string{true: "! "}[not] + strings.ToUpper(strings.Join(names, ",")))
@@ -136,7 +127,7 @@ func (d *decoding) connectionState(name string, revision uint32, info []byte) {
 		if not {
 			fit = fit.not()
 		}
-		if !only {
+		if !asked.onlyStates {
 			fit = fit.and(Unknown)
 		}
 		return fit

@@ -2,17 +2,11 @@ package nft
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/millrace/millrace/kernel/netns"
 )
 
 // tables4And6 is what differs between ip_tables and ip6_tables: where things are in
@@ -29,76 +23,21 @@ type tables4And6 struct {
 	invertSource, invertDst byte
 }
 
-var legacyFamilies = []tables4And6{
-	{"ip", "ip_tables_names", unix.NFPROTO_IPV4, unix.AF_INET, unix.SOL_IP, 4, 16, 80, 82, 83, 88, 90, 96, 112, 8, 16},
-	{"ip6", "ip6_tables_names", unix.NFPROTO_IPV6, unix.AF_INET6, unix.SOL_IPV6, 16, 64, 128, 131, 132, 140, 142, 152, 168, 8, 16},
-}
-
 // legacyRules reads those of iptables-legacy.
 func (n *Net) legacyRules() (all []Rule, err error) {
-	read := func() error {
-		for _, f := range legacyFamilies {
-			names, err := os.ReadFile("/proc/thread-self/net/" + f.file)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue // this kernel, or this namespace, has none
-			}
-			if err != nil {
-				return fmt.Errorf("read tables of iptables-legacy: %w", err)
-			}
-			for _, table := range strings.Fields(string(names)) {
-				found, err := f.table(table)
-				if err != nil {
-					return fmt.Errorf("read table %s %s of iptables-legacy: %w", f.name, table, err)
-				}
-				all = append(all, found...)
-			}
-		}
-		return nil
-	}
-	err = netns.In(n.path, read)
-	return all, err
-}
-
-// table reads one table whole.
-func (f tables4And6) table(name string) ([]Rule, error) {
-	const getInfo, getEntries, headerLength = 64, 65, 40                   // see holdsChain
-	fd, err := unix.Socket(f.domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0) // a raw one takes CAP_NET_RAW
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(fd)
-	ask := func(what int, into []byte) error {
-		size := uint32(len(into))
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(f.level), uintptr(what),
-			uintptr(unsafe.Pointer(&into[0])), uintptr(unsafe.Pointer(&size)), 0)
-		if errno != 0 {
-			return errno
-		}
-		return nil
-	}
-	const tries = 5
-	for try := 1; ; try++ {
-		var info tableInfo
-		copy(info.name[:], name)
-		if err := ask(getInfo, unsafe.Slice((*byte)(unsafe.Pointer(&info)), unsafe.Sizeof(info))); err != nil {
-			return nil, err
-		}
-		entries := make([]byte, headerLength+int(info.size))
-		copy(entries, name)
-		host.PutUint32(entries[len(info.name):], info.size)
-		err := ask(getEntries, entries)
+	err = n.eachLegacy(func(f *tables4And6, table string) error {
+		info, entries, err := f.entries(table)
 		if err == nil {
-			return f.read(name, info, entries[headerLength:]), nil
+			all = append(all, f.read(table, info, entries)...)
 		}
-		if try == tries || !errors.Is(err, unix.EAGAIN) {
-			return nil, err
-		}
-	}
+		return err
+	})
+	return all, err
 }
 
 // read makes chains of the entries: built-in ones begin at hooks, others after an ERROR
 // target that names them.
-func (f tables4And6) read(table string, info tableInfo, raw []byte) []Rule {
+func (f *tables4And6) read(table string, info tableInfo, raw []byte) []Rule {
 	set := &chainset{chains: map[chainKey]*listedChain{}}
 	begins := map[int]*listedChain{}
 	chain := func(name string) *listedChain {
@@ -160,7 +99,7 @@ func (f tables4And6) read(table string, info tableInfo, raw []byte) []Rule {
 }
 
 // line reads one entry; to is the offset that it jumps to, or negative.
-func (f tables4And6) line(c *listedChain, entry []byte, target int, name string, data []byte) (l *line, to int) {
+func (f *tables4And6) line(c *listedChain, entry []byte, target int, name string, data []byte) (l *line, to int) {
 	to = -1
 	d := decoding{family: f.family, header: f.family, table: c.key.table, system: "iptables-legacy", line: &line{chain: c, place: len(c.lines)}}
 	f.header4And6(&d, entry)
@@ -196,7 +135,7 @@ func (f tables4And6) line(c *listedChain, entry []byte, target int, name string,
 }
 
 // header4And6 reads the addresses, devices and protocol of an entry.
-func (f tables4And6) header4And6(d *decoding, entry []byte) {
+func (f *tables4And6) header4And6(d *decoding, entry []byte) {
 	flags := entry[f.inverted]
 	const invertIn, invertOut, invertProto, invertFragment = 1, 2, 64, 32
 	sides := []struct {

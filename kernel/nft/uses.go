@@ -441,24 +441,40 @@ func (r *reading) reference(data []byte) {
 	}
 }
 
+// conntrackMatch is what xt_conntrack asks for, as far as it is about states.
+type conntrackMatch struct {
+	states     uint32
+	onlyStates bool
+	inverted   uint16 // byState, and what else is the other way round
+}
+
+// byState is XT_CONNTRACK_STATE.
+const byState = 1
+
+// conntrackOf reads struct xt_conntrack_mtinfo1 to 3 of linux/netfilter/xt_conntrack.h:
+// three sets of flags after ten addresses, two times and five ports.
+func conntrackOf(revision uint32, info []byte) (m conntrackMatch, ok bool) {
+	const flagsAt, invertedAt, statesAt, calledState = 146, 148, 150, 1 << 13
+	if revision < 1 || len(info) < statesAt+2 {
+		return m, false
+	}
+	m.states = uint32(info[statesAt])
+	if revision > 1 {
+		m.states = uint32(host.Uint16(info[statesAt:]))
+	}
+	m.onlyStates = host.Uint16(info[flagsAt:])&^calledState == byState
+	m.inverted = host.Uint16(info[invertedAt:])
+	return m, true
+}
+
 // match is one of iptables-nft: its name, revision and C struct.
 func (r *reading) match(name string, revision uint32, info []byte) {
 	switch name {
 	case "conntrack":
-		// struct xt_conntrack_mtinfo1 to 3 of linux/netfilter/xt_conntrack.h:
-		// three sets of flags after ten addresses, two times and five ports.
-		const flagsAt, invertedAt, statesAt, byState, calledState = 146, 148, 150, 1, 1 << 13
 		r.tracking.Asked = true
-		if revision >= 1 && len(info) >= statesAt+2 {
-			states := uint16(info[statesAt])
-			if revision > 1 {
-				states = host.Uint16(info[statesAt:])
-			}
-			if host.Uint16(info[flagsAt:])&^calledState == byState && host.Uint16(info[invertedAt:]) == 0 && states == invalidBit {
-				return
-			}
+		if asked, ok := conntrackOf(revision, info); !ok || !asked.onlyStates || asked.inverted != 0 || asked.states != invalidBit {
+			r.use(looksAtState)
 		}
-		r.use(looksAtState)
 	case "state":
 		r.tracking.Asked = true
 		if !isInvalid(info[:min(4, len(info))]) {
