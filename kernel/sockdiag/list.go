@@ -47,20 +47,39 @@ const (
 // of linux/inet_diag.h
 const (
 	diagInfo     = 2  // INET_DIAG_INFO, struct tcp_info
+	skMemInfo    = 7  // INET_DIAG_SKMEMINFO
 	diagCgroup   = 21 // INET_DIAG_CGROUP_ID
 	memReceived  = 0  // SK_MEMINFO_RMEM_ALLOC
 	memReceiveOf = 1  // SK_MEMINFO_RCVBUF
+	memDrops     = 8  // SK_MEMINFO_DROPS
+	sizeOfReply  = 72
 )
 
 // Walk calls f with each socket of the protocol (IPPROTO_TCP, _UDP, _RAW) in the calling
 // thread's network namespace, of both families. None is kept, so that there may be very
 // many: about two microseconds each.
 func Walk(protocol uint8, f func(State)) error {
-	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		// struct inet_diag_req_v2: family, protocol, extensions, all states.
-		body := make([]byte, 56)
-		body[0], body[1], body[2] = family, protocol, 1<<(diagInfo-1)|1<<(skMemInfo-1)
-		binary.NativeEndian.PutUint32(body[4:], 1<<32-1)
+	err := walk(protocol, 1<<32-1, 1<<(diagInfo-1)|1<<(skMemInfo-1), func(s State) {
+		s.Local, s.Remote = unmapped(s.Local), unmapped(s.Remote)
+		f(s)
+	})
+	if err != nil {
+		return fmt.Errorf("list sockets of protocol %d: %w", protocol, err)
+	}
+	return nil
+}
+
+func unmapped(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}
+
+// walk calls f with each socket in one of the states (bits), with what extensions (bits)
+// tell of it.
+func walk(protocol uint8, states uint32, extensions uint8, f func(State)) error {
+	for _, anywhere := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		end := netip.AddrPortFrom(anywhere, 0)
+		body := request(Socket{Protocol: protocol, Cookie: AnyCookie, Local: end, Remote: end}, states)
+		body[2] = extensions
 		list := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 		list.AddRawData(body)
 		err := list.ExecuteIter(unix.NETLINK_SOCK_DIAG, 0, func(reply []byte) bool {
@@ -70,7 +89,7 @@ func Walk(protocol uint8, f func(State)) error {
 			return true
 		})
 		if err != nil {
-			return fmt.Errorf("list sockets of protocol %d: %w", protocol, err)
+			return err
 		}
 	}
 	return nil
@@ -86,7 +105,7 @@ func state(protocol uint8, reply []byte) (s State, ok bool) {
 		if reply[0] == unix.AF_INET {
 			return netip.AddrFrom4([4]byte(reply[at : at+4]))
 		}
-		return netip.AddrFrom16([16]byte(reply[at : at+16])).Unmap()
+		return netip.AddrFrom16([16]byte(reply[at : at+16]))
 	}
 	s = State{
 		Protocol: protocol, State: int(reply[1]), Timer: int(reply[2]), Tries: int(reply[3]),
