@@ -11,13 +11,11 @@ import (
 // spoiled sends packets whose checksum is wrong: protocol says which.
 func spoiled(protocol int) func(context.Context, *Part) {
 	return func(ctx context.Context, p *Part) {
-		raw, err := openRaw(p.client, p.client.device)
-		if err != nil {
-			p.wrong(err)
+		raw, ok := openRaw(p)
+		if !ok {
 			return
 		}
 		defer raw.close()
-		mac := p.gate().mac(p.gate().device)
 		wrong := uint16(1 + p.random.IntN(60000))
 		for range 2 * p.attempts {
 			from := netip.AddrPortFrom(p.from, uint16(30000+p.random.IntN(30000)))
@@ -31,7 +29,7 @@ func spoiled(protocol int) func(context.Context, *Part) {
 				packet = datagram(from, p.local(p.port), make([]byte, 40), 0)
 				packet[10] ^= 0x5a
 			}
-			p.wrong(raw.send(mac, packet))
+			p.wrong(raw.send(packet))
 			if !rest(ctx, 50*time.Millisecond) {
 				return
 			}

@@ -101,13 +101,11 @@ func impatient(p *Part) error {
 
 // halves sends datagrams of which the second half never comes.
 func halves(ctx context.Context, p *Part) {
-	raw, err := openRaw(p.client, p.client.device)
-	if err != nil {
-		p.wrong(err)
+	raw, ok := openRaw(p)
+	if !ok {
 		return
 	}
 	defer raw.close()
-	mac := p.gate().mac(p.gate().device)
 	from := netip.AddrPortFrom(p.from, uint16(1024+p.random.IntN(60000)))
 	whole := udpSegment(from, p.local(p.port), make([]byte, 2000), 0)
 	for range p.attempts {
@@ -119,7 +117,7 @@ func halves(ctx context.Context, p *Part) {
 			offset := uint16(1208 / 8)
 			packet = append(ipHeader(p.from, p.to, unix.IPPROTO_UDP, len(whole)-1208, identity, offset), whole[1208:]...)
 		}
-		p.wrong(raw.send(mac, packet))
+		p.wrong(raw.send(packet))
 		if !rest(ctx, 30*time.Millisecond) {
 			return
 		}

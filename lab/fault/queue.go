@@ -51,13 +51,11 @@ func flooded(cookies string) func(*Part) error {
 // who do not exist are of the client's network, and of a fault drawn at random of
 // networks that nobody has.
 func flood(ctx context.Context, p *Part) {
-	raw, err := openRaw(p.client, p.client.device)
-	if err != nil {
-		p.wrong(err)
+	raw, ok := openRaw(p)
+	if !ok {
 		return
 	}
 	defer raw.close()
-	mac := p.gate().mac(p.gate().device)
 	to := p.local(p.port)
 	ghost := func() netip.Addr { return p.host(p.near[p.i()]) }
 	if p.draw(2) == 1 {
@@ -74,7 +72,7 @@ func flood(ctx context.Context, p *Part) {
 	burst := func() {
 		for i := range 200 {
 			from := netip.AddrPortFrom(ghosts[i%len(ghosts)], uint16(1024+p.random.IntN(60000)))
-			p.wrong(raw.send(mac, segment(from, to, synFlag, p.random.Uint32(), nil, 0)))
+			p.wrong(raw.send(segment(from, to, synFlag, p.random.Uint32(), nil, 0)))
 		}
 	}
 	burst()

@@ -9,30 +9,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// raw sends packets made by hand.
-type raw struct{ fd, index int }
+// raw sends packets made by hand to the client's gate.
+type raw struct {
+	fd, index int
+	to        net.HardwareAddr
+}
 
-func openRaw(at *space, device string) (*raw, error) {
-	r := &raw{index: at.index(device)}
-	err := at.do(func() (err error) {
+// openRaw says what goes wrong; without a packet socket there is nothing to send with.
+func openRaw(p *Part) (r *raw, ok bool) {
+	from := p.client
+	r = &raw{index: from.index(from.device), to: p.gate().mac(p.gate().device)}
+	err := from.do(func() (err error) {
 		r.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("make a packet socket in %s: %w", at.name, err)
+		p.wrong(fmt.Errorf("make a packet socket in %s: %w", from.name, err))
 	}
-	return r, nil
+	return r, err == nil
 }
 
 func (r *raw) close() { unix.Close(r.fd) }
 
-// send sends an IP packet to a hardware address.
-func (r *raw) send(mac net.HardwareAddr, packet []byte) error {
+// send sends an IP packet.
+func (r *raw) send(packet []byte) error {
 	to := &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: r.index, Halen: 6}
 	if packet[0]>>4 == 6 {
 		to.Protocol = htons(unix.ETH_P_IPV6)
 	}
-	copy(to.Addr[:], mac)
+	copy(to.Addr[:], r.to)
 	if err := unix.Sendto(r.fd, packet, 0, to); err != nil {
 		return fmt.Errorf("send a packet: %w", err)
 	}

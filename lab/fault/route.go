@@ -139,17 +139,15 @@ func noForwarding(p *Part) error {
 
 // martians sends packets that claim to come from 127/8.
 func martians(ctx context.Context, p *Part) {
-	raw, err := openRaw(p.client, p.client.device)
-	if err != nil {
-		p.wrong(err)
+	raw, ok := openRaw(p)
+	if !ok {
 		return
 	}
 	defer raw.close()
 	from := netip.AddrFrom4([4]byte{127, byte(p.random.IntN(256)), byte(p.random.IntN(256)), byte(2 + p.random.IntN(200))})
-	to := p.gate().mac(p.gate().device)
 	p.blame(p.gate())
 	for range 3 * p.attempts {
-		p.wrong(raw.send(to, datagram(netip.AddrPortFrom(from, 5000), p.local(p.port), make([]byte, 32), 0)))
+		p.wrong(raw.send(datagram(netip.AddrPortFrom(from, 5000), p.local(p.port), make([]byte, 32), 0)))
 		if !rest(ctx, 30*time.Millisecond) {
 			return
 		}

@@ -71,9 +71,9 @@ type Row struct {
 	// address.
 	Masquerade bool `json:"masquerade,omitempty"`
 	// Affinity is for how many seconds a client stays with its endpoint; 0 for none.
-	Affinity uint32 `json:"affinitySeconds,omitempty"`
+	Affinity uint32 `json:"affinity_seconds,omitempty"`
 	// SourceRanges are the clients that are let in, sorted; nil for all.
-	SourceRanges []netip.Prefix `json:"sourceRanges,omitempty"`
+	SourceRanges []netip.Prefix `json:"source_ranges,omitempty"`
 	// torn: read from the kernel, where a writer died in the middle of it.
 	torn bool
 }
