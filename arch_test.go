@@ -51,8 +51,9 @@ var law = []clause{
 	{"layer/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"source/...", []string{"source/...", "model"}, []string{"k8s.io", "sigs.k8s.io", "go.yaml.in/yaml/v3", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"agent/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/sync"}},
-	{"doctor/...", []string{"doctor", "layer", "model", "kernel/..."}, []string{"golang.org/x/sys", "golang.org/x/sync"}},
-	{"bench/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
+	{"page", nil, nil},
+	{"doctor/...", []string{"doctor", "page", "layer", "model", "kernel/..."}, []string{"golang.org/x/sys", "golang.org/x/sync"}},
+	{"bench/...", []string{"model", "page", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"lab/fault", []string{"kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"lab/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"examples/...", nil, nil},
@@ -66,7 +67,8 @@ var law = []clause{
 // every layer is tested with, the others are the other end of what is tested.
 var testsMayImport = map[string][]string{
 	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar"},
-	"doctor/...": {module + "test/docs"},
+	"doctor/...": {module + "test/docs", module + "test/page"},
+	"bench/...":  {module + "test/page"},
 	"lab/...":    {"google.golang.org/grpc", module + "test/docs"},
 	"source/...": {module + "test/docs", "golang.org/x/tools/txtar"},
 	"cmd/...":    {module + "layer/layertest", "github.com/spf13/pflag", "github.com/cilium/ebpf"},

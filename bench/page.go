@@ -3,21 +3,22 @@ package bench
 import (
 	_ "embed" // the page
 	"fmt"
-	"html/template"
 	"io"
 	"math"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/millrace/millrace/page"
 )
 
 //go:embed page.html
 var pageText string
 
-var pageTemplate = template.Must(template.New("page").Parse(pageText))
+var pageTemplate = page.Parse("bench", pageText)
 
-// page is what page.html shows.
-type page struct {
+// content is what page.html shows.
+type content struct {
 	*Report
 	Title    string
 	Date     string
@@ -48,7 +49,7 @@ type pageTable struct {
 // WriteHTML writes the report as one page that needs nothing else: no network, no
 // scripts, no fonts. It has plots of all figures and, in a table, every row.
 func (r *Report) WriteHTML(w io.Writer) error {
-	p := page{
+	p := content{
 		Report: r, Title: "What a Service costs", Fewest: r.fewestText(),
 		Tiles: r.tiles(), Pictures: r.pictures(), Tables: r.pageTables(), All: r.allRows(),
 	}

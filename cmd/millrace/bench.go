@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -39,7 +38,7 @@ confidence. Beside that: the time to load all and to change one endpoint, and
 memory. iptables and nftables are the rule sets that kube-proxy writes; where
 their tools are not installed they are left out, and the report says so.`,
 	}, inOwnSpaces, func(ctx context.Context, _ []string) error {
-		page, err := newPage(html) // before the measurement: it may take minutes
+		page, err := newDrawing(html) // before the measurement: it may take minutes
 		if err != nil {
 			return err
 		}
@@ -47,7 +46,7 @@ their tools are not installed they are left out, and the report says so.`,
 		options.Progress, options.Attach = p, attachers()
 		report, err := bench.Services(ctx, options)
 		p.done()
-		if err = page.finish(report, err); err != nil {
+		if err = page.finish(report.WriteHTML, err); err != nil {
 			return err
 		}
 		if s.json() {
@@ -69,45 +68,4 @@ their tools are not installed they are left out, and the report says so.`,
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DefaultRoundTime, "how long a turn lasts, all operations together")
 	c.Flags().StringVar(&html, "html", "", "write the report to this file, too, as one page with plots that needs nothing else")
 	return c
-}
-
-// page is the file that a report is drawn into: under another name until it is
-// whole, so that one that was there stays if the measurement fails.
-type page struct {
-	path string
-	file *os.File
-}
-
-// newPage makes the file; without a path there is none.
-func newPage(path string) (*page, error) {
-	if path == "" {
-		return &page{}, nil
-	}
-	file, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("write page: %w", err)
-	}
-	return &page{path, file}, nil
-}
-
-// finish writes the report, or takes the file away if there is none because of
-// failed, which it returns.
-func (p *page) finish(report *bench.Report, failed error) error {
-	if p.file == nil {
-		return failed
-	}
-	err := failed
-	if err == nil {
-		err = report.WriteHTML(p.file)
-	}
-	if closed := p.file.Close(); err == nil {
-		err = closed
-	}
-	if err == nil {
-		err = os.Rename(p.file.Name(), p.path)
-	}
-	if err != nil {
-		os.Remove(p.file.Name())
-	}
-	return err
 }

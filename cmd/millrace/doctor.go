@@ -18,10 +18,10 @@ import (
 
 // examination is what the flags ask for.
 type examination struct {
-	only                        []string
-	severity, baseline, explain string
-	window                      time.Duration
-	strict                      bool
+	only                              []string
+	severity, baseline, explain, html string
+	window                            time.Duration
+	strict                            bool
 }
 
 func doctorCommand(s *settings) *cobra.Command {
@@ -46,6 +46,7 @@ works beside any network plug-in. Without root it says what it could not see.
 	c.Flags().StringVar(&e.severity, "severity", string(doctor.Info), "least severity of the checks to run: info, warning or critical")
 	c.Flags().StringVar(&e.baseline, "baseline", "", "an earlier `file` of -o json, whose findings are left out")
 	c.Flags().StringVar(&e.explain, "explain", "", "say all about the check with this `ID`, and read nothing")
+	c.Flags().StringVar(&e.html, "html", "", "write the report to this `file`, too, as one page for a browser that needs nothing else")
 	flagFor(c, &e.window, 2*time.Second, "time between two readings of the counters; what is seldom takes longer to see")
 	c.Flags().BoolVar(&e.strict, "strict", false, "warnings end it with status 1")
 	return c
@@ -59,8 +60,12 @@ func examine(ctx context.Context, s *settings, e *examination) error {
 	if e.explain != "" {
 		return report.Explain(os.Stdout, checks[0])
 	}
-	r, err := e.read(ctx, checks)
+	page, err := newDrawing(e.html) // before it looks: it may take minutes
 	if err != nil {
+		return err
+	}
+	r, err := e.read(ctx, checks)
+	if err = page.finish(r.WriteHTML, err); err != nil {
 		return &failure{exitIncomplete, err}
 	}
 	status := e.status(r)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/millrace/millrace/doctor"
+	testpage "github.com/millrace/millrace/test/page"
 )
 
 // sample has a result of each kind.
@@ -211,5 +212,31 @@ func TestExplain(t *testing.T) {
 				t.Errorf("%s: %q is missing in\n%s", c.ID, part, out.String())
 			}
 		}
+	}
+}
+
+// The page needs nothing else, all evidence of what was found is in it, and what was read
+// on the node stays text.
+func TestPage(t *testing.T) {
+	var out bytes.Buffer
+	r := sample()
+	if err := r.WriteHTML(&out); err != nil {
+		t.Fatal(err)
+	}
+	page := out.String()
+	if count := testpage.Alone(t, page); count["section"] != 3 || count["table"] != 4 {
+		t.Errorf("%d findings in %d tables, not 3 in 4", count["section"], count["table"])
+	}
+	for _, want := range []string{
+		"2 things to mend", "<strong>1</strong>traffic is or will be lost", "pod a, pod b, pod c", `pod &lt;a&gt; &amp; &#34;b&#34;`,
+		"CT-01, CT-04: node: net.netfilter.nf_conntrack_count: there is no connection tracking",
+		"pod k: its sockets are in the kernel of firecracker", `id="HS-04"`, r.Results[2].Fix,
+	} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+	if strings.Index(page, `id="HS-04"`) > strings.Index(page, `id="MT-01"`) {
+		t.Error("the worst is not the first")
 	}
 }

@@ -62,9 +62,14 @@ func finding(b *strings.Builder, r doctor.Result, head string) {
 		}
 		fmt.Fprintf(b, "%*s %-18s %s: %s\n", indent, "", g.scopes(), g.read, g.value)
 	}
-	for _, part := range []struct{ name, text string }{{"why", r.Effect}, {"fix", r.Fix}, {"undo", r.Undo}, {"ref", r.Source}} {
-		wrap(b, part.name, part.text)
+	for _, p := range parts(r) {
+		wrap(b, p.Name, p.Text)
 	}
+}
+
+// parts are what is said of a finding beside its evidence.
+func parts(r doctor.Result) []part {
+	return []part{{"why", r.Effect}, {"fix", r.Fix}, {"undo", r.Undo}, {"ref", r.Source}}
 }
 
 // wrap writes a text in lines of the screen's width; a word that is longer has its own.
@@ -109,26 +114,36 @@ func (g *group) scopes() string {
 	return strings.Join(g.in, ", ")
 }
 
-// skips tells each reason once, with all that it stopped.
-func skips(b *strings.Builder, results []doctor.Result, colour func(status, text string) string) {
-	var reasons []string
-	ids := map[string][]string{}
+// skip is a reason why checks could not look.
+type skip struct {
+	why string
+	ids []string
+}
+
+// skipped tells each reason once, with all that it stopped.
+func skipped(results []doctor.Result) (all []*skip) {
 	for _, r := range results {
 		if r.Status != doctor.Skip {
 			continue
 		}
 		g := grouped(r.Evidence)[0] // a skip has evidence of what it lacks, first
 		why := fmt.Sprintf("%s: %s: %s", g.scopes(), g.read, g.value)
-		if len(ids[why]) == 0 {
-			reasons = append(reasons, why)
+		at := slices.IndexFunc(all, func(s *skip) bool { return s.why == why })
+		if at < 0 {
+			at = len(all)
+			all = append(all, &skip{why: why})
 		}
-		ids[why] = append(ids[why], r.ID)
+		all[at].ids = append(all[at].ids, r.ID)
 	}
-	for _, why := range reasons {
+	return all
+}
+
+func skips(b *strings.Builder, results []doctor.Result, colour func(status, text string) string) {
+	for _, s := range skipped(results) {
 		var of strings.Builder
-		wrap(&of, "", strings.Join(ids[why], " "))
+		wrap(&of, "", strings.Join(s.ids, " "))
 		b.WriteString(colour("skip", " SKIP  ") + strings.TrimLeft(of.String(), " "))
-		wrap(b, "why", why)
+		wrap(b, "why", s.why)
 	}
 }
 
@@ -136,11 +151,11 @@ func skips(b *strings.Builder, results []doctor.Result, colour func(status, text
 func Explain(w io.Writer, c doctor.Check) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s  %s  (%s, %s, in %s)\n", c.ID, c.Title, c.Layer, c.Severity, c.Scope)
-	for _, part := range []struct{ name, text string }{
+	for _, p := range []part{
 		{"reads", strings.Join(c.Reads, ", ")}, {"when", c.When}, {"why", c.Effect}, {"fix", c.Fix}, {"undo", c.Undo},
 		{"beware", c.Pitfall}, {"ref", c.Source},
 	} {
-		wrap(&b, part.name, part.text)
+		wrap(&b, p.Name, p.Text)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
