@@ -180,7 +180,7 @@ func (b *bed) answer() {
 
 func (b *bed) connect(network string) (t *talk, err error) {
 	err = netns.Do(b.client, func() error {
-		c, err := net.DialTimeout(network, "10.96.0.10:80", time.Second)
+		c, err := net.DialTimeout(network, "10.96.0.10:80", 4*time.Second)
 		if err == nil {
 			t = &talk{c, bufio.NewReader(c), 20 * time.Second}
 			b.t.Cleanup(func() { c.Close() })
