@@ -126,7 +126,6 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 	if err != nil {
 		return nil, err
 	}
-	defer reader.Close()
 	options := trace.Options{Namespaces: chosen, Calls: true}
 	kept, err := w.capture(&options, spaces)
 	if err != nil {

@@ -61,6 +61,9 @@ func (n *Net) everybodys() ([]Rule, error) {
 			all = append(all, set.reported()...)
 		}
 	}
+	if left < 0 {
+		return all, &tooMany{mostRules - left}
+	}
 	return all, nil
 }
 

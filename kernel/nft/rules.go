@@ -262,18 +262,27 @@ func (s *chainset) reported() (all []Rule) {
 // mostRules is how many are read in one namespace; those beyond are not listed.
 const mostRules = 100_000
 
+// tooMany is the error of rules that are more.
+type tooMany struct{ rules int }
+
+func (t *tooMany) Error() string {
+	return fmt.Sprintf("there are %d rules, and no more than %d are read: those that come later are not known", t.rules, mostRules)
+}
+
 // Rules lists the rules of everybody that can drop, refuse or translate packets, of
 // nftables and of both kinds of iptables, in the namespace. The table of this package
-// has none. It takes about ten microseconds a rule.
+// has none. It takes about ten microseconds a rule. The error may come with rules: those
+// that were read.
 func (n *Net) Rules() ([]Rule, error) {
 	var all []Rule
+	var beyond *tooMany
 	for range 5 {
 		found, err := n.everybodys()
 		var absent *need.Feature
 		if errors.As(err, &absent) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
 			break // without nftables there are none
 		}
-		if err == nil {
+		if err == nil || errors.As(err, &beyond) {
 			all = found
 			break
 		}
@@ -282,5 +291,8 @@ func (n *Net) Rules() ([]Rule, error) {
 		}
 	}
 	legacy, err := n.legacyRules()
+	if beyond != nil {
+		err = errors.Join(beyond, err)
+	}
 	return append(all, legacy...), err
 }

@@ -15,27 +15,45 @@ import (
 )
 
 // Counter is a number of /proc/net/netstat or /proc/net/snmp, by the names of its
-// group and itself: "TcpExt.ListenOverflows". Each group has a line of names and one
-// of numbers.
-func Counter(text, name string) (uint64, error) {
-	group, column, _ := strings.Cut(name, ".")
+// group and itself: "TcpExt.ListenOverflows".
+func Counter(text, name string) (n uint64, err error) {
+	err = fmt.Errorf("no counter %s", name)
+	wanted, column, _ := strings.Cut(name, ".")
+	groups(text, func(group string, names, numbers []string) {
+		if at := slices.Index(names, column); group == wanted && at >= 0 && at < len(numbers) {
+			n, err = strconv.ParseUint(numbers[at], 10, 64)
+		}
+	})
+	return n, err
+}
+
+// Counters calls f with every number of /proc/net/netstat or /proc/net/snmp, by the name
+// that Counter knows it by. What does not count is left out: Tcp.MaxConn is -1.
+func Counters(text string, f func(name string, n uint64)) {
+	groups(text, func(group string, names, numbers []string) {
+		for i, name := range names[:min(len(names), len(numbers))] {
+			if n, err := strconv.ParseUint(numbers[i], 10, 64); err == nil {
+				f(group+"."+name, n)
+			}
+		}
+	})
+}
+
+// groups reads /proc/net/netstat or /proc/net/snmp: each group has a line of names and,
+// after it, one of numbers.
+func groups(text string, f func(group string, names, numbers []string)) {
+	var of string
 	var names []string
 	for line := range strings.Lines(text) {
-		rest, ours := strings.CutPrefix(line, group+": ")
-		if !ours {
+		group, rest, _ := strings.Cut(line, ": ")
+		fields := strings.Fields(rest)
+		if names == nil || group != of {
+			of, names = group, fields
 			continue
 		}
-		if names == nil {
-			names = strings.Fields(rest)
-			continue
-		}
-		at, numbers := slices.Index(names, column), strings.Fields(rest)
-		if at < 0 || at >= len(numbers) {
-			break
-		}
-		return strconv.ParseUint(numbers[at], 10, 64)
+		f(group, names, fields)
+		names = nil
 	}
-	return 0, fmt.Errorf("no counter %s", name)
 }
 
 // Line is the number behind a name at the start of a line, as /proc/net/snmp6 and

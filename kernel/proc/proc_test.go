@@ -1,6 +1,7 @@
 package proc
 
 import (
+	"maps"
 	"os"
 	"testing"
 )
@@ -32,6 +33,14 @@ func TestNumbers(t *testing.T) {
 		if got, err := row.read(); err != nil || got != row.want {
 			t.Errorf("%s is %d, not %d (%v)", row.what, got, row.want, err)
 		}
+	}
+}
+
+func TestCounters(t *testing.T) {
+	got := map[string]uint64{}
+	Counters("Tcp: MaxConn InSegs\nTcp: -1 5\nUdp: NoPorts InErrors\nUdp: 9\nIp: alone\n", func(name string, n uint64) { got[name] = n })
+	if want := map[string]uint64{"Tcp.InSegs": 5, "Udp.NoPorts": 9}; !maps.Equal(got, want) {
+		t.Errorf("%v, not %v", got, want)
 	}
 }
 

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"time"
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/proc"
 )
 
 // narrow makes the router's way to the server take less than the links before it.
@@ -129,7 +132,11 @@ func halves(ctx context.Context, p *Part) {
 func counted(at *space, group, name string) (n uint64) {
 	at.do(func() error {
 		for _, file := range []string{"snmp", "netstat"} {
-			if v, ok := counterIn("/proc/thread-self/net/"+file, group, name); ok {
+			text, err := os.ReadFile("/proc/thread-self/net/" + file)
+			if err != nil {
+				return err
+			}
+			if v, err := proc.Counter(string(text), group+"."+name); err == nil {
 				n = v
 			}
 		}

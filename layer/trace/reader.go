@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -27,19 +28,35 @@ type Namespace struct {
 }
 
 // Reader reads the state of network namespaces at both ends of a window. It changes
-// nothing. It costs some milliseconds a namespace, and two microseconds a socket.
+// nothing. A namespace takes some milliseconds and 30 kB for each end, a socket two
+// microseconds. What it reads is bounded in number, memory and time (reader_bounds.go), and
+// what was left out for that is told.
 type Reader struct {
 	spaces []Namespace
-	before map[uint32]cause.Reading
-	rules  map[uint32][]cause.Rule
-	mu     sync.Mutex
+	at     map[uint32]int // place in spaces, by inode
+	before map[uint32]*beginning
+
+	linkRoom, socketRoom, ruleRoom room
+
+	mu sync.Mutex
 	// missing says what could not be read, and why.
 	missing map[string]bool
 }
 
-// NewReader makes a Reader of these namespaces.
+// beginning is what is kept of a namespace from the beginning of the window.
+type beginning struct {
+	cause.Reading
+	// cookie tells the namespace from one that gets its inode later.
+	cookie uint64
+	rules  map[ruleKey]uint64 // how many packets each had counted
+	// drops are those of sockets that had dropped something, by cookie.
+	drops map[uint64]uint64
+}
+
+// NewReader makes a Reader of these namespaces. Those that come first are read, if they are
+// more than can be.
 func NewReader(spaces []Namespace) (*Reader, error) {
-	r := &Reader{before: map[uint32]cause.Reading{}, rules: map[uint32][]cause.Rule{}, missing: map[string]bool{}}
+	r := &Reader{at: map[uint32]int{}, before: map[uint32]*beginning{}, missing: map[string]bool{}}
 	for _, s := range spaces {
 		if s.Inode == 0 {
 			var file unix.Stat_t
@@ -52,44 +69,70 @@ func NewReader(spaces []Namespace) (*Reader, error) {
 			}
 			s.Inode = uint32(file.Ino)
 		}
-		if !slices.ContainsFunc(r.spaces, func(o Namespace) bool { return o.Inode == s.Inode }) {
+		if _, known := r.at[s.Inode]; !known {
+			r.at[s.Inode] = len(r.spaces)
 			r.spaces = append(r.spaces, s)
 		}
 	}
 	return r, nil
 }
 
-// Close lets go of what the Reader holds.
-func (r *Reader) Close() error { return nil }
-
-// Before reads what After will compare with.
+// Before reads what After will compare with. It takes no longer than half a minute.
 func (r *Reader) Before(ctx context.Context) error {
-	return r.each(ctx, func(s Namespace) error {
-		reading, rules := r.read(), r.readRules(s)
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.before[s.Inode], r.rules[s.Inode] = reading, rules
-		return nil
-	})
+	nothing := &met{}
+	chosen := r.chosen(nothing.spaces)
+	r.fill()
+	limited, cancel := context.WithTimeout(ctx, longestReading)
+	defer cancel()
+	unread, err := each(limited, chosen, func(n Namespace) *beginning {
+		b := &beginning{}
+		b.cookie, _ = netns.Cookie("") // before Linux 5.14 inodes have to do
+		var devices []device
+		devices, b.Reading, b.drops = r.read(limited, n, nothing)
+		for i := range devices {
+			b.Links = append(b.Links, devices[i].Link)
+		}
+		b.rules = countsOf(r.readRules(n))
+		return b
+	}, func(n Namespace, b *beginning) { r.before[n.Inode] = b })
+	if ctx.Err() != nil {
+		return fmt.Errorf("read network namespaces: %w", ctx.Err())
+	}
+	r.notRead(len(chosen), unread, "before")
+	return err
+}
+
+// ending is what is read of a namespace at the end of the window.
+type ending struct {
+	*cause.Space
+	cookie    uint64
+	elsewhere map[int]int // what it calls the namespaces of its devices' other ends, by index
 }
 
 // After reads everything again, asks the kernel about the routes of what was met, and
-// puts it together. Namespaces that have gone are left out.
+// puts it together. Namespaces that have gone are left out, also where another has their
+// inode by now. It takes no longer than half a minute.
 func (r *Reader) After(ctx context.Context, window time.Duration, events []cause.Event) (*cause.Evidence, error) {
 	e := &cause.Evidence{Window: window, Kernel: release(), Events: events}
-	spaces := make([]*cause.Space, len(r.spaces))
-	err := r.each(ctx, func(n Namespace) error {
-		at := slices.IndexFunc(r.spaces, func(o Namespace) bool { return o.Inode == n.Inode })
-		s := &cause.Space{Inode: n.Inode, Name: n.Name, Pod: n.Pod, Enter: entering(n), After: r.read()}
-		r.mu.Lock()
-		s.Before = r.before[n.Inode]
-		r.mu.Unlock()
-		s.Settings = settings(s.After.Links)
-		s.Addrs, s.Neighs, s.Routes = addresses(), neighbours(), refusing()
-		s.Rules = bothCounts(r.rules[n.Inode], r.readRules(n))
-		s.Programs, s.Policies = attachedTo(s.After.Links), blocking()
-		spaces[at] = s
-		return nil
+	ctx, cancel := context.WithTimeout(ctx, longestReading)
+	defer cancel()
+	r.fill()
+	met := meet(events)
+	chosen := r.chosen(met.spaces)
+	spaces, elsewhere := make([]*cause.Space, len(r.spaces)), map[uint32]map[int]int{}
+	unread, err := each(ctx, chosen, func(n Namespace) *ending { return r.readSpace(ctx, n, met) }, func(n Namespace, now *ending) {
+		first := r.before[n.Inode]
+		switch {
+		case first == nil: // nothing to compare with: what is there now has to do
+			now.Before = now.After
+		case first.cookie != now.cookie:
+			return // another one
+		default:
+			now.Before = first.Reading
+			now.Before.Sockets = first.dropped(now.After.Sockets)
+		}
+		now.Rules = bothCounts(first, now.Rules)
+		spaces[r.at[n.Inode]], elsewhere[n.Inode] = now.Space, now.elsewhere
 	})
 	if err != nil {
 		return nil, err
@@ -99,45 +142,103 @@ func (r *Reader) After(ctx context.Context, window time.Duration, events []cause
 			e.Spaces = append(e.Spaces, s)
 		}
 	}
+	r.notRead(len(chosen), unread, "after")
+	r.strangers(e)
 	r.lookAgain(ctx, e.Spaces)
-	r.joinPeers(ctx, e.Spaces)
+	r.joinPeers(ctx, e.Spaces, elsewhere)
 	e.Paths = r.paths(ctx, e)
 	r.cgroups(ctx, e)
-	for what := range r.missing {
-		e.Missing = append(e.Missing, what)
+	r.processes(ctx, e)
+	if ctx.Err() != nil {
+		r.note("all of it: reading after the window was ended when it had taken %s", longestReading)
 	}
-	slices.Sort(e.Missing)
-	processes(e)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e.Missing = slices.Sorted(maps.Keys(r.missing))
 	return e, nil
 }
 
-// each runs f on a thread inside each namespace, a few at a time. Those that have gone
-// are left out.
-func (r *Reader) each(ctx context.Context, f func(Namespace) error) error {
-	errs := make([]error, len(r.spaces))
-	turns := make(chan struct{}, 2*runtime.GOMAXPROCS(0))
-	var several sync.WaitGroup
-	for i, s := range r.spaces {
-		turns <- struct{}{}
-		several.Go(func() {
-			defer func() { <-turns }()
-			if errs[i] = ctx.Err(); errs[i] == nil {
-				errs[i] = netns.In(s.Path, func() error {
-					if !here(s.Inode) {
+// readSpace reads all that is known of a namespace, in the calling thread's.
+func (r *Reader) readSpace(ctx context.Context, n Namespace, met *met) *ending {
+	s := &cause.Space{Inode: n.Inode, Name: n.Name, Pod: n.Pod, Enter: entering(n)}
+	e := &ending{Space: s, elsewhere: map[int]int{}}
+	e.cookie, _ = netns.Cookie("")
+	var devices []device
+	devices, s.After, _ = r.read(ctx, n, met)
+	for i := range devices {
+		d := &devices[i]
+		s.After.Links = append(s.After.Links, d.Link)
+		e.elsewhere[d.Index] = d.elsewhere
+	}
+	s.Settings = settings(s.After.Links)
+	s.Addrs, s.Neighs, s.Routes = r.addresses(n.Name), r.neighbours(n.Name), r.refusing(ctx, n.Name)
+	s.Rules = r.readRules(n)
+	s.Programs, s.Policies = attachedTo(devices), r.blocking(n.Name)
+	return e
+}
+
+// each runs f on a thread inside each namespace, a few at a time, and gives what it returns
+// to keep, one after the other. Those that have gone are left out. When ctx ends it does not
+// wait for those that are still read; unread counts them and those that were not begun.
+func each[T any](ctx context.Context, all []Namespace, f func(Namespace) T, keep func(Namespace, T)) (unread int, err error) {
+	type result struct {
+		at    int
+		value T
+		err   error
+	}
+	results, next := make(chan result, len(all)), make(chan int, len(all))
+	for i := range all {
+		next <- i
+	}
+	close(next)
+	for range min(len(all), 2*runtime.GOMAXPROCS(0)) {
+		go func() {
+			for i := range next {
+				if ctx.Err() != nil {
+					return
+				}
+				r := result{at: i}
+				r.err = netns.In(all[i].Path, func() error {
+					if !here(all[i].Inode) {
 						return fs.ErrNotExist // the path leads to another one by now
 					}
-					return f(s)
+					r.value = f(all[i])
+					return nil
 				})
+				results <- r
 			}
-		})
+		}()
 	}
-	several.Wait()
-	for i, err := range errs {
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("read network namespace %s: %w", r.spaces[i].Name, err)
+	for left := len(all); left > 0; left-- {
+		select {
+		case <-ctx.Done():
+			return left, err
+		case r := <-results:
+			gone := errors.Is(r.err, fs.ErrNotExist) || errors.Is(r.err, unix.ESRCH) || errors.Is(r.err, unix.EINVAL)
+			switch {
+			case r.err == nil:
+				keep(all[r.at], r.value)
+			case !gone && err == nil:
+				err = fmt.Errorf("read network namespace %s: %w", all[r.at].Name, r.err)
+			}
 		}
 	}
-	return nil
+	return 0, err
+}
+
+// inside runs f on a thread in a namespace that is read, unless it has gone.
+func (r *Reader) inside(inode uint32, f func()) error {
+	at, known := r.at[inode]
+	if !known {
+		return fs.ErrNotExist
+	}
+	return netns.In(r.spaces[at].Path, func() error {
+		if !here(inode) {
+			return fs.ErrNotExist
+		}
+		f()
+		return nil
+	})
 }
 
 // here says whether the calling thread is in the namespace.
@@ -169,23 +270,28 @@ func release() string {
 
 // miss notes that something could not be read.
 func (r *Reader) miss(what string, err error) {
-	if err == nil {
-		return
+	if err != nil {
+		r.note("%s: %v", what, err)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.missing[fmt.Sprintf("%s: %v", what, err)] = true
 }
 
-// read takes what changes, in the calling thread's namespace.
-func (r *Reader) read() cause.Reading {
-	var reading cause.Reading
+// note adds a line to what is missing, once.
+func (r *Reader) note(format string, values ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.missing) < mostMissing {
+		r.missing[fmt.Sprintf(format, values...)] = true
+	}
+}
+
+// read takes what changes, in the calling thread's namespace; apart from it devices, and
+// what sockets have dropped.
+func (r *Reader) read(ctx context.Context, n Namespace, met *met) (devices []device, reading cause.Reading, drops map[uint64]uint64) {
 	reading.Counters, reading.Fragments = counters()
 	reading.Conntrack = tracking()
-	var err error
-	reading.Links, err = links()
-	r.miss("devices", err)
-	reading.Sockets, reading.Busy, err = sockets()
-	r.miss("sockets", err)
-	return reading
+	devices, err := r.links(ctx, n.Name)
+	r.miss("devices of "+n.Name, err)
+	reading.Sockets, reading.Busy, drops, err = r.sockets(n.Name, met)
+	r.miss("sockets of "+n.Name, err)
+	return devices, reading, drops
 }

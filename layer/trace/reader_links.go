@@ -1,11 +1,14 @@
 package trace
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -20,15 +23,32 @@ import (
 // portStates are the kernel's BR_STATE_*.
 var portStates = []string{"disabled", "listening", "learning", "forwarding", "blocking"}
 
-// links lists the devices of the calling thread's namespace with their counters.
-func links() ([]cause.Link, error) {
-	ask := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
-	ask.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	replies, err := ask.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
-	if err != nil {
-		return nil, err
+// device is a link with what only the Reader needs to know of it.
+type device struct {
+	cause.Link
+	// elsewhere is what its namespace calls the one of its other end; negative if that is
+	// its own.
+	elsewhere int
+	xdp       *netlink.LinkXdp
+}
+
+// mostLinks is how many devices of one namespace are kept, mostLinksInAll of all at one end
+// of the window: each takes about 2 kB, and a pod can make as many as it likes.
+const (
+	mostLinks      = 10_000
+	mostLinksInAll = 20_000
+)
+
+// links lists the devices of the calling thread's namespace with their counters. The error
+// may come with devices: they were changed all the while.
+func (r *Reader) links(ctx context.Context, name string) ([]device, error) {
+	replies, err := dump(unix.RTM_GETLINK, unix.RTM_NEWLINK, nl.NewIfInfomsg(unix.AF_UNSPEC))
+	room := r.linkRoom.take(min(len(replies), mostLinks), 1)
+	if room < len(replies) {
+		r.note("devices of %s: %d of %d", name, room, len(replies))
+		replies = replies[:room]
 	}
-	var all []cause.Link
+	var all []device
 	at := map[int]int{}
 	for _, reply := range replies {
 		l, err := netlink.LinkDeserialize(nil, reply)
@@ -36,14 +56,17 @@ func links() ([]cause.Link, error) {
 			continue
 		}
 		at[l.Attrs().Index] = len(all)
-		all = append(all, linkOf(l, reply))
+		all = append(all, device{linkOf(l, reply), l.Attrs().NetNsID, l.Attrs().Xdp})
 	}
 	qdiscs(func(index int, q cause.Qdisc) {
-		if i, known := at[index]; known {
+		if i, known := at[index]; known && len(all[i].Qdiscs) < mostQdiscs {
 			all[i].Qdiscs = append(all[i].Qdiscs, q)
 		}
 	})
 	for i := range all {
+		if ctx.Err() != nil {
+			break
+		}
 		own, _ := link.Counters(all[i].Name) // many have none
 		for name, n := range own {
 			all[i].Statistics["ethtool."+name] = n
@@ -52,7 +75,33 @@ func links() ([]cause.Link, error) {
 			forwarding(all[i].Index, all[i].VXLAN)
 		}
 	}
-	return all, nil
+	return all, err
+}
+
+// mostQdiscs is how many queueing disciplines of one device are kept: a network card has
+// one for each queue.
+const mostQdiscs = 1024
+
+// dump asks rtnetlink for all of a kind.
+func dump(ask int, answer uint16, body nl.NetlinkRequestData) (replies [][]byte, err error) {
+	err = settled(func() (err error) {
+		request := nl.NewNetlinkRequest(ask, unix.NLM_F_DUMP)
+		request.AddData(body)
+		replies, err = request.Execute(unix.NETLINK_ROUTE, answer)
+		return err
+	})
+	return replies, err
+}
+
+// settled lists something again if it was changed meanwhile, and gives up after a few times:
+// then what is listed is not of one moment.
+func settled(list func() error) (err error) {
+	for range 5 {
+		if err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return err
 }
 
 func linkOf(l netlink.Link, reply []byte) cause.Link {
@@ -131,12 +180,7 @@ const (
 
 // qdiscs calls f with each queueing discipline and the index of its device.
 func qdiscs(f func(index int, q cause.Qdisc)) {
-	ask := nl.NewNetlinkRequest(unix.RTM_GETQDISC, unix.NLM_F_DUMP)
-	ask.AddData(&nl.TcMsg{})
-	replies, err := ask.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWQDISC)
-	if err != nil {
-		return // a kernel without them has none
-	}
+	replies, _ := dump(unix.RTM_GETQDISC, unix.RTM_NEWQDISC, &nl.TcMsg{}) // a kernel without them has none
 	word := binary.NativeEndian.Uint32
 	for _, reply := range replies {
 		if len(reply) < sizeOfTcmsg {
@@ -178,14 +222,21 @@ func forwarding(index int, v *cause.VXLAN) {
 	}
 }
 
+// mostEntries is how many addresses, neighbours, routes and policies that refuse are kept
+// of one namespace, each.
+const mostEntries = 10_000
+
 // addresses lists those of the calling thread's namespace.
-func addresses() (all []cause.Addr) {
-	const most = 10000
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return nil
+func (r *Reader) addresses(name string) (all []cause.Addr) {
+	var addrs []netlink.Addr
+	r.miss("addresses of "+name, settled(func() (err error) {
+		addrs, err = netlink.AddrList(nil, netlink.FAMILY_ALL)
+		return err
+	}))
+	if len(addrs) > mostEntries {
+		r.note("addresses of %s: %d of %d", name, mostEntries, len(addrs))
 	}
-	for _, a := range addrs[:min(len(addrs), most)] {
+	for _, a := range addrs[:min(len(addrs), mostEntries)] {
 		ones, _ := a.Mask.Size()
 		prefix := netip.PrefixFrom(addrOf(a.IP), ones)
 		all = append(all, cause.Addr{Index: a.LinkIndex, Prefix: prefix, Duplicate: a.Flags&unix.IFA_F_DADFAILED != 0})
@@ -194,13 +245,16 @@ func addresses() (all []cause.Addr) {
 }
 
 // neighbours lists those of ARP and of neighbour discovery.
-func neighbours() (all []cause.Neigh) {
-	const most = 10000
-	neighs, err := netlink.NeighList(0, netlink.FAMILY_ALL)
-	if err != nil {
-		return nil
+func (r *Reader) neighbours(name string) (all []cause.Neigh) {
+	var neighs []netlink.Neigh
+	r.miss("neighbours of "+name, settled(func() (err error) {
+		neighs, err = netlink.NeighList(0, netlink.FAMILY_ALL)
+		return err
+	}))
+	if len(neighs) > mostEntries {
+		r.note("neighbours of %s: %d of %d", name, mostEntries, len(neighs))
 	}
-	for _, n := range neighs[:min(len(neighs), most)] {
+	for _, n := range neighs[:min(len(neighs), mostEntries)] {
 		if n.Family != unix.AF_INET && n.Family != unix.AF_INET6 || n.State&unix.NUD_NOARP != 0 {
 			continue
 		}
@@ -214,20 +268,30 @@ func neighbours() (all []cause.Neigh) {
 // refused are the types of routes and rules that let nothing through.
 var refused = map[int]string{unix.RTN_BLACKHOLE: "blackhole", unix.RTN_UNREACHABLE: "unreachable", unix.RTN_PROHIBIT: "prohibit"}
 
-// refusing lists routes and rules of all tables that let nothing through.
-func refusing() (all []cause.Route) {
+// refusing lists routes and rules of all tables that let nothing through. Of the others,
+// which may be a million, none is kept.
+func (r *Reader) refusing(ctx context.Context, name string) (all []cause.Route) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-		if err != nil {
-			continue
-		}
-		for _, r := range routes {
-			if kind := refused[r.Type]; kind != "" {
-				to := destination(family, r.Dst)
-				all = append(all, cause.Route{Type: kind, To: to, Text: fmt.Sprintf("%s %s%s%s", kind, shown(to), table(r.Table), metric(r.Priority))})
-			}
+		before := len(all)
+		every := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
+		err := settled(func() error {
+			all = all[:before]
+			return netlink.RouteListFilteredIter(family, every, netlink.RT_FILTER_TABLE, func(route netlink.Route) bool {
+				if kind := refused[route.Type]; kind != "" {
+					to := destination(family, route.Dst)
+					all = append(all, cause.Route{Type: kind, To: to, Text: fmt.Sprintf("%s %s%s%s", kind, shown(to), table(route.Table), metric(route.Priority))})
+				}
+				return len(all) < mostEntries && ctx.Err() == nil
+			})
+		})
+		if !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) { // a kernel without IPv6
+			r.miss("routes of "+name, err)
 		}
 		all = append(all, refusingRules(family)...)
+	}
+	if len(all) >= mostEntries {
+		r.note("routes of %s that let nothing through: the first %d", name, mostEntries)
+		all = all[:mostEntries]
 	}
 	return all
 }
@@ -274,12 +338,7 @@ func metric(n int) string {
 // linux/fib_rules.h; the netlink library leaves their action out).
 func refusingRules(family int) (all []cause.Route) {
 	const to, from, input, preference, mark, output, action, header = 1, 2, 3, 6, 10, 17, 7, 12
-	ask := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
-	ask.AddData(nl.NewIfInfomsg(family))
-	replies, err := ask.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
-	if err != nil {
-		return nil
-	}
+	replies, _ := dump(unix.RTM_GETRULE, unix.RTM_NEWRULE, nl.NewIfInfomsg(family)) // a kernel without them has none
 	for _, reply := range replies {
 		if len(reply) < header || refused[int(reply[action])] == "" {
 			continue
@@ -323,83 +382,81 @@ func refusingRules(family int) (all []cause.Route) {
 	return all
 }
 
-// joinPeers finds in which of the namespaces the other ends of devices are. It asks the
-// kernel for each pair, so it is done for no more than some thousands.
-func (r *Reader) joinPeers(ctx interface{ Err() error }, spaces []*cause.Space) {
-	const most = 10000
-	pairs := 0
-	_ = r.eachSpace(ctx, spaces, func(s *cause.Space, path string) {
-		numbers := numbersOf()
-		for i := range s.After.Links {
-			l := &s.After.Links[i]
-			if l.Kind != "veth" {
-				continue
-			}
-			number, elsewhere := numbers[l.Index]
-			if !elsewhere {
-				l.PeerSpace = s.Inode
-				continue
-			}
-			for _, other := range r.spaces {
-				if pairs++; pairs > most {
-					return
-				}
-				if n, ok := numberOf(other); ok && n == number {
-					l.PeerSpace = other.Inode
-					break
-				}
+// pair is a veth device by what its other end says of it as well.
+type pair struct{ index, peer int }
+
+// joinPeers finds in which of the namespaces the other ends of devices are. The kernel is
+// asked only about those that have a device with the right two numbers, and what is found
+// for one end is known for the other.
+func (r *Reader) joinPeers(ctx context.Context, spaces []*cause.Space, elsewhere map[uint32]map[int]int) {
+	ends := map[pair][]*cause.Space{}
+	for _, s := range spaces {
+		for _, l := range s.After.Links {
+			if l.Kind == "veth" {
+				ends[pair{l.Index, l.Peer}] = append(ends[pair{l.Index, l.Peer}], s)
 			}
 		}
-	})
+	}
+	for _, s := range spaces {
+		open := func(l *cause.Link) bool { return l.Kind == "veth" && l.PeerSpace == 0 }
+		if ctx.Err() != nil || !slices.ContainsFunc(s.After.Links, func(l cause.Link) bool { return open(&l) }) {
+			continue
+		}
+		_ = r.inside(s.Inode, func() {
+			numbers := map[uint32]int{} // how this namespace calls others
+			for i := range s.After.Links {
+				l := &s.After.Links[i]
+				if !open(l) {
+					continue
+				}
+				number := elsewhere[s.Inode][l.Index]
+				if number < 0 {
+					l.PeerSpace = s.Inode
+					continue
+				}
+				for _, other := range ends[pair{l.Peer, l.Index}] {
+					if _, asked := numbers[other.Inode]; !asked {
+						numbers[other.Inode] = r.numberOf(other.Inode)
+					}
+					if numbers[other.Inode] == number {
+						l.PeerSpace = other.Inode
+						farEnd(other, l, s.Inode)
+						break
+					}
+				}
+			}
+		})
+	}
 }
 
-// numbersOf are the numbers of the namespaces where devices have their other ends.
-func numbersOf() map[int]int {
-	all := map[int]int{}
-	links, err := netlink.LinkList()
-	if err != nil {
-		return all
-	}
-	for _, l := range links {
-		if n := l.Attrs().NetNsID; n >= 0 {
-			all[l.Attrs().Index] = n
+// farEnd notes at the other end of a veth pair where this end is.
+func farEnd(other *cause.Space, near *cause.Link, space uint32) {
+	for i := range other.After.Links {
+		if l := &other.After.Links[i]; l.Kind == "veth" && l.Index == near.Peer && l.Peer == near.Index {
+			l.PeerSpace = space
 		}
 	}
-	return all
 }
 
-// numberOf is how the calling thread's namespace calls another.
-func numberOf(n Namespace) (int, bool) {
-	path := n.Path
+// numberOf is how the calling thread's namespace calls another of those that are read; -1
+// if it does not.
+func (r *Reader) numberOf(inode uint32) int {
+	path := r.spaces[r.at[inode]].Path
 	if path == "" {
 		path = "/proc/self/ns/net"
 	}
 	file, err := os.Open(path)
 	if err != nil {
-		return 0, false
+		return -1
 	}
 	defer file.Close()
-	number, err := netns.Number(int(file.Fd()))
-	return number, err == nil && number >= 0
-}
-
-// eachSpace runs f on a thread inside each space, one after the other.
-func (r *Reader) eachSpace(ctx interface{ Err() error }, spaces []*cause.Space, f func(s *cause.Space, path string)) error {
-	for _, s := range spaces {
-		for _, n := range r.spaces {
-			if n.Inode != s.Inode || ctx.Err() != nil {
-				continue
-			}
-			err := netns.In(n.Path, func() error {
-				if here(n.Inode) {
-					f(s, n.Path)
-				}
-				return nil
-			})
-			if err != nil {
-				continue // it has gone meanwhile
-			}
-		}
+	var is unix.Stat_t
+	if unix.Fstat(int(file.Fd()), &is) != nil || uint32(is.Ino) != inode {
+		return -1 // the path leads to another one by now
 	}
-	return nil
+	number, err := netns.Number(int(file.Fd()))
+	if err != nil {
+		return -1
+	}
+	return number
 }

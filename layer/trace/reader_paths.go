@@ -34,10 +34,15 @@ func (r *Reader) paths(ctx context.Context, e *cause.Evidence) (all []cause.Path
 	asked := map[question]bool{}
 	of := map[uint32][]question{}
 	ask := func(q question) {
-		if q.dst.IsValid() && !q.dst.IsUnspecified() && !q.dst.IsMulticast() && len(asked) < mostPaths && !asked[q] {
-			asked[q] = true
-			of[q.space] = append(of[q.space], q)
+		if !q.dst.IsValid() || q.dst.IsUnspecified() || q.dst.IsMulticast() || asked[q] {
+			return
 		}
+		if len(asked) == mostPaths {
+			r.note("routes: the kernel is asked for the first %d that matter", mostPaths)
+			return
+		}
+		asked[q] = true
+		of[q.space] = append(of[q.space], q)
 	}
 	for _, event := range e.Events {
 		src, dst := event.Tuple.Source.Addr(), event.Tuple.Destination.Addr()
@@ -78,11 +83,16 @@ func (r *Reader) paths(ctx context.Context, e *cause.Evidence) (all []cause.Path
 			}
 		}
 	}
-	_ = r.eachSpace(ctx, e.Spaces, func(s *cause.Space, _ string) {
-		for _, q := range of[s.Inode] {
-			all = append(all, answer(s, q))
+	for _, s := range e.Spaces {
+		if len(of[s.Inode]) == 0 || ctx.Err() != nil {
+			continue
 		}
-	})
+		_ = r.inside(s.Inode, func() {
+			for _, q := range of[s.Inode] {
+				all = append(all, answer(s, q))
+			}
+		})
+	}
 	return all
 }
 
@@ -176,7 +186,7 @@ func routeText(r netlink.Route, p cause.Path) string {
 }
 
 // blocking lists the policies of IPsec that let nothing through.
-func blocking() (all []cause.Policy) {
+func (r *Reader) blocking(name string) (all []cause.Policy) {
 	policies, err := netlink.XfrmPolicyList(netlink.FAMILY_ALL)
 	if err != nil {
 		return nil // a kernel without IPsec has none
@@ -191,6 +201,10 @@ func blocking() (all []cause.Policy) {
 	for _, p := range policies {
 		if p.Action != netlink.XFRM_POLICY_BLOCK {
 			continue
+		}
+		if len(all) == mostEntries {
+			r.note("policies of IPsec in %s that let nothing through: the first %d", name, mostEntries)
+			break
 		}
 		c := cause.Policy{From: prefix(p.Src), To: prefix(p.Dst), Protocol: uint8(p.Proto), Port: uint16(p.DstPort)}
 		c.Text = fmt.Sprintf("src %s dst %s", c.From, c.To)

@@ -11,10 +11,10 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/cgroup"
 	"github.com/millrace/millrace/layer/trace/cause"
 )
 
@@ -29,9 +29,10 @@ const (
 
 // attachedTo lists the eBPF programs, and other filters of tc, that packets meet at the
 // devices of the calling thread's namespace.
-func attachedTo(links []cause.Link) (all []cause.Program) {
-	for _, l := range links {
-		all = append(all, express(l)...)
+func attachedTo(devices []device) (all []cause.Program) {
+	for i := range devices {
+		l := &devices[i]
+		all = append(all, l.express()...)
 		for _, q := range l.Qdiscs {
 			if q.Kind == "clsact" || q.Kind == "ingress" {
 				all = append(all, filters(l, clsactIngress, "tc ingress")...)
@@ -52,18 +53,17 @@ func attachedTo(links []cause.Link) (all []cause.Program) {
 	return all
 }
 
-// express lists the XDP program of a device.
-func express(l cause.Link) []cause.Program {
+// express is the XDP program of a device.
+func (d *device) express() []cause.Program {
 	const generic = 2 // XDP_ATTACHED_SKB
-	found, err := netlink.LinkByIndex(l.Index)
-	if err != nil || found.Attrs().Xdp == nil || !found.Attrs().Xdp.Attached {
+	if d.xdp == nil || !d.xdp.Attached {
 		return nil
 	}
 	hook := "xdp"
-	if found.Attrs().Xdp.AttachMode == generic {
+	if d.xdp.AttachMode == generic {
 		hook = "xdp generic"
 	}
-	return []cause.Program{attached(ebpf.ProgramID(found.Attrs().Xdp.ProgId), "xdp", hook, l.Name)}
+	return []cause.Program{attached(ebpf.ProgramID(d.xdp.ProgId), "xdp", hook, d.Name)}
 }
 
 // attached tells of one by its number.
@@ -101,7 +101,7 @@ func ownerOf(name string) string {
 }
 
 // filters lists those of tc at one side of a device.
-func filters(l cause.Link, parent uint32, hook string) (all []cause.Program) {
+func filters(l *device, parent uint32, hook string) (all []cause.Program) {
 	ask := nl.NewNetlinkRequest(unix.RTM_GETTFILTER, unix.NLM_F_DUMP)
 	ask.AddData(&nl.TcMsg{Ifindex: int32(l.Index), Parent: parent})
 	replies, err := ask.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWTFILTER)
@@ -134,22 +134,18 @@ func filters(l cause.Link, parent uint32, hook string) (all []cause.Program) {
 	return all
 }
 
-// cgroupHooks are the places in a cgroup where a program can refuse.
-var cgroupHooks = map[ebpf.AttachType]string{
-	ebpf.AttachCGroupInetIngress: "cgroup ingress", ebpf.AttachCGroupInetEgress: "cgroup egress",
-	ebpf.AttachCGroupInet4Connect: "cgroup connect", ebpf.AttachCGroupInet6Connect: "cgroup connect",
-	ebpf.AttachCGroupUDP4Sendmsg: "cgroup sendmsg", ebpf.AttachCGroupUDP6Sendmsg: "cgroup sendmsg",
-	ebpf.AttachCGroupInetSockCreate: "cgroup sock_create",
-	ebpf.AttachCGroupInet4Bind:      "cgroup bind", ebpf.AttachCGroupInet6Bind: "cgroup bind",
-}
-
-// attachNames are what bpftool(8) calls them.
-var attachNames = map[ebpf.AttachType]string{
-	ebpf.AttachCGroupInetIngress: "ingress", ebpf.AttachCGroupInetEgress: "egress",
-	ebpf.AttachCGroupInet4Connect: "connect4", ebpf.AttachCGroupInet6Connect: "connect6",
-	ebpf.AttachCGroupUDP4Sendmsg: "sendmsg4", ebpf.AttachCGroupUDP6Sendmsg: "sendmsg6",
-	ebpf.AttachCGroupInetSockCreate: "sock_create",
-	ebpf.AttachCGroupInet4Bind:      "bind4", ebpf.AttachCGroupInet6Bind: "bind6",
+// cgroupHooks are the places in a cgroup where a program can refuse, and what bpftool(8)
+// calls them.
+var cgroupHooks = map[ebpf.AttachType]struct{ hook, name string }{
+	ebpf.AttachCGroupInetIngress:    {"cgroup ingress", "ingress"},
+	ebpf.AttachCGroupInetEgress:     {"cgroup egress", "egress"},
+	ebpf.AttachCGroupInet4Connect:   {"cgroup connect", "connect4"},
+	ebpf.AttachCGroupInet6Connect:   {"cgroup connect", "connect6"},
+	ebpf.AttachCGroupUDP4Sendmsg:    {"cgroup sendmsg", "sendmsg4"},
+	ebpf.AttachCGroupUDP6Sendmsg:    {"cgroup sendmsg", "sendmsg6"},
+	ebpf.AttachCGroupInetSockCreate: {"cgroup sock_create", "sock_create"},
+	ebpf.AttachCGroupInet4Bind:      {"cgroup bind", "bind4"},
+	ebpf.AttachCGroupInet6Bind:      {"cgroup bind", "bind6"},
 }
 
 // mostCgroups is how many are asked for their programs.
@@ -157,29 +153,33 @@ const mostCgroups = 5000
 
 // cgroups notes the programs of cgroups that have processes in a space where one of them
 // may have refused something. Only then it looks.
-func (r *Reader) cgroups(_ context.Context, e *cause.Evidence) {
+func (r *Reader) cgroups(ctx context.Context, e *cause.Evidence) {
 	suspects := map[uint32]*cause.Space{}
 	for _, event := range e.Events {
 		refused := event.Reason == "BPF_CGROUP_EGRESS" || event.Reason == "SOCKET_FILTER" ||
 			event.Kind == cause.CallFailed && event.Errno == int(unix.EPERM)
-		for _, s := range e.Spaces {
-			if refused && s.Inode == event.Space {
-				suspects[s.Inode] = s
-			}
+		at := slices.IndexFunc(e.Spaces, func(s *cause.Space) bool { return refused && s.Inode == event.Space })
+		if at >= 0 {
+			suspects[event.Space] = e.Spaces[at]
 		}
 	}
-	root := unified()
-	if len(suspects) == 0 || root == "" {
-		return
+	root, err := cgroup.Root()
+	if len(suspects) == 0 || err != nil {
+		return // without cgroup2 there are none
 	}
 	left := mostCgroups
+	of := map[uint32]map[uint64]bool{}
+	for inode, s := range suspects {
+		of[inode] = cgroupsOf(s)
+	}
 	near := map[uint32][]cause.Program{} // of cgroups that have to do with a space
 	var all []cause.Program
 	_ = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || !entry.IsDir() {
 			return nil
 		}
-		if left--; left < 0 {
+		if left--; left < 0 || ctx.Err() != nil {
+			r.note("programs of cgroups: no more than %d cgroups are asked, for no longer than %s", mostCgroups, longestReading)
 			return filepath.SkipAll
 		}
 		found := cgroupPrograms(name)
@@ -187,8 +187,8 @@ func (r *Reader) cgroups(_ context.Context, e *cause.Evidence) {
 			return nil
 		}
 		all = append(all, found...)
-		for inode, s := range suspects {
-			if name == root || holdsAny(name, cgroupsOf(s)) || concerns(name, inode) {
+		for inode := range suspects {
+			if name == root || holdsAny(name, of[inode]) || concerns(name, inode) {
 				near[inode] = append(near[inode], found...)
 			}
 		}
@@ -227,31 +227,20 @@ func holdsAny(folder string, inodes map[uint64]bool) bool {
 	return found
 }
 
-// unified is where cgroup2 is mounted.
-func unified() string {
-	for _, name := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
-		var at unix.Statfs_t
-		if err := unix.Statfs(name, &at); err == nil && at.Type == unix.CGROUP2_SUPER_MAGIC {
-			return name
-		}
-	}
-	return ""
-}
-
 func cgroupPrograms(folder string) (all []cause.Program) {
 	fd, err := unix.Open(folder, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil
 	}
 	defer unix.Close(fd)
-	for attach, hook := range cgroupHooks {
+	for attach, place := range cgroupHooks {
 		found, err := link.QueryPrograms(link.QueryOptions{Target: fd, Attach: attach})
 		if err != nil {
 			continue
 		}
 		for _, f := range found.Programs {
-			p := attached(f.ID, "cgroup", hook, "")
-			p.Cgroup, p.Attach = folder, attachNames[attach]
+			p := attached(f.ID, "cgroup", place.hook, "")
+			p.Cgroup, p.Attach = folder, place.name
 			all = append(all, p)
 		}
 	}

@@ -7,8 +7,16 @@ import (
 
 // readRules reads the firewall's rules in a namespace.
 func (r *Reader) readRules(n Namespace) (all []cause.Rule) {
+	if r.ruleRoom.take(1, 0) == 0 {
+		r.note("firewall rules of %s: %d of other network namespaces are all that are read", n.Name, mostRulesInAll)
+		return nil
+	}
 	rules, err := nft.In("").Rules() // the thread is there
-	r.miss("firewall rules", err)
+	r.miss("firewall rules of "+n.Name, err)
+	if kept := r.ruleRoom.take(len(rules), 1); kept < len(rules) {
+		r.note("firewall rules of %s: %d of %d", n.Name, kept, len(rules))
+		rules = rules[:kept]
+	}
 	for _, rule := range rules {
 		all = append(all, cause.Rule{
 			System: rule.System, Family: rule.Family, Table: rule.Table, Chain: rule.Chain, Hook: rule.Hook, Handle: rule.Handle,
@@ -29,18 +37,27 @@ type ruleKey struct {
 	policy                             bool
 }
 
-// bothCounts joins two readings of the same rules: what each has counted before and after.
-// One that was put in meanwhile has counted from zero.
-func bothCounts(before, after []cause.Rule) []cause.Rule {
-	key := func(r cause.Rule) ruleKey {
-		return ruleKey{r.System, r.Family, r.Table, r.Chain, r.Hook, r.Handle, r.Policy}
+func keyOf(r *cause.Rule) ruleKey {
+	return ruleKey{r.System, r.Family, r.Table, r.Chain, r.Hook, r.Handle, r.Policy}
+}
+
+// countsOf is how many packets each rule has counted.
+func countsOf(all []cause.Rule) map[ruleKey]uint64 {
+	counts := map[ruleKey]uint64{}
+	for i := range all {
+		counts[keyOf(&all[i])] = all[i].After
 	}
-	first := map[ruleKey]uint64{}
-	for _, r := range before {
-		first[key(r)] = r.After
+	return counts
+}
+
+// bothCounts says of rules what each has counted before and after. One that was put in
+// meanwhile has counted from zero; of a namespace that was not read before nothing is known.
+func bothCounts(first *beginning, rules []cause.Rule) []cause.Rule {
+	if first == nil {
+		return rules
 	}
-	for i := range after {
-		after[i].Before = min(first[key(after[i])], after[i].After)
+	for i := range rules {
+		rules[i].Before = min(first.rules[keyOf(&rules[i])], rules[i].After)
 	}
-	return after
+	return rules
 }

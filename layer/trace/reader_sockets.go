@@ -28,8 +28,8 @@ const (
 )
 
 const (
-	mostSockets = 2000 // of one namespace
-	mostBusy    = 8    // remote ends
+	mostRemotes = 2000 // that are counted; one that many sockets have is met early
+	mostBusy    = 8    // of them kept
 	longQueue   = 4096 // bytes that a TCP socket has not read
 )
 
@@ -40,18 +40,33 @@ type remote struct {
 	remote   netip.AddrPort
 }
 
-// sockets walks over those of the calling thread's namespace and keeps what can matter.
-func sockets() (kept []cause.Socket, busy []cause.Busy, err error) {
+// sockets walks over those of the calling thread's namespace and keeps what can matter:
+// first those that events are about, then those in trouble. drops are the counters of all
+// that have dropped something.
+func (r *Reader) sockets(name string, met *met) (kept []cause.Socket, busy []cause.Busy, drops map[uint64]uint64, err error) {
 	taken := map[remote]int{}
+	drops = map[uint64]uint64{}
+	var ranked [ranks][]cause.Socket
+	all, remotes := 0, false
 	keep := func(s sockdiag.State) {
-		connected := s.Remote.Port() != 0
-		if connected && s.State != tcpListen {
-			if key := (remote{s.Protocol, s.Local.Addr(), s.Remote}); taken[key] > 0 || len(taken) < mostSockets {
+		if s.Remote.Port() != 0 && s.State != tcpListen {
+			key := remote{s.Protocol, s.Local.Addr(), s.Remote}
+			if _, known := taken[key]; known || len(taken) < mostRemotes {
 				taken[key]++
+			} else {
+				remotes = true
 			}
 		}
-		if len(kept) < mostSockets && matters(s) {
-			kept = append(kept, socketOf(s))
+		if s.Drops > 0 && len(drops) < mostDrops {
+			drops[s.Cookie] = s.Drops
+		}
+		rank := met.rank(s)
+		if rank < 0 {
+			return
+		}
+		all++
+		if len(ranked[rank]) < mostSockets {
+			ranked[rank] = append(ranked[rank], socketOf(s))
 		}
 	}
 	for _, protocol := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_RAW} {
@@ -59,26 +74,41 @@ func sockets() (kept []cause.Socket, busy []cause.Busy, err error) {
 			err = e // raw sockets take a module that may be missing
 		}
 	}
+	kept = slices.Concat(ranked[:]...)
+	kept = slices.Clip(kept[:r.socketRoom.take(min(len(kept), mostSockets), leastSockets)])
+	if len(kept) < all {
+		r.note("sockets of %s: %d of %d that may matter are looked at, first those that events are about, then those in trouble", name, len(kept), all)
+	}
+	if remotes {
+		r.note("how many local ports are taken in %s: only towards the %d remote ends that were met first", name, mostRemotes)
+	}
 	for key, ports := range taken {
 		busy = append(busy, cause.Busy{Protocol: key.protocol, Local: key.local, Remote: key.remote, Ports: ports})
 	}
 	slices.SortFunc(busy, func(a, b cause.Busy) int { return b.Ports - a.Ports })
-	return kept, busy[:min(len(busy), mostBusy)], err
+	return kept, slices.Clone(busy[:min(len(busy), mostBusy)]), drops, err
 }
 
-// matters says whether a socket may be a cause, or may have met one.
-func matters(s sockdiag.State) bool {
-	if s.Protocol != unix.IPPROTO_TCP {
-		return true
+// ranks is how many there are of how much a socket may matter: 0 is the most.
+const ranks = 3
+
+// rank is how much a socket may matter; negative if it neither may be a cause nor may have
+// met one.
+func (m *met) rank(s sockdiag.State) int {
+	open := s.State == tcpListen || s.Protocol != unix.IPPROTO_TCP && s.Remote.Port() == 0
+	trouble := s.Drops > 0 || s.Protocol == unix.IPPROTO_TCP && s.State != tcpTimeWait &&
+		(s.State == tcpListen && s.ReceiveQueue > 0 || s.State == tcpSynSent ||
+			s.Timer == sockdiag.TimerProbe || s.Timer == sockdiag.TimerRetransmit && s.Tries > 0 ||
+			s.TotalRetransmits > 0 || s.State != tcpListen && s.ReceiveQueue >= longQueue)
+	switch {
+	case m.sockets[s.Cookie] || open && m.ports[s.Local.Port()]:
+		return 0
+	case trouble:
+		return 1
+	case s.Protocol != unix.IPPROTO_TCP || s.State == tcpListen || s.State == tcpSynReceived:
+		return 2
 	}
-	switch s.State {
-	case tcpListen, tcpSynSent, tcpSynReceived:
-		return true
-	case tcpTimeWait:
-		return false
-	}
-	return s.Timer == sockdiag.TimerProbe || s.Timer == sockdiag.TimerRetransmit && s.Tries > 0 ||
-		s.TotalRetransmits > 0 || s.ReceiveQueue >= longQueue || s.Drops > 0
+	return -1
 }
 
 func socketOf(s sockdiag.State) cause.Socket {
@@ -124,30 +154,40 @@ func (r *Reader) lookAgain(ctx context.Context, spaces []*cause.Space) {
 		return
 	case <-time.After(secondLook):
 	}
-	err := r.each(ctx, func(n Namespace) error {
-		sockets := waiting[n.Inode]
-		if sockets == nil {
-			return nil
-		}
-		return sockdiag.Walk(unix.IPPROTO_TCP, func(now sockdiag.State) {
-			if o := sockets[now.Cookie]; o != nil {
-				o.Idle = now.ReceiveQueue == o.ReceiveQueue && now.SendQueue == o.SendQueue &&
+	var chosen []Namespace
+	for inode := range waiting {
+		chosen = append(chosen, r.spaces[r.at[inode]])
+	}
+	unread, err := each(ctx, chosen, func(n Namespace) map[uint64]bool {
+		idle := map[uint64]bool{}
+		err := sockdiag.Walk(unix.IPPROTO_TCP, func(now sockdiag.State) {
+			if o := waiting[n.Inode][now.Cookie]; o != nil {
+				idle[now.Cookie] = now.ReceiveQueue == o.ReceiveQueue && now.SendQueue == o.SendQueue &&
 					now.BytesReceived == o.BytesReceived && now.BytesAcked == o.BytesAcked
 			}
 		})
+		r.miss("sockets of "+n.Name+", a second time", err)
+		return idle
+	}, func(n Namespace, idle map[uint64]bool) {
+		for cookie, is := range idle {
+			waiting[n.Inode][cookie].Idle = is
+		}
 	})
 	r.miss("sockets, a second time", err)
+	if unread > 0 {
+		r.note("sockets, a second time: of %d of %d network namespaces", len(chosen)-unread, len(chosen))
+	}
 }
 
 // processes finds who holds the sockets of the evidence: every listener, UDP socket and
 // connection that was kept. It walks over /proc once.
-func processes(e *cause.Evidence) {
+func (r *Reader) processes(ctx context.Context, e *cause.Evidence) {
 	wanted := map[uint32]*cause.Space{}
 	for _, s := range e.Spaces {
 		s.Processes = map[uint32]cause.Process{}
-		for _, socket := range s.After.Sockets {
-			if socket.Inode != 0 {
-				wanted[socket.Inode] = s
+		for i := range s.After.Sockets {
+			if inode := s.After.Sockets[i].Inode; inode != 0 {
+				wanted[inode] = s
 			}
 		}
 	}
@@ -155,30 +195,41 @@ func processes(e *cause.Evidence) {
 	if err != nil || len(wanted) == 0 {
 		return
 	}
-	for _, folder := range folders {
-		holds(folder, wanted) // whose first thread may be in another namespace than the socket
+	for i, folder := range folders {
+		if ctx.Err() != nil {
+			r.note("who holds sockets: %d of %d processes were looked at", i, len(folders))
+			return
+		}
+		holds(ctx, folder, wanted) // whose first thread may be in another namespace than the socket
 	}
 }
 
-// holds notes the sockets among those wanted that a process holds.
-func holds(folder string, wanted map[uint32]*cause.Space) {
-	open, err := os.ReadDir(folder + "/fd")
+// holds notes the sockets among those wanted that a process holds. One may hold very many.
+func holds(ctx context.Context, folder string, wanted map[uint32]*cause.Space) {
+	open, err := os.Open(folder + "/fd")
 	if err != nil {
 		return
 	}
-	for _, fd := range open {
-		name, err := os.Readlink(folder + "/fd/" + fd.Name())
-		number, socket := strings.CutPrefix(name, "socket:[")
-		if err != nil || !socket {
-			continue
+	defer open.Close()
+	for ctx.Err() == nil {
+		some, err := open.Readdirnames(1024)
+		if err != nil {
+			return
 		}
-		inode, _ := strconv.ParseUint(strings.TrimSuffix(number, "]"), 10, 32)
-		space := wanted[uint32(inode)]
-		if space == nil {
-			continue
+		for _, fd := range some {
+			name, err := os.Readlink(folder + "/fd/" + fd)
+			number, socket := strings.CutPrefix(name, "socket:[")
+			if err != nil || !socket {
+				continue
+			}
+			inode, _ := strconv.ParseUint(strings.TrimSuffix(number, "]"), 10, 32)
+			space := wanted[uint32(inode)]
+			if space == nil {
+				continue
+			}
+			pid, _ := strconv.Atoi(folder[strings.LastIndexByte(folder, '/')+1:])
+			command, _ := os.ReadFile(folder + "/comm")
+			space.Processes[uint32(inode)] = cause.Process{PID: pid, Command: strings.TrimSpace(string(command)), Pod: space.Pod}
 		}
-		pid, _ := strconv.Atoi(folder[strings.LastIndexByte(folder, '/')+1:])
-		command, _ := os.ReadFile(folder + "/comm")
-		space.Processes[uint32(inode)] = cause.Process{PID: pid, Command: strings.TrimSpace(string(command)), Pod: space.Pod}
 	}
 }

@@ -20,7 +20,7 @@ import (
 )
 
 // spaces makes namespaces, each with a device pair to the first.
-func spaces(t *testing.T, count int) (all []Namespace) {
+func spaces(t testing.TB, count int) (all []Namespace) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: makes network namespaces")
@@ -47,7 +47,7 @@ func spaces(t *testing.T, count int) (all []Namespace) {
 		if err := hub.Up(near); err != nil {
 			t.Fatal(err)
 		}
-		if err := hub.Addr(near, netip.MustParsePrefix(fmt.Sprintf("10.7.%d.1/24", i+1))); err != nil {
+		if err := hub.Addr(near, netip.MustParsePrefix(fmt.Sprintf("10.%d.%d.1/24", 7+(i+1)/256, (i+1)%256))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -80,7 +80,6 @@ func TestReaderReads(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
 	if err := r.Before(context.Background()); err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +171,12 @@ func TestReaderFindsPrograms(t *testing.T) {
 		if err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Parent: netlink.HANDLE_CLSACT, Handle: netlink.MakeHandle(0xffff, 0)}}); err != nil {
 			return err
 		}
-		found, err := links()
+		r, err := NewReader(all)
+		if err != nil {
+			return err
+		}
+		r.fill()
+		found, err := r.links(t.Context(), "")
 		if err != nil {
 			return err
 		}
@@ -205,4 +209,51 @@ func TestManyNamespaces(t *testing.T) {
 	if took > 5*time.Second {
 		t.Errorf("%d namespaces took %s of processor time", len(all), took)
 	}
+}
+
+// What reading a node takes that has so many pods, each with a device pair to the node's
+// own namespace: the time before and after a window, and the memory of the process.
+func BenchmarkReader(b *testing.B) {
+	for _, pods := range []int{100, 500} {
+		b.Run(fmt.Sprint(pods), func(b *testing.B) {
+			all := spaces(b, pods+1)
+			var before, after time.Duration
+			for b.Loop() {
+				r, err := NewReader(all)
+				if err != nil {
+					b.Fatal(err)
+				}
+				begun := time.Now()
+				if err := r.Before(b.Context()); err != nil {
+					b.Fatal(err)
+				}
+				before += time.Since(begun)
+				begun = time.Now()
+				if _, err := r.After(b.Context(), time.Second, nil); err != nil {
+					b.Fatal(err)
+				}
+				after += time.Since(begun)
+			}
+			b.ReportMetric(before.Seconds()/float64(b.N), "before-s")
+			b.ReportMetric(after.Seconds()/float64(b.N), "after-s")
+			b.ReportMetric(float64(peakMemory(b))/(1<<20), "peak-MB")
+		})
+	}
+}
+
+// peakMemory is the most memory, in bytes, that this process has had since it began
+// (proc_pid_status(5), VmHWM).
+func peakMemory(t testing.TB) (bytes int) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if n, _ := fmt.Sscanf(line, "VmHWM: %d kB", &bytes); n == 1 {
+			return bytes << 10
+		}
+	}
+	t.Fatal("no VmHWM in /proc/self/status")
+	return 0
 }

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"unique"
 
 	"github.com/millrace/millrace/kernel/proc"
 	"github.com/millrace/millrace/layer/trace/cause"
@@ -19,28 +20,14 @@ func ours(name string) string {
 // counters reads those of the protocols, and how many packets wait for their parts.
 func counters() (all map[string]uint64, fragments uint64) {
 	all = map[string]uint64{}
+	note := func(name string, n uint64) { all[unique.Make(name).Value()] = n } // the names of all namespaces are the same
 	for _, file := range []string{"snmp", "netstat"} {
-		names := map[string][]string{}
-		for line := range strings.Lines(ours(file)) {
-			group, rest, _ := strings.Cut(line, ": ")
-			fields := strings.Fields(rest)
-			if names[group] == nil {
-				names[group] = fields
-				continue
-			}
-			for i, name := range names[group] {
-				if i < len(fields) {
-					if n, err := strconv.ParseUint(fields[i], 10, 64); err == nil {
-						all[group+"."+name] = n
-					}
-				}
-			}
-		}
+		proc.Counters(ours(file), note)
 	}
 	for line := range strings.Lines(ours("snmp6")) {
 		if fields := strings.Fields(line); len(fields) == 2 {
 			if n, err := strconv.ParseUint(fields[1], 10, 64); err == nil {
-				all[fields[0]] = n
+				note(fields[0], n)
 			}
 		}
 	}

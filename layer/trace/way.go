@@ -2,8 +2,10 @@ package trace
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/millrace/millrace/layer/trace/cause"
 )
@@ -11,14 +13,24 @@ import (
 // mostSteps is how far a packet's way is followed.
 const mostSteps = 16
 
+// longestWays is how long ways are looked for: each step enters a network namespace.
+const longestWays = 10 * time.Second
+
 // Ways fills in the ways that the packets of verdicts have to where they died, from one
 // namespace to the next, by the routes that the kernel has for them now. What
 // changes an address on the way is not followed: a way that does not lead to where the
-// packet died is left out.
+// packet died is left out. It takes no longer than ten seconds; what is then left is said in
+// the evidence.
 func (r *Reader) Ways(ctx context.Context, e *cause.Evidence, verdicts []cause.Verdict) {
+	ctx, cancel := context.WithTimeout(ctx, longestWays)
+	defer cancel()
 	for i := range verdicts {
+		if ctx.Err() != nil {
+			e.Missing = append(e.Missing, fmt.Sprintf("the ways of the packets of %d of %d verdicts: finding the others took %s", len(verdicts)-i, len(verdicts), longestWays))
+			return
+		}
 		v := &verdicts[i]
-		if v.Tuple == nil || ctx.Err() != nil {
+		if v.Tuple == nil {
 			continue
 		}
 		way := r.way(ctx, e, v.Tuple.Source.Addr(), v.Tuple.Destination.Addr(), v.Where.Namespace)
@@ -34,9 +46,7 @@ func (r *Reader) way(ctx context.Context, e *cause.Evidence, src, dst netip.Addr
 	in, s := "", holder(e.Spaces, src)
 	for s != nil && len(way) < mostSteps {
 		var p cause.Path
-		_ = r.eachSpace(ctx, []*cause.Space{s}, func(s *cause.Space, _ string) {
-			p = answer(s, question{s.Inode, in, src, dst})
-		})
+		_ = r.inside(s.Inode, func() { p = answer(s, question{s.Inode, in, src, dst}) })
 		way = append(way, cause.Step{Namespace: s.Name, Pod: s.Pod, In: in, Out: p.Device, Route: p.Route})
 		if s.Name == last || p.Device == "" || p.Type == "local" {
 			return way
