@@ -22,6 +22,13 @@ import (
 const asProduct = "MILLRACE_TEST_AS_PRODUCT"
 
 func TestMain(m *testing.M) {
+	if of := os.Getenv(asCrowd); of != "" {
+		if err := beCrowd(of); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	if os.Getenv(asProduct) != "" {
 		main()
 		return

@@ -32,7 +32,7 @@ func (w *watching) capture(o *trace.Options, spaces []trace.Namespace) (*capture
 	buffer := bufio.NewWriter(file)
 	c := &captureFile{file: file, buffer: buffer, Capture: trace.NewCapture(buffer, time.Now(), func(space uint32) string {
 		at := slices.IndexFunc(spaces, func(n trace.Namespace) bool { return n.Inode == space })
-		if at < 0 {
+		if at < 0 || !spaces[at].There() {
 			return fmt.Sprintf("net:[%d]", space)
 		}
 		return spaces[at].Name

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/millrace/millrace/layer/trace"
 	"github.com/millrace/millrace/layer/trace/cause"
@@ -80,7 +81,7 @@ func (r *traceReport) print(w io.Writer) error {
 				where += ", " + more
 			}
 		}
-		out.say("%s  %s", red("DIED"), bold(v.Title))
+		out.say("%s  %s", red("DIED"), bold(visible(v.Title)))
 		out.field("cause", fmt.Sprintf("%s  (confidence %s)", v.Cause, v.Confidence))
 		out.field("where", where)
 		if v.Tuple != nil {
@@ -116,7 +117,7 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("folded: %s, as they die where all is well", r.foldedText())
 	}
 	for _, m := range r.Missing {
-		out.say("not seen: %s", m)
+		out.say("not seen: %s", visible(m))
 	}
 	if r.Lost > 0 {
 		out.say("not seen apart: %d events, for which there was no room; they are in the totals", r.Lost)
@@ -170,6 +171,17 @@ func (l *lines) say(format string, values ...any) {
 	l.last = ""
 }
 
+// visible is a text without what a terminal would take for an order: pods choose names of
+// processes and devices, and comments of rules.
+func visible(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, text)
+}
+
 // field is one line of a verdict; a name that was just there is not repeated.
 func (l *lines) field(name, value string) {
 	if value == "" {
@@ -183,7 +195,7 @@ func (l *lines) field(name, value string) {
 		if i > 0 {
 			shown = ""
 		}
-		l.say("  %-9s %s", shown, line)
+		l.say("  %-9s %s", shown, visible(line))
 	}
 	l.last = name
 }

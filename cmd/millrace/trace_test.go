@@ -33,19 +33,29 @@ type traced struct {
 // trace starts one on the ward's two namespaces, and returns when it watches.
 func (w *ward) trace(args ...string) *traced {
 	w.t.Helper()
-	r := &traced{t: w.t, command: product(append([]string{"trace", "--netns", w.node + "," + w.pod, "-o", "json"}, args...)...)}
+	return traceOf(w.t, append([]string{"--netns", w.node + "," + w.pod}, args...)...)
+}
+
+// traceOf starts a trace, and returns when it watches.
+func traceOf(t *testing.T, args ...string) *traced {
+	t.Helper()
+	r := &traced{t: t, command: product(append([]string{"trace", "-o", "json"}, args...)...)}
 	r.command.Stdout = &r.out
 	told, err := r.command.StderrPipe()
-	w.must(err)
-	w.must(r.command.Start())
-	w.t.Cleanup(func() { r.command.Process.Kill(); r.command.Wait() })
+	if err == nil {
+		err = r.command.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.command.Process.Kill(); r.command.Wait() })
 	lines := bufio.NewReader(told)
 	for {
 		line, err := lines.ReadString('\n')
 		if err != nil {
-			w.t.Fatalf("trace ended: %v: %s", err, line)
+			t.Fatalf("trace ended: %v: %s", err, line)
 		}
-		if strings.Contains(line, "watching 2 network namespaces") {
+		if strings.Contains(line, watchingWord+" ") {
 			break
 		}
 	}

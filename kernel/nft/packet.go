@@ -28,8 +28,8 @@ func parse(raw []byte, in, out string) *packet {
 		p.version, p.proto = 4, raw[9]
 		offset := binary.BigEndian.Uint16(raw[6:])
 		p.fragment = offset&0x1fff != 0
-		if !p.fragment {
-			p.transport = int(raw[0]&15) * 4
+		if length := int(raw[0]&15) * 4; !p.fragment && length >= 20 {
+			p.transport = length
 		}
 	case raw[0]>>4 == 6 && len(raw) >= 40:
 		p.version = 6

@@ -2,7 +2,9 @@ package nft
 
 import (
 	"encoding/binary"
+	"errors"
 	"net/netip"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -168,6 +170,32 @@ func TestRulesOfIPTables(t *testing.T) {
 			if got := row.rule.Matches(row.packet, row.in, ""); got != row.want {
 				t.Errorf("%s: %s by %s: %v, not %v", system, row.rule.Text, row.in, got, row.want)
 			}
+		}
+	}
+}
+
+// Of more rules than are read the first are told, and how many there are.
+func TestMoreRulesThanAreRead(t *testing.T) {
+	if os.Getenv("MILLRACE_LONG") == "" {
+		t.Skip("set MILLRACE_LONG=1 to run it")
+	}
+	b := newBed(t)
+	text := strings.Repeat("ip saddr 10.0.0.1 drop\n", mostRules+7)
+	b.run("table ip t {\nchain c {\ntype filter hook input priority 0;\n"+text+"}\n}\n", "nft", "-f", "-")
+	rules, err := b.Rules()
+	var more *tooMany
+	if !errors.As(err, &more) || more.rules != mostRules+7 || len(rules) != mostRules {
+		t.Errorf("%d rules are read: %v", len(rules), err)
+	}
+}
+
+// A header of IPv4 that says that it is shorter than any has nothing behind it.
+func TestAHeaderThatIsTooShort(t *testing.T) {
+	for first, want := range map[byte]int{0x40: -1, 0x44: -1, 0x45: 20, 0x46: 24} {
+		raw := append(packetOf(unix.IPPROTO_TCP, "10.0.0.1:1", "10.0.0.2:2"), make([]byte, 8)...)
+		raw[0] = first
+		if p := parse(raw, "", ""); p.transport != want {
+			t.Errorf("first byte %#x: the transport header is at %d, not %d", first, p.transport, want)
 		}
 	}
 }

@@ -27,6 +27,13 @@ type Namespace struct {
 	Inode           uint32
 }
 
+// There says whether the namespace's path still leads to it: if not, another one may have its
+// inode by now.
+func (n Namespace) There() bool {
+	var file unix.Stat_t
+	return n.Path == "" || unix.Stat(n.Path, &file) == nil && uint32(file.Ino) == n.Inode
+}
+
 // Reader reads the state of network namespaces at both ends of a window. It changes
 // nothing. A namespace takes some milliseconds and 30 kB for each end, a socket two
 // microseconds. What it reads is bounded in number, memory and time (reader_bounds.go), and

@@ -192,7 +192,7 @@ func TestReaderFindsPrograms(t *testing.T) {
 
 // Fifty namespaces are read within a second or so of processor time, not of minutes: the
 // bound is what a machine that others load can keep.
-func TestManyNamespaces(t *testing.T) {
+func TestNamespacesAreReadInTime(t *testing.T) {
 	all := spaces(t, 50)
 	r, err := NewReader(all)
 	if err != nil {

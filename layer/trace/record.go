@@ -33,22 +33,31 @@ func (s *Session) readExamples() {
 			return
 		}
 		s.unread += record.LostSamples
-		if len(record.RawSample) < int(unsafe.Sizeof(traceExample{})) {
-			continue
-		}
-		one := &sample{}
-		read, err := binary.Decode(record.RawSample, binary.NativeEndian, &one.traceExample)
-		if err != nil {
+		one := readSample(record.RawSample)
+		if one == nil {
 			continue
 		}
 		s.received++
-		behind := record.RawSample[read:]
-		one.behind = behind[:min(len(behind), int(one.Captured))]
 		if s.packets != nil && traceKind(one.Key.Kind) == traceKindKIND_DROP {
 			s.packets(s.packetOf(one))
 		}
 		s.keep(one)
 	}
+}
+
+// readSample reads an example as it came; nil if it is cut off.
+func readSample(raw []byte) *sample {
+	if len(raw) < int(unsafe.Sizeof(traceExample{})) {
+		return nil
+	}
+	one := &sample{}
+	read, err := binary.Decode(raw, binary.NativeEndian, &one.traceExample)
+	if err != nil {
+		return nil
+	}
+	one.behind = raw[read:]
+	one.behind = one.behind[:min(uint64(len(one.behind)), uint64(one.Captured))]
+	return one
 }
 
 func (s *Session) keep(one *sample) {
@@ -311,13 +320,13 @@ func text(chars []int8) string {
 // packet puts an example's packet together, from its network header on: what stood
 // before skb->data, and what came from there on.
 func (e *sample) packet() []byte {
-	behind := e.behind
+	behind, before := e.behind, int(e.Before)
 	switch {
-	case e.Before < 0 && int(-e.Before) <= len(behind):
-		return behind[-e.Before:]
-	case e.Before < 0:
+	case before < 0 && -before <= len(behind):
+		return behind[-before:]
+	case before < 0:
 		return nil
-	case e.Headers < uint32(e.Before):
+	case int(e.Headers) < before:
 		behind = nil // there is a gap
 	}
 	return slices.Concat(e.Header[:min(int(e.Headers), len(e.Header))], behind)

@@ -37,6 +37,8 @@ func (d *diagnosis) benign() {
 			e.by = "benign" // no packet of a network: netlink, UNIX sockets
 		case e.Kind == Drop && e.Tuple.noise() && !isDiscovery(e.Event):
 			e.by = "benign" // mDNS, MLD, router solicitations: nobody waits for them
+		case e.Kind == Drop && e.Tuple.Protocol == protoNone, e.Kind == Drop && e.Tuple.is6() && e.Tuple.Destination.Addr().IsUnspecified():
+			e.by = "benign" // nothing is in it that somebody could take (RFC 8200, 4.7), or its header is cut off
 		case e.Kind == Drop && broadcasts(d.spaces[e.Space], e.Event):
 			e.by = "benign"
 		case e.Kind == Drop && (e.Tuple.Protocol == protoICMP && e.Tuple.ICMPType == 5 || e.Tuple.Protocol == protoICMP6 && e.Tuple.ICMPType == 137):

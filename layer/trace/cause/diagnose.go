@@ -259,7 +259,7 @@ func protocolName(number uint8) string {
 // Protocols, types of Ethernet frames, states of TCP and neighbours, error numbers: the
 // kernel's, which are the same on all architectures that it is built for here.
 const (
-	protoICMP, protoTCP, protoUDP, protoICMP6, protoSCTP = 1, 6, 17, 58, 132
+	protoICMP, protoTCP, protoUDP, protoICMP6, protoNone, protoSCTP = 1, 6, 17, 58, 59, 132
 
 	etherIP, etherARP, etherIP6 = 0x0800, 0x0806, 0x86dd
 

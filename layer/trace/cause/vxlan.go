@@ -137,6 +137,8 @@ func (d *diagnosis) unknownID(s *Space, e *seen) {
 	v.Title = fmt.Sprintf("%s comes to %s from %s, which has no device for it (%s)", what, s.Name, e.Tuple.Source.Addr(), strings.Join(have, ", "))
 	v.isNot("%s: the socket at port %d was found", VXLANPort, e.Tuple.Destination.Port())
 	v.Owner = "whoever made the tunnel (the CNI plug-in)"
+	v.Fix = "make the two ends agree: " + s.in("ip -d link show type vxlan") + " shows the numbers of this one"
+	v.Undo = "nothing is changed by looking"
 	if first != nil && read {
 		v.Where.Interface = first.Name
 		v.saw("vxlan devices of %s: %s (RTM_GETLINK)", s.Name, strings.Join(have, ", "))
