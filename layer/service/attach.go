@@ -69,6 +69,9 @@ func (s side) programs() [2]string {
 	return [2]string{datapathProgToPod, datapathProgFromPod}
 }
 
+// bareWires are the programs of wires without Ethernet headers.
+var bareWires = ofWireL3.programs()
+
 // portHooks are where the programs of packet.bpf.c run at one port.
 func portHooks(device int, s side) []hook {
 	programs := s.programs()
@@ -331,6 +334,11 @@ func (d *datapath) attachPort(device int, p packetPort) error {
 	}
 	if err := d.makeFlows(); err != nil {
 		return err
+	}
+	if p.side == ofWireL3 {
+		if err := d.loadBare(); err != nil {
+			return err
+		}
 	}
 	d.ports[device] = p
 	if d.programs == nil {

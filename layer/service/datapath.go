@@ -53,8 +53,9 @@ type datapath struct {
 	attached map[string]attachment // by the name of the hook
 	// carried is how many flows come from another version.
 	carried int
-	// packets says that the packet path's flows have their maps.
-	packets bool
+	// packets says that the packet path's flows have their maps, bare that the programs
+	// for wires without Ethernet headers are loaded.
+	packets, bare bool
 	// tcx says that this kernel has it.
 	tcx bool
 	// programs are in force; nil before this process has put its own there.
@@ -156,12 +157,13 @@ func (d *datapath) prepare() (whole bool, err error) {
 		return false, err
 	}
 	d.packets = len(d.ports) > 0
+	d.bare = d.hasBareWire()
 	adopted := d.maps[datapathMapServices] != nil
 	room, err := d.roomForLeft()
 	if err != nil {
 		return false, err
 	}
-	loaded, err := d.load(d.maps, room)
+	loaded, err := d.loadSpec(spec, d.maps, room)
 	if err != nil {
 		return false, err
 	}
@@ -252,6 +254,11 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	if err != nil {
 		return loaded{}, err
 	}
+	return d.loadSpec(spec, have, room)
+}
+
+// loadSpec is load for who has read the embedded object; nobody can use it again.
+func (d *datapath) loadSpec(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map, room capacity) (loaded, error) {
 	places := 1
 	if d.packets {
 		places = powerOfTwo(2*d.carried, flowPlaces(d.settings.Flows))
@@ -263,9 +270,10 @@ func (d *datapath) load(have map[string]*ebpf.Map, room capacity) (loaded, error
 	if err := d.adapt(spec, places); err != nil {
 		return loaded{}, err
 	}
-	if !d.packets { // verifying takes most of the time of a start
-		maps.DeleteFunc(spec.Programs, func(_ string, p *ebpf.ProgramSpec) bool { return p.Type == ebpf.SchedCLS })
-	}
+	// verifying takes most of the time of a start
+	maps.DeleteFunc(spec.Programs, func(name string, p *ebpf.ProgramSpec) bool {
+		return !d.packets && p.Type == ebpf.SchedCLS || !d.bare && slices.Contains(bareWires[:], name)
+	})
 	sizeMaps(spec, room, places)
 	for name, m := range have {
 		spec.Maps[name].MaxEntries = m.MaxEntries() // it may be larger than the default
@@ -530,6 +538,29 @@ func (d *datapath) makeFlows() error {
 		return fmt.Errorf("make the maps of the packet path: %w", err)
 	}
 	return nil
+}
+
+// loadBare loads the programs for wires without Ethernet headers, which few nodes have.
+func (d *datapath) loadBare() error {
+	if d.bare {
+		return nil
+	}
+	d.bare = true
+	if err := d.exchange(nil, capacity{1, 1}, func(map[string]*ebpf.Map) error { return nil }); err != nil {
+		d.bare = false
+		return fmt.Errorf("load the programs for devices without Ethernet headers: %w", err)
+	}
+	return nil
+}
+
+// hasBareWire says whether an earlier process served one.
+func (d *datapath) hasBareWire() bool {
+	for _, port := range d.ports {
+		if port.side == ofWireL3 {
+			return true
+		}
+	}
+	return false
 }
 
 // exchange puts new maps of these names in force: they are filled while the old

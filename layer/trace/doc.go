@@ -9,7 +9,7 @@
 // What it writes in the kernel: nothing that stays. Its programs and maps hang on
 // this process and are gone with it, however it ends.
 //
-// What it costs: attaching takes some 150 ms of processor time on two busy cores. Events
+// What it costs: attaching takes some 300 ms of processor time on two busy cores. Events
 // are counted in the kernel, at a look or two into a hash map each; user space gets
 // one example of each new kind of event, at most 256 a second from each program and
 // processor. What had to be left out of the table of events is in the totals. The map

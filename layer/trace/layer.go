@@ -42,13 +42,17 @@ type Layer struct {
 	settings Settings
 	// attach attaches one program and pins it.
 	attach func(probe) error
-	lock   *os.File // nil while the layer is not open
-	tries  map[string]int
+	// adding are the programs that Apply is to attach; loaded are they, once the first is
+	// attached.
+	adding []probe
+	loaded *ebpf.Collection
+	// lacking is why the kernel did not take some of them.
+	lacking map[string]error
+	lock    *os.File // nil while the layer is not open
+	tries   map[string]int
 	// refused is why programs are not attached.
 	refused map[string]error
 	reasons *reasons
-	// kernel describes the kernel's types, while programs are loaded.
-	kernel *btf.Spec
 }
 
 var _ layer.Layer = (*Layer)(nil)
@@ -216,7 +220,12 @@ func (l *Layer) Settle() error { return nil }
 // twice; those that die in the millisecond between are not counted. A program that
 // cannot be attached is tried again, and then left out.
 func (l *Layer) Apply(have, _ layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
-	defer func() { l.kernel = nil }()
+	defer l.unload()
+	for _, change := range changes {
+		if s := change.Subject.(*Signal); change.Op == layer.Add {
+			l.adding = append(l.adding, probes[slices.IndexFunc(probes, func(p probe) bool { return p.name == s.Program })])
+		}
+	}
 	now := &Picture{signals: slices.Clone(have.(*Picture).signals)}
 	var done layer.Changes
 	var failures []error
@@ -264,30 +273,42 @@ func (l *Layer) apply(op layer.Op, s *Signal) error {
 }
 
 // missing says that a kernel has no tracepoint of the kind.
-type missing struct{ what []string }
+type missing struct{ what string }
 
-func (m *missing) Error() string { return strings.Join(m.what, "; ") }
+func (m *missing) Error() string { return m.what }
 
-// attachPinned loads one program over the pinned maps, attaches and pins it.
-func (l *Layer) attachPinned(p probe) error {
-	if l.kernel == nil {
-		kernel, err := btf.LoadKernelSpec()
+// load loads the programs that are to be attached, over the pinned maps: all at once,
+// so that the kernel's types are read once, and that they share the maps that are not
+// pinned.
+func (l *Layer) load() error {
+	types := btf.NewCache()
+	kernel, err := types.Kernel()
+	if err != nil {
+		return &missing{err.Error()}
+	}
+	if l.reasons == nil {
+		words, err := readReasons(kernel)
 		if err != nil {
-			return &missing{[]string{err.Error()}}
+			return err
 		}
-		l.kernel = kernel
+		l.reasons = &words
 	}
 	spec, err := loadTrace()
 	if err != nil {
 		return err
 	}
-	s := &Session{}
-	chosen, err := s.choose(l.kernel, spec, []probe{p})
-	if err != nil {
-		return err
+	l.lacking = map[string]error{}
+	var chosen []probe
+	for _, p := range l.adding {
+		if _, err := adapt(kernel, spec, p); err != nil {
+			l.lacking[p.tracepoint] = err
+			continue
+		}
+		chosen = append(chosen, p)
 	}
 	if len(chosen) == 0 {
-		return &missing{s.missing}
+		l.loaded = &ebpf.Collection{}
+		return nil
 	}
 	if err := size(spec, &Options{}); err != nil {
 		return err
@@ -299,23 +320,39 @@ func (l *Layer) attachPinned(p probe) error {
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return fmt.Errorf("make folder: %w", err)
 	}
-	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return name != p.name })
 	for _, name := range []string{traceMapEvents, traceMapTotals} {
 		spec.Maps[name].Pinning = ebpf.PinByName
 	}
-	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
-		Maps: ebpf.MapOptions{PinPath: folder}, Programs: ebpf.ProgramOptions{KernelTypes: l.kernel},
-	})
-	if err != nil {
-		return err
+	l.loaded, err = load(spec, chosen, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: folder}, Cache: types},
+		func(p probe, why error) { l.lacking[p.tracepoint] = why })
+	return err
+}
+
+// unload lets go of what was loaded; what is pinned stays in force.
+func (l *Layer) unload() {
+	if l.loaded != nil {
+		l.loaded.Close()
 	}
-	defer collection.Close()
-	attached, err := link.AttachTracing(link.TracingOptions{Program: collection.Programs[p.name]})
+	l.adding, l.loaded, l.lacking = nil, nil, nil
+}
+
+// attachPinned attaches one of the programs that are to be added, and pins it.
+func (l *Layer) attachPinned(p probe) error {
+	if l.loaded == nil {
+		if err := l.load(); err != nil {
+			return err
+		}
+	}
+	program := l.loaded.Programs[p.name]
+	if program == nil {
+		return l.lacking[p.tracepoint]
+	}
+	attached, err := link.AttachTracing(link.TracingOptions{Program: program})
 	if err != nil {
 		return err
 	}
 	defer attached.Close()
-	return attached.Pin(filepath.Join(folder, linkPrefix+p.name))
+	return attached.Pin(filepath.Join(l.settings.Pins, version(), linkPrefix+p.name))
 }
 
 // detach takes a program out of force, and the folder of its version away with the

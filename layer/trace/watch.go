@@ -105,7 +105,8 @@ func Watch(o Options) (*Session, error) {
 	if err := need.Check(act, "CAP_BPF", "CAP_PERFMON"); err != nil {
 		return nil, err
 	}
-	kernel, err := btf.LoadKernelSpec()
+	types := btf.NewCache()
+	kernel, err := types.Kernel()
 	if err != nil {
 		return nil, &need.Feature{Act: act, Feature: fmt.Sprintf("type information (%v)", err), Since: "CONFIG_DEBUG_INFO_BTF"}
 	}
@@ -124,7 +125,8 @@ func Watch(o Options) (*Session, error) {
 	if s.reasons, err = readReasons(kernel); err != nil {
 		return nil, err
 	}
-	if s.collection, err = s.load(spec, chosen); err != nil {
+	refused := func(p probe, why error) { s.miss(p.tracepoint, why) }
+	if s.collection, err = load(spec, chosen, ebpf.CollectionOptions{Cache: types}, refused); err != nil {
 		return nil, fmt.Errorf("%s: %w", act, err)
 	}
 	if err := s.start(&o, chosen); err != nil {
@@ -164,14 +166,15 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 }
 
 // load loads the chosen programs: all at once, or, where the kernel refuses one, each
-// that it does not refuse.
-func (s *Session) load(spec *ebpf.CollectionSpec, chosen []probe) (*ebpf.Collection, error) {
+// that it does not refuse; refused is told of the others. The error is of the last one,
+// where it refuses all.
+func load(spec *ebpf.CollectionSpec, chosen []probe, options ebpf.CollectionOptions, refused func(probe, error)) (*ebpf.Collection, error) {
 	keep := map[string]bool{}
 	for _, p := range chosen {
 		keep[p.name] = true
 	}
 	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return !keep[name] })
-	all, err := ebpf.NewCollection(spec)
+	all, err := ebpf.NewCollectionWithOptions(spec, options)
 	if err == nil || errors.Is(err, unix.EPERM) {
 		return all, err
 	}
@@ -179,13 +182,12 @@ func (s *Session) load(spec *ebpf.CollectionSpec, chosen []probe) (*ebpf.Collect
 	for _, p := range chosen {
 		one := spec.Copy()
 		maps.DeleteFunc(one.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return name != p.name })
-		options := ebpf.CollectionOptions{}
 		if loaded != nil {
 			options.MapReplacements = loaded.Maps
 		}
-		with, err := ebpf.NewCollectionWithOptions(one, options)
-		if err != nil {
-			s.miss(p.tracepoint, err)
+		with, why := ebpf.NewCollectionWithOptions(one, options)
+		if why != nil {
+			refused(p, why)
 			continue
 		}
 		if loaded == nil {
@@ -335,30 +337,13 @@ func wanted(o *Options) []probe {
 // read.
 func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec, wanted []probe) (chosen []probe, err error) {
 	for _, p := range wanted {
-		have, err := argumentsOf(kernel, p.tracepoint)
-		switch {
-		case err != nil:
+		less, err := adapt(kernel, spec, p)
+		if err != nil {
 			s.miss(p.tracepoint, err)
 			continue
-		case !fits(have, p.arguments):
-			s.missing = append(s.missing, fmt.Sprintf("%s: this kernel's has other arguments: %v", p.tracepoint, have))
-			continue
 		}
-		settings := map[string]int{}
-		switch p.name {
-		case traceProgDrop:
-			settings[traceVarDropReason] = slices.Index(have, "skb_drop_reason")
-			settings[traceVarDropReceiver] = slices.Index(have, "sock")
-			if settings[traceVarDropReason] != 2 {
-				s.missing = append(s.missing, "kfree_skb: this kernel gives no reasons; functions and counters have to do")
-			}
-		case traceProgReset:
-			settings[traceVarResetReason] = slices.Index(have, "sk_rst_reason")
-		}
-		for name, place := range settings {
-			if err := spec.Variables[name].Set(int32(place)); err != nil {
-				return nil, fmt.Errorf("set %s: %w", name, err)
-			}
+		if less != "" {
+			s.missing = append(s.missing, p.tracepoint+": "+less)
 		}
 		chosen = append(chosen, p)
 	}
@@ -366,6 +351,35 @@ func (s *Session) choose(kernel *btf.Spec, spec *ebpf.CollectionSpec, wanted []p
 		return nil, &need.Feature{Act: act, Feature: fmt.Sprintf("tracepoints for it (%v)", s.missing), Since: "CONFIG_TRACEPOINTS"}
 	}
 	return chosen, nil
+}
+
+// adapt tells a program which of its tracepoint's arguments the kernel has. The error
+// is a *missing where it has not those that the program reads; less is what it sees less of.
+func adapt(kernel *btf.Spec, spec *ebpf.CollectionSpec, p probe) (less string, err error) {
+	have, err := argumentsOf(kernel, p.tracepoint)
+	if err != nil {
+		return "", &missing{err.Error()}
+	}
+	if !fits(have, p.arguments) {
+		return "", &missing{fmt.Sprintf("this kernel's has other arguments: %v", have)}
+	}
+	settings := map[string]int{}
+	switch p.name {
+	case traceProgDrop:
+		settings[traceVarDropReason] = slices.Index(have, "skb_drop_reason")
+		settings[traceVarDropReceiver] = slices.Index(have, "sock")
+		if settings[traceVarDropReason] != 2 {
+			less = "this kernel gives no reasons; functions and counters have to do"
+		}
+	case traceProgReset:
+		settings[traceVarResetReason] = slices.Index(have, "sk_rst_reason")
+	}
+	for name, place := range settings {
+		if err := spec.Variables[name].Set(int32(place)); err != nil {
+			return "", fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return less, nil
 }
 
 func fits(have, wanted []string) bool {
