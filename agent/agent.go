@@ -24,7 +24,7 @@ type Source interface {
 	Run(ctx context.Context, deliver func(*model.Snapshot)) error
 }
 
-// Config is what an agent needs. All but Metrics and KubeProxy must be set.
+// Config is what an agent needs. All but Metrics, KubeProxy and Served must be set.
 type Config struct {
 	// Node is this node's name in the cluster.
 	Node string
@@ -40,7 +40,10 @@ type Config struct {
 	Metrics string
 	// KubeProxy is nil where the agent does not stand in for a kube-proxy.
 	KubeProxy *KubeProxy
-	Log       *slog.Logger
+	// Served is called once Services are in the kernel for the first time, beside the
+	// agent; nil for nothing. Its context ends with the agent.
+	Served func(context.Context)
+	Log    *slog.Logger
 	// Started is when the process began, for the time to attach.
 	Started time.Time
 }
@@ -51,6 +54,7 @@ const (
 	// that starts is ten messages of the kernel.
 	restBetween = 5 * time.Millisecond
 	driftEvery  = time.Minute
+	lookAgain   = 100 * time.Millisecond
 	retryFirst  = 100 * time.Millisecond
 	retryMost   = 10 * time.Second
 	// tidyAfter is how long after many changes memory is given back. From then on
@@ -136,6 +140,9 @@ func Run(ctx context.Context, config Config) error {
 	ctx, end := context.WithCancel(ctx)
 	defer end()
 	sources.Go(func() { a.watch(ctx) })
+	if config.Served != nil {
+		sources.Go(func() { a.whenServed(ctx, config.Served) })
+	}
 	for _, p := range a.parts {
 		sources.Go(func() { a.watchLayer(ctx, p) })
 	}
@@ -170,6 +177,18 @@ func (a *Agent) close() {
 			a.config.Log.Error("close", "layer", p.Name(), "error", err)
 		}
 	}
+}
+
+// whenServed calls f as soon as /readyz says yes.
+func (a *Agent) whenServed(ctx context.Context, f func(context.Context)) {
+	for a.health.Ready() != nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(lookAgain):
+		}
+	}
+	f(ctx)
 }
 
 // watch runs the source again and again: what it cannot read now it may be able

@@ -51,7 +51,7 @@ namespaces.`,
 		debug.SetGCPercent(50)
 		return agent.Run(ctx, agent.Config{
 			Node: at.node, Version: version, Source: source, SourceName: from.source, Layers: layers,
-			RunFolder: at.run, Metrics: metrics, KubeProxy: kubeProxy, Log: log, Started: started,
+			RunFolder: at.run, Metrics: metrics, KubeProxy: kubeProxy, Served: untaint(&from, at.node, log), Log: log, Started: started,
 		})
 	}, exitData, exitUnavailable, exitPrivilege)
 	at.flagCgroup(c)

@@ -19,25 +19,35 @@ const answerPatience = 5 * time.Second
 // ConfigMap gets what a ConfigMap has under a key. It asks one server after the
 // other, each once; the error is ErrNoAnswer where none of them has said anything
 // about the object. It needs the verb get for that one object.
-func ConfigMap(ctx context.Context, settings Settings, namespace, name, key string) ([]byte, error) {
+func ConfigMap(ctx context.Context, settings Settings, namespace, name, key string) (data []byte, err error) {
+	err = askEach(settings, "get ConfigMap "+namespace+"/"+name, func(at *server) (decided bool, err error) {
+		data, err = at.configMap(ctx, namespace, name, key)
+		return apierrors.IsNotFound(err) || apierrors.IsForbidden(err) || errors.Is(err, errNoKey), err
+	})
+	return data, err
+}
+
+// askEach asks one server after the other, each once, until one has done it or decided
+// that it cannot be. The error is ErrNoAnswer if none has.
+func askEach(settings Settings, act string, ask func(at *server) (decided bool, err error)) error {
 	if settings.Account == "" {
 		settings.Account = accountFolder
 	}
 	servers, err := connect(settings)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, at := range servers.all {
-		data, asked := at.configMap(ctx, namespace, name, key)
+		decided, asked := ask(at)
 		if asked == nil {
-			return data, nil
+			return nil
 		}
-		err = fmt.Errorf("get ConfigMap %s/%s at %s: %w", namespace, name, at.url, asked)
-		if apierrors.IsNotFound(asked) || apierrors.IsForbidden(asked) || errors.Is(asked, errNoKey) {
-			return nil, err
+		err = fmt.Errorf("%s at %s: %w", act, at.url, asked)
+		if decided {
+			return err
 		}
 	}
-	return nil, fmt.Errorf("%w: %w", ErrNoAnswer, err)
+	return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 }
 
 var errNoKey = errors.New("it has no such key")

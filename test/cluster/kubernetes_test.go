@@ -34,6 +34,7 @@ func TestKubernetes(t *testing.T) {
 	t.Setenv("MILLRACE_INSTALLED", "1")
 	t.Run("capabilities", TestInstalledAgentHasFiveCapabilities)
 	t.Run("conntrack", TestInstalledSetsConntrack)
+	t.Run("taint", TestInstalledTakesTheStartupTaintOff)
 	t.Run("trace", TestInstalledTraceNamesTheCause)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
