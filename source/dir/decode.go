@@ -34,11 +34,16 @@ type decoder struct {
 	// aliased what aliases may still add in all documents, in bytes.
 	budget  int
 	aliased int
+	// take is given every object of whatever kind, where the objects are not to be decoded.
+	take func(*manifest)
 }
 
 // decode reads all documents in data, which came from file.
-func decode(file string, data []byte) contents {
-	d := &decoder{file: cluster.NewFile(file), aliased: maxAliasedFile}
+func decode(file string, data []byte) contents { return decodeFor(file, data, nil) }
+
+// decodeFor gives the objects to take, unless that is nil.
+func decodeFor(file string, data []byte, take func(*manifest)) contents {
+	d := &decoder{file: cluster.NewFile(file), aliased: maxAliasedFile, take: take}
 	d.byKey = map[cluster.Key]*cluster.Object{}
 	data = bytes.TrimPrefix(data, []byte("\xef\xbb\xbf"))
 	switch {
@@ -113,6 +118,9 @@ func (d *decoder) object(m *manifest) {
 		return
 	case m.APIVersion == "":
 		d.fail(line, m.object(), "apiVersion", "the document has no apiVersion: add one (kubectl api-resources lists them)")
+		return
+	case d.take != nil:
+		d.take(m)
 		return
 	case !known || m.APIVersion != k.apiVersion && !k.formerly(m.APIVersion):
 		d.ignore(m.APIVersion, m.Kind, 1)

@@ -164,7 +164,7 @@ func (d *decoder) yamlItems(list *yaml.Node, c chunk, item head) {
 // yamlObject turns one object into JSON and hands it on.
 func (d *decoder) yamlObject(n *yaml.Node, at *lines, then func(*manifest)) {
 	m := &manifest{head: yamlHead(n), lines: at}
-	if k, known := kinds[m.Kind]; m.Kind != "" && m.APIVersion != "" && (!known || m.APIVersion != k.apiVersion) {
+	if k, known := kinds[m.Kind]; d.take == nil && m.Kind != "" && m.APIVersion != "" && (!known || m.APIVersion != k.apiVersion) {
 		then(m) // not read whatever it says
 		return
 	}
