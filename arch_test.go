@@ -67,7 +67,7 @@ var law = []clause{
 // every layer is tested with, the others are the other end of what is tested.
 var testsMayImport = map[string][]string{
 	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar"},
-	"doctor/...": {module + "test/docs", module + "test/page"},
+	"doctor/...": {module + "test/docs", module + "test/page", module + "source/dir"},
 	"bench/...":  {module + "test/page"},
 	"lab/...":    {"google.golang.org/grpc", module + "test/docs"},
 	"source/...": {module + "test/docs", "golang.org/x/tools/txtar"},

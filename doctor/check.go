@@ -47,10 +47,11 @@ const (
 // Scope says where a check looks.
 type Scope string
 
-// The two scopes.
+// The scopes.
 const (
 	Node       Scope = "node"           // the node's own namespace, and what is global
 	Everywhere Scope = "each namespace" // there, and in every other network namespace
+	Whole      Scope = "cluster"        // the objects of the API
 )
 
 // Check is one thing that can be wrong.
@@ -65,7 +66,8 @@ type Check struct {
 	Severity Severity
 	Scope    Scope
 	// Reads are the facts it needs: files, settings by the names of sysctl(8), or one of
-	// the words of this package. What is not named here is not read.
+	// the words of this package, kinds of objects among them. What is not named here is
+	// not read.
 	Reads []string
 	// When it fires, with the threshold.
 	When string
@@ -81,7 +83,7 @@ type Check struct {
 
 // Evidence is one thing that was seen, or why it was not.
 type Evidence struct {
-	// Scope is the namespace: "node", "pod web-7f".
+	// Scope is the namespace or the object: "node", "pod web-7f", "Service shop/web".
 	Scope string `json:"scope"`
 	// Read is where the value was read.
 	Read  string `json:"read"`
@@ -116,8 +118,11 @@ func Run(facts *Facts, checks []Check) []Result {
 func run(facts *Facts, check *Check) Result {
 	v := &view{facts: facts, check: check, fix: check.Fix, undo: check.Undo}
 	spaces := facts.Spaces
-	if check.Scope == Node {
+	switch check.Scope {
+	case Node:
 		spaces = spaces[:1]
+	case Whole:
+		spaces = []*Space{{Name: string(Whole)}}
 	}
 	for _, s := range spaces {
 		v.Space = s
@@ -177,7 +182,7 @@ func (v *view) sound(spaces int) []Evidence {
 	for _, e := range v.unread {
 		blind[e.Scope] = true
 	}
-	if spaces -= len(blind) + 1; v.check.Scope == Node || spaces <= 0 {
+	if spaces -= len(blind) + 1; v.check.Scope != Everywhere || spaces <= 0 {
 		return v.seen
 	}
 	text := fmt.Sprintf("nothing found in %d other namespaces", spaces)
@@ -188,9 +193,9 @@ func (v *view) fires(s Severity, read, format string, values ...any) {
 	v.found = append(v.found, Evidence{v.Name, harmless(read), harmless(fmt.Sprintf(format, values...)), s, false})
 }
 
-// sees notes what is well, of the node only: other namespaces are counted.
+// sees notes what is well, of the node or the cluster: other namespaces are counted.
 func (v *view) sees(read, format string, values ...any) {
-	if v.Space == v.facts.Spaces[0] {
+	if v.check.Scope == Whole || v.Space == v.facts.Spaces[0] {
 		v.seen = append(v.seen, Evidence{Scope: v.Name, Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...))})
 	}
 }
@@ -200,8 +205,8 @@ func (v *view) lacks(read, format string, values ...any) {
 	v.unread = append(v.unread, Evidence{Scope: v.Name, Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...)), Unread: true})
 }
 
-// Select picks checks: those that are named, by ID, by the beginning of it, or by
-// layer (all, where none is named), and that can be as severe as it is asked.
+// Select picks checks: those that are named, by ID, by the beginning of it, by layer or
+// by scope (all, where none is named), and that can be as severe as it is asked.
 func Select(checks []Check, names []string, least Severity) ([]Check, error) {
 	for _, name := range names {
 		if !slices.ContainsFunc(checks, func(c Check) bool { return c.named(name) }) {
@@ -219,13 +224,16 @@ func Select(checks []Check, names []string, least Severity) ([]Check, error) {
 }
 
 func (c *Check) named(name string) bool {
-	return strings.EqualFold(c.ID, name) || strings.EqualFold(c.Layer, name) ||
+	return strings.EqualFold(c.ID, name) || strings.EqualFold(c.Layer, name) || strings.EqualFold(string(c.Scope), name) ||
 		strings.HasPrefix(c.ID, strings.ToUpper(strings.TrimSuffix(name, "-"))+"-")
 }
 
 // Checks are all that there are, by their IDs.
 func Checks() []Check {
-	all := slices.Concat(conntrackChecks, dnsChecks, hostChecks, mtuChecks, routingChecks, serviceChecks, socketChecks)
+	all := slices.Concat(
+		conntrackChecks, dnsChecks, hostChecks, mtuChecks, routingChecks, serviceChecks, socketChecks, settingChecks,
+		servicesChecks, namesChecks, pluginChecks, workloadChecks, gatewayChecks,
+	)
 	slices.SortFunc(all, func(a, b Check) int { return cmp.Compare(a.ID, b.ID) })
 	return all
 }

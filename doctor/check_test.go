@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -17,7 +18,7 @@ import (
 // Each check fires for what it is about, and says where it saw it.
 func TestChecksFire(t *testing.T) {
 	fired := map[string]bool{}
-	for _, row := range firing {
+	for _, row := range slices.Concat(firing, settingsFire, clusterFires) {
 		t.Run(row.id+" "+row.what, func(t *testing.T) {
 			w := healthy()
 			row.change(w)
@@ -97,12 +98,15 @@ func limited(first, last string) func(*world) {
 
 var kubeProxyRules = kubeproxy.Found{Parts: []nft.Part{{Family: "ip", Table: "nat", Rules: 4}, {Family: "ip", Table: "nat", Rules: 3}}}
 
-var firing = []struct {
+// story is a change of a healthy world, what a check says of it, and with which words.
+type story struct {
 	id, what string
 	change   func(*world)
 	want     Status
 	says     string
-}{
+}
+
+var firing = []story{
 	{"CT-01", "nearly full", sets(trackedCount, "250000"), Fail, "pod web-1 | net.netfilter.nf_conntrack_count | 250,000 of 262,144, 95 %"},
 	{"CT-01", "filling", sets("node "+trackedCount, "200000"), Warn, "node | net.netfilter.nf_conntrack_count | 200,000 of 262,144, 76 %"},
 	{"CT-01", "twice as much is advised", sets("node "+trackedCount, "200000"), Warn, "nf_conntrack_max=524288"},
@@ -200,39 +204,36 @@ func TestAHealthyNode(t *testing.T) {
 // What looks like a fault and is none.
 func TestChecksDoNotFire(t *testing.T) {
 	resolv := "proc/41/root/etc/resolv.conf"
-	for _, row := range []struct {
-		id, what string
-		change   func(*world)
-	}{
-		{"CT-01", "at the threshold", sets(trackedCount, "196608")},
-		{"CT-02", "a comment", sets("node /etc/sysctl.d/90.conf", "# "+trackedMax+"=1\n")},
-		{"CT-02", "hidden by a file of the same name", all(sets("node /usr/lib/sysctl.d/90.conf", trackedMax+"=1"), sets("node /etc/sysctl.d/90.conf", ""))},
-		{"CT-03", "kube-proxy's quarter", sets("node "+trackedLists, "65536")},
-		{"CT-08", "days, but room", sets(tcpTracked, "432000")},
-		{"DN-06", "a resolver of the pod's own", all(func(w *world) { w.files[resolv] = "nameserver 127.0.0.1\n" }, sets(udp6, udpTitle+
+	for _, row := range slices.Concat(settingsCalm, clusterCalm, []story{
+		{id: "CT-01", what: "at the threshold", change: sets(trackedCount, "196608")},
+		{id: "CT-02", what: "a comment", change: sets("node /etc/sysctl.d/90.conf", "# "+trackedMax+"=1\n")},
+		{id: "CT-02", what: "hidden by a file of the same name", change: all(sets("node /usr/lib/sysctl.d/90.conf", trackedMax+"=1"), sets("node /etc/sysctl.d/90.conf", ""))},
+		{id: "CT-03", what: "kube-proxy's quarter", change: sets("node "+trackedLists, "65536")},
+		{id: "CT-08", what: "days, but room", change: sets(tcpTracked, "432000")},
+		{id: "DN-06", what: "a resolver of the pod's own", change: all(func(w *world) { w.files[resolv] = "nameserver 127.0.0.1\n" }, sets(udp6, udpTitle+
 			"  1: 00000000000000000000000000000000:0035 00000000000000000000000000000000:0000 07 00000000:00000000 00:00000000 00000000 0 0 900 2 ffff 0\n"))},
-		{"DN-08", "three servers", func(w *world) { w.files[resolv] = strings.Repeat("nameserver 10.0.0.1\n", 3) }},
-		{"DN-10", "drops of long ago", sets(udp4, udpSocket(53, 500))},
-		{"DN-10", "another's drops", all(sets(udp4, udpSocket(54, 5)), sets("later:"+udp4, udpSocket(54, 12)))},
-		{"HS-04", "full to the brim", func(w *world) { w.pod.listeners = []sockdiag.Listener{{Waiting: 1, Backlog: 1, Drops: 3}} }},
-		{"HS-06", "no way back", all(grows("TcpExt.ListenDrops", 2), grows("Ip.OutNoRoutes", 2))},
-		{"HS-06", "all are overflows", all(grows("TcpExt.ListenDrops", 2), grows("TcpExt.ListenOverflows", 2))},
-		{"HS-09", "less than 80 %", manyTo(79)},
-		{"HS-16", "another algorithm", all(sets(osRelease, "5.15.0"), sets(congestion, "cubic"))},
-		{"HS-16", "the node's own", sets("node "+osRelease, "5.15.0")},
-		{"HS-21", "a pod on a bridge", all(sets("node "+ipForward, "0"), func(w *world) { w.node.devices[1].Master = 5 })},
-		{"HS-21", "a pair that leads elsewhere", all(sets("node "+ipForward, "0"), func(w *world) { w.pod.devices[0].PeerNamespace = 4 })},
-		{"HS-22", "few", sets("node later:"+netDev, "  eth0: 0 9 9 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
-		{"HS-22", "a pair's", sets("node later:"+netDev, "  veth1: 0 9 900 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
-		{"HS-24", "RPS is on", all(sets("node later:"+cpuStat, "cpu 0 0 0 110 0 0 90 0 0 0\ncpu0 0 0 0 10 0 0 90 0 0 0\ncpu1 0 0 0 100 0 0 0 0 0 0\n"), sets("node /sys/class/net/eth0/queues/rx-0/rps_cpus", "2"))},
-		{"HS-26", "no limit", limited("usage_usec 1\n", "usage_usec 2\n")},
-		{"HS-26", "now and then", limited("nr_periods 0\nnr_throttled 0\n", "nr_periods 20\nnr_throttled 4\n")},
-		{"MT-01", "programs steer it", func(w *world) { w.node.devices[2].MTU, w.node.devices[2].Steered = 1500, true }},
-		{"MT-06", "no tunnel", all(grows("node Ip.FragCreates", 400), func(w *world) { w.node.devices = w.node.devices[:2] })},
-		{"MT-12", "a pair that leads elsewhere", func(w *world) { w.pod.devices[0].MTU, w.pod.devices[0].PeerNamespace = 1500, 4 }},
-		{"PX-08", "it runs", func(w *world) { w.kubeProxy = kubeProxyRules; w.kubeProxy.Process = 30 }},
-		{"PX-15", "reserved", all(sets("node "+localPorts, "1024 65535"), sets("node "+reservedPorts, "30000-32767"))},
-	} {
+		{id: "DN-08", what: "three servers", change: func(w *world) { w.files[resolv] = strings.Repeat("nameserver 10.0.0.1\n", 3) }},
+		{id: "DN-10", what: "drops of long ago", change: sets(udp4, udpSocket(53, 500))},
+		{id: "DN-10", what: "another's drops", change: all(sets(udp4, udpSocket(54, 5)), sets("later:"+udp4, udpSocket(54, 12)))},
+		{id: "HS-04", what: "full to the brim", change: func(w *world) { w.pod.listeners = []sockdiag.Listener{{Waiting: 1, Backlog: 1, Drops: 3}} }},
+		{id: "HS-06", what: "no way back", change: all(grows("TcpExt.ListenDrops", 2), grows("Ip.OutNoRoutes", 2))},
+		{id: "HS-06", what: "all are overflows", change: all(grows("TcpExt.ListenDrops", 2), grows("TcpExt.ListenOverflows", 2))},
+		{id: "HS-09", what: "less than 80 %", change: manyTo(79)},
+		{id: "HS-16", what: "another algorithm", change: all(sets(osRelease, "5.15.0"), sets(congestion, "cubic"))},
+		{id: "HS-16", what: "the node's own", change: sets("node "+osRelease, "5.15.0")},
+		{id: "HS-21", what: "a pod on a bridge", change: all(sets("node "+ipForward, "0"), func(w *world) { w.node.devices[1].Master = 5 })},
+		{id: "HS-21", what: "a pair that leads elsewhere", change: all(sets("node "+ipForward, "0"), func(w *world) { w.pod.devices[0].PeerNamespace = 4 })},
+		{id: "HS-22", what: "few", change: sets("node later:"+netDev, "  eth0: 0 9 9 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
+		{id: "HS-22", what: "a pair's", change: sets("node later:"+netDev, "  veth1: 0 9 900 0 0 0 0 0 0 0 0 0 0 0 0 0\n")},
+		{id: "HS-24", what: "RPS is on", change: all(sets("node later:"+cpuStat, "cpu 0 0 0 110 0 0 90 0 0 0\ncpu0 0 0 0 10 0 0 90 0 0 0\ncpu1 0 0 0 100 0 0 0 0 0 0\n"), sets("node /sys/class/net/eth0/queues/rx-0/rps_cpus", "2"))},
+		{id: "HS-26", what: "no limit", change: limited("usage_usec 1\n", "usage_usec 2\n")},
+		{id: "HS-26", what: "now and then", change: limited("nr_periods 0\nnr_throttled 0\n", "nr_periods 20\nnr_throttled 4\n")},
+		{id: "MT-01", what: "programs steer it", change: func(w *world) { w.node.devices[2].MTU, w.node.devices[2].Steered = 1500, true }},
+		{id: "MT-06", what: "no tunnel", change: all(grows("node Ip.FragCreates", 400), func(w *world) { w.node.devices = w.node.devices[:2] })},
+		{id: "MT-12", what: "a pair that leads elsewhere", change: func(w *world) { w.pod.devices[0].MTU, w.pod.devices[0].PeerNamespace = 1500, 4 }},
+		{id: "PX-08", what: "it runs", change: func(w *world) { w.kubeProxy = kubeProxyRules; w.kubeProxy.Process = 30 }},
+		{id: "PX-15", what: "reserved", change: all(sets("node "+localPorts, "1024 65535"), sets("node "+reservedPorts, "30000-32767"))},
+	}) {
 		t.Run(row.id+" "+row.what, func(t *testing.T) {
 			w := healthy()
 			row.change(w)
@@ -245,10 +246,12 @@ func TestChecksDoNotFire(t *testing.T) {
 }
 
 // neverUnread are facts without which a check can do: which processes there are is
-// seen, or nothing is; files of a pattern that are not there are none; and HS-14 only
-// says by them whose the datagrams were that are counted elsewhere.
+// seen, or nothing is; files of a pattern that are not there are none; HS-14 only says
+// by them whose the datagrams were that are counted elsewhere; PX-06 and CN-13 ask for a
+// setting only where there is IPVS or a bridge.
 func neverUnread(id, read string) bool {
-	return read == Processes || strings.Contains(read, "*") || id == "HS-14" && (read == udp4 || read == udp6)
+	return read == Processes || strings.Contains(read, "*") || id == "HS-14" && (read == udp4 || read == udp6) ||
+		id == "PX-06" && read != Devices || id == "CN-13" && read == bridgeRules
 }
 
 // Whatever of its facts a check cannot read, it does not say that all is well.
@@ -261,6 +264,7 @@ func TestChecksSayWhatTheyCannotRead(t *testing.T) {
 			}
 			t.Run(c.ID+" "+read, func(t *testing.T) {
 				w := healthy()
+				w.refused[read] = true // where it is a kind of objects
 				switch read {
 				case Devices, Listeners, Qdiscs, KubeProxyRules:
 					w.unread[read] = denied
@@ -296,7 +300,7 @@ func TestChecksNameWhatTheyRead(t *testing.T) {
 	}
 }
 
-var identity = regexp.MustCompile(`^(PX|CT|DN|MT|HS)-[0-9][0-9]$`)
+var identity = regexp.MustCompile(`^(PX|CT|DN|MT|HS|CN|IN|GW)-[0-9][0-9]$`)
 
 // What a person is told is all there.
 func TestChecksAreWhole(t *testing.T) {
@@ -338,9 +342,10 @@ func TestSelect(t *testing.T) {
 		least Severity
 		want  string
 	}{
-		{[]string{"ct-01", "MT"}, Info, "CT-01 MT-01 MT-06 MT-12 "},
+		{[]string{"ct-01", "MT"}, Info, "CT-01 MT-01 MT-02 MT-06 MT-07 MT-09 MT-12 MT-14 "},
 		{[]string{"mtu"}, Critical, "MT-12 "},
-		{[]string{"dns", "DN-06"}, Critical, "DN-06 "},
+		{[]string{"dns", "DN-06"}, Critical, "DN-06 DN-13 DN-18 "},
+		{[]string{"cluster"}, Critical, "CN-01 CN-04 CN-05 CN-08 CN-20 CN-21 CN-22 CN-23 DN-13 DN-18 GW-01 GW-02 GW-03 GW-04 GW-05 IN-03 PX-03 "},
 		{[]string{"CT-99"}, Info, `no check and no layer is called "CT-99": docs/doctor.md lists them`},
 	} {
 		if got := ids(row.names, row.least); got != row.want {

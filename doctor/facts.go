@@ -49,11 +49,19 @@ type Facts struct {
 	// Unseen says what could not be looked into, and why.
 	Unseen []string
 
+	cluster   *Cluster   // nil where none was named
 	nested    bool       // the node's namespace is not that which the host began with
 	hidden    []Evidence // of Unseen, what every check of Everywhere missed
 	commands  map[string][]int
 	kubeProxy fact[kubeproxy.Found]
 	nodePorts string // kube-apiserver's --service-node-port-range, where it runs here
+}
+
+// With gives the facts the objects of a cluster: those of the cluster that the node is
+// in. Facts of no node are &Facts{}.
+func (f *Facts) With(c *Cluster) *Facts {
+	f.cluster = c
+	return f
 }
 
 // Space is one network namespace.

@@ -119,6 +119,9 @@ func wantedBy(checks []Check) wanted {
 	w := wanted{map[string]bool{}, map[string]bool{}}
 	for _, c := range checks {
 		for _, read := range c.Reads {
+			if isResource(read) {
+				continue
+			}
 			w.node[read] = true
 			if c.Scope == Everywhere {
 				w.everywhere[read] = true
@@ -212,7 +215,9 @@ func (h *Host) read(s *Space, root string, reads map[string]bool, first bool) {
 }
 
 // counted says that a file holds counters, of which two readings are taken.
-func counted(read string) bool { return strings.HasPrefix(read, "/proc/net/") || read == "/proc/stat" }
+func counted(read string) bool {
+	return strings.HasPrefix(read, "/proc/net/") || read == "/proc/stat" || read == ringMisses
+}
 
 // file is where a fact is: a setting below /proc/sys; what /proc/net leads to is the
 // process's, not the thread's.

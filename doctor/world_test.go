@@ -2,6 +2,9 @@ package doctor
 
 import (
 	"cmp"
+	"context"
+	_ "embed"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -17,6 +20,8 @@ import (
 	"github.com/millrace/millrace/kernel/kubeproxy"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/sockdiag"
+	"github.com/millrace/millrace/model"
+	"github.com/millrace/millrace/source/dir"
 )
 
 // A world is a fake host: a healthy node with one pod, which rows of tests change. It
@@ -28,6 +33,9 @@ type world struct {
 	kubeProxy  kubeproxy.Found
 	unread     map[string]error // Devices, Listeners, KubeProxyRules
 	privileged error
+	// objects are manifests of the cluster; refused are kinds that may not be listed.
+	objects string
+	refused map[string]bool
 	// inside says that the process is in a namespace of its own, as in a lab.
 	inside bool
 }
@@ -55,7 +63,11 @@ func healthy() *world {
 		somaxconn: "4096", twReuse: "2", localPorts: "32768\t60999", congestion: "bbr", osRelease: "6.18.44",
 		ipForward: "1", "net.ipv4.conf.all.rp_filter": "0",
 		sockstat: "sockets: used 3\nTCP: inuse 2 orphan 0 tw 1 alloc 3 mem 23\nUDP: inuse 0 mem 0\n", sockstat6: "TCP6: inuse 1\n",
-		udp4: udpTitle, udp6: udpTitle, Connections: "  sl\n", "/proc/net/tcp6": "  sl\n",
+		closeWait: "3600", udpStream: "120", tcpReceive: "4096\t131072\t6291456", receiveMax: "212992", forward6: "1",
+		"net.ipv4.tcp_timestamps": "1", "net.ipv4.tcp_sack": "1", "net.ipv4.tcp_window_scaling": "1", "net.ipv4.tcp_fin_timeout": "60",
+		"net.ipv4.tcp_retries2": "15", "net.ipv4.tcp_syncookies": "1", "net.ipv4.tcp_mtu_probing": "0", "net.ipv6.conf.default.disable_ipv6": "0",
+		routes6: default6("eth0", 0x1),
+		udp4:    udpTitle, udp6: udpTitle, Connections: "  sl\n", "/proc/net/tcp6": "  sl\n",
 	}
 	node := maps.Clone(every)
 	maps.Copy(node, map[string]string{
@@ -68,11 +80,13 @@ func healthy() *world {
 		"/sys/devices/system/cpu/cpu0/cpufreq/scaling_driver":   "intel_pstate",
 		"/etc/sysctl.d/10-net.conf":                             "# nothing\n",
 		"/etc/resolv.conf":                                      "nameserver 127.0.0.53\n",
+		ringFile:                                                "7\n", "net.ipv6.conf.eth0.accept_ra": "1",
+		routes4: routeTitle + route4("eth0", "00000000", "FE0200C0", "00000000") + route4("eth0", "000200C0", "00000000", "00FFFFFF") + route4("vxlan0", "0001F40A", "0001F40A", "00FFFFFF"),
 	})
 	address := []netip.Addr{netip.MustParseAddr("10.244.1.4")}
 	return &world{
 		node: &spot{files: node, grown: map[string]int{}, unread: map[string]bool{}, devices: []link.Device{
-			{Index: 2, Name: "eth0", MTU: 1500, Up: true, Ethernet: true, DefaultRoute: true, PeerNamespace: -1},
+			{Index: 2, Name: "eth0", MTU: 1500, Up: true, Ethernet: true, DefaultRoute: true, PeerNamespace: -1, Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1")}},
 			{Index: 9, Name: "veth1", Kind: "veth", MTU: 1450, Up: true, PeerElsewhere: true, PeerNamespace: 7, Peer: 3, Ethernet: true},
 			{Index: 11, Name: "vxlan0", Kind: "vxlan", MTU: 1450, Up: true, Peer: 2, PeerNamespace: -1, Ethernet: true},
 		}},
@@ -85,8 +99,73 @@ func healthy() *world {
 			"proc/41/root/etc/resolv.conf": "search a.svc b\nnameserver 10.96.0.10\noptions ndots:5\n", "proc/self/mountinfo": "",
 			"proc/sys/kernel/hostname": "node-1\n",
 		},
-		unread: map[string]error{},
+		unread:  map[string]error{},
+		objects: healthyCluster,
+		refused: map[string]bool{},
 	}
+}
+
+// healthyCluster is one in which all is well.
+//
+//go:embed testdata/cluster.yaml
+var healthyCluster string
+
+const (
+	ringFile   = "/sys/class/net/eth0/statistics/rx_missed_errors"
+	routeTitle = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\n"
+)
+
+// route4 is a line of /proc/net/route; numbers are in the order of a little-endian host.
+func route4(device, to, via, mask string) string {
+	return fmt.Sprintf("%s %s %s 0003 0 0 0 %s 0 0 0\n", device, to, via, mask)
+}
+
+// default6 is a line of /proc/net/ipv6_route.
+func default6(device string, flags uint32) string {
+	zero := strings.Repeat("0", 32)
+	return fmt.Sprintf("%s 00 %s 00 fe800000000000000000000000000001 00000400 00000001 00000000 %08x %8s\n", zero, zero, flags, device)
+}
+
+// decoded are the objects of texts that worlds had.
+var decoded = map[string][]dir.Object{}
+
+// Objects gives the manifests of a kind.
+func (w *world) Objects(_ context.Context, r Resource, each func([]byte) error) error {
+	if w.refused[r.Name] {
+		return errors.New("list " + r.Path() + ": operation not permitted")
+	}
+	all, known := decoded[w.objects]
+	if !known {
+		var problems []model.Problem
+		if all, problems = dir.Decode("cluster.yaml", []byte(w.objects)); len(problems) > 0 {
+			return problems[0]
+		}
+		decoded[w.objects] = all
+	}
+	found := false
+	for _, o := range all {
+		if group, _, _ := strings.Cut(strings.TrimSuffix(o.APIVersion, "v1"), "/"); o.Kind == r.Kind && group == r.Group {
+			found = true
+			if err := each(o.JSON); err != nil {
+				return err
+			}
+		}
+	}
+	if !found && r.Group != "" {
+		return ErrNoKind
+	}
+	return nil
+}
+
+// Document finds one in a ConfigMap.
+func (w *world) Document(text, kind string) ([]byte, error) {
+	all, problems := dir.Decode("ConfigMap", []byte(text))
+	for _, o := range all {
+		if o.Kind == kind {
+			return o.JSON, nil
+		}
+	}
+	return nil, problems[0]
 }
 
 // counterFiles are the texts of the counters of a namespace.
@@ -127,7 +206,7 @@ func (s *spot) counterFiles(last bool) map[string]string {
 			"Ip": {"OutNoRoutes", "ReasmFails", "FragCreates"}, "Tcp": {"InCsumErrors"}, "Udp": {"RcvbufErrors", "InCsumErrors"},
 		}),
 		snmp6:              lines,
-		trackedStat:        table("nf_conntrack", "insert_failed", "drop", "early_drop"),
+		trackedStat:        table("nf_conntrack", "insert_failed", "drop", "early_drop", "invalid"),
 		neighbours[0].stat: table("arp_cache", "forced_gc_runs", "table_fulls"),
 		neighbours[1].stat: table("ndisc_cache", "forced_gc_runs", "table_fulls"),
 		softnetStat:        fmt.Sprintf("00000010 %08x 00000000\n", value("softnet.dropped")),
@@ -270,8 +349,12 @@ func (w *world) examine(t *testing.T, checks []Check) (map[string]Result, *Facts
 	if err != nil {
 		t.Fatal(err)
 	}
+	cluster, err := ReadCluster(t.Context(), w, checks, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
 	results := map[string]Result{}
-	for _, r := range Run(facts, checks) {
+	for _, r := range Run(facts.With(cluster), checks) {
 		results[r.ID] = r
 	}
 	return results, facts

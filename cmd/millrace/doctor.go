@@ -22,19 +22,25 @@ type examination struct {
 	severity, baseline, explain, html string
 	window                            time.Duration
 	strict                            bool
+	// from is where the objects of a cluster are.
+	from wishes
 }
 
 func doctorCommand(s *settings) *cobra.Command {
 	var e examination
 	c := command(&cobra.Command{
 		Use:   "doctor",
-		Short: "What is wrong with this node's network, with evidence, fix and undo",
+		Short: "What is wrong with this node's or cluster's network, with evidence, fix and undo",
 		Long: `
 Reads counters and settings of the kernel, twice, on the node and inside every
 network namespace on it, and says what is wrong: what was seen and where, what
 follows, what to do and how to undo it. It needs no agent and no cluster, and
 works beside any network plug-in. Without root it says what it could not see.
+With a cluster it lists the objects that the network is made of, and looks at
+them as well; of manifests it looks at nothing else.
   millrace doctor
+  millrace doctor --source kube:$HOME/.kube/config
+  millrace doctor --source dir:manifests
   millrace doctor --only conntrack,HS-04 --for 1m
   millrace doctor -o json > before.json; millrace doctor --baseline before.json
   millrace doctor --explain CT-01
@@ -42,13 +48,14 @@ works beside any network plug-in. Without root it says what it could not see.
 --strict is given.`,
 		Annotations: map[string]string{moreOutputs: "junit sarif prom"},
 	}, readsOnly, func(ctx context.Context, _ []string) error { return examine(ctx, s, &e) }, exitFindings, exitIncomplete)
-	c.Flags().StringSliceVar(&e.only, "only", nil, "checks or layers to run, by ID, group or name: CT-01, HS, dns (default: all)")
+	c.Flags().StringSliceVar(&e.only, "only", nil, "checks, layers or scopes to run, by ID, group or name: CT-01, HS, dns, cluster (default: all)")
 	c.Flags().StringVar(&e.severity, "severity", string(doctor.Info), "least severity of the checks to run: info, warning or critical")
 	c.Flags().StringVar(&e.baseline, "baseline", "", "an earlier `file` of -o json, whose findings are left out")
 	c.Flags().StringVar(&e.explain, "explain", "", "say all about the check with this `ID`, and read nothing")
 	c.Flags().StringVar(&e.html, "html", "", "write the report to this `file`, too, as one page for a browser that needs nothing else")
 	flagFor(c, &e.window, 2*time.Second, "time between two readings of the counters; what is seldom takes longer to see")
 	c.Flags().BoolVar(&e.strict, "strict", false, "warnings end it with status 1")
+	e.from.flagsAs(c, "a cluster whose objects are looked at as well: "+sourceForms)
 	return c
 }
 
@@ -107,7 +114,7 @@ func (e *examination) checks() ([]doctor.Check, error) {
 	if len(chosen) == 0 {
 		return nil, usage("--only %s: none of these checks can be of severity %s", strings.Join(e.only, ","), least)
 	}
-	return chosen, nil
+	return e.fitting(chosen)
 }
 
 func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.Report, error) {
@@ -115,7 +122,7 @@ func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.
 	debug.SetGCPercent(25)
 	begun := time.Now()
 	progress := newProgress()
-	facts, err := doctor.This().Read(ctx, checks, e.window, progress)
+	facts, err := e.facts(ctx, checks, progress)
 	progress.done()
 	if err != nil {
 		return nil, err
@@ -126,7 +133,7 @@ func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.
 	}
 	r := &report.Report{Results: doctor.Run(facts, checks), Header: report.Header{
 		Tool: "millrace doctor", Version: version, Node: hostname(), Kernel: kernel, Time: begun,
-		Window: facts.Window.Seconds(), Namespaces: len(facts.Spaces), Unseen: facts.Unseen,
+		Window: facts.Window.Seconds(), Namespaces: len(facts.Spaces), Unseen: facts.Unseen, Cluster: e.from.source,
 	}}
 	if e.baseline != "" {
 		file, err := os.Open(e.baseline)

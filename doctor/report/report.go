@@ -25,6 +25,9 @@ type Header struct {
 	Window  float64 `json:"window_seconds"`
 	// Namespaces is how many network namespaces were read.
 	Namespaces int `json:"namespaces"`
+	// Cluster is where the objects of a cluster were read, "kube:/root/.kube/config"; ""
+	// where none were.
+	Cluster string `json:"cluster"`
 	// Unseen says what could not be looked into, and why.
 	Unseen []string `json:"unseen"`
 	// Known are the findings that the baseline had, and which are left out.

@@ -20,8 +20,14 @@ const (
 func (r *Report) Text(w io.Writer, exit int, colour func(status, text string) string) error {
 	var b strings.Builder
 	h := r.Header
-	fmt.Fprintf(&b, "millrace doctor  node %s  Linux %s  %s  %s, %.1f s\n", h.Node, h.Kernel,
-		count(h.Namespaces, "network namespace"), count(len(r.Results), "check"), h.Seconds)
+	b.WriteString("millrace doctor")
+	if h.Namespaces > 0 || h.Cluster == "" {
+		fmt.Fprintf(&b, "  node %s  Linux %s  %s", h.Node, h.Kernel, count(h.Namespaces, "network namespace"))
+	}
+	if h.Cluster != "" {
+		fmt.Fprintf(&b, "  cluster %s", h.Cluster)
+	}
+	fmt.Fprintf(&b, "  %s, %.1f s\n", count(len(r.Results), "check"), h.Seconds)
 	for _, status := range []string{"fail", "warn", "info"} {
 		for _, result := range r.Results {
 			if word(result) == status {

@@ -1,0 +1,424 @@
+package doctor
+
+import (
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+const (
+	dnsScaling = "https://github.com/coredns/deployment/blob/master/kubernetes/Scaling_CoreDNS.md"
+	dnsPods    = "https://kubernetes.io/docs/concepts/services-networking/dns-pod-service/"
+
+	// Of the cluster-proportional autoscaler's usual settings for DNS.
+	coresPerReplica, nodesPerReplica = 256, 16
+
+	// nodeLocal is the address that NodeLocal DNSCache listens at, where it is not given
+	// another one.
+	nodeLocal = "169.254.20.10"
+)
+
+var namesChecks = []Check{{
+	ID: "DN-01", Layer: "dns", Title: "a name of the outside is looked up in each search domain first", Severity: Info, Scope: Whole,
+	Reads:   []string{Pods, ConfigMaps},
+	When:    "pods have dnsPolicy ClusterFirst and no option ndots of their own, and CoreDNS has no autopath",
+	Effect:  "ndots:5 sends a name with fewer than five dots through all search domains: an external name costs 5 queries in the place of 1, or 10 for both families.",
+	Source:  dnsScaling + " (5 backend queries); " + dnsPods + "#pod-dns-config",
+	Fix:     "dnsConfig: {options: [{name: ndots, value: \"2\"}]} in pods that ask for many external names, or a dot at the end of these names",
+	Undo:    "remove dnsConfig",
+	Pitfall: "ndots:1 asks the outside for service.namespace first (DN-12). The kubelet has no setting for it.",
+	look:    manyQueries,
+}, {
+	ID: "DN-02", Layer: "dns", Title: "there are too few DNS servers", Severity: Warning, Scope: Whole,
+	Reads:   []string{Pods, Nodes},
+	When:    "fewer than 2 DNS pods (k8s-app: kube-dns) are ready, of several nodes, or fewer than one for each 256 cores or 16 nodes",
+	Effect:  "One server is none while it is replaced or its node is lost; too few are slow when they are asked most.",
+	Source:  "https://kubernetes.io/docs/tasks/administer-cluster/dns-horizontal-autoscaling/ (coresPerReplica 256, nodesPerReplica 16)",
+	Fix:     "kubectl -n kube-system scale deployment coredns --replicas=N, or the cluster-proportional autoscaler",
+	Undo:    "kubectl -n kube-system scale deployment coredns --replicas=N, with N what it was",
+	Pitfall: "A horizontal autoscaler by CPU adds servers after names were slow; the proportional one's own minimum is 1.",
+	look:    fewServers,
+}, {
+	ID: "DN-03", Layer: "dns", Title: "all DNS servers are on one node", Severity: Warning, Scope: Whole,
+	Reads:   []string{Pods, Nodes},
+	When:    "two or more DNS pods are all on the same node, of several nodes",
+	Effect:  "When that node is lost or busy, no name resolves in the whole cluster.",
+	Source:  "https://kubernetes.io/docs/concepts/scheduling-eviction/topology-spread-constraints/",
+	Fix:     "topologySpreadConstraints by kubernetes.io/hostname in CoreDNS' Deployment, then kubectl -n kube-system rollout restart deployment coredns",
+	Undo:    "remove the constraint",
+	Pitfall: "A preferred anti-affinity counts only when pods are placed: after a node came back they stay together.",
+	look: func(v *view) {
+		pods, nodes, ok := v.dnsPods()
+		if !ok || len(nodes) < 2 {
+			return
+		}
+		on := map[string]bool{}
+		for _, p := range pods {
+			on[p.Spec.NodeName] = true
+		}
+		if len(pods) > 1 && len(on) == 1 {
+			v.fires(Warning, Pods, "%d DNS pods, all on node %s", len(pods), pods[0].Spec.NodeName)
+		} else {
+			v.sees(Pods, "%d DNS pods on %d nodes", len(pods), len(on))
+		}
+	},
+}, {
+	ID: "DN-04", Layer: "dns", Title: "CoreDNS has less memory than the cluster needs", Severity: Warning, Scope: Whole,
+	Reads:   []string{Pods, Services, ConfigMaps},
+	When:    "the limit is below (Pods + Services) * 0.000858 + 49.1 MB, or * 0.0025 + 50.5 with autopath",
+	Effect:  "It is killed when its cache and its picture of the cluster have grown, and again after each start.",
+	Source:  dnsScaling + " (memory and pods)",
+	Fix:     "resources.limits.memory of CoreDNS' container of that or more",
+	Undo:    "put the limit back",
+	Pitfall: "The need grows with the cluster, not with the queries.",
+	look:    serverMemory,
+}, {
+	ID: "DN-05", Layer: "dns", Title: "CoreDNS keeps no answers", Severity: Info, Scope: Whole,
+	Reads:   []string{ConfigMaps},
+	When:    "no server block of the Corefile has the plug-in cache",
+	Effect:  "Each query of the same external name goes to the outside again, and a failure there is met at once.",
+	Source:  "https://coredns.io/plugins/cache/; https://kubernetes.io/docs/tasks/administer-cluster/dns-custom-nameservers/ (cache 30 in the usual Corefile)",
+	Fix:     "cache 30 in the server block",
+	Undo:    "remove the line",
+	Pitfall: "A name that is not there is kept as well: a new Service is seen after up to that time by those who asked before it was made.",
+	look: func(v *view) {
+		if c, ok := v.corefile(); ok && !c.has("cache") {
+			v.fires(Info, ConfigMaps, "Corefile: no plug-in cache")
+		}
+	},
+}, {
+	ID: "DN-12", Layer: "dns", Title: "a pod asks the outside for names of the cluster", Severity: Info, Scope: Whole,
+	Reads:   []string{Pods},
+	When:    "dnsConfig sets ndots to 0 or 1",
+	Effect:  "service.namespace has a dot: it is asked for as it stands first, at the outside, and only then in the search domains. Where such a domain exists, it wins.",
+	Source:  "https://man7.org/linux/man-pages/man5/resolv.conf.5.html (ndots); " + dnsPods + "#pod-dns-config",
+	Fix:     "ndots 2 in dnsConfig",
+	Undo:    "put the value back",
+	Pitfall: "Short names of the own namespace go on to work, so that a quick test finds nothing.",
+	look: func(v *view) {
+		pods, _ := list[pod](v, Pods)
+		for _, p := range pods {
+			for _, o := range p.Spec.DNSConfig.Options {
+				if o.Name == "ndots" && (o.Value == "0" || o.Value == "1") {
+					v.firesAt(p.scope(), Info, Pods, "ndots:%s", o.Value)
+				}
+			}
+		}
+	},
+}, {
+	ID: "DN-13", Layer: "dns", Title: "CoreDNS asks itself", Severity: Critical, Scope: Whole,
+	Reads:   []string{ConfigMaps, Services},
+	When:    "forward in the Corefile names a loopback address, or the ClusterIP of the DNS Service",
+	Effect:  "Each name of the outside goes round until it is given up; the plug-in loop ends CoreDNS for it.",
+	Source:  "https://coredns.io/plugins/loop/ (troubleshooting loops in Kubernetes clusters)",
+	Fix:     "forward . ADDRESS in the Corefile, with a name server outside the cluster",
+	Undo:    "put the line back",
+	Pitfall: "forward . /etc/resolv.conf means the node's file as the kubelet gives it: 127.0.0.53 in it is DN-06.",
+	look:    forwardsToItself,
+}, {
+	ID: "DN-14", Layer: "dns", Title: "queries are lost when a DNS server is replaced", Severity: Info, Scope: Whole,
+	Reads:   []string{ConfigMaps},
+	When:    "health in the Corefile has no lameduck",
+	Effect:  "A server that is told to end does so at once, while proxies still send to it: each query that meets it is a wait of 5 s.",
+	Source:  "https://coredns.io/plugins/health/ (lameduck); https://kubernetes.io/docs/tasks/administer-cluster/dns-custom-nameservers/ (lameduck 5s in the usual Corefile)",
+	Fix:     "health { lameduck 5s } in the Corefile",
+	Undo:    "remove it",
+	Pitfall: "Times of several server blocks add up, and all must fit into the pod's terminationGracePeriodSeconds.",
+	look: func(v *view) {
+		if c, ok := v.corefile(); ok && !c.says("health", "lameduck") {
+			v.fires(Info, ConfigMaps, "Corefile: health without lameduck")
+		}
+	},
+}, {
+	ID: "DN-15", Layer: "dns", Title: "autopath does not work as CoreDNS is configured", Severity: Warning, Scope: Whole,
+	Reads:   []string{ConfigMaps},
+	When:    "the Corefile has autopath @kubernetes, and the plug-in kubernetes has no line pods verified",
+	Effect:  "It does not know whose query it is, and so not the search domains: nothing is shortened.",
+	Source:  "https://coredns.io/plugins/autopath/; https://coredns.io/plugins/kubernetes/ (autopath)",
+	Fix:     "pods verified in the block of kubernetes",
+	Undo:    "put the line back",
+	Pitfall: "It watches all pods then, with three times the memory for each (DN-04).",
+	look: func(v *view) {
+		if c, ok := v.corefile(); ok && c.says("autopath", "@kubernetes") && !c.says("kubernetes", "pods verified") {
+			v.fires(Warning, ConfigMaps, "Corefile: autopath @kubernetes without pods verified")
+		}
+	},
+}, {
+	ID: "DN-16", Layer: "dns", Title: "the DNS servers have a CPU limit", Severity: Info, Scope: Whole,
+	Reads:   []string{Pods},
+	When:    "a container of a DNS pod has resources.limits.cpu",
+	Effect:  "When more is asked than it allows, CoreDNS stands still for the rest of each tenth of a second; queries wait or are lost (HS-26, DN-10).",
+	Source:  "https://docs.kernel.org/scheduler/sched-bwc.html; " + dnsScaling + " (CPU and QPS)",
+	Fix:     "remove resources.limits.cpu and keep a request",
+	Undo:    "put the limit back",
+	Pitfall: "The graph of its use stays below the limit: what is held back is not in it.",
+	look: func(v *view) {
+		all, _ := list[pod](v, Pods)
+		for _, p := range servers(all) {
+			for _, c := range p.Spec.Containers {
+				if limit := c.Resources.Limits["cpu"]; limit != "" {
+					v.firesAt(p.scope(), Info, Pods, "%s: limits.cpu %s", c.Name, limit)
+				}
+			}
+		}
+	},
+}, {
+	ID: "DN-17", Layer: "dns", Title: "a pod in its node's network does not find Services", Severity: Info, Scope: Whole,
+	Reads:   []string{Pods},
+	When:    "hostNetwork with dnsPolicy ClusterFirst, outside the namespace kube-system",
+	Effect:  "With hostNetwork, ClusterFirst counts as Default: the pod asks the node's name servers, which do not know Services.",
+	Source:  dnsPods + "#pod-s-dns-policy",
+	Fix:     "dnsPolicy: ClusterFirstWithHostNet",
+	Undo:    "dnsPolicy: ClusterFirst",
+	Pitfall: "What is needed before DNS works, network plug-ins for one, must not have it: it would wait for itself.",
+	look: func(v *view) {
+		pods, _ := list[pod](v, Pods)
+		for _, p := range pods {
+			if p.Spec.HostNetwork && p.Spec.DNSPolicy == "ClusterFirst" && p.Metadata.Namespace != "kube-system" && !p.ended() {
+				v.firesAt(p.scope(), Info, Pods, "hostNetwork, and dnsPolicy: ClusterFirst")
+			}
+		}
+	},
+}, {
+	ID: "DN-18", Layer: "dns", Title: "the kubelets name a DNS server that is not there", Severity: Critical, Scope: Whole,
+	Reads:   []string{ConfigMaps, Services},
+	When:    "clusterDNS of the KubeletConfiguration is neither an address of the Service kube-dns nor 169.254.20.10 (NodeLocal DNSCache)",
+	Effect:  "New pods have an address in resolv.conf at which nobody answers: no name resolves in them.",
+	Source:  "https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/ (clusterDNS); https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/",
+	Fix:     "clusterDNS: [the ClusterIP of kube-dns] in the kubelets' configuration; or make the Service anew with that clusterIP",
+	Undo:    "put clusterDNS back",
+	Pitfall: "A Service that is deleted and made again gets another address; the kubelets keep the old one, and so do running pods.",
+	look:    kubeletsAsk,
+}, {
+	ID: "DN-19", Layer: "dns", Title: "the DNS cache on each node is passed by", Severity: Warning, Scope: Whole,
+	Reads:   []string{ConfigMaps, DaemonSets, LocalRedirects},
+	When:    "a DaemonSet node-local-dns, Cilium's kube-proxy-replacement is true, and there is no CiliumLocalRedirectPolicy",
+	Effect:  "The cache takes the DNS Service's address on its node by rules of iptables, which Cilium's programs never reach: queries go to CoreDNS as before.",
+	Source:  "https://docs.cilium.io/en/stable/network/kubernetes/local-redirect-policy/#node-local-dns-cache",
+	Fix:     "a CiliumLocalRedirectPolicy for kube-dns, and node-local-dns without its own rules, as the page says",
+	Undo:    "kubectl delete the policy",
+	Pitfall: "Names resolve all the same, so that nobody notices.",
+	look: func(v *view) {
+		all, ok := list[configMap](v, ConfigMaps)
+		sets, ok2 := list[workload](v, DaemonSets)
+		redirects, ok3 := list[named](v, LocalRedirects)
+		if !ok || !ok2 || !ok3 || config(all, "cilium-config")["kube-proxy-replacement"] != "true" || len(redirects) > 0 {
+			return
+		}
+		for _, d := range sets {
+			if strings.Contains(d.Metadata.Name, "node-local-dns") || strings.Contains(d.Metadata.Name, "nodelocaldns") {
+				v.firesAt("DaemonSet "+d.Metadata.String(), Warning, DaemonSets, "kube-proxy-replacement is true, and no CiliumLocalRedirectPolicy")
+			}
+		}
+	},
+}, {
+	ID: "DN-20", Layer: "dns", Title: "CoreDNS logs every query", Severity: Info, Scope: Whole,
+	Reads:   []string{ConfigMaps},
+	When:    "the Corefile has the plug-in log without a class",
+	Effect:  "Each query writes a line, for which the answer waits; its manual warns of the cost on busy servers.",
+	Source:  "https://coredns.io/plugins/log/",
+	Fix:     "remove the line log, or log only what fails: log . { class error }",
+	Undo:    "put the line back",
+	Pitfall: "errors is another plug-in, which belongs there.",
+	look: func(v *view) {
+		if c, ok := v.corefile(); ok && c.has("log") && !c.says("log", "class") {
+			v.fires(Info, ConfigMaps, "Corefile: log")
+		}
+	},
+}}
+
+// servers are the pods of the cluster's DNS, those of Kubernetes' label.
+func servers(all []pod) (dns []pod) {
+	for _, p := range all {
+		if p.Metadata.Labels["k8s-app"] == "kube-dns" && p.Metadata.Namespace == "kube-system" && !p.ended() {
+			dns = append(dns, p)
+		}
+	}
+	return dns
+}
+
+// dnsPods are those that are ready, and the nodes.
+func (v *view) dnsPods() (ready []pod, nodes []node, ok bool) {
+	pods, ok := list[pod](v, Pods)
+	nodes, there := list[node](v, Nodes)
+	if !ok || !there {
+		return nil, nil, false
+	}
+	dns := servers(pods)
+	if len(dns) == 0 {
+		v.lacks(Pods, "none has the label k8s-app: kube-dns in kube-system, so that it is not known who serves names")
+	}
+	for _, p := range dns {
+		if p.ready() {
+			ready = append(ready, p)
+		}
+	}
+	return ready, nodes, len(dns) > 0
+}
+
+func fewServers(v *view) {
+	ready, nodes, ok := v.dnsPods()
+	if !ok {
+		return
+	}
+	cores := 0.0
+	for _, n := range nodes {
+		count, _ := n.Status.Capacity["cpu"].quantity()
+		cores += count
+	}
+	need := int(max(math.Ceil(cores/coresPerReplica), math.Ceil(float64(len(nodes))/nodesPerReplica)))
+	if len(nodes) > 1 {
+		need = max(need, 2)
+	}
+	if len(ready) < max(need, 1) {
+		v.fires(Warning, Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, max(need, 1))
+	} else {
+		v.sees(Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, need)
+	}
+}
+
+func manyQueries(v *view) {
+	pods, ok := list[pod](v, Pods)
+	c, there := v.corefile()
+	if !ok || !there || c.has("autopath") {
+		return
+	}
+	count := 0
+	for _, p := range pods {
+		own := slices.ContainsFunc(p.Spec.DNSConfig.Options, func(o struct{ Name, Value string }) bool { return o.Name == "ndots" })
+		if p.Spec.DNSPolicy == "ClusterFirst" && !p.Spec.HostNetwork && !own && !p.ended() {
+			count++
+		}
+	}
+	if count > 0 {
+		v.fires(Info, Pods, "%d pods have ndots:5, the usual value", count)
+	}
+}
+
+func serverMemory(v *view) {
+	pods, ok := list[pod](v, Pods)
+	all, ok2 := list[service](v, Services)
+	c, ok3 := v.corefile()
+	if !ok || !ok2 || !ok3 {
+		return
+	}
+	need := float64(len(pods)+len(all))*0.000858 + 49.1
+	if c.has("autopath") {
+		need = float64(len(pods)+len(all))*0.0025 + 50.5
+	}
+	for _, p := range servers(pods) {
+		for _, one := range p.Spec.Containers {
+			limit, known := one.Resources.Limits["memory"].quantity()
+			if known && limit > 0 && limit < need*1e6 {
+				v.firesAt(p.scope(), Warning, Pods, "%s: limits.memory %s; %d pods and %d Services want %.0f MB", one.Name, one.Resources.Limits["memory"], len(pods), len(all), need)
+			}
+		}
+	}
+}
+
+// dnsService are the addresses of the Service kube-dns.
+func dnsService(all []service) (addresses []string) {
+	for _, s := range all {
+		if s.Metadata.Namespace == "kube-system" && (s.Metadata.Name == "kube-dns" || s.Metadata.Labels["k8s-app"] == "kube-dns") {
+			addresses = append(addresses, append(s.Spec.ClusterIPs, s.Spec.ClusterIP)...)
+		}
+	}
+	return addresses
+}
+
+func forwardsToItself(v *view) {
+	c, ok := v.corefile()
+	all, there := list[service](v, Services)
+	if !ok || !there {
+		return
+	}
+	own := dnsService(all)
+	for _, p := range c.plugins {
+		if p[0] != "forward" || len(p) < 3 {
+			continue
+		}
+		for _, to := range strings.Fields(strings.SplitN(strings.Join(p[2:], " "), "{", 2)[0]) {
+			host := strings.TrimPrefix(to, "dns://")
+			if at, err := netip.ParseAddrPort(host); err == nil {
+				host = at.Addr().String()
+			}
+			addr, err := netip.ParseAddr(host)
+			if err == nil && (addr.IsLoopback() || slices.Contains(own, host)) {
+				v.fires(Critical, ConfigMaps, "Corefile: forward %s %s", p[1], to)
+			}
+		}
+	}
+}
+
+func kubeletsAsk(v *view) {
+	kubelet, ok := component(v, "KubeletConfiguration", func(c *Cluster) fact[*kubeletConfig] { return c.kubelet })
+	all, there := list[service](v, Services)
+	if !ok || !there {
+		return
+	}
+	own := dnsService(all)
+	for _, address := range kubelet.ClusterDNS {
+		if address != nodeLocal && !slices.Contains(own, address) {
+			v.fires(Critical, ConfigMaps, "clusterDNS: %s; the Service kube-dns has %s", address, fmt.Sprint(slices.Compact(own)))
+		} else {
+			v.sees(ConfigMaps, "clusterDNS: %s", address)
+		}
+	}
+}
+
+// corefile are the plug-ins of all server blocks of a Corefile, each with its words and,
+// after "{", those of its block.
+type corefile struct{ plugins [][]string }
+
+// corefile is that of the cluster's CoreDNS; where there is none, it notes that.
+func (v *view) corefile() (*corefile, bool) {
+	all, ok := list[configMap](v, ConfigMaps)
+	if !ok {
+		return nil, false
+	}
+	text := config(all, "coredns")["Corefile"]
+	if text == "" {
+		v.lacks(ConfigMaps, "there is no Corefile in a ConfigMap coredns")
+		return nil, false
+	}
+	return parseCorefile(text), true
+}
+
+// parseCorefile reads the form that https://coredns.io/manual/configuration/ describes: a
+// line each for a plug-in, in blocks of servers; braces open and close at ends of lines.
+func parseCorefile(text string) *corefile {
+	c := &corefile{}
+	depth := 0
+	for line := range strings.Lines(text) {
+		line, _, _ = strings.Cut(line, "#")
+		words := strings.Fields(line)
+		if len(words) == 0 {
+			continue
+		}
+		switch {
+		case words[0] == "}":
+			depth--
+			continue
+		case depth == 1 && !strings.HasPrefix(words[0], "("):
+			c.plugins = append(c.plugins, words)
+		case depth > 1 && len(c.plugins) > 0:
+			last := &c.plugins[len(c.plugins)-1]
+			*last = append(*last, words...)
+		}
+		depth += strings.Count(line, "{") - strings.Count(line, "}")
+	}
+	return c
+}
+
+func (c *corefile) has(plugin string) bool {
+	return slices.ContainsFunc(c.plugins, func(p []string) bool { return p[0] == plugin })
+}
+
+// says whether a plug-in is there with these words after its name or in its block.
+func (c *corefile) says(plugin, words string) bool {
+	return slices.ContainsFunc(c.plugins, func(p []string) bool {
+		return p[0] == plugin && strings.Contains(" "+strings.Join(p[1:], " ")+" ", " "+words+" ")
+	})
+}
