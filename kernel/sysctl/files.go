@@ -14,42 +14,57 @@ var folders = []string{"etc/sysctl.d/*.conf", "run/sysctl.d/*.conf", "usr/local/
 // processes that of the node.
 const node = "/proc/1/root"
 
+// Line is what a file says of a setting.
+type Line struct {
+	File string
+	// Value has one space between several numbers, as Tree.Read's.
+	Value string
+}
+
 // Files are those of sysctl.d(5) that set a setting when the machine starts, and
 // whenever somebody runs `sysctl --system`. Files that cannot be seen from here are
 // not among them.
-func Files(name string) []string {
-	if _, err := os.Stat(filepath.Join(node, "etc")); err == nil {
-		return filesBelow(node, name)
+func Files(name string) (files []string) {
+	for _, l := range Lines(name) {
+		files = append(files, l.File)
 	}
-	return filesBelow("/", name)
+	return files
 }
 
-func filesBelow(root, name string) (found []string) {
+// Lines is Files with what they say; of each file the last line counts.
+func Lines(name string) []Line {
+	if _, err := os.Stat(filepath.Join(node, "etc")); err == nil {
+		return linesBelow(node, name)
+	}
+	return linesBelow("/", name)
+}
+
+func linesBelow(root, name string) (found []Line) {
 	for _, folder := range folders {
 		paths, _ := filepath.Glob(filepath.Join(root, folder)) // the patterns are not malformed
 		for _, path := range paths {
-			if sets(path, name) {
-				found = append(found, "/"+strings.TrimPrefix(strings.TrimPrefix(path, root), "/"))
+			if value, is := sets(path, name); is {
+				found = append(found, Line{"/" + strings.TrimPrefix(strings.TrimPrefix(path, root), "/"), value})
 			}
 		}
 	}
 	return found
 }
 
-// sets says whether a file has a line "name = value"; its name may have slashes for
-// dots, a dash before it, and wildcards.
-func sets(path, name string) bool {
+// sets says whether a file has a line "name = value", and which value; its name may have
+// slashes for dots, a dash before it, and wildcards.
+func sets(path, name string) (value string, is bool) {
 	file, err := os.Open(path)
 	if err != nil {
-		return false
+		return "", false
 	}
 	defer file.Close()
 	for lines := bufio.NewScanner(file); lines.Scan(); {
-		key, _, assigned := strings.Cut(strings.TrimSpace(lines.Text()), "=")
+		key, text, assigned := strings.Cut(strings.TrimSpace(lines.Text()), "=")
 		pattern := strings.ReplaceAll(strings.TrimSpace(strings.TrimPrefix(key, "-")), "/", ".")
 		if fits, err := filepath.Match(pattern, name); assigned && err == nil && fits {
-			return true
+			value, is = strings.Join(strings.Fields(text), " "), true
 		}
 	}
-	return false
+	return value, is
 }

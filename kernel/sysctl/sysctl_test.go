@@ -161,8 +161,8 @@ func TestFilesThatSetIt(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	want := []string{"/etc/sysctl.d/20-b.conf", "/usr/lib/sysctl.d/50-c.conf", "/etc/sysctl.conf"}
-	if got := filesBelow(root, closeWait); !slices.Equal(got, want) {
+	want := []Line{{"/etc/sysctl.d/20-b.conf", "120"}, {"/usr/lib/sysctl.d/50-c.conf", "30"}, {"/etc/sysctl.conf", "60"}}
+	if got := linesBelow(root, closeWait); !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
