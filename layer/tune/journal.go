@@ -129,8 +129,12 @@ func replace(path string, data []byte) error {
 }
 
 // removeFolder removes what this layer has in its folder, and the folder.
-func removeFolder(folder string) error {
-	for _, path := range []string{filepath.Join(folder, journalName+".new"), filepath.Join(folder, journalName), folder} {
+func removeFolder(folder string) error { return removeFiles(folder, journalName) }
+
+// removeFiles removes the file of this name in a folder, what was begun of it, and the
+// folder if nothing else is in it.
+func removeFiles(folder, name string) error {
+	for _, path := range []string{filepath.Join(folder, name+".new"), filepath.Join(folder, name), folder} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
 			return fmt.Errorf("remove folder: %w", err)
 		}
