@@ -45,6 +45,26 @@ func (n *Net) Reserve(all []Connection, lasts time.Duration) error {
 	return nil
 }
 
+// Unreserve makes the kernel forget connections, also those that Reserve did not make; what
+// it does not know is no error.
+func (n *Net) Unreserve(all []Connection) error {
+	s, err := n.dial(0)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	for some := range slices.Chunk(all, 500) {
+		names := make([]attributes, len(some))
+		for i, c := range some {
+			names[i] = attributes(nil).nest(ctaOriginal, tupleOf(unix.IPPROTO_TCP, c.From, c.To))
+		}
+		if err := s.remove(names); err != nil {
+			return fmt.Errorf("forget connections: %w", err)
+		}
+	}
+	return nil
+}
+
 // entry is the connection as one that was answered and goes on.
 func (c Connection) entry(lasts time.Duration) attributes {
 	const (
