@@ -178,7 +178,7 @@ millrace is a Kubernetes network stack in Go and eBPF. Start with
 	root.PersistentFlags().StringVarP(&s.output, "output", "o", "text", "text for people, json for machines")
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(demoCommand(s), labCommand(s), labRunCommand(), labFaultCommand(), agentCommand(s), statusCommand(s), showCommand(s),
-		planCommand(s), explainCommand(s), doctorCommand(s), traceCommand(s), reportCommand(s), benchCommand(s), removeCommand(s), kubeProxyCommand(s), versionCommand(s))
+		planCommand(s), explainCommand(s), doctorCommand(s), traceCommand(s), reportCommand(s), benchCommand(s), tuneCommand(s), removeCommand(s), kubeProxyCommand(s), versionCommand(s))
 	return root
 }
 

@@ -70,7 +70,7 @@ func TestHelpOfEveryCommand(t *testing.T) {
 	var visit func(*cobra.Command)
 	visit = func(c *cobra.Command) {
 		first, _, _ := strings.Cut(c.Long, "\n")
-		if first != readsOnly && first != changesHost && first != replacesOther && first != inOwnSpaces {
+		if first != readsOnly && first != changesHost && first != replacesOther && first != tunesHost && first != inOwnSpaces {
 			t.Errorf("%s: the help starts with %q, which is none of the effects", c.CommandPath(), first)
 		}
 		if !c.HasSubCommands() && !strings.Contains(c.Long, "Exit statuses:\n  0   done") {
@@ -79,7 +79,7 @@ func TestHelpOfEveryCommand(t *testing.T) {
 		if c.Short == "" {
 			t.Errorf("%s has no short help", c.CommandPath())
 		}
-		if (first == changesHost || first == replacesOther) && !c.HasSubCommands() && c.Flags().Lookup("dry-run") == nil {
+		if (first == changesHost || first == replacesOther || first == tunesHost) && !c.HasSubCommands() && c.Flags().Lookup("dry-run") == nil {
 			t.Errorf("%s changes the host and has no --dry-run", c.CommandPath())
 		}
 		c.Flags().VisitAll(func(f *pflag.Flag) { flags[f.Name] = true })
@@ -89,8 +89,10 @@ func TestHelpOfEveryCommand(t *testing.T) {
 	}
 	visit(rootCommand())
 	t.Logf("%d flags in all", len(flags))
-	if len(flags) >= 40 {
-		t.Errorf("%d flags; we want fewer than 40 in all", len(flags))
+	// Three of them are of tune: a profile, what runs already, and all of it are a
+	// person's to say.
+	if len(flags) >= 43 {
+		t.Errorf("%d flags; we want fewer than 43 in all", len(flags))
 	}
 }
 

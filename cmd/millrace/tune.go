@@ -1,0 +1,248 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/tune"
+	"github.com/millrace/millrace/layer/tune/knob"
+)
+
+// tunesHost is the effect of `tune apply` and `tune undo`.
+const tunesHost = "Changes this host; has --dry-run, prints the changes, and can be undone with `millrace tune undo`."
+
+// tuning is what the flags of `tune` ask for.
+type tuning struct {
+	settings *settings
+	at       place
+	profile  string
+	spaces   []string
+	pods     bool
+	all, dry bool
+	window   time.Duration
+}
+
+func tuneCommand(s *settings) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "tune",
+		Short: "Settings of the kernel and of network cards, with evidence, proof and undo",
+		Long: tunesHost + `
+
+What can be tuned, how each value is computed, what justifies it and what is
+useless: docs/tune.md.
+  millrace tune plan                     what findings of the doctor justify here
+  millrace tune plan --profile latency   what a profile comes to on this machine
+  millrace tune apply accept-queue --netns web-7f --existing-pods
+  millrace tune prove accept-queue       whether it does anything, measured
+  millrace tune status                   what is set, and whether it still is so
+  millrace tune undo --all`,
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return usage("say what to do: plan, apply, undo, status or prove")
+		},
+	}
+	c.AddCommand(tunePlanCommand(s), tuneApplyCommand(s), tuneUndoCommand(s), tuneStatusCommand(s), tuneProveCommand(s))
+	return c
+}
+
+func (t *tuning) flagFolder(c *cobra.Command) {
+	c.Flags().StringVar(&t.at.run, "run", "/run/millrace/tune", "folder for what was set and its values before")
+	t.at.flagProcSys(c)
+}
+
+// flagsOfChoice say what to look at.
+func (t *tuning) flagsOfChoice(c *cobra.Command) {
+	t.flagFolder(c)
+	c.Flags().StringVar(&t.profile, "profile", "", "latency, throughput or many-connections: the knobs of it")
+	c.Flags().StringSliceVar(&t.spaces, "netns", nil, "network namespaces: node, a pod's name, a name below /run/netns, a path, or a process's number (default: node)")
+	c.Flags().BoolVar(&t.pods, "existing-pods", false, "pods that run already, too: what they are used to changes under them")
+	flagFor(c, &t.window, 2*time.Second, "time between two readings of what is counted")
+}
+
+func tunePlanCommand(s *settings) *cobra.Command {
+	t := tuning{settings: s}
+	c := command(&cobra.Command{
+		Use:   "plan [ID...]",
+		Short: "What to tune on this node, with the evidence for it",
+		Long: `
+Reads settings and counters, computes values for this machine, and says for each
+what it is, what it should be, who sets it otherwise, and what justifies it. Without
+an ID or a profile: what a finding of the doctor justifies now; with --all
+everything. ID is a knob's, a setting's or a check's (docs/tune.md).
+  ~ would be set   = stays   ! is somebody else's   ? cannot be said
+Needs root for namespaces of others and for what only root may see.`,
+		Args: cobra.ArbitraryArgs,
+	}, readsOnly, func(ctx context.Context, ids []string) error {
+		_, proposals, err := t.plan(ctx, ids)
+		if err != nil {
+			return err
+		}
+		return t.print(proposals)
+	}, exitIncomplete, exitPrivilege)
+	t.flagsOfChoice(c)
+	c.Flags().BoolVar(&t.all, "all", false, "each knob, also what nothing justifies")
+	return c
+}
+
+func tuneApplyCommand(s *settings) *cobra.Command {
+	t := tuning{settings: s}
+	c := command(&cobra.Command{
+		Use:   "apply ID...|--profile NAME",
+		Short: "Set what plan says",
+		Long: `
+Writes down the values before, sets, reads back. With an error nothing stays set.
+What somebody else sets is refused: with an ID all of it, of a profile that part
+(exit status 3). Settings last until the machine starts again. They are not set
+back when this or any other process ends.`,
+		Args: cobra.ArbitraryArgs,
+	}, tunesHost, func(ctx context.Context, ids []string) error {
+		if len(ids) == 0 && t.profile == "" {
+			return usage("say which: IDs of knobs, or --profile")
+		}
+		return t.apply(ctx, ids)
+	}, exitIncomplete, exitPrivilege)
+	t.flagsOfChoice(c)
+	c.Flags().BoolVar(&t.dry, "dry-run", false, "print what would be set and set nothing")
+	return c
+}
+
+func tuneUndoCommand(s *settings) *cobra.Command {
+	t := tuning{settings: s}
+	c := command(&cobra.Command{
+		Use:   "undo ID...|--all",
+		Short: "Put back what was set",
+		Long: `
+Puts back each setting that still is as it was set; what somebody else has set
+since stays, and is named. After a process that was killed, too.`,
+		Args: cobra.ArbitraryArgs,
+	}, tunesHost, func(_ context.Context, ids []string) error {
+		if (len(ids) == 0) != t.all {
+			return usage("say which: IDs of knobs, or --all")
+		}
+		return t.undo(ids)
+	}, exitPrivilege)
+	t.flagFolder(c)
+	c.Flags().BoolVar(&t.all, "all", false, "everything that was set")
+	c.Flags().BoolVar(&t.dry, "dry-run", false, "print what would be put back and change nothing")
+	return c
+}
+
+func tuneStatusCommand(s *settings) *cobra.Command {
+	t := tuning{settings: s}
+	c := command(&cobra.Command{
+		Use:   "status",
+		Short: "What was set, and whether it still is so",
+	}, readsOnly, func(context.Context, []string) error { return t.status() }, exitFindings, exitPrivilege)
+	t.flagFolder(c)
+	return c
+}
+
+// apply sets what the plan says.
+func (t *tuning) apply(ctx context.Context, ids []string) error {
+	places, proposals, err := t.plan(ctx, ids)
+	if err != nil {
+		return err
+	}
+	var steps []tune.Step
+	var refused []string
+	for _, p := range proposals {
+		switch p.Status {
+		case knob.Change:
+			at := slices.IndexFunc(places, func(s tune.Place) bool { return s.Name == p.Space })
+			steps = append(steps, tune.Step{ID: p.ID, Place: places[at], Setting: p.Setting, From: p.Current, To: p.Wanted, AtLeast: p.AtLeast})
+		case knob.Owned:
+			refused = append(refused, fmt.Sprintf("%s of %s is set by %s: %s", p.Setting, p.Space, p.Owner, p.Reason))
+		case knob.Unknown:
+			refused = append(refused, fmt.Sprintf("%s of %s: %s", p.Setting, p.Space, p.Reason))
+		}
+	}
+	if len(refused) > 0 && t.profile == "" {
+		return &failure{exitIncomplete, fmt.Errorf("nothing was set: %s", strings.Join(refused, "\nmillrace: "))}
+	}
+	var done layer.Changes
+	if t.dry {
+		for i := range steps {
+			done = append(done, layer.Change{Op: layer.Alter, Subject: &steps[i]})
+		}
+	} else if len(steps) > 0 {
+		if done, err = t.ledger().Apply(steps); err != nil {
+			return err
+		}
+	}
+	if err := t.say(done, refused); err != nil {
+		return err
+	}
+	if len(refused) > 0 {
+		return &failure{exitIncomplete, fmt.Errorf("left out: %s", strings.Join(refused, "\nmillrace: left out: "))}
+	}
+	return nil
+}
+
+// tuned is the JSON form of what apply and undo did.
+type tuned struct {
+	Changes []planned `json:"changes"`
+	Refused []string  `json:"refused,omitempty"`
+	DryRun  bool      `json:"dry_run"`
+}
+
+func (t *tuning) say(done layer.Changes, refused []string) error {
+	all := tuned{Changes: []planned{}, Refused: refused, DryRun: t.dry}
+	for _, change := range done {
+		all.Changes = append(all.Changes, planned{change.Op, "tune", change.Subject.Object(), change.Subject.Detail()})
+	}
+	if t.settings.json() {
+		return printJSON(all)
+	}
+	if len(done) == 0 {
+		fmt.Fprintln(os.Stderr, "nothing to change")
+	}
+	return done.Print(os.Stdout)
+}
+
+func (t *tuning) undo(ids []string) error {
+	for i, id := range ids {
+		k, err := knob.Find(id)
+		if err != nil {
+			return usage("%v", err)
+		}
+		ids[i] = k.ID
+	}
+	done, err := t.ledger().Undo(ids, t.dry)
+	return errors.Join(err, t.say(done, nil))
+}
+
+func (t *tuning) status() error {
+	states, err := t.ledger().Status()
+	if err != nil {
+		return err
+	}
+	drifted := 0
+	for _, s := range states {
+		if s.Drift != "" {
+			drifted++
+		}
+	}
+	if t.settings.json() {
+		err = printJSON(map[string][]tune.State{"settings": append([]tune.State{}, states...)})
+	} else if len(states) == 0 {
+		fmt.Fprintln(os.Stderr, "nothing was set")
+	} else {
+		table := newTable(os.Stdout, "SETTING", "NAMESPACE", "NOW", "BEFORE", "KNOB", "SINCE", "DRIFT")
+		for _, s := range states {
+			table.row(s.Setting, s.Space, orDash(s.Now), orDash(s.Before), s.ID, s.Since.Format(time.DateTime), orDash(s.Drift))
+		}
+		err = table.print()
+	}
+	if err == nil && drifted > 0 {
+		return &failure{exitFindings, fmt.Errorf("%d settings are not as they were set", drifted)}
+	}
+	return err
+}

@@ -1,0 +1,250 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/millrace/millrace/doctor"
+	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/kernel/sysctl"
+	"github.com/millrace/millrace/layer/tune"
+	"github.com/millrace/millrace/layer/tune/knob"
+)
+
+// agentsFolder is where an agent keeps what it has set.
+const agentsFolder = "/run/millrace/agent/tune"
+
+func (t *tuning) ledger() *tune.Ledger { return tune.NewLedger(t.at.run, t.at.procSys, places) }
+
+// places are the network namespaces of this node, its own first.
+func places() (all []tune.Place, err error) {
+	found, _, _, err := doctor.This().Places()
+	if err != nil {
+		return nil, err
+	}
+	for i, p := range found {
+		cookie, err := netns.Cookie(p.Path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // it has ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, tune.Place{Name: p.Name, Path: p.Path, Cookie: cookie, Node: i == 0, Pod: p.Pod != ""})
+	}
+	return all, nil
+}
+
+// knobs are those that are asked for.
+func (t *tuning) knobs(ids []string) (knobs []*knob.Knob, err error) {
+	if t.profile != "" {
+		p, err := knob.ParseProfile(t.profile)
+		if err != nil {
+			return nil, usage("--profile: %v", err)
+		}
+		knobs = p.Of()
+	}
+	for _, id := range ids {
+		k, err := knob.Find(id)
+		if err != nil {
+			return nil, usage("%v", err)
+		}
+		if !slices.Contains(knobs, k) {
+			knobs = append(knobs, k)
+		}
+	}
+	return knobs, nil
+}
+
+// choose are the namespaces that are asked for.
+func (t *tuning) choose() (chosen []tune.Place, err error) {
+	all, err := places()
+	if err != nil {
+		return nil, err
+	}
+	if len(t.spaces) == 0 {
+		return slices.DeleteFunc(all, func(p tune.Place) bool { return !p.Node && !(p.Pod && t.pods) }), nil
+	}
+	for _, name := range t.spaces {
+		p, err := place1(all, name)
+		if err != nil {
+			return nil, err
+		}
+		if p.Pod && !t.pods {
+			return nil, usage("--netns %s: %s runs already, and what it is used to would change under it: say --existing-pods, or give new pods securityContext.sysctls", name, p.Name)
+		}
+		if !slices.Contains(chosen, p) {
+			chosen = append(chosen, p)
+		}
+	}
+	return chosen, nil
+}
+
+// place1 is the namespace that a person means.
+func place1(all []tune.Place, name string) (tune.Place, error) {
+	path := name
+	if _, err := strconv.Atoi(name); err == nil {
+		path = filepath.Join("/proc", name, "ns/net")
+	} else if !strings.Contains(name, "/") {
+		at := slices.IndexFunc(all, func(p tune.Place) bool {
+			return p.Name == name || p.Name == "pod "+name || p.Name == "namespace "+name
+		})
+		if at >= 0 {
+			return all[at], nil
+		}
+		path = filepath.Join("/run/netns", name)
+	}
+	cookie, err := netns.Cookie(path)
+	if err != nil {
+		return tune.Place{}, fmt.Errorf("--netns %s: no pod and no namespace is called so: %w", name, err)
+	}
+	for _, p := range all {
+		if p.Cookie == cookie {
+			return p, nil
+		}
+	}
+	return tune.Place{Name: "namespace " + filepath.Base(name), Path: path, Cookie: cookie}, nil
+}
+
+// plan reads what the knobs are computed from, and says what should become of them.
+func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.Proposal, error) {
+	knobs, err := t.knobs(ids)
+	if err != nil {
+		return nil, nil, err
+	}
+	chosen, err := t.choose()
+	if err != nil {
+		return nil, nil, err
+	}
+	var facts *knob.Facts
+	var found *doctor.Facts
+	checks := checksOf(knobs)
+	var both errgroup.Group
+	both.Go(func() (err error) { facts, err = tune.Look(t.at.procSys, chosen, t.window); return err })
+	both.Go(func() (err error) { found, err = doctor.This().Read(ctx, checks, t.window, io.Discard); return err })
+	if err := both.Wait(); err != nil {
+		return nil, nil, &failure{statusOf(&ran{err}), err}
+	}
+	facts.CPUs, facts.NodePorts = processors(), found.NodePorts()
+	for _, r := range doctor.Run(found, checks) {
+		note(facts, r)
+	}
+	if err := t.holdings(facts, chosen); err != nil {
+		return nil, nil, err
+	}
+	return chosen, knob.Plan(facts, knob.Ask{Knobs: knobs, All: t.all}), nil
+}
+
+// checksOf are the checks that the knobs answer; of all where none is asked for.
+func checksOf(knobs []*knob.Knob) []doctor.Check {
+	if len(knobs) == 0 {
+		knobs = knob.Knobs
+	}
+	return slices.DeleteFunc(doctor.Checks(), func(c doctor.Check) bool {
+		return !slices.ContainsFunc(knobs, func(k *knob.Knob) bool { return slices.Contains(k.Checks, c.ID) })
+	})
+}
+
+// note gives each namespace what a check saw there. Of those that are not asked for it
+// counts for what is the whole machine's.
+func note(facts *knob.Facts, r doctor.Result) {
+	for _, e := range r.Evidence {
+		if e.Severity == "" {
+			continue
+		}
+		at := slices.IndexFunc(facts.Spaces, func(s *knob.Space) bool { return s.Name == e.Scope })
+		if at < 0 {
+			facts.Elsewhere = append(facts.Elsewhere, knob.Sight{Check: r.ID, Space: e.Scope, Value: e.Read + ": " + e.Value})
+			continue
+		}
+		s := facts.Spaces[at]
+		s.Found[r.ID] = append(s.Found[r.ID], e.Read+": "+e.Value)
+	}
+}
+
+// holdings are what an agent and this tool have set.
+func (t *tuning) holdings(facts *knob.Facts, chosen []tune.Place) error {
+	held, err := t.ledger().Load()
+	if err != nil {
+		return err
+	}
+	for i, p := range chosen {
+		for _, h := range held {
+			if h.Cookie == p.Cookie && h.Wrote != "" {
+				facts.Spaces[i].Held[h.Setting] = knob.Holding{Owner: h.ID, Wrote: h.Wrote, Ours: true}
+			}
+		}
+	}
+	if len(facts.Spaces) == 0 || !facts.Spaces[0].Node {
+		return nil
+	}
+	agents := tune.New(tune.Settings{Folder: agentsFolder, Tree: sysctl.Tree{Root: t.at.procSys}})
+	picture, err := agents.Look()
+	if err != nil {
+		return nil // it is of another network namespace, or of another form: then it is not this node's
+	}
+	for _, value := range picture.(*tune.Picture).Values() {
+		facts.Spaces[0].Held[value.Name] = knob.Holding{Owner: value.Owner, Wrote: value.Value}
+	}
+	return nil
+}
+
+// signs are before each line of a plan.
+var signs = map[knob.Status]string{knob.Change: "~", knob.Enough: "=", knob.Owned: "!", knob.Unknown: "?"}
+
+// print says what should become of each setting, and why.
+func (t *tuning) print(proposals []knob.Proposal) error {
+	if t.settings.json() {
+		return printJSON(map[string][]knob.Proposal{"proposals": append([]knob.Proposal{}, proposals...)})
+	}
+	if len(proposals) == 0 {
+		fmt.Fprintln(os.Stderr, "no finding of the doctor justifies tuning anything here: --all shows each knob, an ID or --profile what it comes to")
+	}
+	last := ""
+	for _, p := range proposals {
+		change := p.Current
+		if p.Wanted != "" && p.Wanted != p.Current {
+			change = orDash(p.Current) + " -> " + p.Wanted
+		}
+		fmt.Printf("%s %s %s (%s, %s)\n", signs[p.Status], p.Setting, orDash(change), p.Space, p.ID)
+		if p.Owner != "" {
+			fmt.Printf("    set by   %s\n", p.Owner)
+		}
+		if p.Reason != "" {
+			fmt.Printf("    because  %s\n", p.Reason)
+		}
+		if here := p.ID + p.Space; here != last {
+			for _, e := range p.Evidence {
+				fmt.Printf("    %s    %s\n", p.Finding, e)
+			}
+			last = here
+		}
+		t.printPods(p)
+	}
+	return nil
+}
+
+// printPods says how new pods come to a setting that is each namespace's own.
+func (t *tuning) printPods(p knob.Proposal) {
+	if p.Status != knob.Change || p.Space != "node" || p.ID == "node-ports" {
+		return
+	}
+	switch k, err := knob.Find(p.ID); {
+	case err != nil:
+	case p.Scope == knob.Copied:
+		fmt.Println("    pods     those that start from then on have it too; for others --existing-pods")
+	case p.Scope == knob.Namespace && k.Safe:
+		fmt.Printf("    pods     have their own: securityContext.sysctls [{name: %s, value: %q}], or --existing-pods\n", p.Setting, p.Wanted)
+	case p.Scope == knob.Namespace:
+		fmt.Printf("    pods     have their own: securityContext.sysctls [{name: %s, value: %q}], which the kubelet must allow (--allowed-unsafe-sysctls), or --existing-pods\n", p.Setting, p.Wanted)
+	}
+}
