@@ -90,7 +90,7 @@ type connectionBurst struct {
 func (c *connectionBurst) close() error { return nil }
 
 func (c *connectionBurst) turn() (float64, error) {
-	listener, err := listener1()
+	listener, err := newListener()
 	if err != nil {
 		return 0, err
 	}
@@ -111,8 +111,8 @@ func (c *connectionBurst) turn() (float64, error) {
 	return float64(len(accepted)), err
 }
 
-// listener1 is a server with as long a queue as it can have, in the thread's namespace.
-func listener1() (int, error) {
+// newListener is a server with as long a queue as it can have, in the thread's namespace.
+func newListener() (int, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return -1, fmt.Errorf("open a socket: %w", err)
@@ -215,7 +215,7 @@ type connecting struct{}
 func (connecting) close() error { return nil }
 
 func (connecting) turn() (float64, error) {
-	listener, err := listener1()
+	listener, err := newListener()
 	if err != nil {
 		return 0, err
 	}

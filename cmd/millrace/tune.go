@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -18,6 +19,9 @@ import (
 
 // tunesHost is the effect of `tune apply` and `tune undo`.
 const tunesHost = "Changes this host; has --dry-run, prints the changes, and can be undone with `millrace tune undo`."
+
+// tuneFolder is where what was set is written down.
+const tuneFolder = "/run/millrace/tune"
 
 // tuning is what the flags of `tune` ask for.
 type tuning struct {
@@ -54,7 +58,7 @@ useless: docs/tune.md.
 }
 
 func (t *tuning) flagFolder(c *cobra.Command) {
-	c.Flags().StringVar(&t.at.run, "run", "/run/millrace/tune", "folder for what was set and its values before")
+	c.Flags().StringVar(&t.at.run, "run", tuneFolder, "folder for what was set and its values before")
 	t.at.flagProcSys(c)
 }
 
@@ -98,7 +102,8 @@ func tuneApplyCommand(s *settings) *cobra.Command {
 		Use:   "apply ID...|--profile NAME",
 		Short: "Set what plan says",
 		Long: `
-Writes down the values before, sets, reads back. With an error nothing stays set.
+Writes down the values before, sets, reads back. With an error nothing stays set. A
+finding that justified it is looked for again (exit status 2 if it is still seen).
 What somebody else sets is refused: with an ID all of it, of a profile that part
 (exit status 3). Settings last until the machine starts again. They are not set
 back when this or any other process ends.`,
@@ -108,7 +113,7 @@ back when this or any other process ends.`,
 			return usage("say which: IDs of knobs, or --profile")
 		}
 		return t.apply(ctx, ids)
-	}, exitIncomplete, exitPrivilege)
+	}, exitFindings, exitIncomplete, exitPrivilege)
 	t.flagsOfChoice(c)
 	c.Flags().BoolVar(&t.dry, "dry-run", false, "print what would be set and set nothing")
 	return c
@@ -177,11 +182,20 @@ func (t *tuning) apply(ctx context.Context, ids []string) error {
 			return err
 		}
 	}
-	if err := t.say(done, refused); err != nil {
+	var still []string
+	if !t.dry && len(steps) > 0 {
+		if still, err = t.lookAgain(ctx, proposals); err != nil {
+			return err
+		}
+	}
+	if err := t.say(done, refused, still); err != nil {
 		return err
 	}
-	if len(refused) > 0 {
+	switch {
+	case len(refused) > 0:
 		return &failure{exitIncomplete, fmt.Errorf("left out: %s", strings.Join(refused, "\nmillrace: left out: "))}
+	case len(still) > 0:
+		return &failure{exitFindings, fmt.Errorf("it is set, and what it is for is still seen: %s", strings.Join(still, "\nmillrace: still seen: "))}
 	}
 	return nil
 }
@@ -190,11 +204,13 @@ func (t *tuning) apply(ctx context.Context, ids []string) error {
 type tuned struct {
 	Changes []planned `json:"changes"`
 	Refused []string  `json:"refused,omitempty"`
-	DryRun  bool      `json:"dry_run"`
+	// Still are findings that a setting is for, and that are seen after it was set.
+	Still  []string `json:"still,omitempty"`
+	DryRun bool     `json:"dry_run"`
 }
 
-func (t *tuning) say(done layer.Changes, refused []string) error {
-	all := tuned{Changes: []planned{}, Refused: refused, DryRun: t.dry}
+func (t *tuning) say(done layer.Changes, refused, still []string) error {
+	all := tuned{Changes: []planned{}, Refused: refused, Still: still, DryRun: t.dry}
 	for _, change := range done {
 		all.Changes = append(all.Changes, planned{change.Op, "tune", change.Subject.Object(), change.Subject.Detail()})
 	}
@@ -216,7 +232,10 @@ func (t *tuning) undo(ids []string) error {
 		ids[i] = k.ID
 	}
 	done, err := t.ledger().Undo(ids, t.dry)
-	return errors.Join(err, t.say(done, nil))
+	if t.at.run == tuneFolder && !t.dry {
+		err = errors.Join(err, removeEmpty(filepath.Dir(tuneFolder)))
+	}
+	return errors.Join(err, t.say(done, nil, nil))
 }
 
 func (t *tuning) status() error {

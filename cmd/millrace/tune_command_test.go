@@ -87,9 +87,9 @@ func (w *workshop) fullQueue(space string) {
 func TestTuneWhatAFindingJustifies(t *testing.T) {
 	w := newWorkshop(t)
 	w.fullQueue(w.pod)
-	stdout := w.wants(exitOK, "HS-04", "plan", "--netns", w.pod)
-	if want := "~ net.core.somaxconn 4096 -> 8192 (namespace pod, accept-queue)\n    HS-04    sock_diag listeners: 127.0.0.1:8080"; !strings.Contains(stdout, want) {
-		t.Errorf("plan lacks %q:\n%s", want, stdout)
+	planned := w.wants(exitOK, "HS-04", "plan", "--netns", w.pod)
+	if want := "~ net.core.somaxconn 4096 -> 8192 (namespace pod, accept-queue)\n    HS-04    sock_diag listeners: 127.0.0.1:8080"; !strings.Contains(planned, want) {
+		t.Errorf("plan lacks %q:\n%s", want, planned)
 	}
 	if w.value(w.pod, somaxconn) != "4096" {
 		t.Error("plan has set it")
@@ -98,7 +98,11 @@ func TestTuneWhatAFindingJustifies(t *testing.T) {
 	if w.value(w.pod, somaxconn) != "4096" {
 		t.Error("a dry run has set it")
 	}
-	w.wants(exitOK, "~ net.core.somaxconn 4096 -> 8192 (namespace pod, accept-queue)\n", "apply", "HS-04", "--netns", w.pod)
+	// The server listens since before, and keeps its queue.
+	stdout, stderr, status := w.tune("apply", "HS-04", "--netns", w.pod)
+	if status != exitFindings || stdout != "~ net.core.somaxconn 4096 -> 8192 (namespace pod, accept-queue)\n" || !strings.Contains(stderr, "still seen: HS-04 in namespace pod") || !strings.Contains(stderr, "start the server again") {
+		t.Errorf("exit status %d, %q, %q", status, stdout, stderr)
+	}
 	if w.value(w.pod, somaxconn) != "8192" || w.value(w.node, somaxconn) != "4096" {
 		t.Errorf("it is %s, and %s on the node", w.value(w.pod, somaxconn), w.value(w.node, somaxconn))
 	}
@@ -166,7 +170,7 @@ func TestTuneRefuses(t *testing.T) {
 	w.wants(exitUsage, `"speed" is no profile`, "apply", "--profile", "speed")
 	w.wants(exitUsage, "say which", "apply")
 	w.wants(exitUsage, "say which", "undo")
-	w.wants(exitFailed, "no pod and no namespace is called so", "plan", "--netns", "nobody")
+	w.wants(exitUsage, "no pod and no namespace is called so", "plan", "--netns", "nobody")
 	w.must(os.MkdirAll(w.folder, 0o700))
 	lock, err := layer.Lock("folder", w.folder)
 	w.must(err)

@@ -8,8 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -75,7 +74,7 @@ func (t *tuning) choose() (chosen []tune.Place, err error) {
 		return slices.DeleteFunc(all, func(p tune.Place) bool { return !p.Node && !(p.Pod && t.pods) }), nil
 	}
 	for _, name := range t.spaces {
-		p, err := place1(all, name)
+		p, err := placeOf(all, name)
 		if err != nil {
 			return nil, err
 		}
@@ -89,23 +88,18 @@ func (t *tuning) choose() (chosen []tune.Place, err error) {
 	return chosen, nil
 }
 
-// place1 is the namespace that a person means.
-func place1(all []tune.Place, name string) (tune.Place, error) {
-	path := name
-	if _, err := strconv.Atoi(name); err == nil {
-		path = filepath.Join("/proc", name, "ns/net")
-	} else if !strings.Contains(name, "/") {
-		at := slices.IndexFunc(all, func(p tune.Place) bool {
-			return p.Name == name || p.Name == "pod "+name || p.Name == "namespace "+name
-		})
-		if at >= 0 {
-			return all[at], nil
-		}
-		path = filepath.Join("/run/netns", name)
+// placeOf is the namespace that a person means.
+func placeOf(all []tune.Place, name string) (tune.Place, error) {
+	at := slices.IndexFunc(all, func(p tune.Place) bool {
+		return p.Name == name || p.Name == "pod "+name || p.Name == "namespace "+name
+	})
+	if at >= 0 {
+		return all[at], nil
 	}
+	path := pathOfSpace(name)
 	cookie, err := netns.Cookie(path)
 	if err != nil {
-		return tune.Place{}, fmt.Errorf("--netns %s: no pod and no namespace is called so: %w", name, err)
+		return tune.Place{}, usage("--netns %s: no pod and no namespace is called so: %v", name, err)
 	}
 	for _, p := range all {
 		if p.Cookie == cookie {
@@ -121,6 +115,9 @@ func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.P
 	if err != nil {
 		return nil, nil, err
 	}
+	if t.window < 0 || t.window > 24*time.Hour {
+		return nil, nil, usage("--for %s: use 0s to 24h", t.window)
+	}
 	chosen, err := t.choose()
 	if err != nil {
 		return nil, nil, err
@@ -129,7 +126,7 @@ func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.P
 	var found *doctor.Facts
 	checks := checksOf(knobs)
 	var both errgroup.Group
-	both.Go(func() (err error) { facts, err = tune.Look(t.at.procSys, chosen, t.window); return err })
+	both.Go(func() (err error) { facts, err = tune.Look(ctx, t.at.procSys, chosen, t.window); return err })
 	both.Go(func() (err error) { found, err = doctor.This().Read(ctx, checks, t.window, io.Discard); return err })
 	if err := both.Wait(); err != nil {
 		return nil, nil, &failure{statusOf(&ran{err}), err}
@@ -151,6 +148,41 @@ func checksOf(knobs []*knob.Knob) []doctor.Check {
 	}
 	return slices.DeleteFunc(doctor.Checks(), func(c doctor.Check) bool {
 		return !slices.ContainsFunc(knobs, func(k *knob.Knob) bool { return slices.Contains(k.Checks, c.ID) })
+	})
+}
+
+// lookAgain says which of the findings that justified what was set are still seen.
+func (t *tuning) lookAgain(ctx context.Context, proposals []knob.Proposal) (still []string, err error) {
+	set := map[string]*knob.Knob{} // by the check that justified it
+	for _, p := range proposals {
+		if p.Status == knob.Change && p.Finding != "" {
+			if set[p.Finding], err = knob.Find(p.ID); err != nil {
+				return nil, err
+			}
+		}
+	}
+	checks := slices.DeleteFunc(doctor.Checks(), func(c doctor.Check) bool { return set[c.ID] == nil })
+	if len(checks) == 0 {
+		return nil, nil
+	}
+	found, err := doctor.This().Read(ctx, checks, t.window, io.Discard)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range doctor.Run(found, checks) {
+		for _, e := range r.Evidence {
+			if e.Severity != "" && (set[r.ID].Scope == knob.Machine || isSet(proposals, r.ID, e.Scope)) {
+				still = append(still, fmt.Sprintf("%s in %s: %s: %s (%s)", r.ID, e.Scope, e.Read, e.Value, set[r.ID].Pitfall))
+			}
+		}
+	}
+	return still, nil
+}
+
+// isSet says that a finding of a namespace justified a setting there.
+func isSet(proposals []knob.Proposal, check, space string) bool {
+	return slices.ContainsFunc(proposals, func(p knob.Proposal) bool {
+		return p.Status == knob.Change && p.Finding == check && p.Space == space
 	})
 }
 

@@ -23,7 +23,7 @@ func BenchmarkLook(b *testing.B) {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		if _, err := Look("/proc/sys", []Place{{Name: "node", Cookie: cookie}}, 0); err != nil {
+		if _, err := Look(b.Context(), "/proc/sys", []Place{{Name: "node", Cookie: cookie}}, 0); err != nil {
 			b.Fatal(err)
 		}
 	}

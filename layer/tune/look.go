@@ -1,6 +1,7 @@
 package tune
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -68,7 +69,7 @@ func (g gear) Write(name, value string) (string, error) {
 // between two readings of what is counted. Root stands for /proc/sys. It makes a
 // network namespace to see what the kernel itself sets, and removes it. What cannot be
 // read is in the Facts, as why.
-func Look(root string, places []Place, window time.Duration) (*knob.Facts, error) {
+func Look(ctx context.Context, root string, places []Place, window time.Duration) (*knob.Facts, error) {
 	m := &knob.Facts{}
 	if err := readMachine(m); err != nil {
 		return nil, err
@@ -83,6 +84,9 @@ func Look(root string, places []Place, window time.Duration) (*knob.Facts, error
 		s.Fresh = fresh
 		if p.Node {
 			s.Files = files()
+			for name, lines := range tuned() {
+				s.Files[name] = append(s.Files[name], lines...)
+			}
 			if m.KubeProxy, err = kubeproxy.Running(p.Path); err != nil {
 				return nil, err
 			}
@@ -95,7 +99,11 @@ func Look(root string, places []Place, window time.Duration) (*knob.Facts, error
 		m.Spaces = append(m.Spaces, &s.Space)
 		counted = append(counted, count(p.Path))
 	}
-	time.Sleep(window)
+	select {
+	case <-time.After(window):
+	case <-ctx.Done():
+		return nil, fmt.Errorf("count for %s: %w", window, context.Cause(ctx))
+	}
 	for i, p := range places {
 		counted[i].since(count(p.Path), m.Spaces[i])
 	}

@@ -119,7 +119,8 @@ type Space struct {
 	Unread map[string]error
 	// Fresh are those of a namespace that was just made: the kernel's own.
 	Fresh map[string]string
-	// Files are lines of sysctl.d(5) about settings, for the node: file and value.
+	// Files are lines of sysctl.d(5), and of a tuned that runs, about settings, for the
+	// node: file and value.
 	Files map[string][][2]string
 	// Held are who has set what of it: an agent, or this tool earlier.
 	Held map[string]Holding
