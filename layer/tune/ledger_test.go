@@ -253,6 +253,24 @@ func TestLedgerTakesMore(t *testing.T) {
 	d.wants("")
 }
 
+// The kernel of a real namespace makes something else of a list of ports than was asked for:
+// that is told, and what was set before it is put back.
+func TestLedgerOfAValueThatTheKernelAlters(t *testing.T) {
+	d := newDeskInside(t, "one")
+	steps := []Step{d.to(d.all[0], "accept-queue", queueLength, "5000"), d.to(d.all[0], "local-ports", reserved, "8081,8080")}
+	_, err := d.Apply(steps)
+	if err == nil || !strings.Contains(err.Error(), "one: set net.ipv4.ip_local_reserved_ports to 8081,8080: the kernel made 8080-8081 of it: nothing was changed") {
+		t.Errorf("%v", err)
+	}
+	d.wants("")
+	steps[1].To = "nonsense"
+	if _, err := d.Apply(steps); !errors.Is(err, sysctl.ErrRefused) {
+		t.Errorf("%v", err)
+	}
+	d.wants("")
+	d.undoes()
+}
+
 // A missing key, and a value that changed since it was planned.
 func TestLedgerChecksBeforeItWrites(t *testing.T) {
 	d := newDesk(t)
