@@ -52,8 +52,9 @@ network plug-in, and leaves nothing behind, also when it is killed.
   millrace trace --pcap died.pcapng
 FROM and TO are an address, one with a port, a range, the name of a pod or a
 Service (NAMESPACE/NAME), or that of a network namespace, and stand for packets in
-both directions. Names are those that the agent knows, or --source. Without --for it goes on until Ctrl-C. Needs root, or CAP_BPF,
-CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
+both directions, before and behind the translation that a Service makes. Names are those
+that the agent knows, or --source. Without --for it goes on until Ctrl-C. Needs root,
+or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 		Args: cobra.MaximumNArgs(2),
 	}, readsOnly, func(ctx context.Context, args []string) error {
 		return w.trace(ctx, s, args)
@@ -87,7 +88,11 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	if err != nil {
 		return err
 	}
-	evidence, err := w.watch(ctx, spaces, chosen)
+	q, err := ends.read(ctx, spaces)
+	if err != nil {
+		return err
+	}
+	evidence, err := w.watch(ctx, spaces, chosen, q)
 	if err != nil {
 		return err
 	}
@@ -97,12 +102,12 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 			return err
 		}
 	}
-	verdicts, others := ends.filter(cause.Diagnose(evidence), evidence.Spaces)
+	verdicts, others := cause.DiagnoseFor(evidence, q.asked)
 	known.describe(verdicts)
 	if reader, err := trace.NewReader(spaces); err == nil {
 		reader.Ways(context.WithoutCancel(ctx), evidence, verdicts)
 	}
-	r := newTraceReport(evidence, verdicts, spaces)
+	r := newTraceReport(evidence, verdicts, spaces, q)
 	r.Others = len(others)
 	if s.json() {
 		err = printJSON(r)
@@ -119,7 +124,7 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 }
 
 // watch takes the evidence of one window.
-func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen []uint32) (*cause.Evidence, error) {
+func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen []uint32, q *question) (*cause.Evidence, error) {
 	p := newProgress()
 	defer p.done()
 	reader, err := trace.NewReader(spaces)
@@ -127,7 +132,8 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 		return nil, err
 	}
 	options := trace.Options{Namespaces: chosen, Calls: true}
-	kept, err := w.capture(&options, spaces)
+	q.options(&options)
+	kept, err := w.capture(&options, spaces, q)
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +159,7 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 	window := time.Since(begun)
 	recording, err := session.Stop()
 	if err == nil {
-		err = kept.finish(recording, p)
+		err = kept.finish(recording, q, p)
 	}
 	if err != nil {
 		return nil, err

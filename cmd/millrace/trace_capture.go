@@ -20,8 +20,8 @@ type captureFile struct {
 	buffer *bufio.Writer
 }
 
-// capture makes the file, and has every packet that dies written to it.
-func (w *watching) capture(o *trace.Options, spaces []trace.Namespace) (*captureFile, error) {
+// capture makes the file, and has every packet that dies and is asked for written to it.
+func (w *watching) capture(o *trace.Options, spaces []trace.Namespace, q *question) (*captureFile, error) {
 	if w.pcap == "" {
 		return nil, nil
 	}
@@ -37,12 +37,17 @@ func (w *watching) capture(o *trace.Options, spaces []trace.Namespace) (*capture
 		}
 		return spaces[at].Name
 	})}
-	o.Packets = c.Write
+	o.Packets = func(p trace.Packet) {
+		if q.asked(&cause.Event{Space: p.Space, Tuple: p.Tuple, Packet: p.Data}) {
+			c.Write(p)
+		}
+	}
 	return c, nil
 }
 
-// finish completes the file once nobody writes to it any more, and says what is in it.
-func (c *captureFile) finish(r *trace.Recording, progress io.Writer) error {
+// finish completes the file once nobody writes to it any more, and says what is in it: of
+// all that died, or of those that were asked for.
+func (c *captureFile) finish(r *trace.Recording, q *question, progress io.Writer) error {
 	if c == nil {
 		return nil
 	}
@@ -50,12 +55,22 @@ func (c *captureFile) finish(r *trace.Recording, progress io.Writer) error {
 		return fmt.Errorf("write packets: %w", err)
 	}
 	var died uint64
-	for _, t := range r.Totals {
-		if t.Kind == cause.Drop {
-			died += t.Count
+	what := "packets that died"
+	if len(q.sides) == 0 {
+		for _, t := range r.Totals {
+			if t.Kind == cause.Drop {
+				died += t.Count
+			}
+		}
+	} else {
+		what += " and were asked for"
+		for i := range r.Events {
+			if e := &r.Events[i]; e.Kind == cause.Drop && q.asked(e) {
+				died += e.Count
+			}
 		}
 	}
-	fmt.Fprintf(progress, "%s: %d of %d packets that died\n", c.file.Name(), c.Packets, died)
+	fmt.Fprintf(progress, "%s: %d of %d %s\n", c.file.Name(), c.Packets, died, what)
 	return nil
 }
 

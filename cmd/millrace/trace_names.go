@@ -4,10 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/layer/service"
@@ -19,15 +16,23 @@ import (
 type names struct {
 	pods     map[netip.Addr]string
 	services map[netip.Addr]string
-	// of are the addresses that a name stands for: a pod's, or a Service's own and its
-	// endpoints'.
+	// of are the addresses that a name stands for: a pod's, or a Service's own.
 	of map[string][]netip.Addr
+	// leads are the Services' addresses and ports, and where they lead.
+	leads []lead
+}
+
+// lead is an address and a port of a Service: "shop/web:http". A node port has no address.
+type lead struct {
+	service, port string
+	front         netip.AddrPort
+	backends      []netip.AddrPort
 }
 
 // readNames takes the names from manifests or the API, or from the agent that runs here.
 // Without any there are none, which is no error: trace works without a cluster.
 func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
-	n := &names{map[netip.Addr]string{}, map[netip.Addr]string{}, map[string][]netip.Addr{}}
+	n := &names{pods: map[netip.Addr]string{}, services: map[netip.Addr]string{}, of: map[string][]netip.Addr{}}
 	if from.source != "" {
 		snapshot, err := firstSnapshot(ctx, from, "") // the pods of all nodes: one may be at the other end
 		if err != nil {
@@ -48,9 +53,7 @@ func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
 	for _, row := range rows {
 		name := row.Service.String()
 		n.add(n.services, name, row.Address.Addr())
-		for _, backend := range row.Backends {
-			n.of[name] = append(n.of[name], backend.Addr())
-		}
+		n.leads = append(n.leads, lead{name, row.Port, row.Address, row.Backends})
 	}
 	return n, nil
 }
@@ -74,12 +77,21 @@ func (n *names) addPods(pods []*model.Pod) {
 
 func (n *names) addService(s *model.Service) {
 	name := s.Name.String()
-	for _, addr := range slices.Concat(s.ClusterIPs, s.ExternalIPs, s.LoadBalancerIPs) {
+	addresses := slices.Concat(s.ClusterIPs, s.ExternalIPs, s.LoadBalancerIPs)
+	for _, addr := range addresses {
 		n.add(n.services, name, addr)
 	}
 	for _, port := range s.Ports {
+		var backends []netip.AddrPort
 		for _, backend := range port.Backends {
-			n.of[name] = append(n.of[name], backend.Address.Addr())
+			backends = append(backends, backend.Address)
+		}
+		for _, addr := range addresses {
+			n.leads = append(n.leads, lead{name, port.Name, netip.AddrPortFrom(addr, port.Port), backends})
+		}
+		if port.NodePort != 0 {
+			n.leads = append(n.leads, lead{name, port.Name, netip.AddrPortFrom(netip.IPv4Unspecified(), port.NodePort), backends},
+				lead{name, port.Name, netip.AddrPortFrom(netip.IPv6Unspecified(), port.NodePort), backends})
 		}
 	}
 }
@@ -104,118 +116,6 @@ func (n *names) label(spaces []*cause.Space) {
 			}
 		}
 	}
-}
-
-// end is one end of the packets that a person asks about: addresses and a port, or the
-// name of a network namespace, whose addresses are known once it was read.
-type end struct {
-	prefixes []netip.Prefix
-	space    string
-	port     uint16
-}
-
-// ends are FROM and TO, as far as they are given.
-type ends []end
-
-func (n *names) parseEnds(args []string) (all ends, err error) {
-	for _, arg := range args {
-		one, err := n.parseEnd(arg)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, one)
-	}
-	return all, nil
-}
-
-func (n *names) parseEnd(arg string) (end, error) {
-	if both, err := netip.ParseAddrPort(arg); err == nil {
-		return end{prefixes: []netip.Prefix{whole(both.Addr())}, port: both.Port()}, nil
-	}
-	if addr, err := netip.ParseAddr(strings.Trim(arg, "[]")); err == nil {
-		return end{prefixes: []netip.Prefix{whole(addr)}}, nil
-	}
-	if prefix, err := netip.ParsePrefix(arg); err == nil {
-		return end{prefixes: []netip.Prefix{prefix.Masked()}}, nil
-	}
-	name, portText, given := strings.Cut(arg, ":")
-	var port uint64
-	if given {
-		var err error
-		if port, err = strconv.ParseUint(portText, 10, 16); err != nil {
-			return end{}, usage("%q: %q is no port", arg, portText)
-		}
-	}
-	if addresses := n.of[name]; len(addresses) > 0 {
-		e := end{port: uint16(port)}
-		for _, addr := range addresses {
-			e.prefixes = append(e.prefixes, whole(addr))
-		}
-		return e, nil
-	}
-	if strings.Contains(name, "/") {
-		return end{}, usage("%q: no pod and no Service of this name is known: name the cluster with --source, or use addresses", arg)
-	}
-	if _, err := os.Stat(pathOfSpace(name)); err != nil {
-		return end{}, usage("%q: use an address, ADDRESS:PORT, a range, NAMESPACE/NAME of a pod or Service, or a network namespace's name", arg)
-	}
-	return end{space: name, port: uint16(port)}, nil
-}
-
-func whole(addr netip.Addr) netip.Prefix {
-	addr = addr.Unmap().WithZone("")
-	return netip.PrefixFrom(addr, addr.BitLen())
-}
-
-func (e end) is(a netip.AddrPort, spaces []*cause.Space) bool {
-	if e.port != 0 && e.port != a.Port() {
-		return false
-	}
-	if e.space == "" {
-		return slices.ContainsFunc(e.prefixes, func(p netip.Prefix) bool { return p.Contains(a.Addr()) })
-	}
-	for _, s := range spaces {
-		if s.Name == e.space || s.Name == "namespace "+e.space {
-			return slices.ContainsFunc(s.Addrs, func(own cause.Addr) bool { return own.Prefix.Addr() == a.Addr() })
-		}
-	}
-	return false
-}
-
-// filter parts the verdicts that concern the ends asked for, by a tuple that fits in one
-// direction or the other, from the others. What has no tuple concerns everybody.
-func (all ends) filter(verdicts []cause.Verdict, spaces []*cause.Space) (asked, others []cause.Verdict) {
-	for _, v := range verdicts {
-		if v.Tuple == nil || all.fit(v, spaces) {
-			asked = append(asked, v)
-		} else {
-			others = append(others, v)
-		}
-	}
-	return asked, others
-}
-
-func (all ends) fit(v cause.Verdict, spaces []*cause.Space) bool {
-	from, to := v.Tuple.Source, v.Tuple.Destination
-	// A listener at all addresses of its namespace has each of them.
-	at := slices.IndexFunc(spaces, func(s *cause.Space) bool { return s.Name == v.Where.Namespace })
-	is := func(e end, a netip.AddrPort) bool {
-		if a.Addr().IsUnspecified() && at >= 0 {
-			return slices.ContainsFunc(spaces[at].Addrs, func(own cause.Addr) bool {
-				return e.is(netip.AddrPortFrom(own.Prefix.Addr(), a.Port()), spaces)
-			})
-		}
-		return e.is(a, spaces)
-	}
-	switch len(all) {
-	case 0:
-		return true
-	case 1:
-		return is(all[0], from) || is(all[0], to)
-	}
-	// An end that is not known may be the one that is asked for.
-	may := func(e end, a netip.AddrPort) bool { return !a.IsValid() || is(e, a) }
-	return may(all[0], from) && may(all[1], to) || may(all[0], to) && may(all[1], from)
 }
 
 // describe gives the ends of a verdict's packet their names.

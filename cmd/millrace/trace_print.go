@@ -35,7 +35,7 @@ type folded struct {
 	Count     uint64 `json:"count"`
 }
 
-func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.Namespace) *traceReport {
+func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.Namespace, q *question) *traceReport {
 	r := &traceReport{
 		Version: 1, WindowSeconds: e.Window.Seconds(), Node: hostname(), Kernel: e.Kernel, Namespaces: []string{},
 		Verdicts: append([]cause.Verdict{}, verdicts...), Folded: []folded{},
@@ -52,6 +52,9 @@ func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.
 		r.Verdicts[i].Where.Node = r.Node
 	}
 	for _, e := range cause.Folded(e) {
+		if !q.asked(&e) {
+			continue
+		}
 		f := folded{Reason: e.Reason, Namespace: names[e.Space]}
 		if f.Reason == "" {
 			f.Reason = e.Location

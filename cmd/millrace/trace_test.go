@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/millrace/millrace/bench"
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/layer/trace/cause"
 )
 
 // traced is a trace that runs until it is stopped.
@@ -146,15 +148,98 @@ func TestTraceOfAHealthyRunNamesNothing(t *testing.T) {
 	}
 }
 
-// Verdicts about others are counted, not shown.
+// Verdicts about others are counted, not shown; nor are their packets in the file.
 func TestTraceOfTwoEnds(t *testing.T) {
 	w := newWard(t)
-	r := w.trace(wardNode, wardPod+":82")
+	file := filepath.Join(t.TempDir(), "died.pcapng")
+	r := w.trace(wardNode, wardPod+":82", "--pcap", file)
 	w.refused(82)
 	w.refused(83)
+	w.refused(83)
 	report, status := r.stop()
-	if status != exitFindings || len(report.Verdicts) != 1 || report.Verdicts[0].Tuple.Destination.Port() != 82 || report.Others != 1 {
+	if status != exitFindings || len(report.Verdicts) != 1 || report.Verdicts[0].Tuple.Destination.Port() != 82 || report.Verdicts[0].Packets != 1 || report.Others != 1 {
 		t.Errorf("exit status %d: %s", status, r.out.String())
+	}
+	packets, err := os.ReadFile(file)
+	w.must(err)
+	if n := bytes.Count(packets, []byte("died: NO_SOCKET")); n != 1 {
+		t.Errorf("%d packets are in the file, not that of port 82 alone: %q", n, packets)
+	}
+}
+
+// A packet that a firewall drops behind the translation of a Service is found by the
+// Service's name, its address, and that of the pod, whichever address it died with.
+func TestTraceThroughAService(t *testing.T) {
+	w := newWard(t)
+	manifests := filepath.Join(t.TempDir(), "web.yaml")
+	write(t, manifests, `
+apiVersion: v1
+kind: Pod
+metadata: {name: web-0, namespace: shop, labels: {app: web}}
+spec: {containers: [{name: c, image: x}]}
+status: {phase: Running, podIP: `+wardPod+`}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.7.7, clusterIPs: [10.96.7.7], selector: {app: web}, ports: [{name: http, port: 80, targetPort: 84}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 84, protocol: TCP}]
+endpoints: [{addresses: [`+wardPod+`], conditions: {ready: true}}]
+`)
+	known, err := readNames(t.Context(), &place{}, &wishes{source: "dir:" + manifests})
+	w.must(err)
+	for _, row := range []struct {
+		to, packet string
+		asked      bool
+	}{
+		{"shop/web", "10.96.7.7:80", true}, {"shop/web", wardPod + ":84", true}, {"shop/web", wardPod + ":85", false},
+		{"shop/web:80", wardPod + ":84", true}, {"shop/web:81", wardPod + ":84", false},
+		{"10.96.7.7:80", wardPod + ":84", true}, {"10.96.0.0/16", wardPod + ":84", true},
+		{"shop/web-0", "10.96.7.7:80", true}, {"shop/web-0", wardPod + ":85", true}, {"shop/web-0:85", "10.96.7.7:80", false},
+		{"10.97.0.0/16", wardPod + ":84", false},
+	} {
+		ends, err := known.parseEnds([]string{wardNode, row.to})
+		w.must(err)
+		q := ends.ask(nil, nil)
+		there := cause.Event{Tuple: cause.Tuple{Protocol: 6, Source: netip.MustParseAddrPort(wardNode + ":40000"), Destination: netip.MustParseAddrPort(row.packet)}}
+		back := there
+		back.Tuple.Source, back.Tuple.Destination = there.Tuple.Destination, there.Tuple.Source
+		if q.asked(&there) != row.asked || q.asked(&back) != row.asked {
+			t.Errorf("who asks for %s: a packet to %s is asked for: %v, not %v", row.to, row.packet, !row.asked, row.asked)
+		}
+	}
+	r := w.trace(wardNode, "shop/web", "--source", "dir:"+manifests)
+	w.refused(84)
+	w.refused(85)
+	report, _ := r.stop()
+	if len(report.Verdicts) != 1 || report.Verdicts[0].Tuple.Destination.Port() != 84 || report.Others != 1 {
+		t.Errorf("%s", r.out.String())
+	}
+}
+
+// An ICMP error is about the packet that it carries.
+func TestErrorsAreAboutTheirPacket(t *testing.T) {
+	ends, err := (&names{}).parseEnds([]string{"10.1.0.1", "10.2.0.2:80"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := ends.ask(nil, nil)
+	inner := append([]byte{0x45, 0, 0, 40, 0, 0, 0, 0, 9, 6, 0, 0, 10, 1, 0, 1, 10, 2, 0, 2}, 0x9c, 0x40, 0, 80, 0, 0, 0, 0)
+	message := append([]byte{0x45, 0, 0, 56, 0, 0, 0, 0, 9, 1, 0, 0, 10, 3, 0, 3, 10, 1, 0, 1, 3, 4, 0, 0, 0, 0, 5, 0x78}, inner...)
+	e := cause.Event{Kind: cause.Drop, Packet: message, Tuple: cause.Tuple{Protocol: 1, ICMPType: 3, ICMPCode: 4,
+		Source: netip.MustParseAddrPort("10.3.0.3:0"), Destination: netip.MustParseAddrPort("10.1.0.1:0")}}
+	if !q.asked(&e) {
+		t.Error("fragmentation needed for a packet that is asked for is not")
+	}
+	e.Packet = slices.Clone(message)
+	e.Packet[20+8+16] = 11 // to another host
+	if q.asked(&e) {
+		t.Error("fragmentation needed for another's packet is asked for")
 	}
 }
 

@@ -84,6 +84,16 @@ func NewReader(spaces []Namespace) (*Reader, error) {
 	return r, nil
 }
 
+// Addresses are those that the namespaces have now, by their inodes.
+func (r *Reader) Addresses(ctx context.Context) (map[uint32][]cause.Addr, error) {
+	all := map[uint32][]cause.Addr{}
+	limited, cancel := context.WithTimeout(ctx, longestReading)
+	defer cancel()
+	_, err := each(limited, r.spaces, func(n Namespace) []cause.Addr { return r.addresses(n.Name) },
+		func(n Namespace, of []cause.Addr) { all[n.Inode] = of })
+	return all, err
+}
+
 // Before reads what After will compare with. It takes no longer than half a minute.
 func (r *Reader) Before(ctx context.Context) error {
 	nothing := &met{}

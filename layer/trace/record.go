@@ -38,7 +38,7 @@ func (s *Session) readExamples() {
 			continue
 		}
 		s.received++
-		if s.packets != nil && traceKind(one.Key.Kind) == traceKindKIND_DROP {
+		if s.packets != nil && one.Asked != 0 && traceKind(one.Key.Kind) == traceKindKIND_DROP {
 			s.packets(s.packetOf(one))
 		}
 		s.keep(one)
@@ -102,7 +102,17 @@ func (s *Session) record() (*Recording, error) {
 
 // readCounts reads the events of all processors.
 func (s *Session) readCounts() (all []tally, err error) {
-	from := s.collection.Maps[traceMapEvents]
+	for _, name := range []string{traceMapEvents, traceMapBeside} {
+		if from := s.collection.Maps[name]; from != nil {
+			if all, err = readTable(from, all); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return all, nil
+}
+
+func readTable(from *ebpf.Map, all []tally) ([]tally, error) {
 	var key traceEventKey
 	var values []traceEvent
 	entries := from.Iterate()
@@ -363,6 +373,9 @@ func (s *Session) packetOf(e *sample) Packet {
 		At: s.since(e.When), Space: e.Key.Netns, Reason: s.reason(e.Key.Kind, e.Key.Reason), MAC: e.Mac,
 		EtherType: swap(e.Key.Ethertype), Data: e.packet(), Length: int(e.Length), Device: text(e.Device[:]),
 	}
+	c := tally{key: e.Key}
+	c.SourcePort, c.DestinationPort = e.SourcePort, e.DestinationPort
+	p.Tuple = tuple(&c)
 	where, known := s.names[e.Key.Location]
 	if !known { // there are few such functions
 		names, err := symbol.Names([]uint64{e.Key.Location - 1})

@@ -86,7 +86,8 @@ struct example {
 	__u8 packet_type;
 	__u8 summed;
 	__u8 retransmits;
-	__u8 zero[5];
+	__u8 asked;
+	__u8 zero[4];
 	__s32 stack_bytes;
 	__u32 zero2;
 	char command[16];
@@ -106,6 +107,24 @@ struct subject {
 	__be16 source_port;
 	__be16 destination_port;
 	__u8 retransmits;
+	bool asked;
+};
+
+/* A range of addresses: of both families, by IPv6's bits. */
+struct range {
+	__u32 length;
+	struct address address;
+};
+
+enum { SIDE_FROM = 1, SIDE_TO = 2 };
+
+/* Which side of the packets that are asked for a range is of, with the ports there; 0 for
+ * any port. */
+struct side {
+	__be16 from_port;
+	__be16 to_port;
+	__u8 of;
+	__u8 zero[3];
 };
 
 struct budget {
@@ -129,6 +148,24 @@ struct {
 	__type(value, struct event);
 	__uint(max_entries, 8192);
 } events SEC(".maps");
+
+/* What happened to packets that were not asked for, likewise: they may be the cause of
+ * what happened to the others, and are not to push them out. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_PERCPU_HASH);
+	__type(key, struct event_key);
+	__type(value, struct event);
+	__uint(max_entries, 8192);
+} beside SEC(".maps");
+
+/* Whose packets are asked for. What holds a longer range holds what its shorter ones do. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct range);
+	__type(value, struct side);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} sides SEC(".maps");
 
 /* Totals, which nothing is lost of: REASONS numbers for each kind, of drops and resets
  * by reason. The last one holds reasons of a higher number. */
@@ -155,9 +192,9 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__type(key, enum kind);
+	__type(key, __u32);
 	__type(value, struct budget);
-	__uint(max_entries, KINDS);
+	__uint(max_entries, 2 * KINDS); /* behind the first half are those of what was not asked for */
 } budgets SEC(".maps");
 
 /* Set before load. Which arguments the tracepoints of the running kernel have: their
@@ -167,7 +204,10 @@ const volatile __s32 drop_receiver = -1;
 const volatile __s32 reset_reason = -1;
 /* Only the namespaces in wanted. */
 const volatile bool chosen = false;
-/* Send every packet that died, as far as the budget reaches. */
+/* How many ends of packets were named: 0 asks for all, 1 for those of or to one end, 2
+ * for those between two. */
+const volatile __u8 ends = 0;
+/* Send every packet that died and was asked for, as far as the budget reaches. */
 const volatile bool packets = false;
 /* Send every drop to user space, and count nothing: what a tracer costs that does so (bench). */
 const volatile bool each = false;
@@ -524,6 +564,55 @@ static __always_inline void port_of_service(struct subject *s, __u8 state)
 	}
 }
 
+/* side_of says which sides an end may be of: a port that is not known may be any, and so
+ * may an address. */
+static __always_inline __u8 side_of(const struct address *a, __be16 port)
+{
+	struct range all = { .length = 128, .address = *a };
+	const struct side *s;
+	__u8 of;
+
+	if (!a->word[0] && !a->word[1] && !a->word[3])
+		return SIDE_FROM | SIDE_TO;
+	s = bpf_map_lookup_elem(&sides, &all);
+	if (!s)
+		return 0;
+	of = s->of;
+	if (port && s->from_port && port != s->from_port)
+		of &= ~SIDE_FROM;
+	if (port && s->to_port && port != s->to_port)
+		of &= ~SIDE_TO;
+	return of;
+}
+
+/* is_error tells an ICMP message about a packet (RFC 792, RFC 4443): its own ends are not
+ * those of that packet. */
+static __always_inline bool is_error(const struct event_key *key)
+{
+	__u8 type = key->port & 0xff;
+
+	if (key->protocol == IPPROTO_ICMP)
+		return type == 3 || type == 4 || type == 11 || type == 12;
+	return key->protocol == IPPROTO_ICMPV6 && type && type < 128;
+}
+
+/* is_asked says whether somebody asks for it. User space looks closer: this is to keep
+ * what is asked for from being pushed out by all else. */
+static __always_inline bool is_asked(const struct subject *s)
+{
+	__u8 source, destination;
+
+	if (!ends)
+		return true;
+	destination = side_of(&s->key.destination, s->destination_port);
+	if (is_error(&s->key))
+		return destination;
+	source = side_of(&s->key.source, s->source_port);
+	if (ends == 1)
+		return source | destination;
+	return (source & SIDE_FROM && destination & SIDE_TO) || (source & SIDE_TO && destination & SIDE_FROM);
+}
+
 static __always_inline void count_total(const struct subject *s)
 {
 	__u32 reason = 0;
@@ -537,10 +626,13 @@ static __always_inline void count_total(const struct subject *s)
 		*count += 1;
 }
 
+/* Examples of what was not asked for, likewise: those that were are to have the room. */
+#define BESIDE_A_SECOND 256
+
 /* affordable says whether one more example may be sent now. */
-static __always_inline bool affordable(__u32 program, __u64 now)
+static __always_inline bool affordable(__u32 purse, __u64 now)
 {
-	struct budget *b = bpf_map_lookup_elem(&budgets, &program);
+	struct budget *b = bpf_map_lookup_elem(&budgets, &purse);
 
 	if (!b)
 		return false;
@@ -548,6 +640,8 @@ static __always_inline bool affordable(__u32 program, __u64 now)
 		b->since = now;
 		b->used = 0;
 	}
+	if (purse >= KINDS && b->used >= BESIDE_A_SECOND)
+		return false;
 	return b->used++ < examples_a_second;
 }
 
@@ -592,6 +686,7 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 	e->when = bpf_ktime_get_ns();
 	e->socket = s->socket;
 	e->retransmits = s->retransmits;
+	e->asked = s->asked;
 	e->captured = e->headers = e->before = e->gso = e->packet_type = e->summed = 0;
 	e->device[0] = 0;
 	if (s->dev)
@@ -615,12 +710,21 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 /* From then on every so many events the time and the greatest length are noted. */
 #define OFTEN 64
 
+static __always_inline struct event *find_event(const struct subject *s)
+{
+	if (s->asked)
+		return bpf_map_lookup_elem(&events, &s->key);
+	return bpf_map_lookup_elem(&beside, &s->key);
+}
+
 /* note counts an event, and shows it if its like was not met before; then it returns
  * true. */
 static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bool stack)
 {
-	struct event *e = bpf_map_lookup_elem(&events, &s->key);
+	struct event *e;
 
+	s->asked = is_asked(s);
+	e = find_event(s);
 	count_total(s);
 	if (e && e->count > OFTEN && e->count % OFTEN) { /* a storm: the clock costs as much as the rest */
 		e->count++;
@@ -655,15 +759,16 @@ static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bo
 
 	if (s->dev)
 		bpf_probe_read_kernel_str(fresh.device, sizeof(fresh.device), s->dev->name);
-	if (bpf_map_update_elem(&events, &s->key, &fresh, BPF_NOEXIST)) {
-		e = bpf_map_lookup_elem(&events, &s->key); /* another processor was faster */
+	if (s->asked ? bpf_map_update_elem(&events, &s->key, &fresh, BPF_NOEXIST)
+		     : bpf_map_update_elem(&beside, &s->key, &fresh, BPF_NOEXIST)) {
+		e = find_event(s); /* another processor was faster */
 		if (e) {
 			e->count++;
 			e->last = now;
 		}
 		return false;
 	}
-	if (!affordable(program, now))
+	if (!affordable(s->asked ? program : program + KINDS, now))
 		return false;
 	show(ctx, s, program, stack);
 	return true;
@@ -707,11 +812,12 @@ int drop(__u64 *ctx)
 	if (receiver)
 		s.socket = receiver->__sk_common.skc_cookie.counter;
 	if (each) {
+		s.asked = true;
 		count_total(&s);
 		show(ctx, &s, KIND_DROP, true);
 		return 0;
 	}
-	if (!note(ctx, &s, KIND_DROP, true) && packets && affordable(KIND_DROP, bpf_ktime_get_ns()))
+	if (!note(ctx, &s, KIND_DROP, true) && packets && s.asked && affordable(KIND_DROP, bpf_ktime_get_ns()))
 		show(ctx, &s, KIND_DROP, false);
 	return 0;
 }

@@ -70,7 +70,8 @@ type traceExample struct {
 	PacketType      uint8
 	Summed          uint8
 	Retransmits     uint8
-	Zero            [5]uint8
+	Asked           uint8
+	Zero            [4]uint8
 	StackBytes      int32
 	Zero2           uint32
 	Command         [16]int8
@@ -98,14 +99,33 @@ const (
 	traceKindKINDS             traceKind = 13
 )
 
+type traceRange struct {
+	_       structs.HostLayout
+	Length  uint32
+	Address struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
+type traceSide struct {
+	_        structs.HostLayout
+	FromPort uint16
+	ToPort   uint16
+	Of       uint8
+	Zero     [3]uint8
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	traceMapBeside           = "beside"
 	traceMapBudgets          = "budgets"
 	traceMapDrafts           = "drafts"
 	traceMapEvents           = "events"
 	traceMapExamples         = "examples"
+	traceMapSides            = "sides"
 	traceMapTotals           = "totals"
 	traceMapWanted           = "wanted"
 	traceProgBadChecksum     = "bad_checksum"
@@ -131,6 +151,7 @@ const (
 	traceVarDropReason       = "drop_reason"
 	traceVarDropReceiver     = "drop_receiver"
 	traceVarEach             = "each"
+	traceVarEnds             = "ends"
 	traceVarExamplesA_second = "examples_a_second"
 	traceVarPackets          = "packets"
 	traceVarResetReason      = "reset_reason"
@@ -196,10 +217,12 @@ type traceProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type traceMapSpecs struct {
+	Beside   *ebpf.MapSpec `ebpf:"beside"`
 	Budgets  *ebpf.MapSpec `ebpf:"budgets"`
 	Drafts   *ebpf.MapSpec `ebpf:"drafts"`
 	Events   *ebpf.MapSpec `ebpf:"events"`
 	Examples *ebpf.MapSpec `ebpf:"examples"`
+	Sides    *ebpf.MapSpec `ebpf:"sides"`
 	Totals   *ebpf.MapSpec `ebpf:"totals"`
 	Wanted   *ebpf.MapSpec `ebpf:"wanted"`
 }
@@ -219,6 +242,7 @@ type traceVariableSpecs struct {
 	DropReason       *ebpf.VariableSpec `ebpf:"drop_reason"`
 	DropReceiver     *ebpf.VariableSpec `ebpf:"drop_receiver"`
 	Each             *ebpf.VariableSpec `ebpf:"each"`
+	Ends             *ebpf.VariableSpec `ebpf:"ends"`
 	ExamplesA_second *ebpf.VariableSpec `ebpf:"examples_a_second"`
 	Packets          *ebpf.VariableSpec `ebpf:"packets"`
 	ResetReason      *ebpf.VariableSpec `ebpf:"reset_reason"`
@@ -244,20 +268,24 @@ func (o *traceObjects) Close() error {
 //
 // It can be passed to loadTraceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type traceMaps struct {
+	Beside   *ebpf.Map `ebpf:"beside"`
 	Budgets  *ebpf.Map `ebpf:"budgets"`
 	Drafts   *ebpf.Map `ebpf:"drafts"`
 	Events   *ebpf.Map `ebpf:"events"`
 	Examples *ebpf.Map `ebpf:"examples"`
+	Sides    *ebpf.Map `ebpf:"sides"`
 	Totals   *ebpf.Map `ebpf:"totals"`
 	Wanted   *ebpf.Map `ebpf:"wanted"`
 }
 
 func (m *traceMaps) Close() error {
 	return _TraceClose(
+		m.Beside,
 		m.Budgets,
 		m.Drafts,
 		m.Events,
 		m.Examples,
+		m.Sides,
 		m.Totals,
 		m.Wanted,
 	)
@@ -278,6 +306,7 @@ type traceVariables struct {
 	DropReason       *ebpf.Variable `ebpf:"drop_reason"`
 	DropReceiver     *ebpf.Variable `ebpf:"drop_receiver"`
 	Each             *ebpf.Variable `ebpf:"each"`
+	Ends             *ebpf.Variable `ebpf:"ends"`
 	ExamplesA_second *ebpf.Variable `ebpf:"examples_a_second"`
 	Packets          *ebpf.Variable `ebpf:"packets"`
 	ResetReason      *ebpf.Variable `ebpf:"reset_reason"`

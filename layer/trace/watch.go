@@ -32,7 +32,12 @@ type Options struct {
 	// Calls looks at system calls that are refused, too: every call of every process on
 	// this host then takes a quarter of a microsecond longer.
 	Calls bool
-	// Packets is given every packet that died, as far as MostPackets reaches.
+	// From and To are the ends whose packets are asked for, in both directions; From alone
+	// is either end, none of them all. What happened to others is seen as well, for it may
+	// be the cause, but is not to push out what is asked for. At most MostRanges.
+	From, To []Range
+	// Packets is given every packet that died and was asked for, as far as MostPackets
+	// reaches.
 	Packets func(Packet)
 	// EveryDrop sends every drop to this process with its stack, instead of counting
 	// in the kernel: to measure what that costs.
@@ -71,6 +76,7 @@ type Packet struct {
 	Reason, Location string
 	MAC              [6]byte
 	EtherType        uint16
+	Tuple            cause.Tuple
 	// Data is from the network header on, and may be its beginning only; Length is of all.
 	Data   []byte
 	Length int
@@ -147,8 +153,15 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 		entries = max(1024, min(8192, 8192*16/processors)) // 10 MB at most
 	}
 	spec.Maps[traceMapEvents].MaxEntries = uint32(entries)
+	ends := ends(o)
+	if ends > 0 {
+		spec.Maps[traceMapBeside].MaxEntries = uint32(entries)
+	} else {
+		spec.Maps[traceMapBeside].MaxEntries, spec.Maps[traceMapSides].MaxEntries = 1, 1
+	}
 	settings := map[string]any{
 		traceVarChosen: len(o.Namespaces) > 0, traceVarEach: o.EveryDrop, traceVarPackets: o.Packets != nil,
+		traceVarEnds:        ends,
 		traceVarCallConnect: uint32(unix.SYS_CONNECT), traceVarCallBind: uint32(unix.SYS_BIND),
 		traceVarCallSendto: uint32(unix.SYS_SENDTO), traceVarCallSendmsg: uint32(unix.SYS_SENDMSG),
 		traceVarCallSendmmsg: uint32(unix.SYS_SENDMMSG), traceVarCallWrite: uint32(unix.SYS_WRITE),
@@ -214,6 +227,9 @@ func (s *Session) start(o *Options, chosen []probe) error {
 		if err := s.collection.Maps[traceMapWanted].Put(inode, uint8(1)); err != nil {
 			return fmt.Errorf("choose namespace %d: %w", inode, err)
 		}
+	}
+	if err := putSides(s.collection.Maps[traceMapSides], o); err != nil {
+		return err
 	}
 	options := perf.ReaderOptions{}
 	pages := 32

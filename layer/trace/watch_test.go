@@ -386,7 +386,8 @@ func TestTotalsAreExact(t *testing.T) {
 	w.must(err)
 	var dropped, kept uint64
 	for _, total := range r.Totals {
-		if total.Kind == cause.Drop && total.Reason != "NOT_SPECIFIED" {
+		// others are IPv6's own, of multicast; a kernel before 5.18 has no such words
+		if total.Kind == cause.Drop && (total.Reason == "NO_SOCKET" || total.Reason == "") {
 			dropped += total.Count
 		}
 	}
@@ -401,7 +402,7 @@ func TestTotalsAreExact(t *testing.T) {
 		all += total.Count
 	}
 	if dropped != packets {
-		t.Errorf("%d packets died, the totals hold %d", packets, dropped)
+		t.Errorf("%d packets died, the totals hold %d: %+v", packets, dropped, r.Totals)
 	}
 	if all != kept+r.Lost {
 		t.Errorf("%d in the totals, %d events and %d lost", all, kept, r.Lost)

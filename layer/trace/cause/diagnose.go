@@ -13,6 +13,8 @@ type seen struct {
 	*Event
 	// by is the cause that it is of, or why it is none; "" while nobody knows.
 	by string
+	// asked says that somebody asks about it.
+	asked bool
 }
 
 // diagnosis is the work on one Evidence.
@@ -24,6 +26,8 @@ type diagnosis struct {
 	keys     map[string]*Verdict
 	// narrow are the devices whose MTU a path MTU is, by namespace and name.
 	narrow map[string]*Verdict
+	// asks says that somebody asks about some of the events only.
+	asks bool
 }
 
 // Diagnose names the causes of what the evidence holds. A cause is named once for each
@@ -45,7 +49,10 @@ func Folded(e *Evidence) (all []Event) {
 }
 
 // judge lets all rules look at the evidence.
-func judge(e *Evidence) *diagnosis {
+func judge(e *Evidence) *diagnosis { return judgeFor(e, nil) }
+
+// judgeFor is judge for somebody who asks about some of the events; nil for all.
+func judgeFor(e *Evidence, asked func(*Event) bool) *diagnosis {
 	d := &diagnosis{Evidence: e, spaces: map[uint32]*Space{}, keys: map[string]*Verdict{}, narrow: map[string]*Verdict{}}
 	for _, s := range e.Spaces {
 		d.spaces[s.Inode] = s
@@ -54,6 +61,9 @@ func judge(e *Evidence) *diagnosis {
 		if d.spaces[e.Events[i].Space] != nil {
 			d.events = append(d.events, &seen{Event: &e.Events[i]})
 		}
+	}
+	if asked != nil {
+		d.askFor(asked)
 	}
 	// The order is that of what follows from what: a packet that a rule drops is the
 	// cause of the neighbour that is not found, not the other way round.
@@ -78,12 +88,17 @@ func judge(e *Evidence) *diagnosis {
 	return d
 }
 
-// sorted are the verdicts, the surest first.
-func (d *diagnosis) sorted() []Verdict {
+// sort puts the surest verdicts first.
+func (d *diagnosis) sort() {
 	rank := map[Confidence]int{High: 0, Medium: 1, Low: 2}
 	slices.SortStableFunc(d.verdicts, func(a, b *Verdict) int {
 		return cmp.Or(cmp.Compare(rank[a.Confidence], rank[b.Confidence]), cmp.Compare(a.Where.Namespace, b.Where.Namespace))
 	})
+}
+
+// sorted are the verdicts, the surest first.
+func (d *diagnosis) sorted() []Verdict {
+	d.sort()
 	result := make([]Verdict, len(d.verdicts))
 	for i, v := range d.verdicts {
 		result[i] = *v
@@ -114,6 +129,9 @@ func (d *diagnosis) verdict(id string, s *Space, object string, e *seen) (v *Ver
 	}
 	if e != nil {
 		e.by = id
+		if scratch := d.beside(v, e); scratch != nil {
+			return scratch, false
+		}
 		if e.Kind == Drop {
 			v.Packets += e.Count
 		}

@@ -38,6 +38,10 @@ type Verdict struct {
 	Packets uint64 `json:"packets"`
 
 	alike map[string]int // how often evidence of a kind was added
+	// asked says that it is of an event that somebody asks about; others are packets of
+	// such that nobody does.
+	asked  bool
+	others uint64
 }
 
 // Where is the place of a cause.

@@ -1,0 +1,73 @@
+package cause
+
+import (
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// between asks for what goes from one address to another, or back.
+func between(a, b netip.Addr) func(*Event) bool {
+	return func(e *Event) bool {
+		from, to := e.Tuple.Source.Addr(), e.Tuple.Destination.Addr()
+		return from == a && to == b || from == b && to == a
+	}
+}
+
+// Whoever asks for the packets that a cause is of gets the cause, in every recorded run; who
+// asks for all of them gets what nobody's asking gives, and who asks for others
+// is told how many there are.
+func TestNoCauseIsLostByAsking(t *testing.T) {
+	files, _ := filepath.Glob("testdata/*.json")
+	for _, name := range files {
+		all := Diagnose(load(t, name))
+		everything, none := DiagnoseFor(load(t, name), func(*Event) bool { return true })
+		if len(everything) != len(all) || len(none) > 0 {
+			t.Errorf("%s: %d verdicts, %d and %d others for who asks for all", name, len(all), len(everything), len(none))
+		}
+		about, others := DiagnoseFor(load(t, name), func(*Event) bool { return false })
+		if len(about)+len(others) != len(all) {
+			t.Errorf("%s: %d verdicts, %d and %d others for who asks for nothing", name, len(all), len(about), len(others))
+		}
+		for i, v := range all {
+			if v.Cause != everything[i].Cause || v.Title != everything[i].Title || v.Packets != everything[i].Packets {
+				t.Errorf("%s: %q of %d, and for who asks for all %q of %d", name, v.Title, v.Packets, everything[i].Title, everything[i].Packets)
+			}
+			if v.Tuple == nil || !v.Tuple.Source.IsValid() || !v.Tuple.Destination.IsValid() {
+				continue
+			}
+			about, _ := DiagnoseFor(load(t, name), between(v.Tuple.Source.Addr(), v.Tuple.Destination.Addr()))
+			if !slices.ContainsFunc(about, func(o Verdict) bool { return o.Cause == v.Cause }) {
+				t.Errorf("%s: %s is lost for who asks for %s > %s", name, v.Cause, v.Tuple.Source, v.Tuple.Destination)
+			}
+			for _, o := range about {
+				complete(t, name, o)
+			}
+		}
+	}
+}
+
+// A cause that many suffer from is told by the packets that were asked for: their
+// number, their ends.
+func TestCountsAreOfWhatWasAskedFor(t *testing.T) {
+	mine, theirs := drop("NETFILTER_DROP", "nft_do_chain", 4), drop("NETFILTER_DROP", "nft_do_chain", 900)
+	theirs.Tuple.Source, theirs.First = netip.MustParseAddrPort("192.0.2.77:40000"), 0
+	mine.First = 5
+	for _, e := range []*Event{&mine, &theirs} {
+		e.Stack = []string{"nft_do_chain_inet", "nf_hook_slow", "ip_local_deliver"}
+	}
+	e := &Evidence{Events: []Event{theirs, mine}, Spaces: []*Space{space(func(s *Space) {
+		s.Rules = []Rule{{System: "nftables", Family: "inet", Table: "t", Chain: "in", Hook: "input", Handle: 4, Verdict: "drop", Text: "tcp dport 80 drop", HasCounter: true, After: 904}}
+	})}}
+	about, others := DiagnoseFor(e, between(mine.Tuple.Source.Addr(), mine.Tuple.Destination.Addr()))
+	if len(about) != 1 || len(others) != 0 {
+		t.Fatalf("%+v, others %+v", about, others)
+	}
+	v := about[0]
+	if v.Cause != FirewallDrop || v.Packets != 4 || v.Tuple.Source != mine.Tuple.Source || strings.Contains(v.Title, "904") ||
+		!slices.Contains(v.Evidence, "900 packets that were not asked for died of it, too") {
+		t.Errorf("%+v", v)
+	}
+}
