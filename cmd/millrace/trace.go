@@ -97,6 +97,7 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 		return err
 	}
 	known.label(evidence.Spaces)
+	evidence.Services = known.addresses()
 	if name := os.Getenv(evidenceVariable); name != "" {
 		if err := writeEvidence(name, evidence); err != nil {
 			return err

@@ -25,6 +25,7 @@ type names struct {
 // lead is an address and a port of a Service: "shop/web:http". A node port has no address.
 type lead struct {
 	service, port string
+	protocol      uint8
 	front         netip.AddrPort
 	backends      []netip.AddrPort
 }
@@ -53,7 +54,7 @@ func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
 	for _, row := range rows {
 		name := row.Service.String()
 		n.add(n.services, name, row.Address.Addr())
-		n.leads = append(n.leads, lead{name, row.Port, row.Address, row.Backends})
+		n.leads = append(n.leads, lead{name, row.Port, uint8(row.Protocol), row.Address, row.Backends})
 	}
 	return n, nil
 }
@@ -87,11 +88,11 @@ func (n *names) addService(s *model.Service) {
 			backends = append(backends, backend.Address)
 		}
 		for _, addr := range addresses {
-			n.leads = append(n.leads, lead{name, port.Name, netip.AddrPortFrom(addr, port.Port), backends})
+			n.leads = append(n.leads, lead{name, port.Name, uint8(port.Protocol), netip.AddrPortFrom(addr, port.Port), backends})
 		}
 		if port.NodePort != 0 {
-			n.leads = append(n.leads, lead{name, port.Name, netip.AddrPortFrom(netip.IPv4Unspecified(), port.NodePort), backends},
-				lead{name, port.Name, netip.AddrPortFrom(netip.IPv6Unspecified(), port.NodePort), backends})
+			n.leads = append(n.leads, lead{name, port.Name, uint8(port.Protocol), netip.AddrPortFrom(netip.IPv4Unspecified(), port.NodePort), backends},
+				lead{name, port.Name, uint8(port.Protocol), netip.AddrPortFrom(netip.IPv6Unspecified(), port.NodePort), backends})
 		}
 	}
 }
@@ -105,6 +106,22 @@ func (n *names) nameOf(addr netip.Addr) string {
 		return "service " + name
 	}
 	return ""
+}
+
+// String is "shop/web:http".
+func (l lead) String() string {
+	if l.port == "" {
+		return l.service
+	}
+	return l.service + ":" + l.port
+}
+
+// addresses are those of all Services, as evidence.
+func (n *names) addresses() (all []cause.Service) {
+	for _, l := range n.leads {
+		all = append(all, cause.Service{Name: l.String(), Protocol: l.protocol, Address: l.front, Endpoints: len(l.backends)})
+	}
+	return all
 }
 
 // label says of the namespaces which pods' they are.

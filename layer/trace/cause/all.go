@@ -95,7 +95,7 @@ func All() []Known {
 			"reason IPV6DISABLED for packets that are missed, or for questions for a neighbour that is not found; disable_ipv6, or an MTU below 1280"},
 		{IPsecPolicy, "a policy of IPsec does not let packets through",
 			"reasons XFRM_*; policies that block"},
-		{ServiceDrop, "millrace itself drops, for a Service",
+		{ServiceDrop, "millrace itself drops or refuses, for a Service",
 			"packets that die at a program of millrace"},
 		{MemoryShort, "there is no memory for packets",
 			"reasons NOMEM and PROTO_MEM while the protocols are short of memory"},

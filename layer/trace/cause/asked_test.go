@@ -71,3 +71,41 @@ func TestCountsAreOfWhatWasAskedFor(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 }
+
+// What millrace drops is told by the Service's name, wherever it drops it.
+func TestOwnDropsNameTheService(t *testing.T) {
+	own := func(hook, device string) *Space {
+		return space(func(s *Space) {
+			s.Addrs = []Addr{addr("192.0.2.2/24")}
+			s.Programs = []Program{{ID: 7, Name: "from_pod", Type: "sched_cls", Hook: hook, Device: device, Owner: "millrace"}}
+		})
+	}
+	services := func(at string, endpoints int) []Service {
+		return []Service{{"shop/db:sql", protoUDP, netip.MustParseAddrPort(at), 3}, {"shop/web:http", protoTCP, netip.MustParseAddrPort(at), endpoints}}
+	}
+	refused := again()
+	refused.Kind, refused.Call, refused.Errno, refused.Command, refused.OldState = CallFailed, "connect", eCONNREFUSED, "curl", 0
+	for _, row := range []struct {
+		name string
+		e    Evidence
+		want string
+	}{
+		{"at the wire", Evidence{Spaces: []*Space{own("tc ingress", "eth0")}, Services: services("192.0.2.2:80", 0), Events: []Event{drop("TC_INGRESS", "__netif_receive_skb_core", 5)}},
+			"millrace drops what goes to Service shop/web:http (192.0.2.2:80) from 192.0.2.1 in web: 5 packets"},
+		{"at a node port", Evidence{Spaces: []*Space{own("tc ingress", "eth0")}, Services: services("0.0.0.0:80", 2), Events: []Event{drop("TC_INGRESS", "__netif_receive_skb_core", 5)}},
+			"millrace drops what goes to Service shop/web:http (192.0.2.2:80) from 192.0.2.1 in web: 5 packets"},
+		{"at the socket", Evidence{Spaces: []*Space{own("cgroup connect", "")}, Services: services("192.0.2.2:80", 0), Events: []Event{refused}},
+			"millrace refuses connect of curl to Service shop/web:http (192.0.2.2:80) in web: it has no endpoint"},
+	} {
+		v := Diagnose(&row.e)
+		if len(v) != 1 || v[0].Cause != ServiceDrop || v[0].Title != row.want || v[0].Owner != "Service shop/web:http" {
+			t.Errorf("%s: %+v", row.name, v)
+			continue
+		}
+		complete(t, row.name, v[0])
+	}
+	other := Evidence{Spaces: []*Space{own("cgroup connect", "")}, Services: services("192.0.2.2:80", 1), Events: []Event{refused}}
+	if v := Diagnose(&other); len(v) > 0 {
+		t.Errorf("an endpoint that refuses is not millrace: %+v", v)
+	}
+}

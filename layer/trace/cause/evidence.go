@@ -15,11 +15,24 @@ type Evidence struct {
 	// Paths are what the kernel answers about the tuples of events and of connections
 	// that did not come about.
 	Paths []Path
+	// Services are the addresses of Services, where somebody knows them.
+	Services []Service
 	// Missing are the signals that this kernel, or the rights of the process, do not
 	// give, and why: "icmp_send: no such tracepoint".
 	Missing []string
 	// Lost are events of which no example was kept; all are counted.
 	Lost uint64
+}
+
+// Service is an address and a port of one.
+type Service struct {
+	// Name is "shop/web:http", without the last part where the port has no name.
+	Name     string
+	Protocol uint8
+	// Address is 0.0.0.0 or :: for a port of the nodes.
+	Address netip.AddrPort
+	// Endpoints is how many it leads to now.
+	Endpoints int
 }
 
 // Kind is what kind of event it is.

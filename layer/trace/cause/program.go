@@ -3,6 +3,7 @@ package cause
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -106,18 +107,85 @@ func (d *diagnosis) programDrop(id string, s *Space, e *seen, hook string) {
 
 // serviceDrop names a drop of millrace's own: it has a reason, which explain tells.
 func (d *diagnosis) serviceDrop(s *Space, e *seen, p Program) {
-	v, fresh := d.verdict(ServiceDrop, s, shown(e.Tuple.Destination), e)
+	service := d.service(e.Tuple)
+	to := shown(e.Tuple.Destination)
+	if service != nil {
+		to = fmt.Sprintf("Service %s (%s)", service.Name, to)
+	}
+	v, fresh := d.verdict(ServiceDrop, s, to, e)
 	d.eventOf(v, e)
-	v.Title = fmt.Sprintf("millrace drops what goes to %s from %s in %s: %s", shown(e.Tuple.Destination), e.Tuple.Source.Addr(), s.Name, times(v.Packets, "packet", "packets"))
+	v.Title = fmt.Sprintf("millrace drops what goes to %s from %s in %s: %s", to, e.Tuple.Source.Addr(), s.Name, times(v.Packets, "packet", "packets"))
 	if !fresh {
 		return
 	}
 	v.Where.Hook = p.Hook
 	v.saw("attached: %s", p)
 	v.isNot("%s: no other program is attached there", TCDrop)
-	v.Fix = fmt.Sprintf("millrace explain %s %s %s says for which Service and why: it has no endpoint that is ready here, or its client is not allowed", protocolName(e.Tuple.Protocol), e.Tuple.Source.Addr(), e.Tuple.Destination)
-	v.Undo = "nothing is changed by asking"
+	d.whyService(v, e, service)
+}
+
+// whyService says what to do about a Service that millrace does not serve.
+func (d *diagnosis) whyService(v *Verdict, e *seen, service *Service) {
+	source := "CLIENT"
+	if a := e.Tuple.Source.Addr(); a.IsValid() && !a.IsUnspecified() {
+		source = a.String()
+	}
+	why := "it has no endpoint that is ready here, or its client is not allowed"
 	v.Owner = "the Service at " + shown(e.Tuple.Destination)
+	if service != nil {
+		v.Owner = "Service " + service.Name
+		v.saw("Service %s has %s", service.Name, times(uint64(service.Endpoints), "endpoint", "endpoints"))
+		if service.Endpoints == 0 {
+			why = "it has no endpoint"
+		}
+	}
+	v.Fix = fmt.Sprintf("millrace explain %s %s %s says for which Service and why: %s", protocolName(e.Tuple.Protocol), source, e.Tuple.Destination, why)
+	v.Undo = "nothing is changed by asking"
+}
+
+// service is the one that a packet goes to, or comes from as an answer; nil if none is
+// known.
+func (d *diagnosis) service(t Tuple) *Service {
+	var port *Service
+	for i := range d.Services {
+		s := &d.Services[i]
+		if s.Protocol != t.Protocol {
+			continue
+		}
+		if s.Address == t.Destination || s.Address == t.Source {
+			return s
+		}
+		to := t.Destination
+		if s.Address.Addr().IsUnspecified() && s.Address.Port() == to.Port() && s.Address.Addr().Is4() == to.Addr().Is4() && len(d.owners(to.Addr())) > 0 {
+			port = s // of the nodes
+		}
+	}
+	return port
+}
+
+// refusedService: a connection to a Service without endpoints is refused where the socket
+// is, and no packet of it is ever sent.
+func (d *diagnosis) refusedService(e *seen) bool {
+	s := d.spaces[e.Space]
+	service := d.service(e.Tuple)
+	if service == nil || service.Endpoints > 0 || service.Address == e.Tuple.Source || e.Errno != ePERM && e.Errno != eCONNREFUSED {
+		return false
+	}
+	own := slices.DeleteFunc(s.attached("cgroup", ""), func(p Program) bool { return p.Owner != "millrace" })
+	if len(own) == 0 {
+		return false
+	}
+	v, fresh := d.verdict(ServiceDrop, s, service.Name, e)
+	d.eventOf(v, e)
+	if !fresh {
+		return true
+	}
+	v.Title = fmt.Sprintf("millrace refuses %s of %s to Service %s (%s) in %s: it has no endpoint", e.Call, e.Command, service.Name, shown(e.Tuple.Destination), s.Name)
+	v.Where.Hook = own[0].Hook
+	v.saw("attached: %s", own[0])
+	v.isNot("%s: no packet was sent", NoListener)
+	d.whyService(v, e, service)
+	return true
 }
 
 func (p Program) owner() string {

@@ -130,7 +130,7 @@ func (d *diagnosis) fragmentLost(s *Space, e *seen) {
 func (d *diagnosis) calls() {
 	for _, e := range d.open(CallFailed) {
 		s := d.spaces[e.Space]
-		if e.Errno != ePERM {
+		if d.refusedService(e) || e.Errno != ePERM {
 			continue
 		}
 		hook := map[string]string{"connect": "cgroup connect", "bind": "cgroup bind"}[e.Call]
