@@ -77,6 +77,7 @@ type Agent struct {
 	// changed says that a layer is to be refreshed.
 	changed  chan struct{}
 	metrics  *metrics
+	spaces   *spaces
 	attached time.Duration
 	// litter: much memory became garbage just now.
 	litter bool
@@ -114,7 +115,7 @@ func Run(ctx context.Context, config Config) error {
 		return err
 	}
 	defer unlock()
-	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), changed: make(chan struct{}, 1), metrics: newMetrics()}
+	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), changed: make(chan struct{}, 1), metrics: newMetrics(), spaces: newSpaces()}
 	defer a.close()
 	listeners, err := a.listen() // before anything is changed
 	if err != nil {

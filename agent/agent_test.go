@@ -115,7 +115,8 @@ func (p *pond) Watch(ctx context.Context, _ func()) error { <-ctx.Done(); return
 func (p *pond) Settle() error { p.settled++; return nil }
 func (p *pond) Describe() (layer.Description, error) {
 	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7},
-		Maps: []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}}}, nil
+		Maps:  []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}},
+		Drops: []layer.Drops{{Space: 5, Reason: "LEAK", Count: 2}, {Space: 6, Reason: "LEAK", Count: 1}}}, nil
 }
 func (p *pond) Leave() (layer.Changes, error)   { return nil, nil }
 func (p *pond) Left() (int, error)              { return 0, nil }
@@ -424,6 +425,7 @@ func TestMetricsAreServed(t *testing.T) {
 		`millrace_layer_objects{layer="pond"} 2`,
 		`millrace_map_bytes{layer="pond",map="water"} 3`,
 		`millrace_events_total{layer="pond",reason="splash"} 7`,
+		`millrace_drops_total{namespace="",pod="others",reason="LEAK"} 3`,
 		`millrace_agent_programming_duration_seconds_count 1`,
 	} {
 		if !strings.Contains(string(text), want) {

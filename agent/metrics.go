@@ -129,6 +129,9 @@ var (
 	capacityMetric = describe("millrace_map_capacity", "Largest number of entries; maps grow before it is reached.", "layer", "map")
 	bytesMetric    = describe("millrace_map_bytes", "Kernel memory of a map.", "layer", "map")
 	eventsMetric   = describe("millrace_events_total", "What the programs did, by reason.", "layer", "reason")
+	dropsMetric    = describe("millrace_drops_total",
+		"Packets that died in a pod's network namespace, by reason; in the node's own where pod is empty, in those of others where it is others.",
+		"namespace", "pod", "reason")
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
@@ -138,7 +141,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 // Describe implements prometheus.Collector; what is collected is known by name.
 func (c *statusCollector) Describe(into chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{infoMetric, readyMetric, ageMetric, problemsMetric, objectsMetric,
-		entriesMetric, capacityMetric, bytesMetric, eventsMetric} {
+		entriesMetric, capacityMetric, bytesMetric, eventsMetric, dropsMetric} {
 		into <- d
 	}
 }
@@ -167,6 +170,10 @@ func (c *statusCollector) Collect(into chan<- prometheus.Metric) {
 			gauge(entriesMetric, float64(m.Entries), l.Name, m.Name)
 			gauge(capacityMetric, float64(m.Capacity), l.Name, m.Name)
 			gauge(bytesMetric, float64(m.Bytes), l.Name, m.Name)
+		}
+		for _, d := range l.Drops {
+			namespace, pod := podLabels(d.Pod)
+			into <- prometheus.MustNewConstMetric(dropsMetric, prometheus.CounterValue, float64(d.Count), namespace, pod, d.Reason)
 		}
 		for reason, n := range l.Reasons {
 			into <- prometheus.MustNewConstMetric(eventsMetric, prometheus.CounterValue, float64(n), l.Name, reason)

@@ -79,6 +79,19 @@ type Memory struct {
 
 // Status says how the agent does.
 func (a *Agent) Status() (Status, error) {
+	s, err := a.status()
+	if err != nil {
+		return s, err
+	}
+	for i := range s.Layers { // not under the lock: it may have to look for namespaces
+		if of := &s.Layers[i]; len(of.Drops) > 0 {
+			of.Drops = a.spaces.label(of.Drops, a.picture().Pods)
+		}
+	}
+	return s, nil
+}
+
+func (a *Agent) status() (Status, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := Status{

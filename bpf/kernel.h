@@ -57,6 +57,13 @@ struct inet_connection_sock {
 	__u8 icsk_retransmits;
 } __attribute__((preserve_access_index));
 
+struct tcp_sock {
+	__u64 bytes_received;
+	__u64 bytes_acked;
+	__u32 total_retrans;
+	__u32 srtt_us;
+} __attribute__((preserve_access_index));
+
 struct request_sock {
 	struct sock_common __req_common;
 } __attribute__((preserve_access_index));

@@ -171,6 +171,8 @@ type Description struct {
 	Reasons map[string]uint64 `json:"reasons"`
 	// Programs are attached, by name.
 	Programs []Program `json:"programs"`
+	// Drops are the packets that died in each network namespace.
+	Drops []Drops `json:"drops,omitempty"`
 	// Degraded are the kernel features that are missing, each with what that
 	// means for the user.
 	Degraded []string `json:"degraded,omitempty"`
@@ -182,6 +184,15 @@ type Map struct {
 	Entries  int    `json:"entries"`
 	Capacity int    `json:"capacity"`
 	Bytes    uint64 `json:"bytes"`
+}
+
+// Drops are packets that died in a network namespace of a reason.
+type Drops struct {
+	// Space is its inode; Pod is whose it is, NAMESPACE/NAME, where the agent knows it.
+	Space  uint32 `json:"space"`
+	Pod    string `json:"pod,omitempty"`
+	Reason string `json:"reason"`
+	Count  uint64 `json:"count"`
 }
 
 // Value is one setting of the kernel that a layer has set.

@@ -51,8 +51,8 @@ in which nobody looks. Every packet that died must be in the totals of trace.`,
 // watchers are the ways to look at drops that are compared.
 func watchers() []bench.Watcher {
 	return []bench.Watcher{
-		{Name: "counting", About: "counts in the kernel, and shows one example of each kind", Watch: watcher(trace.Options{})},
-		{Name: "trace", About: "that, and system calls that are refused", Watch: watcher(trace.Options{Calls: true})},
+		{Name: "counting", About: "as the agent all the time: counts, keeps the last examples, reads connections when they end", Watch: watcher(trace.Options{Always: true})},
+		{Name: "trace", About: "millrace trace: shows one example of each kind, and system calls that are refused", Watch: watcher(trace.Options{Calls: true})},
 		{Name: "each", About: "a tracer that gets every drop with its stack", Watch: watcher(trace.Options{EveryDrop: true})},
 	}
 }

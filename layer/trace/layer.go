@@ -99,7 +99,7 @@ func (p *Picture) Subjects() (all []layer.Subject) {
 // see each connection, and each system call, are for millrace trace alone.
 func lasting() (all []probe) {
 	for _, p := range probes {
-		if p.name != traceProgCall && p.name != traceProgState && p.name != traceProgSocketError {
+		if p.name != traceProgCall && p.name != traceProgState && p.name != traceProgSocketError { // end sees the ends of connections
 			all = append(all, p)
 		}
 	}
@@ -310,17 +310,14 @@ func (l *Layer) load() error {
 		l.loaded = &ebpf.Collection{}
 		return nil
 	}
-	if err := size(spec, &Options{}); err != nil {
-		return err
-	}
-	if err := spec.Variables[traceVarExamplesA_second].Set(uint32(0)); err != nil { // nobody would read them
+	if err := size(spec, &Options{Always: true}); err != nil {
 		return err
 	}
 	folder := filepath.Join(l.settings.Pins, version())
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return fmt.Errorf("make folder: %w", err)
 	}
-	for _, name := range []string{traceMapEvents, traceMapTotals} {
+	for _, name := range pinnedMaps {
 		spec.Maps[name].Pinning = ebpf.PinByName
 	}
 	l.loaded, err = load(spec, chosen, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: folder}, Cache: types},
@@ -428,18 +425,29 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	defer s.collection.Close()
 	r := &Recording{}
-	if err := s.readTotals(r, nil); err != nil {
+	if err := errors.Join(s.readTotals(r, nil), s.readShares(r)); err != nil {
 		return d, err
+	}
+	endings, err := s.readEndings()
+	if err != nil {
+		return d, err
+	}
+	for how, count := range endings {
+		d.Reasons[endingWords[how]] = count
+	}
+	for _, share := range r.Shares {
+		d.Drops = append(d.Drops, layer.Drops{Space: share.Space, Reason: share.Reason, Count: share.Count})
 	}
 	for _, total := range r.Totals {
 		if total.Reason != "" {
 			d.Reasons[string(total.Kind)+" "+total.Reason] += total.Count
 		}
 	}
-	for _, name := range []string{traceMapEvents, traceMapTotals} {
+	for _, name := range pinnedMaps {
 		m := s.collection.Maps[name]
 		size := layer.Map{Name: name, Capacity: int(m.MaxEntries()), Entries: int(m.MaxEntries())}
-		if name == traceMapEvents {
+		switch name {
+		case traceMapEvents, traceMapShares, traceMapFlows:
 			size.Entries = entries(m)
 		}
 		if info, err := m.Info(); err == nil {
@@ -452,11 +460,11 @@ func (l *Layer) Describe() (layer.Description, error) {
 
 // entries counts those of a hash map.
 func entries(m *ebpf.Map) (n int) {
-	var key, next traceEventKey
+	key, next := make([]byte, m.KeySize()), make([]byte, m.KeySize())
 	err := m.NextKey(nil, &next)
 	for ; err == nil && n < int(m.MaxEntries()); n++ {
-		key = next
-		err = m.NextKey(&key, &next)
+		copy(key, next)
+		err = m.NextKey(key, &next)
 	}
 	return n
 }
@@ -474,8 +482,8 @@ func (l *Layer) open() (*Session, error) {
 		}
 		l.reasons = &words
 	}
-	s := &Session{reasons: *l.reasons, collection: &ebpf.Collection{Maps: map[string]*ebpf.Map{}}}
-	for _, name := range []string{traceMapEvents, traceMapTotals} {
+	s := &Session{always: true, reasons: *l.reasons, examples: map[traceEventKey]*sample{}, collection: &ebpf.Collection{Maps: map[string]*ebpf.Map{}}}
+	for _, name := range pinnedMaps {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(l.settings.Pins, version(), name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
 			s.collection.Close()

@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/layertest"
@@ -118,9 +121,18 @@ func TestDescribe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d.Reasons["drop NO_SOCKET"] == 0 || len(d.Programs)+len(d.Degraded) != want.Len() || len(d.Programs) == 0 || len(d.Maps) != 2 ||
+	if d.Reasons["drop NO_SOCKET"] == 0 || len(d.Programs)+len(d.Degraded) != want.Len() || len(d.Programs) == 0 || len(d.Maps) != len(pinnedMaps) ||
 		d.Maps[0].Entries == 0 || d.Maps[0].Bytes == 0 {
 		t.Errorf("%+v", d)
+	}
+	var file unix.Stat_t
+	if err := unix.Stat(bed.NetNS, &file); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(d.Drops, func(o layer.Drops) bool {
+		return o.Space == uint32(file.Ino) && o.Reason == "NO_SOCKET" && o.Count > 0
+	}) {
+		t.Errorf("nothing died in namespace %d: %+v", file.Ino, d.Drops)
 	}
 	for _, missing := range d.Degraded {
 		if !strings.Contains(missing, "no such tracepoint") {

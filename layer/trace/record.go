@@ -88,13 +88,25 @@ func (s *Session) record() (*Recording, error) {
 		return nil, err
 	}
 	slices.SortFunc(all, func(a, b tally) int { return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(b.Count, a.Count)) })
-	names, err := symbol.Names(s.addresses(all))
+	var kept []*sample
+	if s.always {
+		kept, err = s.readAlways(r)
+		if err != nil {
+			return nil, err
+		}
+	}
+	names, err := symbol.Names(s.addresses(all, kept))
 	if err != nil {
 		r.Missing = append(r.Missing, err.Error())
 	}
 	for i := range all {
-		if e, ok := s.event(&all[i], names); ok {
+		if e, ok := s.event(&all[i], s.examples[all[i].key], names); ok {
 			r.Events = append(r.Events, e)
+		}
+	}
+	for _, one := range kept {
+		if e, ok := s.event(one.tally(), one, names); ok {
+			r.Examples = append(r.Examples, e)
 		}
 	}
 	return r, nil
@@ -189,7 +201,13 @@ func sumOf(counts []uint64) (sum uint64) {
 }
 
 // addresses are those that are to be named.
-func (s *Session) addresses(all []tally) (addresses []uint64) {
+func (s *Session) addresses(all []tally, kept []*sample) (addresses []uint64) {
+	for _, one := range kept {
+		addresses = append(addresses, one.Key.Location-1)
+		for _, address := range one.stack() {
+			addresses = append(addresses, address-1)
+		}
+	}
 	for _, e := range all {
 		if traceKind(e.key.Kind) == traceKindKIND_DROP {
 			addresses = append(addresses, e.key.Location-1) // it is where the call returns to
@@ -234,7 +252,7 @@ func (s *Session) reason(kind uint8, number uint32) string {
 }
 
 // event gives an event the form in which it is judged.
-func (s *Session) event(c *tally, names map[uint64]string) (cause.Event, bool) {
+func (s *Session) event(c *tally, example *sample, names map[uint64]string) (cause.Event, bool) {
 	k := &c.key
 	kind, ok := kinds[traceKind(k.Kind)]
 	if !ok {
@@ -245,7 +263,6 @@ func (s *Session) event(c *tally, names map[uint64]string) (cause.Event, bool) {
 		Reason: s.reason(k.Kind, k.Reason), Index: int(k.Ifindex), Device: text(c.Device[:]),
 		Longest: int(c.Longest), Socket: c.Socket,
 	}
-	example := s.examples[*k]
 	if example != nil {
 		e.Length, e.GSO, e.MAC, e.PacketType = int(example.Length), int(example.Gso), example.Mac, int(example.PacketType)
 		e.Partial, e.Packet = example.Summed == checksumPartial, example.packet()

@@ -127,6 +127,33 @@ struct side {
 	__u8 zero[3];
 };
 
+/* Packets that died in a namespace of a reason. */
+struct share_key {
+	__u32 netns;
+	__u32 reason;
+};
+
+/* Whose TCP connections have ended: a client's and a port's of a server, as one of them
+ * has seen them. */
+struct flow_key {
+	struct address client;
+	struct address server;
+	__u32 netns;
+	__be16 port; /* the server's */
+	__u8 of_client;
+	__u8 zero;
+};
+
+struct flow {
+	__u64 ended[4]; /* by enum ending */
+	__u64 sent;     /* bytes that the other end acknowledged */
+	__u64 received;
+	__u64 retransmits;
+	__u64 last;
+	__u32 longest_rtt; /* smoothed, in microseconds */
+	__u32 zero;
+};
+
 struct budget {
 	__u64 since;
 	__u64 used;
@@ -197,6 +224,57 @@ struct {
 	__uint(max_entries, 2 * KINDS); /* behind the first half are those of what was not asked for */
 } budgets SEC(".maps");
 
+/* The last examples of each kind, for who looks later. */
+#define KEPT 16
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct example);
+	__uint(max_entries, KINDS *KEPT);
+} recent SEC(".maps");
+
+/* How many examples of each kind were kept until now. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, KINDS);
+} turns SEC(".maps");
+
+/* Drops by namespace and reason. Those of namespaces that have gone make room; the totals keep
+ * them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_PERCPU_HASH);
+	__type(key, struct share_key);
+	__type(value, __u64);
+	__uint(max_entries, 2048);
+} shares SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+	__uint(max_entries, 8192);
+} flows SEC(".maps");
+
+/* How connections have ended. */
+enum ending {
+	ENDING_ANY,
+	ENDING_REFUSED,    /* the server said that nobody listens */
+	ENDING_UNANSWERED, /* no answer to the first packet, or none any more */
+	ENDING_RESET,
+	ENDINGS,
+};
+
+/* How many connections have ended, those too of which flows has forgotten. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, enum ending);
+	__type(value, __u64);
+	__uint(max_entries, ENDINGS);
+} ended SEC(".maps");
+
 /* Set before load. Which arguments the tracepoints of the running kernel have: their
  * place, or -1. */
 const volatile __s32 drop_reason = -1;
@@ -209,6 +287,8 @@ const volatile bool chosen = false;
 const volatile __u8 ends = 0;
 /* Send every packet that died and was asked for, as far as the budget reaches. */
 const volatile bool packets = false;
+/* Keep the last examples in the kernel, and count by namespace: nobody waits for them. */
+const volatile bool keeps = false;
 /* Send every drop to user space, and count nothing: what a tracer costs that does so (bench). */
 const volatile bool each = false;
 /* Examples that a program may send in a second on one processor. */
@@ -258,6 +338,7 @@ enum { /* net/tcp_states.h */
        STATE_SYN_SENT = 2,
        STATE_SYN_RECV = 3,
        STATE_CLOSE = 7,
+       STATE_LISTEN = 10,
        STATE_NEW_SYN_RECV = 12,
 };
 
@@ -613,6 +694,18 @@ static __always_inline bool is_asked(const struct subject *s)
 	return (source & SIDE_FROM && destination & SIDE_TO) || (source & SIDE_TO && destination & SIDE_FROM);
 }
 
+static __always_inline void count_share(const struct subject *s)
+{
+	struct share_key key = { s->key.netns, s->key.reason };
+	__u64 *count = bpf_map_lookup_elem(&shares, &key);
+	__u64 one = 1;
+
+	if (count)
+		*count += 1;
+	else
+		bpf_map_update_elem(&shares, &key, &one, BPF_NOEXIST);
+}
+
 static __always_inline void count_total(const struct subject *s)
 {
 	__u32 reason = 0;
@@ -624,6 +717,8 @@ static __always_inline void count_total(const struct subject *s)
 
 	if (count)
 		*count += 1;
+	if (keeps && s->key.kind == KIND_DROP)
+		count_share(s);
 }
 
 /* Examples of what was not asked for, likewise: those that were are to have the room. */
@@ -672,7 +767,32 @@ static __always_inline void draft_packet(struct example *e, const struct subject
 	e->captured = skb->len > WHOLE_LIMIT ? PART_LIMIT : skb->len;
 }
 
-/* show sends an example to user space. */
+/* keep puts an example in the place of the oldest one of its kind, with the beginning of
+ * its packet. */
+static __always_inline void keep(struct example *e, const struct subject *s, __u32 program)
+{
+	__u64 *turn = bpf_map_lookup_elem(&turns, &program);
+
+	if (!turn)
+		return;
+	if (s->skb) {
+		const unsigned char *head = s->skb->head;
+		__u32 tail = s->skb->tail;
+		__u32 length = tail - s->network;
+
+		if (s->network < tail) {
+			if (length > HEADER_LIMIT)
+				length = HEADER_LIMIT;
+			if (!bpf_probe_read_kernel(e->header, length, head + s->network))
+				e->headers = length;
+		}
+	}
+	__u32 slot = program * KEPT + __sync_fetch_and_add(turn, 1) % KEPT;
+
+	bpf_map_update_elem(&recent, &slot, e, BPF_ANY);
+}
+
+/* show sends an example to user space, or keeps it for who looks later. */
 static __always_inline void show(void *ctx, const struct subject *s, __u32 program, bool stack)
 {
 	struct example *e = bpf_map_lookup_elem(&drafts, &program);
@@ -696,6 +816,10 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 	e->stack_bytes = 0;
 	if (stack)
 		e->stack_bytes = bpf_get_stack(ctx, e->stack, sizeof(e->stack), 0);
+	if (keeps) {
+		keep(e, s, program);
+		return;
+	}
 	if (!s->skb) {
 		bpf_perf_event_output(ctx, &examples, BPF_F_CURRENT_CPU, e, sizeof(*e));
 		return;
@@ -717,6 +841,22 @@ static __always_inline struct event *find_event(const struct subject *s)
 	return bpf_map_lookup_elem(&beside, &s->key);
 }
 
+static __always_inline void met_again(struct event *e, const struct subject *s, __u64 now)
+{
+	if (!e->count) { /* met on another processor */
+		e->first = now;
+		e->source_port = s->source_port;
+		e->destination_port = s->destination_port;
+		e->socket = s->socket;
+		if (s->dev)
+			bpf_probe_read_kernel_str(e->device, sizeof(e->device), s->dev->name);
+	}
+	e->count++;
+	e->last = now;
+	if (s->length > e->longest)
+		e->longest = s->length;
+}
+
 /* note counts an event, and shows it if its like was not met before; then it returns
  * true. */
 static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bool stack)
@@ -733,18 +873,9 @@ static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bo
 	__u64 now = bpf_ktime_get_ns();
 
 	if (e) {
-		if (!e->count) { /* met on another processor */
-			e->first = now;
-			e->source_port = s->source_port;
-			e->destination_port = s->destination_port;
-			e->socket = s->socket;
-			if (s->dev)
-				bpf_probe_read_kernel_str(e->device, sizeof(e->device), s->dev->name);
-		}
-		e->count++;
-		e->last = now;
-		if (s->length > e->longest)
-			e->longest = s->length;
+		met_again(e, s, now);
+		if (keeps && affordable(program, now))
+			show(ctx, s, program, stack);
 		return false;
 	}
 	struct event fresh = {
@@ -1009,6 +1140,78 @@ int state(__u64 *ctx)
 	s.retransmits = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_retransmits);
 	port_of_service(&s, before);
 	note(ctx, &s, KIND_STATE, false);
+	return 0;
+}
+
+static __always_inline enum ending ending_of(const struct sock *sk, __u8 before)
+{
+	int error = sk->sk_err;
+
+	if (before == STATE_SYN_SENT && error == 111) /* ECONNREFUSED */
+		return ENDING_REFUSED;
+	if (before == STATE_SYN_SENT || error == 110) /* ETIMEDOUT */
+		return ENDING_UNANSWERED;
+	return error == 104 ? ENDING_RESET : ENDING_ANY; /* ECONNRESET */
+}
+
+static __always_inline void count_ending(enum ending how)
+{
+	__u64 *count = bpf_map_lookup_elem(&ended, &how);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+}
+
+/* A TCP connection has ended. Its numbers are read then, which costs nothing while it
+ * lasts. */
+SEC("tp_btf/inet_sock_set_state")
+int end(__u64 *ctx)
+{
+	const struct sock *sk = (const struct sock *)ctx[0];
+	__u8 before = ctx[1], after = ctx[2];
+	struct flow_key key = {};
+	struct flow fresh = {}, *f;
+	struct subject s = {};
+
+	if (after != STATE_CLOSE || before == STATE_LISTEN || before == STATE_CLOSE || !sk)
+		return 0;
+	if (sk->sk_protocol != IPPROTO_TCP || !read_socket(&s, sk))
+		return 0;
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	enum ending how = ending_of(sk, before);
+
+	count_ending(ENDING_ANY);
+	if (how)
+		count_ending(how);
+	s.key.protocol = IPPROTO_TCP;
+	port_of_service(&s, before);
+	key.of_client = !(s.key.flags & FLAG_SOURCE);
+	key.client = key.of_client ? s.key.source : s.key.destination;
+	key.server = key.of_client ? s.key.destination : s.key.source;
+	key.port = s.key.port;
+	key.netns = s.key.netns;
+	f = bpf_map_lookup_elem(&flows, &key);
+	if (!f) {
+		bpf_map_update_elem(&flows, &key, &fresh, BPF_NOEXIST);
+		f = bpf_map_lookup_elem(&flows, &key);
+		if (!f)
+			return 0;
+	}
+	__sync_fetch_and_add(&f->ended[ENDING_ANY], 1);
+	if (how == ENDING_REFUSED)
+		__sync_fetch_and_add(&f->ended[ENDING_REFUSED], 1);
+	if (how == ENDING_UNANSWERED)
+		__sync_fetch_and_add(&f->ended[ENDING_UNANSWERED], 1);
+	if (how == ENDING_RESET)
+		__sync_fetch_and_add(&f->ended[ENDING_RESET], 1);
+	__sync_fetch_and_add(&f->sent, BPF_CORE_READ(tcp, bytes_acked));
+	__sync_fetch_and_add(&f->received, BPF_CORE_READ(tcp, bytes_received));
+	__sync_fetch_and_add(&f->retransmits, BPF_CORE_READ(tcp, total_retrans));
+	__u32 rtt = BPF_CORE_READ(tcp, srtt_us) >> 3;
+
+	if (rtt > f->longest_rtt)
+		f->longest_rtt = rtt;
+	f->last = bpf_ktime_get_ns();
 	return 0;
 }
 

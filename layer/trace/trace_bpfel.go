@@ -19,6 +19,16 @@ type traceBudget struct {
 	Used  uint64
 }
 
+type traceEnding uint32
+
+const (
+	traceEndingENDING_ANY        traceEnding = 0
+	traceEndingENDING_REFUSED    traceEnding = 1
+	traceEndingENDING_UNANSWERED traceEnding = 2
+	traceEndingENDING_RESET      traceEnding = 3
+	traceEndingENDINGS           traceEnding = 4
+)
+
 type traceEvent struct {
 	_               structs.HostLayout
 	Count           uint64
@@ -80,6 +90,33 @@ type traceExample struct {
 	Header          [128]uint8
 }
 
+type traceFlow struct {
+	_           structs.HostLayout
+	Ended       [4]uint64
+	Sent        uint64
+	Received    uint64
+	Retransmits uint64
+	Last        uint64
+	LongestRtt  uint32
+	Zero        uint32
+}
+
+type traceFlowKey struct {
+	_      structs.HostLayout
+	Client struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Server struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Netns    uint32
+	Port     uint16
+	OfClient uint8
+	Zero     uint8
+}
+
 type traceKind uint32
 
 const (
@@ -108,6 +145,12 @@ type traceRange struct {
 	}
 }
 
+type traceShareKey struct {
+	_      structs.HostLayout
+	Netns  uint32
+	Reason uint32
+}
+
 type traceSide struct {
 	_        structs.HostLayout
 	FromPort uint16
@@ -123,14 +166,20 @@ const (
 	traceMapBeside           = "beside"
 	traceMapBudgets          = "budgets"
 	traceMapDrafts           = "drafts"
+	traceMapEnded            = "ended"
 	traceMapEvents           = "events"
 	traceMapExamples         = "examples"
+	traceMapFlows            = "flows"
+	traceMapRecent           = "recent"
+	traceMapShares           = "shares"
 	traceMapSides            = "sides"
 	traceMapTotals           = "totals"
+	traceMapTurns            = "turns"
 	traceMapWanted           = "wanted"
 	traceProgBadChecksum     = "bad_checksum"
 	traceProgCall            = "call"
 	traceProgDrop            = "drop"
+	traceProgEnd             = "end"
 	traceProgIcmp            = "icmp"
 	traceProgNeighbour       = "neighbour"
 	traceProgQueueFull       = "queue_full"
@@ -153,6 +202,7 @@ const (
 	traceVarEach             = "each"
 	traceVarEnds             = "ends"
 	traceVarExamplesA_second = "examples_a_second"
+	traceVarKeeps            = "keeps"
 	traceVarPackets          = "packets"
 	traceVarResetReason      = "reset_reason"
 )
@@ -202,6 +252,7 @@ type traceProgramSpecs struct {
 	BadChecksum  *ebpf.ProgramSpec `ebpf:"bad_checksum"`
 	Call         *ebpf.ProgramSpec `ebpf:"call"`
 	Drop         *ebpf.ProgramSpec `ebpf:"drop"`
+	End          *ebpf.ProgramSpec `ebpf:"end"`
 	Icmp         *ebpf.ProgramSpec `ebpf:"icmp"`
 	Neighbour    *ebpf.ProgramSpec `ebpf:"neighbour"`
 	QueueFull    *ebpf.ProgramSpec `ebpf:"queue_full"`
@@ -220,10 +271,15 @@ type traceMapSpecs struct {
 	Beside   *ebpf.MapSpec `ebpf:"beside"`
 	Budgets  *ebpf.MapSpec `ebpf:"budgets"`
 	Drafts   *ebpf.MapSpec `ebpf:"drafts"`
+	Ended    *ebpf.MapSpec `ebpf:"ended"`
 	Events   *ebpf.MapSpec `ebpf:"events"`
 	Examples *ebpf.MapSpec `ebpf:"examples"`
+	Flows    *ebpf.MapSpec `ebpf:"flows"`
+	Recent   *ebpf.MapSpec `ebpf:"recent"`
+	Shares   *ebpf.MapSpec `ebpf:"shares"`
 	Sides    *ebpf.MapSpec `ebpf:"sides"`
 	Totals   *ebpf.MapSpec `ebpf:"totals"`
+	Turns    *ebpf.MapSpec `ebpf:"turns"`
 	Wanted   *ebpf.MapSpec `ebpf:"wanted"`
 }
 
@@ -244,6 +300,7 @@ type traceVariableSpecs struct {
 	Each             *ebpf.VariableSpec `ebpf:"each"`
 	Ends             *ebpf.VariableSpec `ebpf:"ends"`
 	ExamplesA_second *ebpf.VariableSpec `ebpf:"examples_a_second"`
+	Keeps            *ebpf.VariableSpec `ebpf:"keeps"`
 	Packets          *ebpf.VariableSpec `ebpf:"packets"`
 	ResetReason      *ebpf.VariableSpec `ebpf:"reset_reason"`
 }
@@ -271,10 +328,15 @@ type traceMaps struct {
 	Beside   *ebpf.Map `ebpf:"beside"`
 	Budgets  *ebpf.Map `ebpf:"budgets"`
 	Drafts   *ebpf.Map `ebpf:"drafts"`
+	Ended    *ebpf.Map `ebpf:"ended"`
 	Events   *ebpf.Map `ebpf:"events"`
 	Examples *ebpf.Map `ebpf:"examples"`
+	Flows    *ebpf.Map `ebpf:"flows"`
+	Recent   *ebpf.Map `ebpf:"recent"`
+	Shares   *ebpf.Map `ebpf:"shares"`
 	Sides    *ebpf.Map `ebpf:"sides"`
 	Totals   *ebpf.Map `ebpf:"totals"`
+	Turns    *ebpf.Map `ebpf:"turns"`
 	Wanted   *ebpf.Map `ebpf:"wanted"`
 }
 
@@ -283,10 +345,15 @@ func (m *traceMaps) Close() error {
 		m.Beside,
 		m.Budgets,
 		m.Drafts,
+		m.Ended,
 		m.Events,
 		m.Examples,
+		m.Flows,
+		m.Recent,
+		m.Shares,
 		m.Sides,
 		m.Totals,
+		m.Turns,
 		m.Wanted,
 	)
 }
@@ -308,6 +375,7 @@ type traceVariables struct {
 	Each             *ebpf.Variable `ebpf:"each"`
 	Ends             *ebpf.Variable `ebpf:"ends"`
 	ExamplesA_second *ebpf.Variable `ebpf:"examples_a_second"`
+	Keeps            *ebpf.Variable `ebpf:"keeps"`
 	Packets          *ebpf.Variable `ebpf:"packets"`
 	ResetReason      *ebpf.Variable `ebpf:"reset_reason"`
 }
@@ -319,6 +387,7 @@ type tracePrograms struct {
 	BadChecksum  *ebpf.Program `ebpf:"bad_checksum"`
 	Call         *ebpf.Program `ebpf:"call"`
 	Drop         *ebpf.Program `ebpf:"drop"`
+	End          *ebpf.Program `ebpf:"end"`
 	Icmp         *ebpf.Program `ebpf:"icmp"`
 	Neighbour    *ebpf.Program `ebpf:"neighbour"`
 	QueueFull    *ebpf.Program `ebpf:"queue_full"`
@@ -335,6 +404,7 @@ func (p *tracePrograms) Close() error {
 		p.BadChecksum,
 		p.Call,
 		p.Drop,
+		p.End,
 		p.Icmp,
 		p.Neighbour,
 		p.QueueFull,

@@ -39,6 +39,9 @@ type Options struct {
 	// Packets is given every packet that died and was asked for, as far as MostPackets
 	// reaches.
 	Packets func(Packet)
+	// Always watches as the layer does, all the time: what concerns packets and the ends of
+	// connections, with the last examples kept in the kernel.
+	Always bool
 	// EveryDrop sends every drop to this process with its stack, instead of counting
 	// in the kernel: to measure what that costs.
 	EveryDrop bool
@@ -55,6 +58,14 @@ type Recording struct {
 	Received uint64
 	// Totals are how many events of each kind and reason there were; none is ever lost.
 	Totals []Total
+
+	// Of Always alone: Examples are the last events of each kind, at most a few a second,
+	// the newest first; Shares are packets that died by namespace and reason, Flows the
+	// connections that have ended, of which FlowsLost are no more known.
+	Examples  []cause.Event
+	Shares    []Share
+	Flows     []Flow
+	FlowsLost uint64
 }
 
 // Total is how many events of a kind there were.
@@ -91,6 +102,7 @@ type Session struct {
 	begun      time.Duration // of CLOCK_MONOTONIC, which the programs read too
 	missing    []string
 	reasons    reasons
+	always     bool // what is read are the layer's maps
 
 	mu       sync.Mutex // for examples
 	examples map[traceEventKey]*sample
@@ -120,7 +132,7 @@ func Watch(o Options) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{examples: map[traceEventKey]*sample{}}
+	s := &Session{always: o.Always, examples: map[traceEventKey]*sample{}}
 	chosen, err := s.choose(kernel, spec, wanted(&o))
 	if err != nil {
 		return nil, err
@@ -161,7 +173,7 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 	}
 	settings := map[string]any{
 		traceVarChosen: len(o.Namespaces) > 0, traceVarEach: o.EveryDrop, traceVarPackets: o.Packets != nil,
-		traceVarEnds:        ends,
+		traceVarEnds: ends, traceVarKeeps: o.Always,
 		traceVarCallConnect: uint32(unix.SYS_CONNECT), traceVarCallBind: uint32(unix.SYS_BIND),
 		traceVarCallSendto: uint32(unix.SYS_SENDTO), traceVarCallSendmsg: uint32(unix.SYS_SENDMSG),
 		traceVarCallSendmmsg: uint32(unix.SYS_SENDMMSG), traceVarCallWrite: uint32(unix.SYS_WRITE),
@@ -169,6 +181,13 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 	}
 	if o.Packets != nil {
 		settings[traceVarExamplesA_second] = uint32(MostPackets)
+	}
+	if o.Always {
+		settings[traceVarExamplesA_second] = uint32(alwaysExamples)
+	} else {
+		for _, name := range alwaysMaps {
+			spec.Maps[name].MaxEntries = 1
+		}
 	}
 	for name, value := range settings {
 		if err := spec.Variables[name].Set(value); err != nil {
@@ -290,6 +309,9 @@ func (s *Session) countEvery() {
 	}
 }
 
+// Look says what was seen until now, and goes on.
+func (s *Session) Look() (*Recording, error) { return s.record() }
+
 // Stop ends watching and says what was seen.
 func (s *Session) Stop() (*Recording, error) {
 	defer s.close()
@@ -339,14 +361,17 @@ var probes = []probe{
 	{traceProgBadChecksum, "tcp_bad_csum", []string{"sk_buff"}},
 	{traceProgState, "inet_sock_set_state", []string{"sock", "", ""}},
 	{traceProgCall, "sys_exit", []string{"pt_regs", ""}},
+	{traceProgEnd, "inet_sock_set_state", []string{"sock", "", ""}},
 }
 
 // wanted are the programs that are asked for.
 func wanted(o *Options) []probe {
-	if o.Calls {
-		return probes
+	if o.Always {
+		return lasting()
 	}
-	return slices.DeleteFunc(slices.Clone(probes), func(p probe) bool { return p.name == traceProgCall })
+	return slices.DeleteFunc(slices.Clone(probes), func(p probe) bool {
+		return p.name == traceProgCall && !o.Calls || p.name == traceProgEnd
+	})
 }
 
 // choose finds which tracepoints the kernel has, with the arguments that our programs
