@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -132,15 +131,4 @@ func ownWords(ctx context.Context, self string, words []string) ([]byte, error) 
 		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(said.String()))
 	}
 	return out.Bytes(), err
-}
-
-// bounded keeps the beginning of what is written.
-type bounded struct {
-	bytes.Buffer
-	most int
-}
-
-func (b *bounded) Write(p []byte) (int, error) {
-	b.Buffer.Write(p[:min(len(p), b.most-b.Len())])
-	return len(p), nil
 }

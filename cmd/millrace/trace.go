@@ -24,6 +24,7 @@ type watching struct {
 	spaces []string
 	window time.Duration
 	pcap   string
+	nodes  []string
 	// at and from are where names are asked for.
 	at   place
 	from wishes
@@ -50,6 +51,7 @@ network plug-in, and leaves nothing behind, also when it is killed.
   millrace trace 10.244.1.4 10.96.0.10:53
   millrace trace 10.244.0.0/16 -o json --for 1m
   millrace trace --pcap died.pcapng
+  millrace trace shop/web-0 shop/db --nodes all --source kube:config --for 10s
 FROM and TO are an address, one with a port, a range, the name of a pod or a
 Service (NAMESPACE/NAME), or that of a network namespace, and stand for packets in
 both directions, before and behind the translation that a Service makes. Names are those
@@ -57,11 +59,15 @@ that the agent knows, or --source. Without --for it goes on until Ctrl-C. Needs 
 or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 		Args: cobra.MaximumNArgs(2),
 	}, readsOnly, func(ctx context.Context, args []string) error {
+		if len(w.nodes) > 0 {
+			return w.traceNodes(ctx, s, args)
+		}
 		return w.trace(ctx, s, args)
 	}, exitFindings, exitIncomplete, exitUnavailable, exitPrivilege)
 	c.Flags().StringSliceVar(&w.spaces, "netns", nil, "network namespaces to look at: a name below /run/netns, a path, a process's number, or node (default: all of this node)")
 	flagFor(c, &w.window, 0, "how long to watch; 0 is until Ctrl-C")
 	c.Flags().StringVar(&w.pcap, "pcap", "", "write the packets that died to this `file`, as pcapng with the reason as a comment")
+	c.Flags().StringSliceVar(&w.nodes, "nodes", nil, "watch on these nodes, or all, by the agents that run there and --source kube:PATH, instead of on this one")
 	w.at.flagRun(c)
 	w.from.flagsAs(c, "where names of pods and Services come from, without an agent: "+sourceForms)
 	return c
@@ -110,6 +116,11 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	}
 	r := newTraceReport(evidence, verdicts, spaces, q)
 	r.Others = len(others)
+	return r.tell(s)
+}
+
+// tell prints the report and says how the command ends.
+func (r *traceReport) tell(s *settings) (err error) {
 	if s.json() {
 		err = printJSON(r)
 	} else {

@@ -36,7 +36,22 @@ func (n *names) parseEnds(args []string) (all ends, err error) {
 	return all, nil
 }
 
+// parseEnd reads one, or several addresses with commas.
 func (n *names) parseEnd(arg string) (end, error) {
+	if several := strings.Split(arg, ","); len(several) > 1 {
+		var all []trace.Range
+		for _, one := range several {
+			e, err := n.parseEnd(one)
+			if err != nil {
+				return end{}, err
+			}
+			if e.space != "" {
+				return end{}, usage("%q: only addresses can be several", arg)
+			}
+			all = append(all, e.ranges...)
+		}
+		return end{ranges: all}, nil
+	}
 	if both, err := netip.ParseAddrPort(arg); err == nil {
 		return n.led([]trace.Range{{Prefix: whole(both.Addr()), Port: both.Port()}}), nil
 	}

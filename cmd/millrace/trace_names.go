@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -96,6 +97,9 @@ func (n *names) addService(s *model.Service) {
 		}
 	}
 }
+
+// podNames are the names of pods.
+func (n *names) podNames() []string { return slices.Collect(maps.Values(n.pods)) }
 
 // nameOf is whose an address is, "" if nobody's.
 func (n *names) nameOf(addr netip.Addr) string {

@@ -14,12 +14,14 @@ import (
 
 // traceReport is what a trace found, and its JSON form (docs/trace.md).
 type traceReport struct {
-	Version       int             `json:"version"`
-	WindowSeconds float64         `json:"window_seconds"`
-	Node          string          `json:"node"`
-	Kernel        string          `json:"kernel"`
-	Namespaces    []string        `json:"namespaces"`
-	Verdicts      []cause.Verdict `json:"verdicts"`
+	Version       int     `json:"version"`
+	WindowSeconds float64 `json:"window_seconds"`
+	Node          string  `json:"node"`
+	// Nodes are those that --nodes asked and that answered.
+	Nodes      []string        `json:"nodes,omitempty"`
+	Kernel     string          `json:"kernel"`
+	Namespaces []string        `json:"namespaces"`
+	Verdicts   []cause.Verdict `json:"verdicts"`
 	// Others is how many verdicts are about packets that were not asked for.
 	Others int `json:"others"`
 	// Folded are packets that died as they have to where all is well.
@@ -78,6 +80,9 @@ func (r *traceReport) print(w io.Writer) error {
 		where := v.Where.Namespace
 		if v.Where.Pod != "" {
 			where = fmt.Sprintf("pod %s (%s)", v.Where.Pod, v.Where.Namespace)
+		}
+		if len(r.Nodes) > 0 {
+			where = "node " + v.Where.Node + ": " + where
 		}
 		for _, more := range []string{v.Where.Hook, v.Where.Interface} {
 			if more != "" {

@@ -8,6 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // ErrNoAnswer says that no API server has answered: another time one may.
@@ -49,6 +50,9 @@ func askEach(settings Settings, act string, ask func(at *server) (decided bool, 
 	}
 	return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 }
+
+// answered says that an API server has said why not.
+func answered(err error) bool { return apierrors.ReasonForError(err) != metav1.StatusReasonUnknown }
 
 var errNoKey = errors.New("it has no such key")
 

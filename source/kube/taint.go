@@ -8,7 +8,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -19,7 +18,7 @@ import (
 func RemoveTaint(ctx context.Context, settings Settings, key string) (was bool, err error) {
 	err = askEach(settings, "take the taint "+key+" off Node "+settings.Node, func(at *server) (decided bool, err error) {
 		was, err = at.removeTaint(ctx, settings.Node, key)
-		return apierrors.ReasonForError(err) != metav1.StatusReasonUnknown, err
+		return answered(err), err
 	})
 	return was, err
 }

@@ -61,10 +61,10 @@ func on(t *testing.T, n node, command string) string {
 
 // The agent runs with these capabilities of capabilities(7) and no other, without
 // a way to get more, behind seccomp's filter.
-func TestInstalledAgentHasFiveCapabilities(t *testing.T) {
+func TestInstalledAgentHasSixCapabilities(t *testing.T) {
 	needsInstalled(t)
-	const netAdmin, sysPtrace, sysAdmin, perfmon, bpf = 12, 19, 21, 38, 39
-	set := fmt.Sprintf("%016x", 1<<netAdmin|1<<sysPtrace|1<<sysAdmin|1<<perfmon|1<<bpf)
+	const netAdmin, sysPtrace, sysAdmin, syslog, perfmon, bpf = 12, 19, 21, 34, 38, 39
+	set := fmt.Sprintf("%016x", 1<<netAdmin|1<<sysPtrace|1<<sysAdmin|1<<syslog|1<<perfmon|1<<bpf)
 	want := map[string]string{"CapEff": set, "CapPrm": set, "CapBnd": set, "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1", "Seccomp": "2"}
 	for _, n := range allNodes() {
 		has := map[string]string{}

@@ -32,7 +32,7 @@ func TestKubernetes(t *testing.T) {
 	ours(t, t.Context(), "up", "--proxy", "millrace")
 	t.Run("conformance", judged)
 	t.Setenv("MILLRACE_INSTALLED", "1")
-	t.Run("capabilities", TestInstalledAgentHasFiveCapabilities)
+	t.Run("capabilities", TestInstalledAgentHasSixCapabilities)
 	t.Run("conntrack", TestInstalledSetsConntrack)
 	t.Run("taint", TestInstalledTakesTheStartupTaintOff)
 	t.Run("trace", TestInstalledTraceNamesTheCause)

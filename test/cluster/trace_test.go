@@ -55,7 +55,7 @@ const (
 // verdictText is what is looked at of a verdict of `millrace trace -o json`.
 type verdictText struct {
 	Cause, Title, Fix string
-	Where             struct{ Namespace, Pod string }
+	Where             struct{ Node, Namespace, Pod string }
 	Tuple             *struct {
 		SourceName      string `json:"source_name"`
 		DestinationName string `json:"destination_name"`
@@ -92,6 +92,17 @@ func TestInstalledTraceNamesTheCause(t *testing.T) {
 		t.Cleanup(func() { on(t, server2, "ip route del blackhole "+server+"; ip route replace "+route) })
 		named(t, trace(t, 80), "route-blackhole", func(v verdictText) error {
 			return errors.Join(contains("namespace", v.Where.Namespace, server2.name()), contains("fix", v.Fix, server))
+		})
+	})
+	t.Run("nodes", func(t *testing.T) {
+		route := strings.TrimSpace(on(t, server2, "ip -4 route show "+server))
+		on(t, server2, "ip route replace blackhole "+server)
+		t.Cleanup(func() { on(t, server2, "ip route del blackhole "+server+"; ip route replace "+route) })
+		// From where the API server is reached, as from somebody's laptop.
+		all := traceWhile(t, 80, exec.Command("nsenter", "--net=/run/netns/"+control, program(t), "trace", "traced/client", "traced/server",
+			"--nodes", "all", "--source", "kube:"+kubeconfig, "--for", "8s", "-o", "json"))
+		named(t, all, "route-blackhole", func(v verdictText) error {
+			return contains("node", v.Where.Node, server2.name())
 		})
 	})
 	t.Run("conntrack", func(t *testing.T) {
@@ -133,17 +144,28 @@ func callOnce(port int) []string {
 // while the client calls, and returns the verdicts.
 func trace(t *testing.T, port int) []verdictText {
 	t.Helper()
-	program, err := filepath.Abs(filepath.Join(root, "dist", "millrace-"+runtime.GOARCH))
-	if err != nil {
-		t.Fatal(err)
-	}
 	// The API server is not reached from where all namespaces of the nodes are seen.
 	cluster := filepath.Join(t.TempDir(), "cluster.yaml")
 	objects := kubectlOf(t, "get", "pods,services,endpointslices,nodes", "--all-namespaces", "-o", "yaml")
 	if err := os.WriteFile(cluster, []byte(objects), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	command := exec.Command(program, "trace", "traced/client", "traced/server", "--source", "dir:"+cluster, "--for", "8s", "-o", "json")
+	return traceWhile(t, port, exec.Command(program(t), "trace", "traced/client", "traced/server", "--source", "dir:"+cluster, "--for", "8s", "-o", "json"))
+}
+
+// program is millrace, as it is in the image.
+func program(t *testing.T) string {
+	t.Helper()
+	path, err := filepath.Abs(filepath.Join(root, "dist", "millrace-"+runtime.GOARCH))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// traceWhile runs a trace while the client calls.
+func traceWhile(t *testing.T, port int, command *exec.Cmd) []verdictText {
+	t.Helper()
 	command.Stderr = os.Stderr
 	stop := make(chan struct{})
 	ended := make(chan struct{})

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/millrace/millrace/layer/trace/cause"
+	"github.com/millrace/millrace/source/kube"
+)
+
+const (
+	// mostNodesWindow is how long nodes may watch: nobody stops one whose caller has gone.
+	mostNodesWindow = 10 * time.Minute
+	// nodesReading is what reading a node before and after may take beside the window.
+	nodesReading = time.Minute
+	// mostNodesAtOnce are asked at the same time.
+	mostNodesAtOnce = 64
+	// mostSaid bounds what is kept of what a node says.
+	mostSaid  = 32 << 20
+	everyNode = "all"
+)
+
+// traceNodes watches on nodes where agents run, all at the same time, and tells what
+// they say as one.
+func (w *watching) traceNodes(ctx context.Context, s *settings, args []string) error {
+	kubeconfig, named := strings.CutPrefix(w.from.source, "kube:")
+	switch {
+	case !named:
+		return usage("--nodes goes with --source kube:PATH, which says where the agents are")
+	case w.window <= 0 || w.window > mostNodesWindow:
+		return usage("--nodes takes --for 1s to %s: a node goes on watching when nobody is there any more", mostNodesWindow)
+	case len(w.spaces) > 0 || w.pcap != "":
+		return usage("--netns and --pcap are of one node: leave out --nodes, or run them there")
+	}
+	known, err := readNames(ctx, &w.at, &w.from)
+	if err != nil {
+		return err
+	}
+	command := []string{"trace"}
+	for _, arg := range args {
+		spelled, err := known.spelled(arg)
+		if err != nil {
+			return err
+		}
+		command = append(command, spelled)
+	}
+	command = append(command, "--for", w.window.String(), "-o", "json")
+	agents, err := w.agents(ctx, kube.Settings{Kubeconfig: kubeconfig, Servers: w.from.servers})
+	if err != nil {
+		return err
+	}
+	p := newProgress()
+	fmt.Fprintf(p, watchingWord+" %d nodes %s", len(agents), w.until())
+	said := askNodes(ctx, agents, command, w.window+nodesReading)
+	p.done()
+	r, err := joined(said)
+	if err != nil {
+		return err
+	}
+	known.describe(r.Verdicts)
+	return r.tell(s)
+}
+
+// agents are those on the nodes that are asked for.
+func (w *watching) agents(ctx context.Context, settings kube.Settings) ([]*kube.Agent, error) {
+	agents, err := kube.Agents(ctx, settings)
+	if err != nil {
+		return nil, err
+	}
+	if len(agents) == 0 {
+		return nil, &failure{exitIncomplete, errors.New("no agent of millrace runs in this cluster: docs/install.md says how to get one, and `millrace trace` on a node needs none")}
+	}
+	slices.SortFunc(agents, func(a, b *kube.Agent) int { return strings.Compare(a.Node, b.Node) })
+	if slices.Equal(w.nodes, []string{everyNode}) {
+		return agents, nil
+	}
+	for _, name := range w.nodes {
+		if !slices.ContainsFunc(agents, func(a *kube.Agent) bool { return a.Node == name }) {
+			return nil, usage("--nodes %s: no agent of millrace runs there", name)
+		}
+	}
+	return slices.DeleteFunc(agents, func(a *kube.Agent) bool { return !slices.Contains(w.nodes, a.Node) }), nil
+}
+
+// spelled is an end as any node understands it: a pod's name only its own node knows,
+// Services' all.
+func (n *names) spelled(arg string) (string, error) {
+	if _, err := n.parseEnd(arg); err != nil {
+		return "", err
+	}
+	name, port, given := strings.Cut(arg, ":")
+	if !slices.Contains(n.podNames(), name) {
+		if !strings.Contains(arg, "/") && !isAddress(arg) {
+			return "", usage("%q: name a pod, a Service or addresses with --nodes: each node has network namespaces of its own", arg)
+		}
+		return arg, nil
+	}
+	var all []string
+	for _, addr := range n.of[name] {
+		text := addr.String()
+		if given && addr.Is6() {
+			text = "[" + text + "]"
+		}
+		if given {
+			text += ":" + port
+		}
+		all = append(all, text)
+	}
+	return strings.Join(all, ","), nil
+}
+
+func isAddress(text string) bool {
+	_, pair := netip.ParseAddrPort(text)
+	_, one := netip.ParseAddr(strings.Trim(text, "[]"))
+	return pair == nil || one == nil
+}
+
+// answer is what a node said, or why it did not.
+type answer struct {
+	node   string
+	report *traceReport
+	err    error
+}
+
+func askNodes(ctx context.Context, agents []*kube.Agent, command []string, patience time.Duration) []answer {
+	all := make([]answer, len(agents))
+	room := make(chan struct{}, mostNodesAtOnce)
+	var asked sync.WaitGroup
+	for i, a := range agents {
+		asked.Go(func() {
+			room <- struct{}{}
+			defer func() { <-room }()
+			all[i] = askNode(ctx, a, command, patience)
+		})
+	}
+	asked.Wait()
+	return all
+}
+
+func askNode(ctx context.Context, a *kube.Agent, command []string, patience time.Duration) answer {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	out, said := bounded{most: mostSaid}, bounded{most: 8 << 10}
+	status, err := a.Exec(ctx, command, &out, &said)
+	if err == nil && status != exitOK && status != exitFindings {
+		err = fmt.Errorf("exit status %d: %s", status, strings.TrimSpace(said.String()))
+	}
+	var r traceReport
+	if err == nil {
+		if err = json.Unmarshal(out.Bytes(), &r); err != nil {
+			err = fmt.Errorf("its answer cannot be read, is it of another version? %w", err)
+		}
+	}
+	if err != nil {
+		return answer{node: a.Node, err: err}
+	}
+	return answer{node: a.Node, report: &r}
+}
+
+// joined makes one report of those of all nodes. A node that did not answer is told
+// among what was not seen; it fails if none did.
+func joined(all []answer) (*traceReport, error) {
+	r := &traceReport{Version: 1, Nodes: []string{}, Namespaces: []string{}, Verdicts: []cause.Verdict{}, Folded: []folded{}, Missing: []string{}}
+	var kernels []string
+	var failed error
+	for _, a := range all {
+		if a.err != nil {
+			failed = errors.Join(failed, fmt.Errorf("node %s: %w", a.node, a.err))
+			r.Missing = append(r.Missing, fmt.Sprintf("node %s: %v", a.node, a.err))
+			continue
+		}
+		on := func(name string) string { return a.node + ": " + name }
+		r.Nodes = append(r.Nodes, a.node)
+		r.WindowSeconds = max(r.WindowSeconds, a.report.WindowSeconds)
+		r.Others += a.report.Others
+		r.Lost += a.report.Lost
+		if !slices.Contains(kernels, a.report.Kernel) {
+			kernels = append(kernels, a.report.Kernel)
+		}
+		for _, name := range a.report.Namespaces {
+			r.Namespaces = append(r.Namespaces, on(name))
+		}
+		for _, v := range a.report.Verdicts {
+			v.Where.Node = a.node
+			r.Verdicts = append(r.Verdicts, v)
+		}
+		for _, f := range a.report.Folded {
+			f.Namespace = on(f.Namespace)
+			r.Folded = append(r.Folded, f)
+		}
+		for _, m := range a.report.Missing {
+			r.Missing = append(r.Missing, on(m))
+		}
+	}
+	if len(r.Nodes) == 0 {
+		return nil, &failure{exitIncomplete, failed}
+	}
+	r.Node, r.Kernel = strings.Join(r.Nodes, ", "), strings.Join(kernels, ", ")
+	return r, nil
+}
