@@ -701,7 +701,8 @@ func TestLongConnectionsAreOpenedAnew(t *testing.T) {
 		p, err := s.Pod(web.String())
 		return err == nil && p.Ready && p.Restarts == 1
 	})
-	if r := <-results; r == nil || r.Failed == 0 || r.Reconnects != 2 || r.Succeeded == 0 {
+	// One more may be opened to the pod while it dies, and again afterwards.
+	if r := <-results; r == nil || r.Failed == 0 || r.Reconnects < 2 || r.Reconnects > 4 || r.Succeeded == 0 {
 		t.Errorf("a pod that died and came back: %+v", r)
 	}
 }
