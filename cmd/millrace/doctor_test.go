@@ -301,6 +301,57 @@ var faults = []struct {
 		w.process(strings.Repeat("nameserver 10.0.0.1\\n", 4))
 		return nil
 	}, doctor.Warn, "namespace pod"},
+	{"CT-06", "packets that belong to nothing", func(w *ward) func() {
+		w.shell(w.pod, "nft 'table ip t { chain c { type filter hook input priority 0; ct state new accept; }; }'")
+		return w.raw(w.node, wardPod, func() []byte { // a TCP header that is shorter than one can be
+			return header(unix.IPPROTO_TCP, 0, wardNode, wardPod, []byte{0, 9, 0, 9, 0, 0, 0, 0})
+		})
+	}, doctor.Warn, "namespace pod"},
+	{"CT-09", "half-closed connections beside a kube-proxy", func(w *ward) func() {
+		w.sysctl(w.node, "net.netfilter.nf_conntrack_tcp_timeout_close_wait", "60")
+		w.called("kube-proxy")
+		return nil
+	}, doctor.Warn, "node"},
+	{"CT-15", "ten minutes", func(w *ward) func() {
+		w.sysctl(w.pod, "net.netfilter.nf_conntrack_tcp_timeout_established", "600")
+		return nil
+	}, doctor.Warn, "namespace pod"},
+	{"CT-16", "half a minute", func(w *ward) func() {
+		w.sysctl(w.pod, "net.netfilter.nf_conntrack_udp_timeout_stream", "30")
+		return nil
+	}, doctor.Warn, "namespace pod"},
+	{"HS-11", "a server of QUIC", func(w *ward) func() {
+		w.must(unix.Bind(w.open(w.pod, unix.AF_INET, unix.SOCK_DGRAM, 0), at("0.0.0.0", 443)))
+		return nil
+	}, doctor.Warn, "namespace pod"},
+	{"HS-12", "a list of 2015", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_rmem", "4096 87380 16777216"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-38", "no forwarding of IPv6", func(w *ward) func() {
+		w.shell(w.pod, "ip -6 route add default via fe80::1 dev eth0")
+		w.sysctl(w.node, "net.ipv6.conf.all.forwarding", "0")
+		return nil
+	}, doctor.Fail, "namespace pod"},
+	{"HS-40", "no time stamps", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_timestamps", "0"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-41", "no selective acknowledgements", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_sack", "0"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-42", "no window scaling", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_window_scaling", "0"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-43", "a short FIN-WAIT-2", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_fin_timeout", "10"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-44", "few retries", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_retries2", "3"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-45", "no cookies", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_syncookies", "0"); return nil }, doctor.Warn, "namespace pod"},
+	{"HS-46", "small packets", func(w *ward) func() { w.sysctl(w.pod, "net.ipv4.tcp_mtu_probing", "2"); return nil }, doctor.Warn, "namespace pod"},
+	{"MT-02", "jumbo frames that pods do not use", func(w *ward) func() {
+		w.shell(w.node, "ip link add up0 mtu 9000 type veth peer name up1; ip link set up1 up; ip link set up0 up; ip route add default dev up0")
+		return nil
+	}, doctor.Warn, "namespace pod"},
+	{"MT-14", "too narrow for IPv6", func(w *ward) func() {
+		w.shell(w.node, "ip link set veth1 mtu 1200")
+		w.shell(w.pod, "ip link set eth0 mtu 1200")
+		return nil
+	}, doctor.Warn, "namespace pod"},
+	{"CN-13", "a bridge that kube-proxy does not see", func(w *ward) func() {
+		w.shell(w.node, "ip link add cni0 type bridge; ip link set cni0 up; ip link set veth1 master cni0; "+
+			"sysctl -w net.bridge.bridge-nf-call-iptables=0 2>/dev/null || true; "+
+			"nft 'table ip kube-proxy { chain services { counter; }; }'")
+		return nil
+	}, doctor.Fail, "node"},
 	{"PX-02", "IPVS", func(w *ward) func() { w.shell(w.node, "ip link add kube-ipvs0 type bridge"); return nil }, doctor.Warn, "node"},
 	{"PX-08", "rules that were left", func(w *ward) func() {
 		w.shell(w.node, "nft 'table ip kube-proxy { chain services { counter; }; }'")
@@ -348,6 +399,20 @@ func (w *ward) process(resolv string) {
 	w.t.Cleanup(func() { c.Process.Kill(); c.Wait() })
 	_, err = out.Read(make([]byte, 1)) // it has its file
 	w.must(err)
+}
+
+// called starts a process of that name on the node.
+func (w *ward) called(name string) {
+	w.t.Helper()
+	sleep, err := exec.LookPath("sleep")
+	w.must(err)
+	program, err := os.ReadFile(sleep)
+	w.must(err)
+	file := filepath.Join(w.t.TempDir(), name)
+	w.must(os.WriteFile(file, program, 0o755))
+	c := exec.Command(file, "60")
+	w.must(netns.Do(w.node, c.Start))
+	w.t.Cleanup(func() { c.Process.Kill(); c.Wait() })
 }
 
 // Each fault is found, where it is. TestDoctorOfAHealthyNode says that nothing is found
