@@ -116,7 +116,8 @@ func (o *objects[T]) add(object []byte) error {
 	return nil
 }
 
-func (o *objects[T]) fails(why error) { o.all, o.err = nil, why }
+// fails keeps the words of a server whole, which say more than the cause at their end.
+func (o *objects[T]) fails(why error) { o.all, o.err = nil, errors.New(why.Error()) }
 
 // Lister gives the objects of a cluster: an API server, or manifests.
 type Lister interface {

@@ -80,7 +80,7 @@ var clusterFires = []story{
 	{"DN-15", "insecure", in("        cache 30\n", "        cache 30\n        autopath @kubernetes\n"), Warn, "autopath @kubernetes without pods verified"},
 	{"DN-16", "limited", in("limits: {memory: 170Mi}", "limits: {memory: 170Mi, cpu: 100m}"), Warn, "Pod kube-system/coredns-1 | pods | coredns: limits.cpu 100m"},
 	{"DN-17", "the node's servers", more(fmt.Sprintf(netPod, "shop", "true")), Warn, "Pod shop/p | pods | hostNetwork"},
-	{"DN-18", "another address", in("clusterDNS: [10.96.0.10]", "clusterDNS: [10.100.0.10]"), Fail, "clusterDNS: 10.100.0.10; the Service kube-dns has [10.96.0.10]"},
+	{"DN-18", "another address", in("clusterDNS: [10.96.0.10]", "clusterDNS: [10.100.0.10]"), Fail, "clusterDNS: 10.100.0.10; the Service kube-dns has 10.96.0.10"},
 	{"DN-19", "no policy", all(in(cilium, replaced), in("name: kube-proxy, namespace: kube-system, uid: u}\nspec: {template", "name: node-local-dns, namespace: kube-system, uid: u}\nspec: {template")), Warn, "DaemonSet kube-system/node-local-dns"},
 	{"DN-20", "all", in("        errors\n", "        errors\n        log\n"), Warn, "Corefile: log"},
 	{"CN-01", "an old word", in(cilium, "kube-proxy-replacement: strict"), Fail, "kube-proxy-replacement: strict"},
@@ -155,6 +155,7 @@ var clusterCalm = []story{
 	{id: "DN-15", what: "verified", change: all(in("        cache 30\n", "        cache 30\n        autopath @kubernetes\n"), in("pods insecure", "pods verified"))},
 	{id: "DN-17", what: "a system's pod", change: more(fmt.Sprintf(netPod, "kube-system", "true"))},
 	{id: "DN-18", what: "a cache on each node", change: in("clusterDNS: [10.96.0.10]", "clusterDNS: [169.254.20.10]")},
+	{id: "DN-18", what: "a cache at another address", change: in("clusterDNS: [10.96.0.10]", "clusterDNS: [169.254.25.10]")},
 	{id: "DN-19", what: "with a policy", change: all(in(cilium, replaced), in("name: kube-proxy, namespace: kube-system, uid: u}\nspec: {template", "name: node-local-dns, namespace: kube-system, uid: u}\nspec: {template"), more(`{apiVersion: cilium.io/v2, kind: CiliumLocalRedirectPolicy, metadata: {name: dns, namespace: kube-system}}`))},
 	{id: "DN-20", what: "errors only", change: in("        errors\n", "        errors\n        log . {\n            class error\n        }\n")},
 	{id: "CN-03", what: "by eBPF", change: in(cilium, replaced+`, enable-bpf-masquerade: "true"`)},
@@ -173,6 +174,7 @@ var clusterCalm = []story{
 	{id: "CN-17", what: "time is left", change: in("sleep 5", "sleep 29")},
 	{id: "CN-20", what: "pods of the node's network", change: more(`{apiVersion: v1, kind: Pod, metadata: {name: p, namespace: kube-system}, spec: {hostNetwork: true}, status: {phase: Running, podIPs: [{ip: 192.0.2.1}]}}`)},
 	{id: "CN-20", what: "one that has ended", change: all(in("podIPs: [{ip: 10.244.1.3}]", "podIPs: [{ip: 10.244.0.3}]"), in("status: {phase: Running, podIPs: [{ip: 10.244.0.3}]", "status: {phase: Succeeded, podIPs: [{ip: 10.244.0.3}]"))},
+	{id: "CN-20", what: "one that ends", change: all(in("podIPs: [{ip: 10.244.1.3}]", "podIPs: [{ip: 10.244.0.3}]"), in("name: web-1, namespace: shop, uid: u, labels: {app: web}", "name: web-1, namespace: shop, uid: u, deletionTimestamp: \"2026-01-01T00:00:00Z\", labels: {app: web}"))},
 	{id: "CN-21", what: "another plug-in", change: all(in("spec: {podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24]}", "spec: {}"), in("net-conf.json:", "other.json:"))},
 	{id: "GW-03", what: "another kind of backend", change: in("backendRefs: [{name: web, port: 80}", "backendRefs: [{kind: ServiceImport, name: wab, port: 80}")},
 	{id: "GW-04", what: "all Services", change: in(`kind: Service, name: kube-dns}]`, `kind: Service}]`)},
@@ -194,6 +196,8 @@ func TestBrokenConfiguration(t *testing.T) {
 		{"PX-17", in("kind: KubeProxyConfiguration\n", "kind: Other\n"), "there is no KubeProxyConfiguration among them"},
 		{"CN-22", in(`{"Network"`, `{Network`), "net-conf.json of kube-flannel/kube-flannel-cfg"},
 		{"DN-05", in("Corefile: |", "Other: |"), "there is no Corefile in a ConfigMap coredns"},
+		{"DN-02", in("k8s-app: kube-dns}}\nspec: {nodeName", "k8s-app: names}}\nspec: {nodeName"), "it is not known who serves names"},
+		{"DN-18", in("name: kube-dns, namespace: kube-system, uid: u, labels: {k8s-app: kube-dns}", "name: names, namespace: kube-system"), "there is no Service kube-dns"},
 	} {
 		w := healthy()
 		row.change(w)

@@ -1,7 +1,6 @@
 package doctor
 
 import (
-	"fmt"
 	"math"
 	"net/netip"
 	"slices"
@@ -184,7 +183,7 @@ var namesChecks = []Check{{
 }, {
 	ID: "DN-18", Layer: "dns", Title: "the kubelets name a DNS server that is not there", Severity: Critical, Scope: Whole,
 	Reads:   []string{ConfigMaps, Services},
-	When:    "clusterDNS of the KubeletConfiguration is neither an address of the Service kube-dns nor 169.254.20.10 (NodeLocal DNSCache)",
+	When:    "clusterDNS of the KubeletConfiguration is neither an address of the Service kube-dns nor link-local (169.254.20.10 or the like: NodeLocal DNSCache)",
 	Effect:  "New pods have an address in resolv.conf at which nobody answers: no name resolves in them.",
 	Source:  "https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/ (clusterDNS); https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/",
 	Fix:     "clusterDNS: [the ClusterIP of kube-dns] in the kubelets' configuration; or make the Service anew with that clusterIP",
@@ -359,9 +358,14 @@ func kubeletsAsk(v *view) {
 		return
 	}
 	own := dnsService(all)
+	if len(own) == 0 {
+		v.lacks(Services, "there is no Service kube-dns in kube-system, nor one with the label k8s-app: kube-dns")
+		return
+	}
 	for _, address := range kubelet.ClusterDNS {
-		if address != nodeLocal && !slices.Contains(own, address) {
-			v.fires(Critical, ConfigMaps, "clusterDNS: %s; the Service kube-dns has %s", address, fmt.Sprint(slices.Compact(own)))
+		addr, err := netip.ParseAddr(address)
+		if cached := err == nil && addr.IsLinkLocalUnicast(); !cached && !slices.Contains(own, address) {
+			v.fires(Critical, ConfigMaps, "clusterDNS: %s; the Service kube-dns has %s", address, strings.Join(slices.Compact(own), ", "))
 		} else {
 			v.sees(ConfigMaps, "clusterDNS: %s", address)
 		}

@@ -13,6 +13,7 @@ import (
 
 type meta struct {
 	Namespace, Name, UID string
+	DeletionTimestamp    string
 	Labels, Annotations  map[string]string
 }
 
@@ -193,10 +194,14 @@ func (p *pod) ready() bool {
 	return status == "True"
 }
 
-// addresses are those of its own, none for one in its node's namespace.
+// addresses are those of its own, none for one in its node's namespace, or one that ends:
+// its address may be another's already.
 func (p *pod) addresses() (all []netip.Addr) {
+	if p.Spec.HostNetwork || p.ended() || p.Metadata.DeletionTimestamp != "" {
+		return nil
+	}
 	for _, ip := range p.Status.PodIPs {
-		if addr, err := netip.ParseAddr(ip.IP); err == nil && !p.Spec.HostNetwork && !p.ended() {
+		if addr, err := netip.ParseAddr(ip.IP); err == nil {
 			all = append(all, addr)
 		}
 	}

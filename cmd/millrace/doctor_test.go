@@ -541,6 +541,10 @@ func TestDoctorWithoutRoot(t *testing.T) {
 func TestDoctorCommandLine(t *testing.T) {
 	empty := filepath.Join(t.TempDir(), "baseline.json")
 	write(t, empty, "{")
+	broken := filepath.Join(t.TempDir(), "broken.yaml")
+	write(t, broken, "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\nspec: {rules: [{backendRefs: [{name: absent, port: 80}]}]}\n---\nkind: [\n")
+	away := filepath.Join(t.TempDir(), "kubeconfig")
+	write(t, away, "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{name: c, context: {cluster: c}}]\nclusters: [{name: c, cluster: {server: \"http://127.0.0.1:1\"}}]\n")
 	for _, row := range []struct {
 		args   []string
 		status int
@@ -553,6 +557,17 @@ func TestDoctorCommandLine(t *testing.T) {
 		{[]string{"--only", "HS-05", "--severity", "critical"}, exitUsage, "none of these checks can be of severity critical"},
 		{[]string{"--for", "-1s"}, exitUsage, "--for -1s: use 0s to 24h"},
 		{[]string{"-o", "xml"}, exitUsage, `--output "xml": use text, json, junit, sarif or prom`},
+		{[]string{"--source", "dir:../../doctor/testdata"}, exitOK, "millrace doctor  cluster dir:../../doctor/testdata  "},
+		{[]string{"--source", "dir:../../doctor/testdata", "--only", "PX-12", "-o", "json"}, exitOK, `"cluster": "dir:../../doctor/testdata"`},
+		{[]string{"--source", "dir:../../doctor/testdata", "--only", "HS-05"}, exitUsage, "none of these checks looks at objects, and a folder has nothing else"},
+		{[]string{"--source", "dir:" + broken}, exitFindings, "GW-03  a route leads to a Service that is not there"},
+		{[]string{"--source", "dir:" + broken}, exitFindings, "not seen     " + broken + ":"},
+		{[]string{"--source", "dir:/absent"}, exitIncomplete, "open manifests /absent: no such file"},
+		{[]string{"--source", "etcd:x"}, exitUsage, `--source "etcd:x": use dir:PATH, kube:PATH or kube:`},
+		{[]string{"--api-server", "https://10.0.0.1:6443"}, exitUsage, "--api-server goes with --source kube: only"},
+		{[]string{"--only", "cluster"}, exitIncomplete, "no cluster is named: say --source kube:KUBECONFIG or"},
+		{[]string{"--source", "kube:/absent", "--only", "cluster"}, exitIncomplete, "read kubeconfig /absent"},
+		{[]string{"--source", "kube:" + away, "--only", "cluster"}, exitIncomplete, "no API server answers"},
 		{[]string{"--only", "HS-18", "--for", "0s", "--baseline", "/absent"}, exitIncomplete, "read baseline: open /absent: no such file"},
 		{[]string{"--only", "HS-18", "--for", "0s", "--baseline", empty}, exitIncomplete, "it has to be what `millrace doctor -o json` wrote"},
 		{[]string{"--only", "HS-13", "--for", "0s"}, exitOK, "millrace doctor  node "},
