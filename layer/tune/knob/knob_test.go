@@ -144,6 +144,7 @@ func TestOwners(t *testing.T) {
 		}, "somebody unknown: millrace tune had set it to 4096, and somebody has set it to 100 since: find out who, or let go of it: millrace tune undo accept-queue"},
 		{"accept-queue", func(_ *Facts, s *Space) { s.Values[somaxconn] = "100" }, "somebody unknown: a new namespace has 4096, so that somebody has set this to 100 (a script or a person): ask them, or put it back first"},
 		{"accept-queue", func(_ *Facts, s *Space) { s.Values[somaxconn], s.Node, s.Pod = "100", false, true }, "somebody unknown: a new namespace has 4096, so that somebody has set this to 100 (the pod's securityContext.sysctls, the CNI plug-in tuning, or a process in it): ask them, or put it back first"},
+		{"rps", func(_ *Facts, s *Space) { s.Values["eth0/rx-0/rps_cpus"] = "2" }, "somebody unknown: a new device has 0, so that the driver, a script or a person has set this to 2: ask them, or put it back first"},
 		{"fq", func(_ *Facts, s *Space) { s.Values[congestion], s.Values["eth0/qdisc"] = "bbr", "htb" }, "somebody unknown: somebody has chosen htb for eth0: ask them, or take it away (tc qdisc del dev eth0 root)"},
 	} {
 		k, _ := Find(row.id)

@@ -207,6 +207,9 @@ func (v *view) owner(w wish, current string) (owner, ask string) {
 	if kind, is := strings.CutSuffix(w.setting, "/qdisc"); is && !strings.HasPrefix(current, "default ") {
 		return "somebody unknown", fmt.Sprintf("somebody has chosen %s for %s: ask them, or take it away (tc qdisc del dev %s root)", current, kind, kind)
 	}
+	if strings.HasSuffix(w.setting, "ps_cpus") && current != "0" && !is {
+		return "somebody unknown", fmt.Sprintf("a new device has 0, so that the driver, a script or a person has set this to %s: ask them, or put it back first", current)
+	}
 	if fresh, known := v.Fresh[w.setting]; known && !is && v.k.Scope == Namespace && fresh != current {
 		who := "the pod's securityContext.sysctls, the CNI plug-in tuning, or a process in it"
 		if v.Node {
