@@ -212,6 +212,65 @@ func TestTuneTheMachine(t *testing.T) {
 	}
 }
 
+// What an agent keeps is the agent's.
+func TestTuneLeavesWhatAnAgentKeeps(t *testing.T) {
+	const established = "net.netfilter.nf_conntrack_tcp_timeout_established"
+	n := newNode(t)
+	n.setting(established)
+	home := t.TempDir()
+	n.run = filepath.Join(home, "agent")
+	config := filepath.Join(home, "kube-proxy.conf")
+	write(t, config, "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nconntrack: {maxPerCore: 0, tcpEstablishedTimeout: 48h}\n")
+	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1"))
+	n.start("--kube-proxy-config", config, "--kube-proxy-ports=false")
+	_, stderr, status := n.inside("tune", "apply", "conntrack-idle", "--for", "0s", "--run", filepath.Join(home, "tune"))
+	if want := established + " of node is set by conntrack.tcpEstablishedTimeout of " + config + ": millrace's agent keeps it so: change it there"; status != exitIncomplete || !strings.Contains(stderr, want) {
+		t.Errorf("exit status %d, %q; want %q", status, stderr, want)
+	}
+	if now := n.setting(established); now != "172800" {
+		t.Errorf("it is %s", now)
+	}
+}
+
+// What a server in a pod loses for want of a buffer is a finding for the machine's default.
+func TestTuneTheMachineForAPod(t *testing.T) {
+	w := newWorkshop(t)
+	w.must(netns.Do(w.pod, func() error {
+		server, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		w.must(err)
+		client, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		w.must(err)
+		at := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 5353}
+		w.must(unix.Bind(server, at))
+		w.must(unix.Connect(client, at))
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		w.t.Cleanup(func() { close(stop); <-stopped; unix.Close(server); unix.Close(client) })
+		go func() { // until the end: the window of the reading is anywhere
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(time.Millisecond):
+					unix.Write(client, make([]byte, 1000))
+				}
+			}
+		}()
+		return nil
+	}))
+	root := t.TempDir()
+	w.must(os.MkdirAll(filepath.Join(root, "net/core"), 0o755))
+	write(t, filepath.Join(root, "net/core/rmem_default"), "10000\n")
+	stdout, stderr, status := w.tune("apply", "datagram-buffer", "--proc-sys", root)
+	if status != exitFindings || !strings.HasPrefix(stdout, "~ net.core.rmem_default 10000 -> ") || !strings.Contains(stderr, "still seen: HS-14 in namespace pod") {
+		t.Errorf("exit status %d, %q, %q", status, stdout, stderr)
+	}
+	w.wants(exitOK, "- net.core.rmem_default", "undo", "datagram-buffer", "--proc-sys", root)
+	if value, err := (sysctl.Tree{Root: root}).Read("net.core.rmem_default"); value != "10000" {
+		t.Errorf("it is %q: %v", value, err)
+	}
+}
+
 // Pods that run already are asked for by consent alone.
 func TestTuneExistingPods(t *testing.T) {
 	w := newWorkshop(t)

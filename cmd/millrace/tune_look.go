@@ -19,9 +19,6 @@ import (
 	"github.com/millrace/millrace/layer/tune/knob"
 )
 
-// agentsFolder is where an agent keeps what it has set.
-const agentsFolder = "/run/millrace/agent/tune"
-
 func (t *tuning) ledger() *tune.Ledger { return tune.NewLedger(t.at.run, t.at.procSys, places) }
 
 // places are the network namespaces of this node, its own first.
@@ -219,7 +216,8 @@ func (t *tuning) holdings(facts *knob.Facts, chosen []tune.Place) error {
 	if len(facts.Spaces) == 0 || !facts.Spaces[0].Node {
 		return nil
 	}
-	agents := tune.New(tune.Settings{Folder: agentsFolder, Tree: sysctl.Tree{Root: t.at.procSys}})
+	folder := filepath.Join(filepath.Dir(t.at.run), "agent", "tune") // beside ours, where an agent's is
+	agents := tune.New(tune.Settings{Folder: folder, Tree: sysctl.Tree{Root: t.at.procSys}})
 	picture, err := agents.Look()
 	if err != nil {
 		return nil // it is of another network namespace, or of another form: then it is not this node's
