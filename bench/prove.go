@@ -17,11 +17,12 @@ type Load string
 // The loads. Of each more is better.
 const (
 	// BurstOfConnections is many connections to a server that takes none meanwhile, and
-	// then all: how many it gets. Their number is that of the larger queue, at most three
-	// times the smaller.
+	// then all: how many it gets. As many as the larger queue holds; at most 1,024, or half as
+	// many again as the smaller holds if that is more.
 	BurstOfConnections Load = "a burst of connections to a server that pauses"
 	// BurstOfDatagrams is many datagrams of 1,000 bytes to a UDP server that reads none
-	// meanwhile, and then all: how many it gets.
+	// meanwhile, and then all: how many it gets. As many as the larger buffer
+	// holds; at most 16,384, or half as many again as the smaller holds if that is more.
 	BurstOfDatagrams Load = "a burst of datagrams to a server that pauses"
 	// FullTable is new connections while the table of connection tracking holds those that
 	// there were: how many are let through. The limit is the whole machine's and stays:

@@ -19,8 +19,11 @@ import (
 )
 
 const (
-	// mostSockets is how many a burst opens at most, of 20,000 that a process usually may.
+	// mostSockets is how many a burst opens at most, of 20,000 that a process usually may:
+	// as many at both ends.
 	mostSockets = 8192
+	// mostDatagrams are 150 MB of memory.
+	mostDatagrams = 1 << 16
 	// mostTracked is the largest table that is filled: 400 MB.
 	mostTracked = 1 << 20
 	// newConnections come beside a full table, of which free find room.
@@ -44,12 +47,12 @@ func (o *ProveOptions) prepare(ctx context.Context, path, value string) (stand, 
 		if err := o.set(path, value); err != nil {
 			return nil, err
 		}
-		burst, err := o.smaller(3)
-		return &connectionBurst{connections: min(burst, mostSockets)}, err
+		burst, err := o.burst(1024, mostSockets)
+		return &connectionBurst{connections: burst}, err
 	case BurstOfDatagrams:
 		size, err := strconv.Atoi(value)
-		burst, err2 := o.smaller(16)
-		return &datagramBurst{size: size, burst: min(burst/datagramMemory+64, 1<<16)}, errors.Join(err, err2)
+		burst, err2 := o.burst(16384*datagramMemory, mostDatagrams*datagramMemory)
+		return &datagramBurst{size: size, burst: burst/datagramMemory + 64}, errors.Join(err, err2)
 	case FullTable:
 		return o.fill(ctx, path, value)
 	case Connections:
@@ -74,10 +77,18 @@ func (o *ProveOptions) numbers() (a, b int, err error) {
 	return a, b, nil
 }
 
-// smaller is the larger value, at most so many times the smaller.
-func (o *ProveOptions) smaller(times int) (int, error) {
+// burst is what both values are put under: as much as the larger of them holds; where that
+// is more than a cheap burst, half as much again as the smaller holds will do.
+func (o *ProveOptions) burst(cheap, most int) (int, error) {
 	a, b, err := o.numbers()
-	return min(max(a, b), times*min(a, b)), err
+	if err != nil {
+		return 0, err
+	}
+	small, large := min(a, b), max(a, b)
+	if n := min(large, max(cheap, small+small/2+1)); n <= most {
+		return n, nil
+	}
+	return 0, fmt.Errorf("%w: %s of %d: a burst that it has no room for would be larger than this makes (%d)", ErrOptions, o.Setting, small, most)
 }
 
 // connectionBurst is BurstOfConnections.

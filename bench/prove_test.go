@@ -82,6 +82,7 @@ func TestProveRefuses(t *testing.T) {
 		"rounds":   {Load: BurstOfConnections, Setting: "net.core.somaxconn", A: "1", B: "2", Rounds: 3},
 		"load":     {Load: "nonsense", A: "1", B: "2"},
 		"numbers":  {Load: BurstOfDatagrams, A: "many", B: "2"},
+		"too many": {Load: BurstOfConnections, Setting: "net.core.somaxconn", A: "8192", B: "16384"},
 		"zero":     {Load: BurstOfDatagrams, A: "0", B: "2"},
 		"nonsense": {Load: Connections, Setting: "net.ipv4.absent", A: "1", B: "2"},
 	} {

@@ -316,9 +316,9 @@ func (w *workshop) podIs(name string) {
 func TestTuneProve(t *testing.T) {
 	w := newWorkshop(t)
 	w.wants(exitFindings, "1 of 2 are harmful", "prove", "accept-queue=16", "datagram-buffer=1048576", "--rounds", "6")
-	stdout, _, status := w.tune("prove", "accept-queue=16384", "--rounds", "6", "-o", "json")
+	stdout, _, status := w.tune("prove", "accept-queue=16384", "accept-queue=5000", "--rounds", "6", "-o", "json")
 	var all proofs
-	if err := json.Unmarshal([]byte(stdout), &all); err != nil || status != exitOK || len(all.Proofs) != 1 || all.Proofs[0].Verdict != "keeps" || all.Proofs[0].Ratio.Low == nil {
+	if err := json.Unmarshal([]byte(stdout), &all); err != nil || status != exitOK || len(all.Proofs) != 2 || all.Proofs[0].Verdict != "keeps" || all.Proofs[0].Ratio.Low == nil || all.Proofs[1].B != "5000" {
 		t.Errorf("exit status %d: %q: %v", status, stdout, err)
 	}
 	w.wants(exitUsage, "no load here would show what it does", "prove", "local-ports=1")

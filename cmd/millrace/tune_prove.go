@@ -124,7 +124,7 @@ func (all *proofs) tell(s *settings) error {
 // those that are given with a value.
 func (t *tuning) trials(ctx context.Context, args []string) (trials []comparison, skipped []string, err error) {
 	var ids []string
-	given := map[string]string{}
+	var given [][2]string
 	for _, arg := range args {
 		name, value, has := strings.Cut(arg, "=")
 		if !has {
@@ -135,9 +135,10 @@ func (t *tuning) trials(ctx context.Context, args []string) (trials []comparison
 		if err != nil {
 			return nil, nil, err
 		}
-		given[setting] = value
+		given = append(given, [2]string{setting, value})
 	}
-	for setting, value := range given {
+	for _, one := range given {
+		setting, value := one[0], one[1]
 		now, err := t.valueOf(setting)
 		if err != nil {
 			return nil, nil, err
