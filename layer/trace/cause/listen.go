@@ -408,7 +408,7 @@ func (d *diagnosis) portClosed(s *Space, e *seen) {
 	}
 	v, fresh := d.verdict(NoListener, s, fmt.Sprint(e.Tuple.Protocol, to), e)
 	d.eventOf(v, e)
-	v.Title = fmt.Sprintf("nothing listens at %s %s in %s: %s refused", protocolName(e.Tuple.Protocol), shown(to), s.Name, times(e.Count, "packet was", "packets were"))
+	v.Title = fmt.Sprintf("nothing listens at %s in %s: %s refused", strings.TrimSpace(protocolName(e.Tuple.Protocol)+" "+shown(to)), s.Name, times(e.Count, "packet was", "packets were"))
 	if !fresh {
 		return
 	}
