@@ -24,6 +24,9 @@ type diagnosis struct {
 	events   []*seen
 	verdicts []*Verdict
 	keys     map[string]*Verdict
+	// homes are the spaces that have an address; stuck are the connections that do not get on.
+	homes map[netip.Addr][]*Space
+	stuck []Tuple
 	// narrow are the devices whose MTU a path MTU is, by namespace and name.
 	narrow map[string]*Verdict
 	// asks says that somebody asks about some of the events only.
@@ -54,9 +57,7 @@ func judge(e *Evidence) *diagnosis { return judgeFor(e, nil) }
 // judgeFor is judge for somebody who asks about some of the events; nil for all.
 func judgeFor(e *Evidence, asked func(*Event) bool) *diagnosis {
 	d := &diagnosis{Evidence: e, spaces: map[uint32]*Space{}, keys: map[string]*Verdict{}, narrow: map[string]*Verdict{}}
-	for _, s := range e.Spaces {
-		d.spaces[s.Inode] = s
-	}
+	d.index()
 	for i := range e.Events {
 		if d.spaces[e.Events[i].Space] != nil {
 			d.events = append(d.events, &seen{Event: &e.Events[i]})
@@ -86,6 +87,25 @@ func judgeFor(e *Evidence, asked func(*Event) bool) *diagnosis {
 		rule(d)
 	}
 	return d
+}
+
+// index finds once what is looked for with each event.
+func (d *diagnosis) index() {
+	d.homes = map[netip.Addr][]*Space{}
+	for _, s := range d.Spaces {
+		d.spaces[s.Inode] = s
+		for _, a := range s.Addrs {
+			addr := a.Prefix.Addr()
+			if all := d.homes[addr]; !addr.IsLoopback() && (len(all) == 0 || all[len(all)-1] != s) {
+				d.homes[addr] = append(all, s)
+			}
+		}
+		for i := range s.After.Sockets {
+			if o := &s.After.Sockets[i]; o.State == tcpSynSent || o.Retransmits > 0 {
+				d.stuck = append(d.stuck, Tuple{Protocol: o.Protocol, Source: o.Local, Destination: o.Remote})
+			}
+		}
+	}
 }
 
 // sort puts the surest verdicts first.
@@ -224,14 +244,7 @@ func (s *Space) owns(a netip.Addr) bool {
 }
 
 // owners are the spaces that have an address on a device other than loopback.
-func (d *diagnosis) owners(a netip.Addr) (all []*Space) {
-	for _, s := range d.Spaces {
-		if !a.IsLoopback() && s.owns(a) {
-			all = append(all, s)
-		}
-	}
-	return all
-}
+func (d *diagnosis) owners(a netip.Addr) []*Space { return d.homes[a] }
 
 // path is the kernel's answer for a destination: as asked for the packet, else for any.
 func (d *diagnosis) path(space uint32, from string, src, dst netip.Addr) *Path {
@@ -356,15 +369,7 @@ func (d *diagnosis) suffered(t Tuple) bool {
 			}
 		}
 	}
-	for _, s := range d.Spaces {
-		for _, socket := range s.After.Sockets {
-			stuck := socket.State == tcpSynSent || socket.Retransmits > 0
-			if stuck && same(Tuple{Protocol: socket.Protocol, Source: socket.Local, Destination: socket.Remote}, t) {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(d.stuck, func(o Tuple) bool { return same(o, t) })
 }
 
 // process is who holds the socket, in words; "" if nobody is known.
