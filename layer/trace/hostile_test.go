@@ -312,7 +312,7 @@ func FuzzExamples(f *testing.F) {
 		if one == nil {
 			return
 		}
-		s := &Session{names: map[uint64]string{one.Key.Location: "f"}, examples: map[traceEventKey]*sample{one.Key: one}}
+		s := &Session{names: map[uint64]string{one.Key.Location: "f"}}
 		p := s.packetOf(one)
 		if len(p.Data) > len(raw) {
 			t.Errorf("%d bytes of a packet out of %d", len(p.Data), len(raw))
@@ -323,7 +323,7 @@ func FuzzExamples(f *testing.F) {
 		if written := readCapture(t, file.Bytes()); len(written) != 1 || len(written[0].frame) != 14+len(p.Data) {
 			t.Errorf("%+v is written as %+v", p, written)
 		}
-		e, known := s.event(&tally{key: one.Key}, map[uint64]string{})
+		e, known := s.event(&tally{key: one.Key}, one, map[uint64]string{})
 		if known != (kinds[traceKind(one.Key.Kind)] != "") || known && !bytes.Equal(e.Packet, p.Data) {
 			t.Errorf("an event of %+v: %+v", one.Key, e)
 		}
