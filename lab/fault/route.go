@@ -72,6 +72,26 @@ func (p *Part) ruled(kind int) error {
 	return nil
 }
 
+// refusingRule is a rule of policy routing at the router that itself lets nothing through.
+func refusingRule(action uint8) func(*Part) error {
+	return serving(func(p *Part) error {
+		rule := netlink.NewRule()
+		rule.Type, rule.Priority, rule.Family = action, 1000+p.random.IntN(1000), unix.AF_INET
+		if p.six {
+			rule.Family = unix.AF_INET6
+		}
+		if p.draw(2) == 0 {
+			rule.Src = ipNet(one(p.from))
+		} else {
+			rule.Dst = ipNet(one(p.to))
+		}
+		if err := p.router.net.RuleAdd(rule); err != nil {
+			return fmt.Errorf("add rule %s in %s: %w", rule, p.router.name, err)
+		}
+		return nil
+	})
+}
+
 // routerKnowsNot: the client sends to a network that the router has no route to.
 func routerKnowsNot(p *Part) error {
 	p.to = p.elsewhere()
@@ -167,6 +187,10 @@ var routeFaults = []*Fault{
 		Causes: []string{"route-unreachable"}, Seen: []Outcome{Unreachable, NoNetwork, Timeout}, induce: leadingNowhere(unix.RTN_UNREACHABLE), send: calls},
 	{Name: "prohibit-route", behind: true, Says: "A route of type prohibit answers as a firewall may.",
 		Causes: []string{"route-prohibit"}, Seen: []Outcome{Unreachable, Prohibited, Timeout}, induce: leadingNowhere(unix.RTN_PROHIBIT), send: calls},
+	{Name: "unreachable-rule", Says: "A rule of policy routing refuses as unreachable: there is a route, and nobody looks for it.",
+		Causes: []string{"route-unreachable"}, Seen: []Outcome{Unreachable, NoNetwork, Timeout}, induce: refusingRule(unix.RTN_UNREACHABLE), send: calls},
+	{Name: "blackhole-rule", Says: "A rule of policy routing swallows.",
+		Causes: []string{"route-blackhole"}, Seen: []Outcome{Timeout, Silent}, induce: refusingRule(unix.RTN_BLACKHOLE), send: callsOrQuestions},
 	{Name: "router-no-route", behind: true, Number: "12", Says: "The router has no route to the destination.",
 		Causes: []string{"no-route"}, Seen: []Outcome{NoNetwork, Unreachable, Silent, Timeout}, induce: routerKnowsNot, send: callsOrQuestions},
 	{Name: "client-no-route", Number: "12b", Says: "The client itself has no route to the destination: nothing is sent.",

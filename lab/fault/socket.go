@@ -133,6 +133,38 @@ func filtered(p *Part) error {
 	return attach(raw.Control)
 }
 
+// signed lets the server take from the client only what is signed with a password, which
+// the client does not know of.
+func signed(p *Part) error {
+	p.blame(p.server)
+	l, err := listen(p.server, p.local(p.port), 128)
+	if err != nil {
+		return err
+	}
+	p.atEnd(func() { l.Close() })
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	const addresses = 128 // bytes of struct sockaddr_storage, which struct tcp_md5sig of linux/tcp.h begins with
+	value := make([]byte, addresses+8+80)
+	family := uint16(unix.AF_INET)
+	at := 4
+	if p.six {
+		family, at = unix.AF_INET6, 8
+	}
+	native.PutUint16(value, family)
+	copy(value[at:], p.from.AsSlice())
+	password := "sesame"
+	native.PutUint16(value[addresses+2:], uint16(len(password)))
+	copy(value[addresses+8:], password)
+	var refused error
+	err = raw.Control(func(fd uintptr) {
+		refused = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_MD5SIG, string(value))
+	})
+	return errors.Join(err, refused)
+}
+
 // fewPorts leaves the client a handful of ports.
 func fewPorts(p *Part) error {
 	p.blame(p.client)
@@ -171,6 +203,8 @@ var socketFaults = []*Fault{
 		Causes: []string{"local-ports-exhausted"}, Seen: []Outcome{NoAddress}, induce: serving(fewPorts), send: hold(20)},
 	{Name: "socket-filter", behind: true, Number: "28", Says: "A filter at the server's socket lets nothing in.",
 		Causes: []string{"socket-filter-drop"}, Seen: []Outcome{Silent}, induce: filtered, send: questions},
+	{Name: "tcp-signature", Says: "A server of TCP wants its packets signed, and the client does not sign them.",
+		Causes: []string{"tcp-signature"}, Seen: []Outcome{Timeout}, induce: signed, send: calls},
 	{Name: "zero-window", once: true, behind: true, Number: "30", Says: "A server does not read: its window is closed, and the sender waits.",
 		Causes: []string{"receiver-stalled"}, Seen: []Outcome{Hang}, induce: stalled, send: push},
 }

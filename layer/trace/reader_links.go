@@ -129,7 +129,7 @@ func linkOf(l netlink.Link, reply []byte) cause.Link {
 			Peers: map[string][]netip.Addr{}}
 		c.VXLAN.Local, c.VXLAN.Group = addrOf(v.SrcAddr), addrOf(v.Group)
 	}
-	c.PortState, c.Isolated = portState(reply)
+	c.PortState, c.Isolated, c.Withheld = portState(reply)
 	return c
 }
 
@@ -140,18 +140,26 @@ func addrOf(ip net.IP) netip.Addr {
 
 // portState is that of a bridge's port: IFLA_LINKINFO, IFLA_INFO_SLAVE_DATA,
 // IFLA_BRPORT_STATE and IFLA_BRPORT_ISOLATED.
-func portState(reply []byte) (name string, alone bool) {
+func portState(reply []byte) (name string, alone bool, withheld []string) {
 	const slaveKind, slaveData, state, isolated = 4, 5, 1, 33
 	info := inner(reply[unix.SizeofIfInfomsg:], unix.IFLA_LINKINFO)
 	if kind := inner(info, slaveKind); string(kind) != "bridge" && string(kind) != "bridge\x00" {
-		return "", false
+		return "", false, nil
 	}
 	port := inner(info, slaveData)
 	if s := inner(port, state); len(s) == 1 && int(s[0]) < len(portStates) {
 		name = portStates[s[0]]
 	}
+	for _, floods := range []struct { // IFLA_BRPORT_*_FLOOD
+		kind uint16
+		name string
+	}{{9, "flood"}, {27, "mcast_flood"}, {30, "bcast_flood"}} {
+		if on := inner(port, floods.kind); len(on) == 1 && on[0] == 0 {
+			withheld = append(withheld, floods.name)
+		}
+	}
 	i := inner(port, isolated)
-	return name, len(i) == 1 && i[0] != 0
+	return name, len(i) == 1 && i[0] != 0, withheld
 }
 
 // inner is the value of the first attribute of a kind.
@@ -337,7 +345,8 @@ func metric(n int) string {
 // refusingRules lists rules that let nothing through (struct fib_rule_hdr and FRA_* of
 // linux/fib_rules.h; the netlink library leaves their action out).
 func refusingRules(family int) (all []cause.Route) {
-	const to, from, input, preference, mark, output, action, header = 1, 2, 3, 6, 10, 17, 7, 12
+	const to, from, input, preference, mark, maskOfMark, output, action, header = 1, 2, 3, 6, 10, 16, 17, 7, 12
+	const users, protocol, sourcePorts, ports = 20, 22, 23, 24
 	replies, _ := dump(unix.RTM_GETRULE, unix.RTM_NEWRULE, nl.NewIfInfomsg(family)) // a kernel without them has none
 	for _, reply := range replies {
 		if len(reply) < header || refused[int(reply[action])] == "" {
@@ -372,7 +381,26 @@ func refusingRules(family int) (all []cause.Route) {
 		add("iif", name(input))
 		add("oif", name(output))
 		if m := number(mark); m != 0 {
-			add("fwmark", fmt.Sprintf("%#x", m))
+			value := fmt.Sprintf("%#x", m)
+			if mask := number(maskOfMark); mask != 0 && mask != 1<<32-1 {
+				value += fmt.Sprintf("/%#x", mask)
+			}
+			add("fwmark", value)
+		}
+		if value := inner(raw, users); len(value) == 8 {
+			add("uidrange", fmt.Sprintf("%d-%d", binary.NativeEndian.Uint32(value), binary.NativeEndian.Uint32(value[4:])))
+		}
+		if value := inner(raw, protocol); len(value) == 1 {
+			add("ipproto", fmt.Sprint(value[0]))
+		}
+		for _, of := range []struct {
+			word string
+			kind uint16
+		}{{"sport", sourcePorts}, {"dport", ports}} {
+			if value := inner(raw, of.kind); len(value) == 4 {
+				first, last := binary.NativeEndian.Uint16(value), binary.NativeEndian.Uint16(value[2:])
+				add(of.word, strings.TrimSuffix(fmt.Sprintf("%d-%d", first, last), fmt.Sprintf("-%d", first)))
+			}
 		}
 		if !target.IsValid() {
 			target = destination(family, nil)

@@ -45,6 +45,8 @@ func (d *diagnosis) benign() {
 			e.by = "benign" // redirects: nobody needs them, and translation drops its own
 		case e.Kind == Drop && strings.HasPrefix(e.Location, "unix_"), e.Kind == Drop && strings.HasPrefix(e.Location, "netlink_"):
 			e.by = "benign"
+		case e.Kind == Drop && strings.HasPrefix(e.Location, "ping_rcv"):
+			e.by = "benign" // an answer to ping; programs with a raw socket have got it besides
 		case e.Kind == Drop && strings.Contains(e.Location, "packet_rcv"):
 			e.by = "benign" // a program that listens to all packets has no room
 		case e.Kind == Drop && e.Tuple.Protocol == protoTCP && e.Reason == "SOCKET_FILTER" && e.Tuple.TCPFlags&flagRST != 0:

@@ -186,7 +186,7 @@ func written() []handwritten {
 	hurt.Kind, hurt.Errno = SocketError, eCONNRESET
 	big := drop("PKT_TOO_BIG", "ip_forward", 2)
 	flooded := drop("OTHERHOST", "ip_rcv_core", 7)
-	return []handwritten{
+	return append(outside(), []handwritten{
 		{"a port's spanning tree", BridgePortBlocked, one(port, drop("BRIDGE_INGRESS_STP_STATE", "br_handle_frame", 5))},
 		{"no memory", MemoryShort, one(nil, drop("NOMEM", "tcp_v4_rcv", 5))},
 		{"a processor", BacklogFull, one(nil, drop("CPU_BACKLOG", "enqueue_to_backlog", 5))},
@@ -232,7 +232,7 @@ func written() []handwritten {
 		{"a resolver without IPv6", "", Evidence{Spaces: []*Space{space(nil)}, Events: []Event{{Kind: CallFailed, Space: 1, Count: 9, Call: "connect", Errno: eNETUNREACH,
 			Tuple: Tuple{Protocol: protoUDP, EtherType: etherIP6, Destination: netip.MustParseAddrPort("[2001:db8::1]:80")}}},
 			Paths: []Path{{Space: 1, Destination: netip.MustParseAddr("2001:db8::1"), Errno: eNETUNREACH}}}},
-	}
+	}...)
 }
 
 // isolatedPorts are two pods at a bridge whose ports are isolated from each other.

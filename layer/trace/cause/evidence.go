@@ -205,9 +205,12 @@ type Link struct {
 	Master      int    // the bridge that it is a port of
 	PortState   string // of a bridge's port: "disabled", "blocking", "listening", "learning", "forwarding"
 	Isolated    bool   // of a bridge's port: takes nothing from, and gives nothing to, other isolated ones
-	Peer        int    // index of a veth's other end
-	PeerSpace   uint32 // its namespace, where it could be told; else 0
-	VXLAN       *VXLAN
+	// Withheld is what a bridge's port is not given although it is for all, as bridge(8)
+	// calls it: "flood", "mcast_flood", "bcast_flood".
+	Withheld  []string
+	Peer      int    // index of a veth's other end
+	PeerSpace uint32 // its namespace, where it could be told; else 0
+	VXLAN     *VXLAN
 	// Statistics by their kernel's name: "tx_dropped", "rx_errors"; of ethtool -S likewise,
 	// after "ethtool.": "ethtool.rx_queue_0_xdp_drops".
 	Statistics map[string]uint64

@@ -14,6 +14,7 @@ const (
 	SYNFlood           = "syn-flood" // answered with cookies
 	NeighbourMissing   = "neighbour-unresolved"
 	WrongMAC           = "wrong-mac-address"
+	DuplicateMAC       = "duplicate-mac-address"
 	LinkDown           = "link-down"
 	DuplicateAddress   = "duplicate-address"
 	RoutingLoop        = "routing-loop"
@@ -36,6 +37,7 @@ const (
 	ReceiverStalled    = "receiver-stalled" // zero window
 	ClosedUnread       = "closed-with-unread-data"
 	PortsExhausted     = "local-ports-exhausted"
+	PortInUse          = "port-in-use" // a certain one, that somebody has
 	QdiscFull          = "qdisc-full"
 	TCDrop             = "bpf-tc-drop"
 	XDPDrop            = "bpf-xdp-drop"
@@ -43,6 +45,7 @@ const (
 	SocketFilterDrop   = "socket-filter-drop"
 	OtherAnswer        = "answer-from-other-address"
 	IPv6Off            = "ipv6-off"
+	TCPSignature       = "tcp-signature"
 	IPsecPolicy        = "ipsec-policy-drop"
 	BridgePortBlocked  = "bridge-port-blocked"
 	ServiceDrop        = "service-drop" // millrace's own, with the Service's name

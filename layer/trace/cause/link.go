@@ -227,6 +227,10 @@ func (d *diagnosis) linkDown(at place, s *Space, e *seen) {
 // bridges: a bridge's port takes no packets, for its spanning tree state is not forwarding.
 func (d *diagnosis) bridges() {
 	blocked := func(p place, e *seen) {
+		if m := p.space.linkAt(p.link.Master); m != nil && !m.Up {
+			d.linkDown(place{p.space, m}, d.spaces[e.Space], e)
+			return
+		}
 		v, fresh := d.verdict(BridgePortBlocked, p.space, p.link.Name, e)
 		if e.Kind == Drop {
 			v.saw("%s dropped at %s, reason %s: %s", times(e.Count, "packet", "packets"), e.Location, e.Reason, flow(e.Tuple))
@@ -268,7 +272,7 @@ func (d *diagnosis) bridges() {
 		if l == nil {
 			continue
 		}
-		if d.isolated(s, l, e) {
+		if d.isolated(s, l, e) || d.withheld(s, l, e) {
 			continue
 		}
 		for _, p := range d.segment(s, l) {
@@ -322,5 +326,47 @@ func (d *diagnosis) isolated(s *Space, l *Link, e *seen) bool {
 	v.isNot("%s: %s has the address", NeighbourMissing, home.space.Name)
 	v.Fix, v.Undo = near.space.in("bridge link set dev %s isolated off", near.link.Name), near.space.in("bridge link set dev %s isolated on", near.link.Name)
 	v.Owner = "whoever isolated the ports (the CNI plug-in bridge does with portIsolation)"
+	return true
+}
+
+// withheld: the port behind which a host is, is not given what goes to all: questions for
+// its hardware address (ARP to all, neighbour discovery to a group), or frames to one that
+// the bridge does not know yet.
+func (d *diagnosis) withheld(s *Space, l *Link, e *seen) bool {
+	hop, kind := e.Tuple.Destination.Addr(), "flood"
+	if e.Kind == Drop {
+		hop = d.nextHop(e)
+	}
+	if e.Kind == NeighFailed || e.unresolved() {
+		kind = map[bool]string{true: "bcast_flood", false: "mcast_flood"}[hop.Is4()]
+	}
+	all := d.segment(s, l)
+	home, known := owner(all, hop)
+	if !known {
+		return false
+	}
+	i := slices.IndexFunc(all, func(p place) bool {
+		other, peer := d.peer(p.link)
+		return slices.Contains(p.link.Withheld, kind) && peer != nil && other == home.space
+	})
+	if i < 0 {
+		return false
+	}
+	p := all[i]
+	v, fresh := d.verdict(BridgePortBlocked, p.space, p.link.Name+kind, e)
+	d.eventOf(v, e)
+	if !fresh {
+		return true
+	}
+	what := map[string]string{"flood": "frames to hardware addresses that the bridge does not know", "mcast_flood": "frames to groups, such as questions of neighbour discovery",
+		"bcast_flood": "frames to all, such as questions of ARP"}[kind]
+	v.Where.Interface, v.Where.Hook = p.link.Name, "bridge"
+	v.Title = fmt.Sprintf("port %s in %s is not given %s: nothing for %s gets there", p.link.Name, p.space.Name, what, hop)
+	v.saw("%s: %s off (RTM_GETLINK, IFLA_BRPORT_*_FLOOD)", p.link.Name, kind)
+	v.saw("%s is behind it, in %s", hop, home.space.Name)
+	v.isNot("%s: the port is up", LinkDown)
+	v.isNot("%s: %s has the address", NeighbourMissing, home.space.Name)
+	v.Fix, v.Undo = p.space.in("bridge link set dev %s %s on", p.link.Name, kind), p.space.in("bridge link set dev %s %s off", p.link.Name, kind)
+	v.Owner = "whoever set it (a switch's configuration, EVPN)"
 	return true
 }

@@ -290,23 +290,30 @@ func (d *diagnosis) routeBackMissing(s *Space, client netip.Addr, e *seen) {
 		if client.Is6() {
 			six = "-6 "
 		}
-		v.Fix, v.Undo = s.in("ip %sroute add %s via %s", six, client, d.router(s, client)), s.in("ip %sroute del %s", six, client)
+		v.Fix, v.Undo = s.in("ip %sroute add %s %s", six, client, d.router(s, client)), s.in("ip %sroute del %s", six, client)
 	} else {
 		v.Fix, v.Undo = s.in("ip route add default via GATEWAY"), s.in("ip route del default")
 	}
 	v.Owner = "whoever makes the routes of " + s.Name
 }
 
-// router is the neighbour of a space that leads to an address, as far as it can be told:
-// one that forwards, of the namespaces looked at, or the only neighbour there is.
+// router is how a space gets to an address, as far as it can be told: by the wire that it
+// is on, by a neighbour that forwards, of the namespaces looked at, or by the only
+// neighbour there is.
 func (d *diagnosis) router(s *Space, to netip.Addr) string {
+	for i := range s.After.Links {
+		l := &s.After.Links[i]
+		if _, near := owner(d.segment(s, l), to); near && l.Master == 0 && l.Name != "lo" {
+			return "dev " + l.Name
+		}
+	}
 	var known []string
 	for _, n := range s.Neighs {
 		near := slices.ContainsFunc(s.Addrs, func(a Addr) bool { return a.Index == n.Index && a.Prefix.Contains(n.Addr) })
 		if n.State&(neighFailed|neighIncomplete) != 0 || n.Addr.Is4() != to.Is4() || !near {
 			continue
 		}
-		text := n.Addr.String()
+		text := "via " + n.Addr.String()
 		if l := s.linkAt(n.Index); l != nil && n.Addr.Is6() && n.Addr.IsLinkLocalUnicast() {
 			text += " dev " + l.Name
 		}
@@ -324,7 +331,7 @@ func (d *diagnosis) router(s *Space, to netip.Addr) string {
 	if len(known) == 1 {
 		return known[0]
 	}
-	return "GATEWAY"
+	return "via GATEWAY"
 }
 
 // noListener: nobody has the port that packets come to.

@@ -149,7 +149,7 @@ func (d *diagnosis) linkMTU() {
 	for _, e := range d.open(Drop) {
 		longest := max(e.Longest, e.Length)
 		crossing := strings.Contains(e.Location, "forward_skb") || strings.HasPrefix(e.Location, "veth_xmit")
-		bridged := strings.HasPrefix(e.Location, "br_dev_queue_push_xmit") || strings.HasPrefix(e.Location, "br_forward") || strings.HasPrefix(e.Location, "__br_forward")
+		bridged := strings.HasPrefix(e.Location, "br_dev_queue_push_xmit") || strings.HasPrefix(e.Location, "br_nf_dev_queue_xmit") || strings.HasPrefix(e.Location, "br_forward") || strings.HasPrefix(e.Location, "__br_forward")
 		if !crossing && !bridged || byFirewall(e) {
 			continue
 		}

@@ -20,6 +20,7 @@ func (d *diagnosis) neighbours() {
 			d.unresolved(e, e.Tuple.Destination.Addr())
 		}
 	}
+	d.behindNoPort()
 	for _, v := range d.verdicts {
 		if v.Cause != NeighbourMissing {
 			continue
@@ -30,6 +31,76 @@ func (d *diagnosis) neighbours() {
 			return unreachable || told
 		})
 	}
+}
+
+// behindNoPort: a bridge has no port to which a frame may go: who had its hardware address
+// has gone, and the sender does not know it yet.
+func (d *diagnosis) behindNoPort() {
+	for _, e := range d.open(Drop) {
+		if e.Reason != "NO_TX_TARGET" || !strings.HasPrefix(e.Location, "br_") || e.Count < often || !d.suffered(e.Tuple) {
+			continue
+		}
+		hop := d.nextHop(e)
+		if slices.ContainsFunc(d.Spaces, func(s *Space) bool { return d.keys[fmt.Sprint(NeighbourMissing, " ", s.Inode, " ", hop)] != nil }) {
+			e.by = NeighbourMissing
+			continue
+		}
+		v, fresh := d.verdict(NeighbourMissing, d.spaces[e.Space], hop.String(), e)
+		if fresh {
+			v.Title = fmt.Sprintf("the bridge behind %s in %s has no port for %s (hardware address %s): it has gone", e.Device, v.Where.Namespace, hop, macText(e.MAC))
+			d.tellGone(v, e, hop)
+		}
+		d.eventOf(v, e)
+	}
+}
+
+// tellGone fills in a verdict about a host that is not there any more.
+func (d *diagnosis) tellGone(v *Verdict, e *seen, hop netip.Addr) {
+	s := d.spaces[e.Space]
+	v.Where.Hook = "neighbour"
+	if len(d.owners(hop)) == 0 {
+		v.saw("no namespace looked at has %s (RTM_GETADDR)", hop)
+	}
+	v.isNot("%s: %s is up with carrier", LinkDown, orNone(e.Device))
+	v.isNot("%s: there is a route, and it names this next hop", NoRoute)
+	v.Fix = fmt.Sprintf("bring %s back, or let its clients ask for another one: who names it is to be found (a Service's endpoints, DNS, a route)", hop)
+	v.Undo, v.Owner = "nothing is changed by looking", "the host that should have "+hop.String()
+	if s.Pod != "" {
+		v.Owner += ", pod " + s.Pod
+	}
+}
+
+// oldEntry: a packet for somebody else came because another namespace has this one's
+// hardware address for its destination: it is no router for it. Its owner is elsewhere,
+// or nobody has the address any more.
+func (d *diagnosis) oldEntry(s *Space, e *seen) bool {
+	l, to := s.link(e.Device), e.Tuple.Destination.Addr()
+	if l == nil {
+		return false
+	}
+	for _, o := range d.Spaces {
+		if o == s || !slices.ContainsFunc(o.Neighs, func(n Neigh) bool { return n.Addr == to && n.MAC == l.MAC }) {
+			continue
+		}
+		if d.keys[fmt.Sprint(WrongMAC, " ", o.Inode, " ", to)] != nil {
+			e.by = WrongMAC
+			return true
+		}
+		if len(d.owners(to)) > 0 {
+			return false
+		}
+		v, fresh := d.verdict(NeighbourMissing, o, to.String(), e)
+		d.eventOf(v, e)
+		if fresh {
+			v.Where.Interface = ""
+			v.Title = fmt.Sprintf("%s sends what is for %s to %s in %s, which has not got this address, or not any more", o.Name, to, l.Name, s.Name)
+			v.saw("neighbour table of %s: %s lladdr %s, which is that of %s in %s", o.Name, to, macText(l.MAC), l.Name, s.Name)
+			v.isNot("%s: %s is to have the address, not to forward", ForwardingOff, s.Name)
+			d.tellGone(v, e, to)
+		}
+		return true
+	}
+	return false
 }
 
 // unresolved says that a packet died while it waited for a neighbour's answer.
@@ -196,7 +267,7 @@ func (d *diagnosis) nobodysMAC(s *Space, n *Neigh) {
 	all := d.segment(s, l)
 	home, known := owner(all, n.Addr)
 	if !known || home.space == s || home.link.MAC == n.MAC ||
-		slices.ContainsFunc(all, func(p place) bool { return p.space == home.space && p.link.MAC == n.MAC }) || d.keys[fmt.Sprint(WrongMAC, " ", s.Inode, " ", n.Addr)] != nil {
+		slices.ContainsFunc(all, func(p place) bool { return p.link.MAC == n.MAC && p.space.owns(n.Addr) }) || d.keys[fmt.Sprint(WrongMAC, " ", s.Inode, " ", n.Addr)] != nil {
 		return
 	}
 	for _, e := range d.open(Retransmit, SocketError, CallFailed) {
@@ -219,4 +290,79 @@ func (d *diagnosis) nobodysMAC(s *Space, n *Neigh) {
 		v.Fix, v.Undo = s.in("ip neigh del %s dev %s", n.Addr, l.Name), s.in("ip neigh replace %s lladdr %s dev %s nud %s", n.Addr, macText(n.MAC), l.Name, strings.ToLower(neighState(n.State)))
 		v.Owner = "whoever put the entry in"
 	}
+}
+
+// sameMAC: two devices on one wire have the same hardware address (a machine was copied,
+// an address was set by hand): a switch sends frames to the one that spoke last.
+func (d *diagnosis) sameMAC() {
+	type pair struct {
+		one, other place
+		found      bool
+	}
+	known := map[netip.Addr]pair{}
+	for _, e := range d.open(Drop, Retransmit) {
+		misled := routed(e) || e.Reason == "OTHERHOST" || strings.HasPrefix(e.Location, "br_dev_xmit")
+		if e.Kind == Drop && !misled || e.Tuple.noise() {
+			continue
+		}
+		for _, a := range []netip.Addr{e.Tuple.Destination.Addr(), e.Tuple.Source.Addr()} {
+			p, looked := known[a]
+			if !looked {
+				p.one, p.other, p.found = d.twins(a)
+				known[a] = p
+			}
+			if p.found {
+				d.namesTwins(e, a, p.one, p.other)
+				break
+			}
+		}
+	}
+}
+
+// twins are the device that has an address, and another one on its wire, in another
+// namespace, with the same hardware address.
+func (d *diagnosis) twins(a netip.Addr) (one, other place, found bool) {
+	for _, s := range d.owners(a) {
+		for _, own := range s.Addrs {
+			l := s.linkAt(own.Index)
+			if own.Prefix.Addr() != a || l == nil || l.Name == "lo" || shares(l) {
+				continue
+			}
+			for _, p := range d.segment(s, l) {
+				if p.space != s && p.link.MAC == l.MAC && p.link.Up && p.link.Master == 0 && !shares(p.link) {
+					return place{s, l}, p, true
+				}
+			}
+		}
+	}
+	return one, other, false
+}
+
+// shares says that a device is meant to have an address that others have as well: those
+// upon another device, and routers that stand in for each other (VRRP, RFC 9568, 7.3).
+func shares(l *Link) bool {
+	return l.MAC == [6]byte{} || slices.Contains([]string{"ipvlan", "vlan", "vxlan", "tun"}, l.Kind) || l.MAC[0] == 0 && l.MAC[1] == 0 && l.MAC[2] == 0x5e
+}
+
+func (d *diagnosis) namesTwins(e *seen, a netip.Addr, one, other place) {
+	if d.explainedBy(e, FirewallDrop, FirewallReject, WrongMAC, DuplicateAddress) {
+		return
+	}
+	v, fresh := d.verdict(DuplicateMAC, one.space, macText(one.link.MAC), e)
+	d.eventOf(v, e)
+	d.folds(DuplicateMAC, func(o *seen) bool {
+		return o.Kind == ICMPSent && o.Type == 5 && same(o.Tuple, e.Tuple)
+	})
+	if !fresh {
+		return
+	}
+	v.Where.Interface, v.Where.Hook = one.link.Name, "device"
+	v.Title = fmt.Sprintf("%s in %s and %s in %s have the same hardware address %s: frames for %s go to either", one.link.Name, one.space.Name, other.link.Name, other.space.Name, macText(one.link.MAC), a)
+	v.saw("%s in %s and %s in %s: %s (RTM_GETLINK), on one wire", one.link.Name, one.space.Name, other.link.Name, other.space.Name, macText(one.link.MAC))
+	v.isNot("%s: %s is an address of %s only", DuplicateAddress, a, one.space.Name)
+	v.isNot("%s: the neighbours' entries have the owner's address", WrongMAC)
+	mac := fmt.Sprintf("02:%02x:%02x:%02x:%02x:%02x", one.link.MAC[1], one.link.MAC[2], one.link.MAC[3], one.link.MAC[4], one.link.MAC[5]^1)
+	v.Fix = other.space.in("ip link set %s address %s", other.link.Name, mac)
+	v.Undo = other.space.in("ip link set %s address %s", other.link.Name, macText(other.link.MAC))
+	v.Owner = "whoever made one of the two from the other, or set its address"
 }

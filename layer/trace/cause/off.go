@@ -94,6 +94,40 @@ func (d *diagnosis) policies() {
 	}
 }
 
+// signatures: a connection is to be signed (TCP-MD5, TCP-AO), and one end does not know of
+// it or has another key: speakers of BGP with different passwords.
+func (d *diagnosis) signatures() {
+	for _, e := range d.open(Drop) {
+		if !strings.HasPrefix(e.Reason, "TCP_MD5") && !strings.HasPrefix(e.Reason, "TCP_AO") && e.Reason != "TCP_AUTH_HDR" {
+			continue
+		}
+		s, from, to := d.spaces[e.Space], e.Tuple.Source, e.Tuple.Destination
+		v, fresh := d.verdict(TCPSignature, s, from.Addr().String()+e.Reason, e)
+		d.eventOf(v, e)
+		fault := "has a wrong signature"
+		switch {
+		case strings.HasSuffix(e.Reason, "NOTFOUND"):
+			fault = "is not signed as it has to be, or with a key that nobody has"
+		case strings.HasSuffix(e.Reason, "UNEXPECTED"):
+			fault = "is signed, and no key is set for it"
+		}
+		v.Title = fmt.Sprintf("what %s sends to %s in %s %s: %s", from.Addr(), shown(to), s.Name, fault, times(v.Packets, "packet dropped", "packets dropped"))
+		if !fresh {
+			continue
+		}
+		v.Where.Hook = "socket"
+		v.isNot("%s: the packet came as far as the sockets", FirewallDrop)
+		v.isNot("%s: a socket has the port, and would refuse with a reset", NoListener)
+		v.Fix = fmt.Sprintf("give both ends the same password (of BGP: of the peer %s), or none", from.Addr())
+		v.Undo, v.Owner = "give them the old ones", "the program that sets TCP_MD5SIG or TCP_AO on its socket"
+		for _, o := range s.listeners() {
+			if holder := s.process(o.Inode); o.Local.Port() == to.Port() && holder != "" {
+				v.Owner = holder
+			}
+		}
+	}
+}
+
 func (p Policy) fits(t Tuple) bool {
 	within := func(of netip.Prefix, a netip.Addr) bool { return !of.IsValid() || of.Bits() == 0 || of.Contains(a) }
 	return within(p.From, t.Source.Addr()) && within(p.To, t.Destination.Addr()) &&

@@ -9,7 +9,7 @@ import (
 // qdiscs: a device's queue is full, or its rate is used up.
 func (d *diagnosis) qdiscs() {
 	for _, e := range d.open(Drop) {
-		queue := strings.HasPrefix(e.Reason, "QDISC_") || strings.HasPrefix(e.Reason, "FQ_") || e.Reason == "CAKE_FLOOD" || e.Reason == "DUALPI2_STEP_DROP"
+		queue := strings.HasPrefix(e.Reason, "QDISC_") || strings.HasPrefix(e.Reason, "FQ_") || e.Reason == "FULL_RING" || e.Reason == "CAKE_FLOOD" || e.Reason == "DUALPI2_STEP_DROP"
 		if !queue || e.Device == "" {
 			continue
 		}
@@ -43,8 +43,19 @@ func (d *diagnosis) qdiscs() {
 		v.isNot("%s: the device is up with carrier", LinkDown)
 		v.isNot("%s: it is the sender's own device, the receiver has not seen the packet", ReceiveBufferFull)
 		v.Owner = "whoever shapes " + e.Device + " (the CNI bandwidth plug-in, or tc)"
+		if e.Reason == "FULL_RING" {
+			tellRing(v, s, e)
+		}
 		d.folds(QdiscFull, func(o *seen) bool { return o.Kind == CallFailed && o.Errno == eNOBUFS && o.Space == e.Space })
 	}
+}
+
+// tellRing: the ring behind the queue is full, from which a program (of a VPN, of a
+// virtual machine) takes packets that leave by a tun or tap device.
+func tellRing(v *Verdict, s *Space, e *seen) {
+	v.Title = fmt.Sprintf("who takes packets from %s in %s is too slow, or has stopped: its ring is full, %s dropped", e.Device, s.Name, times(v.Packets, "packet", "packets"))
+	v.Fix = "find the program that has the device open, and see why it does not read: grep -l " + e.Device + " /proc/[0-9]*/fdinfo/* names its process"
+	v.Undo, v.Owner = "nothing is changed by looking", "the program that has "+e.Device+" open"
 }
 
 func parent(q *Qdisc) string {

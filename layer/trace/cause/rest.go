@@ -10,7 +10,7 @@ import (
 // localPorts: no local port is left towards a remote end.
 func (d *diagnosis) localPorts() {
 	for _, e := range d.open(CallFailed) {
-		none := e.Call == "connect" && e.Errno == eADDRNOTAVAIL || e.Call == "bind" && e.Errno == eADDRINUSE && e.Tuple.Source.Port() == 0 ||
+		none := e.Call == "connect" && e.Errno == eADDRNOTAVAIL || e.Call == "bind" && e.Errno == eADDRINUSE && e.Tuple.Destination.Port() == 0 ||
 			e.Call == "connect" && e.Errno == eAGAIN && e.Tuple.Protocol == protoUDP
 		if !none {
 			continue
@@ -47,6 +47,36 @@ func (d *diagnosis) localPorts() {
 		v.Fix, v.Undo = s.in("sysctl -w net.ipv4.ip_local_port_range='1024 65535'"), s.in("sysctl -w net.ipv4.ip_local_port_range='%d %d'", low, high)
 		v.Fix += "; better, let the program keep and use its connections again"
 		v.Owner = fmt.Sprintf("%s (pid %d)", e.Command, e.PID)
+	}
+}
+
+// portInUse: a program asks for a certain local port again and again, and another socket
+// has it. One that looks for a free port asks for another one.
+func (d *diagnosis) portInUse() {
+	for _, e := range d.open(CallFailed) {
+		want := e.Tuple.Destination
+		if e.Call != "bind" || e.Errno != eADDRINUSE || want.Port() == 0 || e.Count < often {
+			continue
+		}
+		s := d.spaces[e.Space]
+		v, fresh := d.verdict(PortInUse, s, fmt.Sprint(e.Tuple.Protocol, want), e)
+		d.eventOf(v, e)
+		v.Title = fmt.Sprintf("%s in %s cannot have local port %s %s: it is in use", e.Command, s.Name, protocolName(e.Tuple.Protocol), shown(want))
+		if !fresh {
+			continue
+		}
+		v.Where.Hook, v.Tuple, v.Owner = "socket", &Ends{Protocol: protocolName(e.Tuple.Protocol), Source: want}, fmt.Sprintf("%s (pid %d)", e.Command, e.PID)
+		what := map[bool]string{true: "-tanp", false: "-uanp"}[e.Tuple.Protocol == protoTCP]
+		v.Fix = fmt.Sprintf("stop who has it, or take another port: %s shows who; nobody, if it is a connection in TIME-WAIT, which SO_REUSEADDR passes over", s.in("ss %s sport = :%d", what, want.Port()))
+		v.Undo = "nothing is changed by looking"
+		v.isNot("%s: it asked for this one port", PortsExhausted)
+		for _, o := range s.After.Sockets {
+			if o.Protocol == e.Tuple.Protocol && o.Local.Port() == want.Port() && s.process(o.Inode) != "" {
+				v.saw("%s has %s (sock_diag)", s.process(o.Inode), o.Local)
+				v.Title += " by " + s.process(o.Inode)
+				break
+			}
+		}
 	}
 }
 

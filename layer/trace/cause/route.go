@@ -35,6 +35,7 @@ func (d *diagnosis) routes() {
 		if s.owns(e.Tuple.Destination.Addr()) {
 			continue
 		}
+		listed := d.listedRefusal(s, e)
 		switch {
 		case p != nil && refusing(p.Type):
 			d.refusingRoute(s, e, p)
@@ -43,9 +44,12 @@ func (d *diagnosis) routes() {
 				e.by = NeighbourMissing // it is to have the address, not to forward
 				continue
 			}
+			if d.oldEntry(s, e) {
+				continue
+			}
 			d.forwardingOff(s, e)
-		case d.listedRefusal(s, e) != nil:
-			d.refusingRoute(s, e, d.listedRefusal(s, e))
+		case listed != nil:
+			d.refusingRoute(s, e, listed)
 		case e.Reason == "IP_INNOROUTES" || e.Reason == "IP_OUTNOROUTES" || p != nil && p.Errno == eNETUNREACH:
 			d.noRoute(s, e)
 		}
@@ -59,6 +63,8 @@ func (d *diagnosis) routes() {
 		switch {
 		case p != nil && refusing(p.Type):
 			d.refusingRoute(s, e, p)
+		case d.listedRefusal(s, e) != nil:
+			d.refusingRoute(s, e, d.listedRefusal(s, e))
 		case p != nil && p.Errno == eNETUNREACH && e.Errno == eNETUNREACH && e.Kind == CallFailed:
 			// Resolvers connect UDP sockets only to learn which source address they would have.
 			// Where there is no address of IPv6 they learn that all the time.
@@ -83,40 +89,71 @@ func (d *diagnosis) asked(a netip.Addr) bool {
 	})
 }
 
-// listedRefusal is the route or rule that lets nothing through and fits a packet that the
-// routing code dropped though the route that it is told leads on: another table was asked,
-// by the packet's mark or by what else a rule looks at. Nil unless there is just one.
+// listedRefusal is the route or rule that lets nothing through and fits a packet, or a
+// call, that the routing code refused though the route that it is told leads on: another
+// table was asked, by the packet's mark or by what else a rule looks at. Nil unless there
+// is just one.
 func (d *diagnosis) listedRefusal(s *Space, e *seen) *Path {
-	dropped := e.Location == "ip_error" || strings.HasPrefix(e.Location, "dst_discard") || strings.HasPrefix(e.Location, "ip6_pkt_")
-	if !dropped || e.Reason != "NOT_SPECIFIED" && e.Reason != "" {
+	to := e.Tuple.Destination.Addr()
+	var fit []Route
+	for _, r := range s.Routes {
+		if (!r.To.IsValid() || r.To.Contains(to)) && d.mayRefuse(s, e, r) {
+			fit = append(fit, r)
+		}
+	}
+	if len(fit) > 1 { // no message was sent: the kind that sends none
+		fit = slices.DeleteFunc(fit, func(r Route) bool { return r.Type != "blackhole" })
+	}
+	if len(fit) != 1 {
 		return nil
 	}
-	kind := "blackhole"
-	for _, o := range d.events {
+	errno := map[string]int{"blackhole": eINVAL, "unreachable": eHOSTUNREACH, "prohibit": eACCES}[fit[0].Type]
+	return &Path{Space: s.Inode, From: e.Device, Source: e.Tuple.Source.Addr(), Destination: to, Type: fit[0].Type, Errno: errno, Route: fit[0].Text}
+}
+
+// mayRefuse says that a route or rule of such a kind refuses as the event was refused: a
+// rule of type unreachable says what is said where there is no route (fib_rules.c, FR_ACT_*).
+func (d *diagnosis) mayRefuse(s *Space, e *seen, r Route) bool {
+	if e.Kind == CallFailed || e.Kind == SocketError {
+		own := e.Kind == CallFailed && !slices.ContainsFunc(d.events, func(o *seen) bool {
+			return o.Kind == SocketError && o.Errno == e.Errno && o.Space == e.Space && same(o.Tuple, e.Tuple)
+		})
+		switch e.Errno {
+		case eINVAL:
+			return own && r.Type == "blackhole"
+		case eACCES:
+			return own && r.Type == "prohibit"
+		case eHOSTUNREACH:
+			return own && r.Type == "unreachable" && !r.Rule
+		}
+		return own && r.Type == "unreachable" && r.Rule && d.routeElse(s, e, r)
+	}
+	silent := e.Reason == "NOT_SPECIFIED" || e.Reason == ""
+	switch {
+	case e.Reason == "IP_INNOROUTES" || e.Reason == "IP_OUTNOROUTES" || silent && strings.HasPrefix(e.Location, "ip6_pkt_discard"):
+		return r.Type == "unreachable" && r.Rule && d.routeElse(s, e, r)
+	case !silent || e.Location != "ip_error" && !strings.HasPrefix(e.Location, "dst_discard") && !strings.HasPrefix(e.Location, "ip6_pkt_"):
+		return false
+	}
+	for _, o := range d.events { // what was said, if anything: such messages are rationed
 		if o.Kind != ICMPSent || o.Space != e.Space || !same(o.Tuple, e.Tuple) {
 			continue
 		}
 		switch {
 		case o.Type == 3 && o.Code == 13 || o.Type == 1 && o.Code == 1:
-			kind = "prohibit"
+			return r.Type == "prohibit"
 		case o.Type == 3 && o.Code == 1 || o.Type == 1:
-			kind = "unreachable"
+			return r.Type == "unreachable"
 		}
 	}
-	var found *Path
-	for _, r := range s.Routes {
-		to := e.Tuple.Destination.Addr()
-		fits := !r.To.IsValid() || r.To.Contains(to)
-		if r.Type != kind || !fits {
-			continue
-		}
-		if found != nil {
-			return nil
-		}
-		errno := map[string]int{"blackhole": eINVAL, "unreachable": eHOSTUNREACH, "prohibit": eACCES}[kind]
-		found = &Path{Space: s.Inode, From: e.Device, Source: e.Tuple.Source.Addr(), Destination: to, Type: kind, Errno: errno, Route: r.Text}
-	}
-	return found
+	return true
+}
+
+// routeElse says that it is the rule that keeps an event from having a route: it is about
+// the destination, or a packet that the rule is not about would have one.
+func (d *diagnosis) routeElse(s *Space, e *seen, r Route) bool {
+	p := d.path(s.Inode, "", netip.Addr{}, e.Tuple.Destination.Addr())
+	return r.To.IsValid() && r.To.Bits() > 0 || p != nil && p.Errno == 0
 }
 
 // speaks6 says that a namespace has an address of IPv6 that reaches further than its wire.
@@ -137,13 +174,17 @@ func (d *diagnosis) refusingRoute(s *Space, e *seen, p *Path) {
 	v, fresh := d.verdict(id, s, p.Route, e)
 	to := e.Tuple.Destination.Addr()
 	act := map[string]string{"blackhole": "swallows, without a word,", "unreachable": "refuses as unreachable", "prohibit": "refuses as prohibited"}[p.Type]
-	v.Title = fmt.Sprintf("the route %q in %s %s what goes to %s", p.Route, s.Name, act, to)
+	verb, text := "route", p.Route
+	if slices.ContainsFunc(s.Routes, func(r Route) bool { return r.Text == p.Route && r.Rule }) {
+		verb = "rule"
+	}
+	v.Title = fmt.Sprintf("the %s %q in %s %s what goes to %s", verb, p.Route, s.Name, act, to)
 	d.eventOf(v, e)
 	if !fresh {
 		return
 	}
 	v.Where.Hook = "route"
-	if d.listedRefusal(s, e) != nil {
+	if !slices.ContainsFunc(d.Paths, func(o Path) bool { return o.Type == p.Type && o.Route == p.Route }) {
 		v.saw("the route or rule of %s that refuses like this and fits the packet: %s", s.Name, p.Route)
 	} else {
 		v.saw("asked for the route from %s to %s, %s answers errno %d: %s", orAny(e.Tuple.Source.Addr()), to, s.Name, p.Errno, p.Route)
@@ -154,17 +195,12 @@ func (d *diagnosis) refusingRoute(s *Space, e *seen, p *Path) {
 		v.isNot("%s: the packet died in the routing code, not at a hook", FirewallReject)
 		v.isNot("%s: there is a route, and it refuses", NoRoute)
 	}
-	verb := "route"
-	text := p.Route
-	if i := slices.IndexFunc(s.Routes, func(r Route) bool { return r.Text == p.Route }); i >= 0 && s.Routes[i].Rule {
-		verb = "rule"
-	}
 	six := ""
 	if to.Is6() {
 		six = "-6 "
 	}
 	v.Fix, v.Undo = s.in("ip %s%s del %s", six, verb, text), s.in("ip %s%s add %s", six, verb, text)
-	v.Owner = "whoever put the route in (ip route show table all shows its protocol)"
+	v.Owner = "whoever put the " + verb + " in (ip " + verb + " show" + map[string]string{"route": " table all"}[verb] + " shows its protocol)"
 }
 
 func orAny(a netip.Addr) string {
@@ -276,7 +312,7 @@ func (d *diagnosis) noRoute(s *Space, e *seen) {
 	if to.Is6() {
 		six = "-6 "
 	}
-	v.Fix = s.in("ip %sroute add %s via GATEWAY", six, to)
+	v.Fix = s.in("ip %sroute add %s %s", six, to, d.router(s, to))
 	v.Undo = s.in("ip %sroute del %s", six, to)
 	v.Owner = "whoever makes the routes of " + s.Name
 }

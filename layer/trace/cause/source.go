@@ -31,27 +31,39 @@ func (d *diagnosis) sourceChecks() {
 	}
 	for _, e := range d.open(Retransmit, SocketError, NeighFailed, Drop) {
 		if e.Kind != Drop || e.unresolved() {
-			d.unansweredARP(e)
+			d.unanswered(e)
 		}
 	}
 }
 
-// unansweredARP: the reverse path filter also looks at questions for a neighbour: their
-// sender has the address that the packet is to come from (ARP, arp_announce 0). A router
-// that would drop the packet does not answer them.
-func (d *diagnosis) unansweredARP(e *seen) {
+// unanswered: who is asked for its hardware address also looks at who asks. The question
+// comes from the address that the packet is to come from (ARP with arp_announce 0): a
+// router that would drop the packet for it does not answer, nor does a host that has that
+// address itself.
+func (d *diagnosis) unanswered(e *seen) {
 	s := d.spaces[e.Space]
 	src, hop := e.Tuple.Source.Addr(), d.nextHop(e)
 	unknown := slices.ContainsFunc(s.Neighs, func(n Neigh) bool {
 		return n.Addr == hop && n.State&(neighFailed|neighIncomplete) != 0
 	})
-	if !unknown || !src.Is4() || !s.owns(src) {
+	if !unknown || src.IsLoopback() || !s.owns(src) {
 		return
 	}
 	for _, o := range d.owners(hop) {
+		if o != s && o.owns(src) {
+			d.duplicate(o, e, src)
+			d.keys[fmt.Sprint(DuplicateAddress, " ", o.Inode, " ", src)].isNot("%s: %s has %s, and does not answer its own address", NeighbourMissing, o.Name, hop)
+			d.folds(DuplicateAddress, func(f *seen) bool {
+				return f.Space == e.Space && (f.Kind == NeighFailed || f.unresolved()) && f.Tuple.Destination.Addr() == hop
+			})
+			continue
+		}
 		for _, a := range o.Addrs {
 			l := o.linkAt(a.Index)
 			if a.Prefix.Addr() != hop || l == nil {
+				continue
+			}
+			if !src.Is4() {
 				continue
 			}
 			mode := max(orZero(o.Settings["net.ipv4.conf.all.rp_filter"]), orZero(o.Settings["net.ipv4.conf."+l.Name+".rp_filter"]))
@@ -162,7 +174,8 @@ func (d *diagnosis) duplicates() {
 			// Without it programs send from the address of the wire, which no router forwards.
 			d.folds(DuplicateAddress, func(e *seen) bool {
 				src := e.Tuple.Source.Addr()
-				return e.Kind == Drop && e.Reason == "IP_INADDRERRORS" && src.Is6() && src.IsLinkLocalUnicast() && s.owns(src)
+				asks := (e.Kind == NeighFailed || e.unresolved()) && e.Space == s.Inode && e.Tuple.Destination.Addr() == a.Prefix.Addr()
+				return asks || e.Kind == Drop && e.Reason == "IP_INADDRERRORS" && src.Is6() && src.IsLinkLocalUnicast() && s.owns(src)
 			})
 		}
 	}

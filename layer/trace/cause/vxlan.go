@@ -42,13 +42,25 @@ func (d *diagnosis) vxlan() {
 	}
 }
 
-// behindTunnel folds neighbours that are asked for through a tunnel that is broken: the
-// questions die with all else.
+// behindTunnel folds neighbours that are asked for through a tunnel that is broken, from
+// its own host or from behind a bridge: the questions die with all else.
 func (d *diagnosis) behindTunnel(v *Verdict) {
 	through := func(e *seen) bool {
-		s := d.spaces[e.Space]
+		s, hop := d.spaces[e.Space], e.Tuple.Destination.Addr()
 		l := s.link(e.Device)
-		return l != nil && l.VXLAN != nil && (s.Name == v.Where.Namespace || slices.Contains(d.owners(v.Tuple.Source.Addr()), s))
+		if l == nil {
+			return false
+		}
+		if e.Kind == Drop {
+			hop = d.nextHop(e)
+		}
+		all := d.segment(s, l)
+		if _, near := owner(all, hop); near {
+			return false
+		}
+		return slices.ContainsFunc(all, func(p place) bool {
+			return p.link.VXLAN != nil && (p.space.Name == v.Where.Namespace || slices.Contains(d.owners(v.Tuple.Source.Addr()), p.space))
+		})
 	}
 	d.folds(v.Cause, func(e *seen) bool {
 		unreachable := e.Kind == ICMPSent && (e.Type == 3 && e.Code == 1 || e.Type == 1 && e.Code == 3)
@@ -185,6 +197,9 @@ func (d *diagnosis) otherPort(s *Space, e *seen) {
 	for _, l := range s.tunnels() {
 		if l.VXLAN.Port != port {
 			near = l
+		} else if !l.Up { // its socket has gone with it
+			d.linkDown(place{s, l}, s, e)
+			return
 		}
 	}
 	far := false
