@@ -32,12 +32,11 @@ func (s *Session) readExamples() {
 		if err != nil {
 			return
 		}
-		s.unread += record.LostSamples
 		one := readSample(record.RawSample)
+		s.arrived(record.LostSamples, one != nil)
 		if one == nil {
 			continue
 		}
-		s.received++
 		if s.packets != nil && one.Asked != 0 && traceKind(one.Key.Kind) == traceKindKIND_DROP {
 			s.packets(s.packetOf(one))
 		}
@@ -58,6 +57,16 @@ func readSample(raw []byte) *sample {
 	one.behind = raw[read:]
 	one.behind = one.behind[:min(uint64(len(one.behind)), uint64(one.Captured))]
 	return one
+}
+
+// arrived counts what came, and what was lost before it.
+func (s *Session) arrived(lost uint64, one bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.unread += lost
+	if one {
+		s.received++
+	}
 }
 
 func (s *Session) keep(one *sample) {

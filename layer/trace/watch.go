@@ -104,14 +104,14 @@ type Session struct {
 	reasons    reasons
 	always     bool // what is read are the layer's maps
 
-	mu       sync.Mutex // for examples
+	mu       sync.Mutex // for what follows
 	examples map[traceEventKey]*sample
-
-	// Of the goroutine that reads, until done.
 	unread   uint64
 	received uint64
-	packets  func(Packet)
-	names    map[uint64]string // of functions, as far as packets died in them
+
+	// Of the goroutine that reads, until done.
+	packets func(Packet)
+	names   map[uint64]string // of functions, as far as packets died in them
 }
 
 // mostExamples bounds what a session keeps: each takes up to 3 kB.
@@ -302,10 +302,7 @@ func (s *Session) countEvery() {
 		if err != nil {
 			return
 		}
-		s.unread += record.LostSamples
-		if record.LostSamples == 0 {
-			s.received++
-		}
+		s.arrived(record.LostSamples, record.LostSamples == 0)
 	}
 }
 
