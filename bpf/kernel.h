@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
-/* Of the kernel's own types what programs of tracepoints read. Names of fields are
- * matched, offsets are those of the running kernel (CO-RE). */
+/* Of the kernel's own types what programs of tracepoints and iterators read. Names of
+ * fields are matched, offsets are those of the running kernel (CO-RE). */
 #pragma once
 
 #include "vmlinux.h"
@@ -43,8 +43,11 @@ struct sock_common {
 	atomic64_t skc_cookie;
 } __attribute__((preserve_access_index));
 
+struct socket;
+
 struct sock {
 	struct sock_common __sk_common;
+	struct socket *sk_socket;
 	__u16 sk_protocol;
 	int sk_err;
 } __attribute__((preserve_access_index));

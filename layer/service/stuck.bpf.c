@@ -10,51 +10,12 @@
  * again when those have moved to larger maps.
  */
 #include "../../bpf/address.h"
-#include <bpf/bpf_core_read.h>
+#include "../../bpf/kernel.h"
 
-/* Of the kernel's own types what is read here. */
 struct seq_file;
-struct socket;
 
 struct bpf_iter_meta {
 	struct seq_file *seq;
-} __attribute__((preserve_access_index));
-
-struct ns_common {
-	unsigned int inum;
-} __attribute__((preserve_access_index));
-
-struct net {
-	struct ns_common ns;
-} __attribute__((preserve_access_index));
-
-typedef struct {
-	struct net *net;
-} possible_net_t;
-
-struct in6_addr {
-	union {
-		__be32 u6_addr32[4];
-	} in6_u;
-} __attribute__((preserve_access_index));
-
-struct sock_common {
-	__be32 skc_daddr;
-	__be32 skc_rcv_saddr;
-	__be16 skc_dport;
-	__u16 skc_num;
-	unsigned short skc_family;
-	volatile unsigned char skc_state;
-	int skc_bound_dev_if;
-	possible_net_t skc_net;
-	struct in6_addr skc_v6_daddr;
-	struct in6_addr skc_v6_rcv_saddr;
-} __attribute__((preserve_access_index));
-
-struct sock {
-	struct sock_common __sk_common;
-	struct socket *sk_socket;
-	__u16 sk_protocol;
 } __attribute__((preserve_access_index));
 
 struct bpf_iter__bpf_sk_storage_map {
