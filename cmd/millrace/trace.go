@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -109,12 +110,12 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 			return err
 		}
 	}
-	verdicts, others := cause.DiagnoseFor(evidence, q.asked)
+	verdicts, others, folded := cause.DiagnoseFor(evidence, q.asked)
 	known.describe(verdicts)
 	if reader, err := trace.NewReader(spaces); err == nil {
 		reader.Ways(context.WithoutCancel(ctx), evidence, verdicts)
 	}
-	r := newTraceReport(evidence, verdicts, spaces, q)
+	r := newTraceReport(evidence, verdicts, slices.DeleteFunc(folded, func(e cause.Event) bool { return !q.asked(&e) }), spaces)
 	r.Others = len(others)
 	return r.tell(s)
 }

@@ -37,7 +37,7 @@ type folded struct {
 	Count     uint64 `json:"count"`
 }
 
-func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.Namespace, q *question) *traceReport {
+func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, died []cause.Event, spaces []trace.Namespace) *traceReport {
 	r := &traceReport{
 		Version: 1, WindowSeconds: e.Window.Seconds(), Node: hostname(), Kernel: e.Kernel, Namespaces: []string{},
 		Verdicts: append([]cause.Verdict{}, verdicts...), Folded: []folded{},
@@ -53,10 +53,7 @@ func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, spaces []trace.
 	for i := range r.Verdicts {
 		r.Verdicts[i].Where.Node = r.Node
 	}
-	for _, e := range cause.Folded(e) {
-		if !q.asked(&e) {
-			continue
-		}
+	for _, e := range died {
 		f := folded{Reason: e.Reason, Namespace: names[e.Space]}
 		if f.Reason == "" {
 			f.Reason = e.Location

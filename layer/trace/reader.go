@@ -275,9 +275,9 @@ func entering(n Namespace) string {
 	case n.Path == "":
 		return ""
 	case named:
-		return "ip netns exec " + name
+		return "ip netns exec " + cause.Quote(name)
 	}
-	return "nsenter --net=" + n.Path
+	return "nsenter --net=" + cause.Quote(n.Path)
 }
 
 func release() string {

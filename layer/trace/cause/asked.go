@@ -6,8 +6,9 @@ import "slices"
 // the evidence is judged, for what others met may be the cause of what these met; about
 // are the causes that one of the events asked for is of or follows from, and those
 // that concern everybody, having no tuple. Their counts, tuples and titles are of what was
-// asked for alone. The others are the rest.
-func DiagnoseFor(e *Evidence, asked func(*Event) bool) (about, others []Verdict) {
+// asked for alone. The others are the rest; folded are packets that died
+// and that no cause is named for: they die where all is well, too.
+func DiagnoseFor(e *Evidence, asked func(*Event) bool) (about, others []Verdict, folded []Event) {
 	d := judgeFor(e, asked)
 	d.sort()
 	follows := map[string]bool{}
@@ -29,7 +30,7 @@ func DiagnoseFor(e *Evidence, asked func(*Event) bool) (about, others []Verdict)
 			others = append(others, *v)
 		}
 	}
-	return about, others
+	return about, others, d.folded()
 }
 
 // concerns says that a verdict without an event that is asked for is about them all the

@@ -23,11 +23,11 @@ func TestNoCauseIsLostByAsking(t *testing.T) {
 	files, _ := filepath.Glob("testdata/*.json")
 	for _, name := range files {
 		all := Diagnose(load(t, name))
-		everything, none := DiagnoseFor(load(t, name), func(*Event) bool { return true })
+		everything, none, _ := DiagnoseFor(load(t, name), func(*Event) bool { return true })
 		if len(everything) != len(all) || len(none) > 0 {
 			t.Errorf("%s: %d verdicts, %d and %d others for who asks for all", name, len(all), len(everything), len(none))
 		}
-		about, others := DiagnoseFor(load(t, name), func(*Event) bool { return false })
+		about, others, _ := DiagnoseFor(load(t, name), func(*Event) bool { return false })
 		if len(about)+len(others) != len(all) {
 			t.Errorf("%s: %d verdicts, %d and %d others for who asks for nothing", name, len(all), len(about), len(others))
 		}
@@ -38,7 +38,7 @@ func TestNoCauseIsLostByAsking(t *testing.T) {
 			if v.Tuple == nil || !v.Tuple.Source.IsValid() || !v.Tuple.Destination.IsValid() {
 				continue
 			}
-			about, _ := DiagnoseFor(load(t, name), between(v.Tuple.Source.Addr(), v.Tuple.Destination.Addr()))
+			about, _, _ := DiagnoseFor(load(t, name), between(v.Tuple.Source.Addr(), v.Tuple.Destination.Addr()))
 			if !slices.ContainsFunc(about, func(o Verdict) bool { return o.Cause == v.Cause }) {
 				t.Errorf("%s: %s is lost for who asks for %s > %s", name, v.Cause, v.Tuple.Source, v.Tuple.Destination)
 			}
@@ -61,7 +61,7 @@ func TestCountsAreOfWhatWasAskedFor(t *testing.T) {
 	e := &Evidence{Events: []Event{theirs, mine}, Spaces: []*Space{space(func(s *Space) {
 		s.Rules = []Rule{{System: "nftables", Family: "inet", Table: "t", Chain: "in", Hook: "input", Handle: 4, Verdict: "drop", Text: "tcp dport 80 drop", HasCounter: true, After: 904}}
 	})}}
-	about, others := DiagnoseFor(e, between(mine.Tuple.Source.Addr(), mine.Tuple.Destination.Addr()))
+	about, others, _ := DiagnoseFor(e, between(mine.Tuple.Source.Addr(), mine.Tuple.Destination.Addr()))
 	if len(about) != 1 || len(others) != 0 {
 		t.Fatalf("%+v, others %+v", about, others)
 	}

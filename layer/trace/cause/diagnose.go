@@ -38,10 +38,9 @@ type diagnosis struct {
 // beside it. The surest come first.
 func Diagnose(e *Evidence) []Verdict { return judge(e).sorted() }
 
-// Folded are the packets that died and that no cause is named for: they die where all is
+// folded are the packets that died and that no cause is named for: they die where all is
 // well, too.
-func Folded(e *Evidence) (all []Event) {
-	d := judge(e)
+func (d *diagnosis) folded() (all []Event) {
 	for _, event := range d.events {
 		about := slices.ContainsFunc(d.verdicts, func(v *Verdict) bool { return v.Cause == event.by })
 		if event.Kind == Drop && !about {
@@ -86,6 +85,7 @@ func judgeFor(e *Evidence, asked func(*Event) bool) *diagnosis {
 	} {
 		rule(d)
 	}
+	d.quoted()
 	return d
 }
 
