@@ -141,6 +141,9 @@ func stepText(s cause.Step) string {
 	} else {
 		text += ": "
 	}
+	if s.Translation != "" {
+		text += s.Translation + ", "
+	}
 	if s.Route == "" {
 		return text + "no route"
 	}

@@ -2,7 +2,9 @@ package nft
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -334,6 +336,33 @@ func TestForget(t *testing.T) {
 	}
 	if left != 5 {
 		t.Errorf("%d entries are left of 5", left)
+	}
+}
+
+// An entry is found by either of its directions, and says what a packet becomes.
+func TestEntry(t *testing.T) {
+	b := newBed(t)
+	s, err := b.dial(0)
+	b.must(err)
+	defer s.close()
+	s.remember(b, "10.244.1.1", "10.96.0.1", "10.244.2.2", "10.244.1.1", 1000)
+	s.remember(b, "fd00:244::1", "fd00:245::2", "fd00:245::2", "fd00:244::9", 2000)
+	at := netip.MustParseAddrPort
+	for _, row := range []struct{ from, to, becomesFrom, becomesTo string }{
+		{"10.244.1.1:1000", "10.96.0.1:53", "10.244.1.1:1000", "10.244.2.2:53"},
+		{"10.244.2.2:53", "10.244.1.1:1000", "10.96.0.1:53", "10.244.1.1:1000"},
+		{"[fd00:244::1]:2000", "[fd00:245::2]:53", "[fd00:244::9]:2000", "[fd00:245::2]:53"},
+	} {
+		d := Direction{at(row.from), at(row.to)}
+		entry, err := b.Entry(unix.IPPROTO_UDP, d)
+		if got := entry.Translated(d); err != nil || got != (Direction{at(row.becomesFrom), at(row.becomesTo)}) {
+			t.Errorf("%v becomes %v, %v", d, got, err)
+		}
+	}
+	for _, protocol := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+		if entry, err := b.Entry(protocol, Direction{at("10.244.1.1:1001"), at("10.96.0.1:53")}); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("an entry that is not there: %v, %v", entry, err)
+		}
 	}
 }
 

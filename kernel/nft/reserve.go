@@ -80,7 +80,7 @@ func (c Connection) entry(lasts time.Duration) attributes {
 
 // tupleOf is one direction of an entry.
 func tupleOf(protocol byte, from, to netip.AddrPort) attributes {
-	const ports, number, sourcePort, targetPort = 2, 1, 2, 3 // CTA_TUPLE_PROTO, and what is in it
+	const number = 1 // CTA_PROTO_NUM
 	kinds := [2]uint16{ctaSource4, ctaTarget4}
 	if from.Addr().Is6() {
 		kinds = [2]uint16{ctaSource6, ctaTarget6}
@@ -88,5 +88,5 @@ func tupleOf(protocol byte, from, to netip.AddrPort) attributes {
 	port := func(a netip.AddrPort) []byte { return binary.BigEndian.AppendUint16(nil, a.Port()) }
 	return attributes(nil).
 		nest(ctaTupleIP, attributes(nil).put(kinds[0], from.Addr().AsSlice()).put(kinds[1], to.Addr().AsSlice())).
-		nest(ports, attributes(nil).put(number, []byte{protocol}).put(sourcePort, port(from)).put(targetPort, port(to)))
+		nest(ctaTupleProto, attributes(nil).put(number, []byte{protocol}).put(ctaSourcePort, port(from)).put(ctaTargetPort, port(to)))
 }

@@ -5,8 +5,12 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer/trace/cause"
 )
 
@@ -17,9 +21,10 @@ const mostSteps = 16
 const longestWays = 10 * time.Second
 
 // Ways fills in the ways that the packets of verdicts have to where they died, from one
-// namespace to the next, by the routes that the kernel has for them now. What
-// changes an address on the way is not followed: a way that does not lead to where the
-// packet died is left out. It takes no longer than ten seconds; what is then left is said in
+// namespace to the next, by the routes that the kernel has for them now, and what each
+// namespace's connection tracking makes of their addresses. A way that does not lead to
+// where the packet died is left out: so is one on which addresses are changed by what
+// keeps no entry, or none any more. It takes no longer than ten seconds; what is then left is said in
 // the evidence.
 func (r *Reader) Ways(ctx context.Context, e *cause.Evidence, verdicts []cause.Verdict) {
 	ctx, cancel := context.WithTimeout(ctx, longestWays)
@@ -33,7 +38,7 @@ func (r *Reader) Ways(ctx context.Context, e *cause.Evidence, verdicts []cause.V
 		if v.Tuple == nil {
 			continue
 		}
-		way := r.way(ctx, e, v.Tuple.Source.Addr(), v.Tuple.Destination.Addr(), v.Where.Namespace)
+		way := r.way(ctx, e, v.Tuple, v.Where.Namespace)
 		if len(way) > 1 && way[len(way)-1].Namespace == v.Where.Namespace {
 			v.Way = way
 		}
@@ -42,22 +47,63 @@ func (r *Reader) Ways(ctx context.Context, e *cause.Evidence, verdicts []cause.V
 
 // way follows a packet from the namespace that has its source address to the one called
 // last.
-func (r *Reader) way(ctx context.Context, e *cause.Evidence, src, dst netip.Addr, last string) (way []cause.Step) {
-	in, s := "", holder(e.Spaces, src)
-	for s != nil && len(way) < mostSteps {
+func (r *Reader) way(ctx context.Context, e *cause.Evidence, packet *cause.Ends, last string) (way []cause.Step) {
+	now := nft.Direction{From: packet.Source, To: packet.Destination}
+	in, s := "", holder(e.Spaces, now.From.Addr())
+	for s != nil && len(way) < mostSteps && ctx.Err() == nil {
+		step := cause.Step{Namespace: s.Name, Pod: s.Pod, In: in}
 		var p cause.Path
-		_ = r.inside(s.Inode, func() { p = answer(s, question{s.Inode, in, src, dst}) })
-		way = append(way, cause.Step{Namespace: s.Name, Pod: s.Pod, In: in, Out: p.Device, Route: p.Route})
+		_ = r.inside(s.Inode, func() {
+			before, after := translated(packet.Protocol, now)
+			step.Translation = changed(before, after)
+			p = answer(s, question{s.Inode, in, before.From.Addr(), after.To.Addr()})
+			now = after
+		})
+		step.Out, step.Route = p.Device, p.Route
+		way = append(way, step)
 		if s.Name == last || p.Device == "" || p.Type == "local" {
 			return way
 		}
-		hop := dst
+		hop := now.To.Addr()
 		if p.Gateway.IsValid() {
 			hop = p.Gateway
 		}
 		in, s = across(e.Spaces, s, p.Device, hop)
 	}
 	return way
+}
+
+// withPorts are the protocols whose entries are known by ports.
+var withPorts = map[string]byte{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP, "sctp": unix.IPPROTO_SCTP}
+
+// translated is what a packet is before and after the calling thread's namespace, by its
+// entry there. A packet as it is known may be either: it died somewhere behind.
+func translated(protocol string, d nft.Direction) (before, after nft.Direction) {
+	number, known := withPorts[protocol]
+	if !known || d.From.Port() == 0 || d.To.Port() == 0 {
+		return d, d
+	}
+	if entry, err := nft.In("").Entry(number, d); err == nil {
+		return d, entry.Translated(d)
+	}
+	opposite := nft.Direction{From: d.To, To: d.From}
+	if entry, err := nft.In("").Entry(number, opposite); err == nil {
+		was := entry.Translated(opposite)
+		return nft.Direction{From: was.To, To: was.From}, d
+	}
+	return d, d
+}
+
+// changed says what is translated, "" if nothing is.
+func changed(before, after nft.Direction) string {
+	var parts []string
+	if before.To != after.To {
+		parts = append(parts, fmt.Sprintf("destination %v becomes %v", before.To, after.To))
+	}
+	if before.From != after.From {
+		parts = append(parts, fmt.Sprintf("source %v becomes %v", before.From, after.From))
+	}
+	return strings.Join(parts, ", ")
 }
 
 // across is where a packet comes to that leaves by a device for the next hop: by the

@@ -64,6 +64,9 @@ type Step struct {
 	Out string `json:"out,omitempty"`
 	// Route is the one that says so.
 	Route string `json:"route,omitempty"`
+	// Translation is what the namespace makes of the packet's addresses, by its
+	// connection tracking: "destination 10.96.0.10:80 becomes 10.244.1.2:8080".
+	Translation string `json:"translation,omitempty"`
 }
 
 // Ends are a Tuple as people and machines read it.
