@@ -19,11 +19,12 @@ func benchDropsCommand(s *settings) *cobra.Command {
 		Use:   "drops",
 		Short: "What it costs a sender that somebody looks at drops",
 		Long: `
-Sends a storm of UDP packets to a port where nobody is, opens connections, and sends
-much over one, while nobody looks, while programs count in the kernel, while they
-look at system calls, too, as millrace trace does, and while a tracer gets every
-drop with its stack, one by one. All have their turn in every round, in random order; a ratio is that to the turn of the same round
-in which nobody looks. Every packet that died must be in the totals of trace.`,
+Sends a storm of UDP packets to a port where nobody is, opens connections, and
+sends much over one, while nobody looks, while programs count in the kernel as the
+agent's do, while they look at system calls, too, as millrace trace does, and while
+a tracer gets every drop with its stack, one by one. All have their turn in every
+round, in random order; a ratio is that to the turn of the same round in which
+nobody looks. Every packet that died must be in the totals of trace.`,
 	}, inOwnSpaces, func(ctx context.Context, _ []string) error {
 		options.Watchers = watchers()
 		p := newProgress()
