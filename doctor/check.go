@@ -170,8 +170,9 @@ type view struct {
 	*Space
 	facts *Facts
 	check *Check
-	// fix and undo start as the check's.
+	// fix and undo start as the check's; mixed says that namespaces differ in theirs.
 	fix, undo string
+	mixed     bool
 	// found fires, unread could not be looked at, seen is the node's where it is well.
 	found, unread, seen []Evidence
 }
@@ -191,6 +192,18 @@ func (v *view) sound(spaces int) []Evidence {
 
 func (v *view) fires(s Severity, read, format string, values ...any) {
 	v.found = append(v.found, Evidence{v.Name, harmless(read), harmless(fmt.Sprintf(format, values...)), s, false})
+}
+
+// mends says what to do here, and how to take it back. Where namespaces differ in that no
+// one command is right in all: then the check's own words stay, and the evidence has the
+// values.
+func (v *view) mends(fix, undo string) {
+	first := v.fix == v.check.Fix && v.undo == v.check.Undo
+	v.mixed = v.mixed || !first && (v.fix != fix || v.undo != undo)
+	v.fix, v.undo = fix, undo
+	if v.mixed {
+		v.fix, v.undo = v.check.Fix, v.check.Undo
+	}
 }
 
 // sees notes what is well, of the node or the cluster: other namespaces are counted.

@@ -353,3 +353,40 @@ func TestSelect(t *testing.T) {
 		}
 	}
 }
+
+// What a finding says to do, and to take back, is right in each place that it names.
+func TestFixAndUndoAreThoseOfTheirPlaces(t *testing.T) {
+	const established, jit, list = "sysctl -w " + tcpTracked + "=", "sysctl -w net.core.", "sysctl -w net.ipv4.tcp_rmem="
+	for _, row := range []struct {
+		id, what  string
+		change    func(*world)
+		fix, undo string
+	}{
+		{"CT-15", "one namespace", sets(tcpTracked, "600"), established + "86400 in that namespace", established + "600 in that namespace"},
+		{"CT-15", "two that are alike", all(sets(tcpTracked, "600"), sets("node "+tcpTracked, "600")), established + "86400 in that namespace", established + "600 in that namespace"},
+		{"CT-15", "two that differ", all(sets(tcpTracked, "600"), sets("node "+tcpTracked, "1200")), established + "86400 in that namespace", established + "N, with N what it was"},
+		{"CT-12", "not all protocols", sets(logInvalid, "6"), "sysctl -w " + logInvalid + "=0 in that namespace", "sysctl -w " + logInvalid + "=6 in that namespace"},
+		{"HS-12", "a maximum that somebody raised", sets(tcpReceive, "4096 87380 16777216"),
+			list + `"4096 131072 16777216" in that namespace`, list + `"4096 87380 16777216" in that namespace`},
+		{"HS-12", "a low maximum", sets(tcpReceive, "4096 262144 1048576"),
+			list + `"4096 262144 6291456" in that namespace`, list + `"4096 262144 1048576" in that namespace`},
+		{"HS-18", "interpreted", sets("node "+jitEnable, "0"), jit + "bpf_jit_enable=1", jit + "bpf_jit_enable=0"},
+		{"HS-18", "blinded", sets("node "+jitHarden, "2"), jit + "bpf_jit_harden=1", jit + "bpf_jit_harden=2"},
+		{"HS-18", "both", all(sets("node "+jitEnable, "0"), sets("node "+jitHarden, "2")),
+			jit + "bpf_jit_enable=1 net.core.bpf_jit_harden=1", jit + "bpf_jit_enable=0 net.core.bpf_jit_harden=2"},
+		{"PX-15", "nothing was reserved", sets("node "+localPorts, "1024 65535"), "sysctl -w " + reservedPorts + "=30000-32767, and the same in a file in /etc/sysctl.d",
+			"echo > /proc/sys/net/ipv4/ip_local_reserved_ports, and without the file"},
+		{"CT-01", "kube-proxy owns it", all(sets("node "+trackedCount, "200000"), func(w *world) { w.files["proc/30/comm"] = "kube-proxy" }),
+			"sysctl -w " + trackedMax + "=524288 at once; kube-proxy sets this limit again when it starts: conntrack.maxPerCore: 0 in its configuration leaves it alone (then a file in /etc/sysctl.d keeps it), or raise conntrack.min",
+			"sysctl -w " + trackedMax + "=262144, and conntrack of kube-proxy's configuration as it was"},
+	} {
+		t.Run(row.id+" "+row.what, func(t *testing.T) {
+			w := healthy()
+			row.change(w)
+			results, _ := w.examine(t, one(t, row.id))
+			if r := results[row.id]; r.Fix != row.fix || r.Undo != row.undo {
+				t.Errorf("fix %q\nundo %q\nwanted %q\n%q\n%s", r.Fix, r.Undo, row.fix, row.undo, texts(r))
+			}
+		})
+	}
+}

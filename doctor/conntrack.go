@@ -27,8 +27,8 @@ var conntrackChecks = []Check{{
 	When:   "the entries of a namespace exceed 75 % of nf_conntrack_max (warning) or 90 % (critical)",
 	Effect: "When it is full, the first packet of each new connection is dropped, without an answer; the client meets a timeout. Entries are counted for each namespace, and each is held against the one limit.",
 	Source: "https://github.com/prometheus/node_exporter/blob/master/docs/node-mixin/alerts/alerts.libsonnet (75 %); https://github.com/kubernetes/node-problem-detector/blob/master/config/plugin/network_problem.sh (90 %); " + conntrackDoc,
-	Fix:    "sysctl -w " + trackedMax + "=N, with N twice what it is; where kube-proxy runs, conntrack.maxPerCore and conntrack.min of its configuration instead",
-	Undo:   "sysctl -w " + trackedMax + "=N, with N what it was",
+	Fix:    "sysctl -w " + trackedMax + "=N, with N twice what it is, and the same in a file in /etc/sysctl.d; where kube-proxy runs, conntrack.maxPerCore and conntrack.min of its configuration as well",
+	Undo:   "sysctl -w " + trackedMax + "=N, with N what it was, without the file; put conntrack of kube-proxy's configuration back",
 	Pitfall: "A sysctl on a node with kube-proxy does not last: from 1.29 on it writes its own value, higher or lower, whenever it starts. " +
 		"A pod's namespace shows the limit and cannot set it.",
 	look: conntrackUse,
@@ -90,12 +90,13 @@ var conntrackChecks = []Check{{
 	Effect:  "It is for looking for a fault. Left on, anybody's odd packets fill the log, and the limit on its rate hides other messages.",
 	Source:  conntrackDoc + " (nf_conntrack_log_invalid)",
 	Fix:     "sysctl -w " + logInvalid + "=0 in that namespace",
-	Undo:    "sysctl -w " + logInvalid + "=255",
+	Undo:    "sysctl -w " + logInvalid + "=N, with N what it was",
 	Pitfall: "The counter \"invalid\" of /proc/net/stat/nf_conntrack says how many there are without a log.",
 	look: func(v *view) {
 		v.tracked(func() {
 			if n, ok := v.number(logInvalid); ok && n != 0 {
 				v.fires(Info, logInvalid, "%d", n)
+				v.mends(v.fix, fmt.Sprintf("sysctl -w %s=%d in that namespace", logInvalid, n))
 			}
 		})
 	},
@@ -139,11 +140,14 @@ func conntrackUse(v *view) {
 			return
 		}
 		if v.runs("kube-proxy") {
-			v.fix = fmt.Sprintf("kube-proxy sets this limit: in its configuration, conntrack.maxPerCore: 0 and conntrack.min: 0 leave it to sysctl -w %s=%d; or raise conntrack.min", trackedMax, 2*limit)
+			v.fix = fmt.Sprintf("sysctl -w %s=%d at once; kube-proxy sets this limit again when it starts: conntrack.maxPerCore: 0 in its configuration leaves it alone (then a file in /etc/sysctl.d keeps it), or raise conntrack.min", trackedMax, 2*limit)
 		} else {
 			v.fix = fmt.Sprintf("sysctl -w %s=%d", trackedMax, 2*limit)
 		}
 		v.undo = fmt.Sprintf("sysctl -w %s=%d", trackedMax, limit)
+		if v.runs("kube-proxy") {
+			v.undo += ", and conntrack of kube-proxy's configuration as it was"
+		}
 	})
 }
 
@@ -225,7 +229,7 @@ func conntrackIdle(v *view) {
 		timeout, there := v.number(tcpTracked)
 		if ok && there && fill > 0.5 && timeout > 86400 {
 			v.fires(Info, tcpTracked, "%d s, and %d of %d entries", timeout, count, limit)
-			v.undo = fmt.Sprintf("sysctl -w %s=%d", tcpTracked, timeout)
+			v.mends(v.fix, fmt.Sprintf("sysctl -w %s=%d in that namespace", tcpTracked, timeout))
 		}
 	})
 }

@@ -23,8 +23,8 @@ var dnsChecks = []Check{{
 	When:    "resolv.conf of a namespace other than the node's names a loopback address, and nothing has UDP port 53 in that namespace",
 	Effect:  "127.0.0.53 is the node's own resolver; in the pod's namespace nobody answers there, so that no name resolves. Of CoreDNS, which forwards to what resolv.conf names, it makes a loop or an answer of SERVFAIL.",
 	Source:  "https://kubernetes.io/docs/tasks/administer-cluster/dns-debugging-resolution/#known-issues; https://coredns.io/plugins/loop/",
-	Fix:     "resolvConf: /run/systemd/resolve/resolv.conf in the kubelet's configuration, then make the pod anew",
-	Undo:    "put the kubelet's resolvConf back",
+	Fix:     "resolvConf: /run/systemd/resolve/resolv.conf in the kubelet's configuration; restart the kubelet, then make the pod anew",
+	Undo:    "put the kubelet's resolvConf back and restart it",
 	Pitfall: "Pods with dnsPolicy: Default inherit the node's file; those with ClusterFirst do not, and CoreDNS is of the former.",
 	look:    unansweredResolver,
 }, {

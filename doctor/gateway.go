@@ -18,7 +18,7 @@ var gatewayChecks = []Check{{
 	When:    "the condition Accepted or Programmed of a Gateway, or of one of its listeners, is False",
 	Effect:  "What it says is not in force: nobody listens, or as an earlier version of it said.",
 	Source:  gatewaySpec + " (GatewayConditionType, ListenerConditionType)",
-	Fix:     "kubectl describe gateway NAME: the condition's message says what its controller lacks",
+	Fix:     "kubectl -n NAMESPACE describe gateway NAME: the condition's message says what its controller lacks",
 	Undo:    "nothing is changed by looking",
 	Pitfall: "An address in its status may be there all the same.",
 	look: func(v *view) {
@@ -79,7 +79,7 @@ var gatewayChecks = []Check{{
 	Effect:  "Its requests are answered with 500, as if the Service did not exist.",
 	Source:  gatewaySpec + " (ReferenceGrant); https://gateway-api.sigs.k8s.io/api-types/referencegrant/",
 	Fix:     "a ReferenceGrant in the Service's namespace: from HTTPRoute of the route's namespace, to Service",
-	Undo:    "kubectl delete referencegrant NAME",
+	Undo:    "kubectl -n NAMESPACE delete referencegrant NAME",
 	Pitfall: "It belongs into the namespace that is led to, not into that of the route.",
 	look: func(v *view) {
 		grants, ok := list[referenceGrant](v, ReferenceGrants)
@@ -103,7 +103,7 @@ var gatewayChecks = []Check{{
 	When:    "an HTTPRoute names a Gateway that does not exist, or one that says Accepted or ResolvedRefs False of it",
 	Effect:  "Its host names and paths are answered with 404, or by another route.",
 	Source:  gatewaySpec + " (RouteConditionType)",
-	Fix:     "kubectl describe httproute NAME: the condition's message; often allowedRoutes of the listener, or a host name that the listener does not have",
+	Fix:     "kubectl -n NAMESPACE describe httproute NAME: the condition's message; often allowedRoutes of the listener, or a host name that the listener does not have",
 	Undo:    "nothing is changed by looking",
 	Pitfall: "By default a listener takes routes of its own namespace only.",
 	look: func(v *view) {

@@ -40,8 +40,8 @@ var hostChecks = []Check{{
 	When:    "the second column of /proc/net/softnet_stat grows",
 	Effect:  "A processor's queue of received packets (netdev_max_backlog) is full: packets to and from pods are lost, for each passes it at a veth.",
 	Source:  sysctlNetDoc + " (netdev_max_backlog); " + scalingDoc,
-	Fix:     "find out which processor is busy with receiving (mpstat -P ALL 1, %soft) and spread its work (HS-24); then sysctl -w " + backlog + "=2000",
-	Undo:    "sysctl -w " + backlog + "=1000",
+	Fix:     "find out which processor is busy with receiving (mpstat -P ALL 1, %soft) and spread its work (HS-24); then sysctl -w " + backlog + "=N, with N twice what it is",
+	Undo:    "sysctl -w " + backlog + "=N, with N what it was (1000 by default)",
 	Pitfall: "The queue is that of veth, loopback and RPS, not the ring of a network card: where none of them carries the load, a longer one changes nothing.",
 	look:    func(v *view) { v.rises(Warning, "softnet.dropped") },
 }, {
@@ -50,8 +50,8 @@ var hostChecks = []Check{{
 	When:    "bpf_jit_enable is 0 (warning), or bpf_jit_harden is 2 (info)",
 	Effect:  "Without the compiler every eBPF program is interpreted, several times slower. With bpf_jit_harden 2 the constants of privileged programs are blinded as well, at a cost in each.",
 	Source:  sysctlNetDoc + " (bpf_jit_enable, bpf_jit_harden)",
-	Fix:     "sysctl -w " + jitEnable + "=1 " + jitHarden + "=1",
-	Undo:    "sysctl -w " + jitEnable + "=0 " + jitHarden + "=2",
+	Fix:     "sysctl -w " + jitEnable + "=1, or " + jitHarden + "=1",
+	Undo:    "sysctl -w " + jitEnable + "=0, or " + jitHarden + "=2",
 	Pitfall: "Kernels built with CONFIG_BPF_JIT_ALWAYS_ON have no interpreter, and take no other value than 1.",
 	look:    jit,
 }, {
@@ -60,8 +60,8 @@ var hostChecks = []Check{{
 	When:    "table_fulls grows (critical), forced_gc_runs grows (warning), or the entries exceed 75 % of gc_thresh3 (info)",
 	Effect:  "An address that is not in the table cannot be reached when it is full. From gc_thresh2 on the kernel looks for entries to throw out. The table is one for all namespaces of the host.",
 	Source:  ipSysctl + " (neigh/default/gc_thresh3); neigh_alloc of https://github.com/torvalds/linux/blob/master/net/core/neighbour.c",
-	Fix:     "sysctl -w net.ipv4.neigh.default.gc_thresh3=N net.ipv4.neigh.default.gc_thresh2=N/2, for IPv6 the same below net.ipv6, with N twice the entries or more",
-	Undo:    "sysctl -w net.ipv4.neigh.default.gc_thresh3=1024 net.ipv4.neigh.default.gc_thresh2=512, the defaults",
+	Fix:     "sysctl -w net.ipv4.neigh.default.gc_thresh3=N net.ipv4.neigh.default.gc_thresh2=N/2, for IPv6 the same below net.ipv6, with N twice the entries or more, and twice what it is at least",
+	Undo:    "sysctl -w net.ipv4.neigh.default.gc_thresh3=N net.ipv4.neigh.default.gc_thresh2=N, with what they were (1024 and 512 by default)",
 	Pitfall: "Permanent entries, as some network plug-ins write them, are counted among the entries, and the limit is not for them: many of them are no fault.",
 	look:    neighbourTables,
 }, {
@@ -81,7 +81,7 @@ var hostChecks = []Check{{
 	Effect:  "What that processor cannot take waits and is lost, while others are idle.",
 	Source:  scalingDoc + " (RPS: Receive Packet Steering)",
 	Fix:     "echo MASK > /sys/class/net/DEVICE/queues/rx-0/rps_cpus, with the other processors in MASK; or more queues: ethtool -L DEVICE combined N",
-	Undo:    "echo 0 > /sys/class/net/DEVICE/queues/rx-0/rps_cpus",
+	Undo:    "echo 0 > /sys/class/net/DEVICE/queues/rx-0/rps_cpus, or ethtool -L DEVICE combined 1",
 	Pitfall: "Where the card has as many queues as there are processors, RPS only adds work.",
 	look:    oneReceiver,
 }, {
@@ -130,11 +130,17 @@ var hostChecks = []Check{{
 func part(of, all uint64) float64 { return float64(of) / float64(max(1, all)) }
 
 func jit(v *view) {
+	var to, from string // only what is wrong is set: the other one is as somebody wants it
 	if on, ok := v.number(jitEnable); ok && on == 0 {
 		v.fires(Warning, jitEnable, "0")
+		to, from = to+" "+jitEnable+"=1", from+" "+jitEnable+"=0"
 	}
 	if harden, ok := v.number(jitHarden); ok && harden == 2 {
 		v.fires(Info, jitHarden, "2")
+		to, from = to+" "+jitHarden+"=1", from+" "+jitHarden+"=2"
+	}
+	if to != "" {
+		v.fix, v.undo = "sysctl -w"+to, "sysctl -w"+from
 	}
 }
 

@@ -122,9 +122,9 @@ var namesChecks = []Check{{
 	When:    "health in the Corefile has no lameduck",
 	Effect:  "A server that is told to end does so at once, while proxies still send to it: each query that meets it is a wait of 5 s.",
 	Source:  "https://coredns.io/plugins/health/ (lameduck); https://kubernetes.io/docs/tasks/administer-cluster/dns-custom-nameservers/ (lameduck 5s in the usual Corefile)",
-	Fix:     "health { lameduck 5s } in the Corefile",
+	Fix:     "in the Corefile, on three lines: health {, lameduck 5s, and }",
 	Undo:    "remove it",
-	Pitfall: "Times of several server blocks add up, and all must fit into the pod's terminationGracePeriodSeconds.",
+	Pitfall: "On one line CoreDNS takes the brace for an argument, and does not start. Times of several server blocks add up, and all must fit into the pod's terminationGracePeriodSeconds.",
 	look: func(v *view) {
 		if c, ok := v.corefile(); ok && !c.says("health", "lameduck") {
 			v.fires(Info, ConfigMaps, "Corefile: health without lameduck")
@@ -186,8 +186,8 @@ var namesChecks = []Check{{
 	When:    "clusterDNS of the KubeletConfiguration is neither an address of the Service kube-dns nor link-local (169.254.20.10 or the like: NodeLocal DNSCache)",
 	Effect:  "New pods have an address in resolv.conf at which nobody answers: no name resolves in them.",
 	Source:  "https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/ (clusterDNS); https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/",
-	Fix:     "clusterDNS: [the ClusterIP of kube-dns] in the kubelets' configuration; or make the Service anew with that clusterIP",
-	Undo:    "put clusterDNS back",
+	Fix:     "clusterDNS: [the ClusterIP of kube-dns] in the kubelets' configuration, then restart them and make the pods anew; or make the Service anew with that clusterIP",
+	Undo:    "put clusterDNS back and restart the kubelets",
 	Pitfall: "A Service that is deleted and made again gets another address; the kubelets keep the old one, and so do running pods.",
 	look:    kubeletsAsk,
 }, {
@@ -197,7 +197,7 @@ var namesChecks = []Check{{
 	Effect:  "The cache takes the DNS Service's address on its node by rules of iptables, which Cilium's programs never reach: queries go to CoreDNS as before.",
 	Source:  "https://docs.cilium.io/en/stable/network/kubernetes/local-redirect-policy/#node-local-dns-cache",
 	Fix:     "a CiliumLocalRedirectPolicy for kube-dns, and node-local-dns without its own rules, as the page says",
-	Undo:    "kubectl delete the policy",
+	Undo:    "kubectl -n kube-system delete ciliumlocalredirectpolicy NAME, and node-local-dns as it was",
 	Pitfall: "Names resolve all the same, so that nobody notices.",
 	look: func(v *view) {
 		all, ok := list[configMap](v, ConfigMaps)
@@ -216,11 +216,11 @@ var namesChecks = []Check{{
 	ID: "DN-20", Layer: "dns", Title: "CoreDNS logs every query", Severity: Info, Scope: Whole,
 	Reads:   []string{ConfigMaps},
 	When:    "the Corefile has the plug-in log without a class",
-	Effect:  "Each query writes a line, for which the answer waits; its manual warns of the cost on busy servers.",
+	Effect:  "Each query writes a line; its manual warns of the cost on busy servers.",
 	Source:  "https://coredns.io/plugins/log/",
-	Fix:     "remove the line log, or log only what fails: log . { class error }",
+	Fix:     "remove the line log, or log only what fails, on three lines: log . {, class error, and }",
 	Undo:    "put the line back",
-	Pitfall: "errors is another plug-in, which belongs there.",
+	Pitfall: "On one line CoreDNS takes the brace for a class, and does not start. errors is another plug-in, which belongs there.",
 	look: func(v *view) {
 		if c, ok := v.corefile(); ok && c.has("log") && !c.says("log", "class") {
 			v.fires(Info, ConfigMaps, "Corefile: log")

@@ -19,6 +19,9 @@ const (
 	calicoIP  = "projectcalico.org/IPv4Address"
 	zoneLabel = "topology.kubernetes.io/zone"
 
+	// restartCilium is what its agents take to read their ConfigMap again.
+	restartCilium = ", then kubectl -n kube-system rollout restart daemonset cilium"
+
 	// nearlyOut is the share of addresses in use that Google reports.
 	nearlyOut = 0.8
 	// From where on Calico's authors advise Typha and route reflectors.
@@ -37,7 +40,7 @@ var pluginChecks = []Check{{
 	When:    "kube-proxy-replacement of the ConfigMap cilium-config is neither true nor false",
 	Effect:  "Cilium from 1.18 on does not start with it; 1.15 took it for neither, and Services were served by nobody or by two.",
 	Source:  "https://github.com/cilium/cilium/issues/32711; https://docs.cilium.io/en/stable/network/kubernetes/kubeproxy-free/",
-	Fix:     "kubeProxyReplacement: true or false in Cilium's Helm values",
+	Fix:     "kubeProxyReplacement: true or false in Cilium's Helm values" + restartCilium,
 	Undo:    "put the value back",
 	Pitfall: "strict, partial, probe and disabled are of before 1.14, and still in many articles.",
 	look: func(v *view) {
@@ -53,8 +56,8 @@ var pluginChecks = []Check{{
 	When:    "enable-host-legacy-routing is true, and kube-proxy-replacement as well",
 	Effect:  "Packets pass the rules and the routes of the host, where Cilium could hand them over: a third less of requests in its own benchmark.",
 	Source:  ciliumTuning + " (eBPF host-routing); https://docs.cilium.io/en/stable/operations/performance/benchmark/",
-	Fix:     "bpf.hostLegacyRouting: false and bpf.masquerade: true in Cilium's Helm values",
-	Undo:    "bpf.hostLegacyRouting: true",
+	Fix:     "bpf.hostLegacyRouting: false and bpf.masquerade: true in Cilium's Helm values" + restartCilium,
+	Undo:    "put both values back" + restartCilium,
 	Pitfall: "Rules of iptables on the host, a firewall for one, no longer see pods' packets then.",
 	look: func(v *view) {
 		if v.cilium("enable-host-legacy-routing") == "true" && v.cilium("kube-proxy-replacement") == "true" {
@@ -67,8 +70,8 @@ var pluginChecks = []Check{{
 	When:    "enable-bpf-masquerade is not true, while enable-ipv4-masquerade and kube-proxy-replacement are",
 	Effect:  "What leaves the cluster takes the host's connection tracking and its rules, and host routing is off (CN-02).",
 	Source:  "https://docs.cilium.io/en/stable/network/concepts/masquerading/; " + ciliumTuning,
-	Fix:     "bpf.masquerade: true in Cilium's Helm values",
-	Undo:    "bpf.masquerade: false",
+	Fix:     "bpf.masquerade: true in Cilium's Helm values" + restartCilium,
+	Undo:    "bpf.masquerade: false" + restartCilium,
 	Pitfall: "It masquerades on the devices that Cilium manages only: one that is not among them leaves pods' addresses as they are.",
 	look: func(v *view) {
 		if v.cilium("enable-bpf-masquerade") != "true" && v.cilium("enable-ipv4-masquerade") == "true" && v.cilium("kube-proxy-replacement") == "true" {
@@ -98,9 +101,9 @@ var pluginChecks = []Check{{
 	When:    "two nodes' ranges of pods overlap, or a range of pods (podCIDR, or Calico's IPPools) has a node's address or a ClusterIP in it",
 	Effect:  "The same address means two things: packets for one reach the other, from some nodes and not from others.",
 	Source:  modelDoc + "; https://kubernetes.io/docs/concepts/cluster-administration/networking/",
-	Fix:     "another range for one of them; for nodes, delete the Node and let the controller manager give it a range",
+	Fix:     "another range for one of them; for nodes: kubectl drain NODE, kubectl delete node NODE, and restart its kubelet, which makes it anew; the controller manager gives it a range that is free",
 	Undo:    "put the range back",
-	Pitfall: "Ranges of other networks that nodes route to (VPNs, docker0) are not in the API: ip route on a node has them.",
+	Pitfall: "A Node that is deleted takes its labels and taints with it, and its pods. Ranges of other networks that nodes route to (VPNs, docker0) are not in the API: ip route on a node has them.",
 	look:    overlaps,
 }, {
 	ID: "CN-06", Layer: "plugin", Title: "a node runs out of addresses for pods", Severity: Warning, Scope: Whole,
@@ -165,8 +168,8 @@ var pluginChecks = []Check{{
 	When:    "nodes are in several zones, a Service has endpoints in more than one, and trafficDistribution is not set",
 	Effect:  "All endpoints are used alike: most connections cross zones, with the time, and in clouds the money, that takes.",
 	Source:  "https://kubernetes.io/docs/concepts/services-networking/service/#traffic-distribution",
-	Fix:     "kubectl patch service NAME -p '{\"spec\":{\"trafficDistribution\":\"PreferClose\"}}' (PreferSameZone from Kubernetes 1.35 on)",
-	Undo:    "kubectl patch service NAME -p '{\"spec\":{\"trafficDistribution\":null}}'",
+	Fix:     "kubectl -n NAMESPACE patch service NAME -p '{\"spec\":{\"trafficDistribution\":\"PreferClose\"}}' (PreferSameZone from Kubernetes 1.35 on)",
+	Undo:    "kubectl -n NAMESPACE patch service NAME -p '{\"spec\":{\"trafficDistribution\":null}}'",
 	Pitfall: "Zones whose clients ask more than their endpoints can take are overloaded then: there is no balance between zones.",
 	look:    acrossZones,
 }, {
@@ -185,7 +188,7 @@ var pluginChecks = []Check{{
 	When:    "two pods that run, two nodes, or a pod and a node have the same address",
 	Effect:  "Packets reach the one or the other, by which route the sender has.",
 	Source:  modelDoc,
-	Fix:     "delete one of the pods; if it happens again, the address management of the network plug-in gave it twice: look at its agent's logs on both nodes",
+	Fix:     "delete one of the pods; if it happens again, the address management of the network plug-in gave it twice: look at its agent's logs on both nodes. A node needs another address",
 	Undo:    "nothing has to be taken back",
 	Pitfall: "A Service that has both as endpoints answers with errors in every second try, and each pod by itself looks well.",
 	look:    doubleAddresses,
@@ -196,7 +199,7 @@ var pluginChecks = []Check{{
 	Effect:  "flannel does not start there, and no pod does.",
 	Source:  flannelTrouble + " (Kubernetes specific)",
 	Fix:     "--allocate-node-cidrs=true and --cluster-cidr of the controller manager, kubeadm init --pod-network-cidr; or kubectl patch node NAME -p '{\"spec\":{\"podCIDR\":\"RANGE\"}}'",
-	Undo:    "a podCIDR that is set cannot be changed: delete the Node",
+	Undo:    "a podCIDR that is set cannot be changed: as CN-05 says for nodes",
 	Pitfall: "A cluster made without --pod-network-cidr looks well until flannel is installed.",
 	look: func(v *view) {
 		nodes, ok := list[node](v, Nodes)

@@ -17,9 +17,9 @@ var routingChecks = []Check{{
 	When:    "IPReversePathFilter grows: critical where a pod's filter is strict, a warning where the node's is, else information",
 	Effect:  "Strict reverse path filtering drops what comes in by a device other than the one the answer would leave by: pods with several devices, or plug-ins that route by rules, lose connections. What comes to a node from outside may be forged, and then rightly dropped.",
 	Source:  ipSysctl + " (rp_filter)",
-	Fix:     "sysctl -w net.ipv4.conf.DEVICE.rp_filter=2 and the same for all, in that namespace",
-	Undo:    "sysctl -w net.ipv4.conf.DEVICE.rp_filter=1",
-	Pitfall: "The greater of \"all\" and the device's own counts: 0 at the device does nothing while all is 1.",
+	Fix:     "where it is strict: sysctl -w net.ipv4.conf.DEVICE.rp_filter=2 in that namespace, of the device that the packets come in by; else nothing leads back to their senders at all: ip route get SENDER",
+	Undo:    "sysctl -w net.ipv4.conf.DEVICE.rp_filter=N, with N what it was",
+	Pitfall: "The greater of \"all\" and the device's own counts: 0 at the device does nothing while all is 1, and 2 is enough at either.",
 	look:    reversePath,
 }, {
 	ID: "HS-21", Layer: "routing", Title: "the node does not forward its pods' packets", Severity: Critical, Scope: Everywhere,
@@ -28,7 +28,7 @@ var routingChecks = []Check{{
 	Effect:  "Pods reach nothing beyond the node, and each other not either.",
 	Source:  ipSysctl + " (ip_forward); https://kubernetes.io/docs/setup/production-environment/container-runtimes/#prerequisite-ipv4-forwarding-optional",
 	Fix:     "sysctl -w " + ipForward + "=1, and the same in a file in /etc/sysctl.d",
-	Undo:    "sysctl -w " + ipForward + "=0",
+	Undo:    "sysctl -w " + ipForward + "=0, and without the file",
 	Pitfall: "Each change of it resets all of net.ipv4.conf to the defaults for hosts or for routers: set it first, the others after it.",
 	look:    forwarding,
 }, {

@@ -52,7 +52,7 @@ var serviceChecks = []Check{{
 	Effect:  "A connection of the node may take the port of a Service, and its answers then meet the Service: it never gets through. It happens by chance, and to a few only.",
 	Source:  "https://github.com/kubernetes/kubernetes/pull/111697; https://github.com/kubernetes/kops/issues/6342; https://github.com/awslabs/amazon-eks-ami/issues/1307",
 	Fix:     "sysctl -w " + reservedPorts + "=" + nodePortDefault + ", and the same in a file in /etc/sysctl.d; what is reserved already belongs into the same list",
-	Undo:    "sysctl -w " + reservedPorts + "=, with what it was",
+	Undo:    "sysctl -w " + reservedPorts + "=LIST, with what it was, and without the file; if nothing was: echo > /proc/sys/net/ipv4/ip_local_reserved_ports",
 	Pitfall: "The advice \"ip_local_port_range = 1024 65535\" is what makes it. kube-proxy no longer holds a socket at node ports (kubernetes#108496), so that nothing complains.",
 	look:    nodePortsReserved,
 }, {
@@ -61,8 +61,8 @@ var serviceChecks = []Check{{
 	When:    "route_localnet is 1 for a device",
 	Effect:  "kube-proxy's mode iptables sets it to serve node ports at 127.0.0.1. Services of the node that rely on loopback alone can be reached from the network unless rules prevent it.",
 	Source:  ipSysctl + " (route_localnet); https://github.com/kubernetes/kubernetes/issues/92315 (CVE-2020-8558)",
-	Fix:     "--iptables-localhost-nodeports=false of kube-proxy, then sysctl -w net.ipv4.conf.all.route_localnet=0",
-	Undo:    "sysctl -w net.ipv4.conf.all.route_localnet=1",
+	Fix:     "iptables.localhostNodePorts: false in kube-proxy's configuration, restart it, then sysctl -w net.ipv4.conf.DEVICE.route_localnet=0, DEVICE as above (kube-proxy sets it of all)",
+	Undo:    "sysctl -w net.ipv4.conf.DEVICE.route_localnet=1, and put localhostNodePorts back",
 	Pitfall: "It is about reach, not about speed.",
 	look: func(v *view) {
 		for _, name := range v.matches(localnets) {
@@ -127,5 +127,8 @@ func nodePortsReserved(v *view) {
 	v.fires(Critical, localPorts, "%d-%d has %d ports of %s that are not reserved", low, high, open, wanted)
 	list := strings.Trim(strings.TrimSpace(reserved)+","+wanted, ",")
 	v.fix = fmt.Sprintf("sysctl -w %s=%s, and the same in a file in /etc/sysctl.d", reservedPorts, list)
-	v.undo = fmt.Sprintf("sysctl -w %s=%s", reservedPorts, strings.TrimSpace(reserved))
+	v.undo = fmt.Sprintf("sysctl -w %s=%s, and without the file", reservedPorts, strings.TrimSpace(reserved))
+	if strings.TrimSpace(reserved) == "" { // older versions of sysctl(8) take no empty value
+		v.undo = "echo > /proc/sys/net/ipv4/ip_local_reserved_ports, and without the file"
+	}
 }

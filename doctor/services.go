@@ -74,7 +74,7 @@ var servicesChecks = []Check{{
 	When:    "mode nftables, nodePortAddresses is not set, and Services have NodePorts",
 	Effect:  "Mode nftables serves them at the node's primary address alone; 127.0.0.1 and other addresses, which mode iptables serves, refuse.",
 	Source:  nftBlog + "; " + proxyDoc + " (nodePortAddresses)",
-	Fix:     "nodePortAddresses: [\"0.0.0.0/0\"] in kube-proxy's configuration, if others are meant as well; [primary] says that they are not",
+	Fix:     "nodePortAddresses: [\"0.0.0.0/0\"] in kube-proxy's configuration, if others are meant as well, then restart it on each node; [primary] says that they are not",
 	Undo:    "nodePortAddresses: []",
 	Pitfall: "It breaks without a message when the mode is changed: look for clients of 127.0.0.1 before.",
 	look: func(v *view) {
@@ -99,7 +99,7 @@ var servicesChecks = []Check{{
 	When:    "detectLocalMode is ClusterCIDR, as where none is named, and clusterCIDR is not set",
 	Effect:  "It does not know what comes from outside: such packets to a Service keep their source, and answers may go another way; externalTrafficPolicy: Local treats pods as outsiders.",
 	Source:  proxyDoc + " (clusterCIDR, detectLocalMode); https://github.com/kubernetes/kubernetes/blob/v1.36.3/cmd/kube-proxy/app/server_linux.go",
-	Fix:     "clusterCIDR: the range of pods, or detectLocalMode: NodeCIDR, in kube-proxy's configuration",
+	Fix:     "clusterCIDR: the range of pods, or detectLocalMode: NodeCIDR, in kube-proxy's configuration, then restart it on each node",
 	Undo:    "clusterCIDR: \"\"",
 	Pitfall: "kubeadm sets it only where podSubnet was given to it.",
 	look: func(v *view) {
@@ -114,7 +114,7 @@ var servicesChecks = []Check{{
 	When:    "a Service with a selector has no endpoint that is ready",
 	Effect:  "Connections to it are refused at once, as if nothing listened; the client does not learn that the Service is known.",
 	Source:  virtualIPs + "; " + serviceDoc + " (services in Kubernetes)",
-	Fix:     "kubectl describe service NAME and kubectl get pods -l SELECTOR: the selector fits no pod, or none of them is ready",
+	Fix:     "kubectl -n NAMESPACE describe service NAME and kubectl -n NAMESPACE get pods -l SELECTOR: the selector fits no pod, or none of them is ready",
 	Undo:    "nothing is changed by looking",
 	Pitfall: "The refusal looks the same as that of a pod in which nothing listens.",
 	look:    withoutEndpoints,
@@ -124,8 +124,8 @@ var servicesChecks = []Check{{
 	When:    "a Service of type LoadBalancer has externalTrafficPolicy: Cluster",
 	Effect:  "A node that has no endpoint sends the packet on to another one, and puts its own address in the place of the client's.",
 	Source:  "https://kubernetes.io/docs/tasks/access-application-cluster/create-external-load-balancer/#preserving-the-client-source-ip",
-	Fix:     "kubectl patch service NAME -p '{\"spec\":{\"externalTrafficPolicy\":\"Local\"}}', where its pods are spread over the nodes",
-	Undo:    "kubectl patch service NAME -p '{\"spec\":{\"externalTrafficPolicy\":\"Cluster\"}}'",
+	Fix:     "kubectl -n NAMESPACE patch service NAME -p '{\"spec\":{\"externalTrafficPolicy\":\"Local\"}}', where its pods are spread over the nodes",
+	Undo:    "kubectl -n NAMESPACE patch service NAME -p '{\"spec\":{\"externalTrafficPolicy\":\"Cluster\"}}'",
 	Pitfall: "With Local, nodes without an endpoint drop what still reaches them, and load is shared between nodes, not between pods.",
 	look: func(v *view) {
 		all, _ := list[service](v, Services)
@@ -167,7 +167,7 @@ var servicesChecks = []Check{{
 	When:    "iptables.minSyncPeriod is more than 1 s, its default, or iptables.syncPeriod is 1 h or more, in mode iptables",
 	Effect:  "An endpoint that is gone goes on to be used for up to that time; rules that somebody else damaged are mended after syncPeriod.",
 	Source:  virtualIPs + "#minimize-iptables-restore",
-	Fix:     "remove iptables.minSyncPeriod and iptables.syncPeriod from kube-proxy's configuration",
+	Fix:     "remove iptables.minSyncPeriod and iptables.syncPeriod from kube-proxy's configuration, then restart it on each node",
 	Undo:    "put them back",
 	Pitfall: "Both were advised for kube-proxy before 1.28, which wrote all rules for each change.",
 	look: func(v *view) {
@@ -227,7 +227,7 @@ var servicesChecks = []Check{{
 	When:    "type LoadBalancer, without an address in its status",
 	Effect:  "Nobody outside can reach it but by its NodePort. In a cluster without a provider of load balancers it stays so.",
 	Source:  serviceDoc + "#loadbalancer",
-	Fix:     "kubectl describe service NAME says what its provider reports; where there is none, install one (MetalLB, kube-vip), or use type: NodePort",
+	Fix:     "kubectl -n NAMESPACE describe service NAME says what its provider reports; where there is none, install one (MetalLB, kube-vip), or use type: NodePort",
 	Undo:    "put the type back",
 	Pitfall: "Kubernetes itself makes no load balancers: without a cloud somebody has to.",
 	look: func(v *view) {
@@ -244,8 +244,8 @@ var servicesChecks = []Check{{
 	When:    "a DaemonSet kube-proxy has pods, and Cilium's kube-proxy-replacement is true",
 	Effect:  "Both translate; which one wins depends on the path. kube-proxy's rules cost time in each packet that the host's stack sees, and its entries fill the connection tracking table.",
 	Source:  "https://docs.cilium.io/en/stable/network/kubernetes/kubeproxy-free/",
-	Fix:     "kubectl -n kube-system delete daemonset kube-proxy, then remove its rules on each node (millrace kube-proxy remove)",
-	Undo:    "create the DaemonSet again: kubeadm init phase addon kube-proxy",
+	Fix:     "kubectl -n kube-system get daemonset kube-proxy -o yaml > kube-proxy.yaml, kubectl -n kube-system delete daemonset kube-proxy, then remove its rules on each node (millrace kube-proxy remove)",
+	Undo:    "kubectl apply -f kube-proxy.yaml",
 	Pitfall: "Deleting the DaemonSet alone leaves its rules until the node restarts (PX-08).",
 	look: func(v *view) {
 		all, ok := list[configMap](v, ConfigMaps)
@@ -282,8 +282,8 @@ var servicesChecks = []Check{{
 	When:    "an endpoint that is ready names a pod that the API does not have",
 	Effect:  "A share of the connections goes to an address that nobody has, or that another pod has by now.",
 	Source:  "https://kubernetes.io/docs/concepts/services-networking/endpoint-slices/#ownership",
-	Fix:     "kubectl delete endpointslice NAME: its controller makes it anew. Who makes it by hand (label endpointslice.kubernetes.io/managed-by) has to correct it",
-	Undo:    "kubectl apply the slice again",
+	Fix:     "kubectl -n NAMESPACE delete endpointslice NAME: its controller makes it anew. Who makes it by hand (label endpointslice.kubernetes.io/managed-by) has to correct it",
+	Undo:    "nothing has to be taken back, where a controller makes it anew",
 	Pitfall: "A pod that ended just now is not meant: slices follow within a second, where the controller manager runs.",
 	look:    lostPods,
 }, {
@@ -292,7 +292,7 @@ var servicesChecks = []Check{{
 	When:    "a node of Kubernetes 1.36 or newer has so many cores that conntrack.maxPerCore times them is over 1,048,576",
 	Effect:  "From 1.36 on the result is cut to 1,048,576, before conntrack.min is looked at: a node of 64 cores has half of what it had.",
 	Source:  "https://github.com/kubernetes/kubernetes/issues/141943; https://github.com/kubernetes/kubernetes/blob/v1.36.3/cmd/kube-proxy/app/conntrack.go",
-	Fix:     "conntrack: {maxPerCore: 0} in kube-proxy's configuration and nf_conntrack_max in a file of sysctl.d; or {maxPerCore: 1024, min: N}",
+	Fix:     "conntrack: {maxPerCore: 0} in kube-proxy's configuration and nf_conntrack_max in a file of sysctl.d; or {maxPerCore: 1024, min: N}; then restart it on each node",
 	Undo:    "put conntrack back",
 	Pitfall: "A larger min does nothing: the branch of maxPerCore returns before it.",
 	look:    cappedConntrack,

@@ -51,7 +51,7 @@ func setting(c Check, name string, wrong func(n int64) bool) Check {
 		case !ok:
 		case wrong(n):
 			v.fires(severity, name, "%d", n)
-			v.undo = fmt.Sprintf("sysctl -w %s=%d", name, n)
+			v.mends(v.fix, fmt.Sprintf("sysctl -w %s=%d in that namespace", name, n))
 		default:
 			v.sees(name, "%d", n)
 		}
@@ -142,7 +142,7 @@ var settingChecks = []Check{setting(Check{
 	Effect:  "kube-proxy's mode iptables drops them on their way to pods, where a late packet of a long transfer ends it with a reset.",
 	Source:  "https://github.com/kubernetes/kubernetes/blob/v1.36.3/pkg/proxy/iptables/proxier.go (ctstate INVALID); " + conntrackDoc + " (nf_conntrack_tcp_be_liberal)",
 	Fix:     "find out which: sysctl -w " + logInvalid + "=6 for a minute; for late TCP packets conntrack.tcpBeLiberal: true of kube-proxy, or nf_conntrack_tcp_be_liberal=1",
-	Undo:    "conntrack.tcpBeLiberal: false, " + logInvalid + "=0",
+	Undo:    "sysctl -w " + logInvalid + "=0; conntrack.tcpBeLiberal: false, or nf_conntrack_tcp_be_liberal=0",
 	Pitfall: "A few are normal: scanners, and answers that come after all. Wrong checksums are among them (HS-35).",
 	look:    func(v *view) { v.tracked(func() { v.rises(Info, "nf_conntrack.invalid") }) },
 }, {
@@ -151,7 +151,7 @@ var settingChecks = []Check{setting(Check{
 	When:    "a process kube-proxy is in this namespace, and nf_conntrack_tcp_timeout_close_wait is below 3600 s",
 	Effect:  "A server that answers long after its client has said that it will send no more: the answer keeps its own address, and the client resets it.",
 	Source:  proxyDoc + " (tcpCloseWaitTimeout, 1 h); https://github.com/kubernetes/kubernetes/issues/32551",
-	Fix:     "conntrack.tcpCloseWaitTimeout: 1h in kube-proxy's configuration",
+	Fix:     "conntrack.tcpCloseWaitTimeout: 1h in kube-proxy's configuration, then restart it on each node",
 	Undo:    "put conntrack.tcpCloseWaitTimeout back",
 	Pitfall: "60, the kernel's own default, is what kube-proxy raises; \"lower it to 60\" brings the fault back.",
 	look: func(v *view) {
@@ -190,8 +190,8 @@ var settingChecks = []Check{setting(Check{
 	When:    "chains of kube-proxy are in iptables-legacy, and in nf_tables as well",
 	Effect:  "Both are in force, and each program sees its own only: the ones that nobody updates translate to endpoints of long ago.",
 	Source:  "https://kubernetes.io/docs/reference/setup-tools/kubeadm/kubeadm-init/; https://github.com/kubernetes-sigs/iptables-wrappers",
-	Fix:     "find out which kube-proxy writes (iptables --version in its image), and remove the others: iptables-legacy-save | grep -v KUBE | iptables-legacy-restore, or the same with -nft",
-	Undo:    "iptables-legacy-restore < the rules as saved before",
+	Fix:     "find out which kube-proxy writes (iptables --version in its image), and remove the others: iptables-legacy-save > saved.rules, then grep -v KUBE saved.rules | iptables-legacy-restore; or the same with -nft, and for IPv6 with ip6tables",
+	Undo:    "iptables-legacy-restore < saved.rules",
 	Pitfall: "iptables -L shows one of the two, and not which.",
 	look: func(v *view) {
 		found, ok := get(v, KubeProxyRules, v.facts.kubeProxy)
@@ -251,8 +251,8 @@ var settingChecks = []Check{setting(Check{
 	When:    "something has UDP port 443 in a namespace, and rmem_max is below 7,500,000 bytes",
 	Effect:  "Bursts that the program has not read yet are lost, which QUIC takes for a full network: fast transfers are slow.",
 	Source:  "https://github.com/quic-go/quic-go/wiki/UDP-Buffer-Sizes",
-	Fix:     "sysctl -w " + receiveMax + "=7500000 net.core.wmem_max=7500000 on the node: they are global, and read-only in pods",
-	Undo:    "sysctl -w " + receiveMax + "=212992 net.core.wmem_max=212992",
+	Fix:     "sysctl -w " + receiveMax + "=7500000 on the node, and net.core.wmem_max=7500000 where it is lower: they are global, and read-only in pods",
+	Undo:    "sysctl -w " + receiveMax + "=N net.core.wmem_max=N, with what they were (212992 by default)",
 	Pitfall: "It does nothing for TCP, whose own tuning goes by tcp_rmem; and nothing for programs that do not ask.",
 	look: func(v *view) {
 		quic := false
@@ -267,7 +267,7 @@ var settingChecks = []Check{setting(Check{
 	When:    "the second value of tcp_rmem is below 131072, the default, or the third below 4 MiB",
 	Effect:  "The second is the window of each new connection, the third the limit of its growth: at 10 ms, 4 MiB are 3.4 Gbit/s.",
 	Source:  ipSysctl + " (tcp_rmem)",
-	Fix:     "sysctl -w " + tcpReceive + "=\"4096 131072 6291456\" in that namespace",
+	Fix:     "sysctl -w " + tcpReceive + "=\"MIN DEFAULT MAX\" in that namespace, with 131072 and 6291456 for what is below them, and the rest as it is",
 	Undo:    "sysctl -w " + tcpReceive + "=\"MIN DEFAULT MAX\", with what it was",
 	Pitfall: "\"4096 87380 16777216\" of the lists is from before Linux 4.20, and lowers the second. A new namespace takes the node's values when it is made.",
 	look: func(v *view) {
@@ -280,7 +280,14 @@ var settingChecks = []Check{setting(Check{
 			v.lacks(tcpReceive, "it is %q", strings.TrimSpace(text))
 		} else if usual < 131072 || most < 4<<20 {
 			v.fires(Info, tcpReceive, "%d %d %d", least, usual, most)
-			v.undo = fmt.Sprintf("sysctl -w %s=\"%d %d %d\"", tcpReceive, least, usual, most)
+			wanted := most
+			if wanted < 4<<20 {
+				wanted = 6 << 20 // the kernel's own, where there is memory for it
+			}
+			set := func(least, usual, most int64) string {
+				return fmt.Sprintf("sysctl -w %s=\"%d %d %d\" in that namespace", tcpReceive, least, usual, most)
+			}
+			v.mends(set(least, max(usual, 131072), wanted), set(least, usual, most))
 		}
 	},
 }, {
@@ -290,7 +297,7 @@ var settingChecks = []Check{setting(Check{
 	Effect:  "TCP then sets a timer for each socket in the place of fq doing it for all: it works, and costs more with many connections.",
 	Source:  "the head of https://github.com/torvalds/linux/blob/master/net/ipv4/tcp_bbr.c",
 	Fix:     "tc qdisc replace dev DEVICE root fq, and net.core.default_qdisc=fq in a file in /etc/sysctl.d",
-	Undo:    "tc qdisc del dev DEVICE root",
+	Undo:    "tc qdisc del dev DEVICE root, and without the file",
 	Pitfall: "fq is no condition since Linux 4.13. default_qdisc is for devices made after it, and veth and loopback have none.",
 	look: func(v *view) {
 		algorithm, ok := v.text(congestion)
@@ -335,8 +342,8 @@ var settingChecks = []Check{setting(Check{
 	When:    "a process firewalld is on a node with a kubelet",
 	Effect:  "Its rules drop what they do not know: packets of tunnels, of pods, and to NodePorts; and it writes them again at each change of its own.",
 	Source:  "https://github.com/kubernetes/kubernetes/blob/v1.36.3/cmd/kubeadm/app/preflight/checks.go (FirewalldCheck); https://docs.tigera.io/calico/latest/getting-started/kubernetes/requirements",
-	Fix:     "systemctl disable --now firewalld, and limit what is to be limited by NetworkPolicies or outside the node",
-	Undo:    "systemctl enable --now firewalld",
+	Fix:     "let the ranges of nodes, pods and Services through: firewall-cmd --permanent --zone=trusted --add-source=RANGE for each, then firewall-cmd --reload; or systemctl disable --now firewalld, where something outside guards the node",
+	Undo:    "firewall-cmd --permanent --zone=trusted --remove-source=RANGE and --reload; or systemctl enable --now firewalld",
 	Pitfall: "Opening 6443 and 10250, as kubeadm asks, lets the control plane work and pods still not.",
 	look: func(v *view) {
 		if v.facts.isNode() && v.runs("firewalld") {
@@ -350,7 +357,7 @@ var settingChecks = []Check{setting(Check{
 	Effect:  "Pods reach nothing beyond the node by IPv6, and each other not either.",
 	Source:  ipSysctl + " (conf/all/forwarding); https://kubernetes.io/docs/concepts/services-networking/dual-stack/",
 	Fix:     "sysctl -w " + forward6 + "=1, and the same in a file in /etc/sysctl.d",
-	Undo:    "sysctl -w " + forward6 + "=0",
+	Undo:    "sysctl -w " + forward6 + "=0, and without the file",
 	Pitfall: "With forwarding on, a node no longer takes routes from router advertisements unless accept_ra is 2 (HS-47).",
 	look:    forwarding6,
 }, {
@@ -373,10 +380,10 @@ var settingChecks = []Check{setting(Check{
 	ID: "HS-47", Layer: "routing", Title: "the node is about to lose its IPv6 default route", Severity: Warning, Scope: Node,
 	Reads:   []string{forward6, acceptRA, routes6},
 	When:    "net.ipv6.conf.all.forwarding is 1, and the default route comes of router advertisements on a device whose accept_ra is 1",
-	Effect:  "With forwarding on, 1 takes no more advertisements: the route goes when its lifetime is over, half an hour after forwarding was switched on.",
+	Effect:  "With forwarding on, 1 takes no more advertisements: the route goes when its lifetime is over, half an hour (what most routers say) after forwarding was switched on.",
 	Source:  ipSysctl + " (accept_ra: 2 overrules forwarding)",
 	Fix:     "sysctl -w net.ipv6.conf.DEVICE.accept_ra=2, and the same in a file in /etc/sysctl.d",
-	Undo:    "sysctl -w net.ipv6.conf.DEVICE.accept_ra=1",
+	Undo:    "sysctl -w net.ipv6.conf.DEVICE.accept_ra=1, and without the file",
 	Pitfall: "It works for a while after each start, and breaks later by itself.",
 	look:    advertisedRoute,
 }, {
@@ -385,8 +392,8 @@ var settingChecks = []Check{setting(Check{
 	When:    "NetworkManager runs, a device is called cali*, and no file of its conf.d leaves such devices alone",
 	Effect:  "It changes routes and addresses of devices that are not its own: pods lose their connection when it starts or is told of a change.",
 	Source:  "https://docs.tigera.io/calico/latest/operations/troubleshoot/troubleshooting#configure-networkmanager; https://docs.rke2.io/known_issues#networkmanager",
-	Fix:     "/etc/NetworkManager/conf.d/calico.conf: [keyfile] unmanaged-devices=interface-name:cali*;interface-name:tunl*;interface-name:vxlan.calico",
-	Undo:    "remove the file",
+	Fix:     "/etc/NetworkManager/conf.d/calico.conf: [keyfile] unmanaged-devices=interface-name:cali*;interface-name:tunl*;interface-name:vxlan.calico, on two lines; then systemctl reload NetworkManager",
+	Undo:    "remove the file and reload",
 	Pitfall: "nmcli device shows them as unmanaged until it is restarted with a network of its own to set up.",
 	look: func(v *view) {
 		all, ok := get(v, Devices, v.devices)
@@ -419,7 +426,7 @@ var settingChecks = []Check{setting(Check{
 	Effect:  "The answer of a pod on the same bridge goes back without its address being translated: the client does not know it. Only connections to endpoints on the same node fail.",
 	Source:  "https://kubernetes.io/docs/concepts/extend-kubernetes/compute-storage-net/network-plugins/#network-plugin-requirements",
 	Fix:     "modprobe br_netfilter, then sysctl -w " + bridgeRules + "=1, and both in /etc/modules-load.d and /etc/sysctl.d",
-	Undo:    "sysctl -w " + bridgeRules + "=0",
+	Undo:    "sysctl -w " + bridgeRules + "=0, and without the files",
 	Pitfall: "Where a Service has endpoints on several nodes, a part of the connections works: it looks like a flaky application.",
 	look:    bridgedPods,
 }}
