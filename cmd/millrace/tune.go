@@ -17,8 +17,11 @@ import (
 	"github.com/millrace/millrace/layer/tune/knob"
 )
 
-// tunesHost is the effect of `tune apply` and `tune undo`.
-const tunesHost = "Changes this host; has --dry-run, prints the changes, and can be undone with `millrace tune undo`."
+// tunesHost is the effect of `tune apply`, and undoesTune of its undo.
+const (
+	tunesHost  = "Changes this host; has --dry-run, prints the changes, and can be undone with `millrace tune undo`."
+	undoesTune = "Changes this host; has --dry-run, prints the changes, and is undone by `millrace tune apply`."
+)
 
 // tuneFolder is where what was set is written down.
 const tuneFolder = "/run/millrace/tune"
@@ -128,7 +131,7 @@ func tuneUndoCommand(s *settings) *cobra.Command {
 Puts back each setting that still is as it was set; what somebody else has set
 since stays, and is named. After a process that was killed, too.`,
 		Args: cobra.ArbitraryArgs,
-	}, tunesHost, func(_ context.Context, ids []string) error {
+	}, undoesTune, func(_ context.Context, ids []string) error {
 		if (len(ids) == 0) != t.all {
 			return usage("say which: IDs of knobs, or --all")
 		}
@@ -145,6 +148,9 @@ func tuneStatusCommand(s *settings) *cobra.Command {
 	c := command(&cobra.Command{
 		Use:   "status",
 		Short: "What was set, and whether it still is so",
+		Long: `
+Says of each setting what it is now and was before, which knob set it and when, and
+what somebody else has set since (exit status 2).`,
 	}, readsOnly, func(context.Context, []string) error { return t.status() }, exitFindings, exitPrivilege)
 	t.flagFolder(c)
 	return c
