@@ -151,6 +151,7 @@ var clusterCalm = []story{
 	{id: "CT-14", what: "an older Kubernetes", change: all(in(`cpu: "4"`, `cpu: "64"`), in("v1.36.3", "v1.35.1"))},
 	{id: "CT-14", what: "left alone", change: all(in(`cpu: "4"`, `cpu: "64"`), in("maxPerCore: 32768", "maxPerCore: 0"))},
 	{id: "DN-02", what: "one node", change: all(in("kind: Node\nmetadata: {name: n2", "kind: Nothing\nmetadata: {name: n2"), in("{ip: 10.244.1.2}], conditions: [{type: Ready, status: \"True\"}]", "{ip: 10.244.1.2}]"))},
+	{id: "DN-13", what: "another server block, as in the manual of forward", change: in("forward . /etc/resolv.conf", "forward . 127.0.0.1:5301 127.0.0.1:5302")},
 	{id: "DN-13", what: "a server outside", change: in("forward . /etc/resolv.conf", "forward . 192.0.2.53 tls://198.51.100.1")},
 	{id: "DN-15", what: "verified", change: all(in("        cache 30\n", "        cache 30\n        autopath @kubernetes\n"), in("pods insecure", "pods verified"))},
 	{id: "DN-17", what: "a system's pod", change: more(fmt.Sprintf(netPod, "kube-system", "true"))},

@@ -3,6 +3,7 @@ package doctor
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math/bits"
 	"path"
 	"slices"
@@ -286,8 +287,8 @@ func lowFrequency(v *view) {
 			held[driver]++
 		}
 	}
-	for driver, n := range held {
-		v.fires(Info, governors, "powersave of the driver %s, on %d processors", driver, n)
+	for _, driver := range slices.Sorted(maps.Keys(held)) {
+		v.fires(Info, governors, "powersave of the driver %s, on %d processors", driver, held[driver])
 	}
 	if len(v.matches(governors)) == 0 {
 		v.lacks(governors, "no frequency can be set here, as in most virtual machines")

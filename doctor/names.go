@@ -109,7 +109,7 @@ var namesChecks = []Check{{
 }, {
 	ID: "DN-13", Layer: "dns", Title: "CoreDNS asks itself", Severity: Critical, Scope: Whole,
 	Reads:   []string{ConfigMaps, Services},
-	When:    "forward in the Corefile names a loopback address, or the ClusterIP of the DNS Service",
+	When:    "forward in the Corefile names port 53 of a loopback address, or of the ClusterIP of the DNS Service",
 	Effect:  "Each name of the outside goes round until it is given up; the plug-in loop ends CoreDNS for it.",
 	Source:  "https://coredns.io/plugins/loop/ (troubleshooting loops in Kubernetes clusters)",
 	Fix:     "forward . ADDRESS in the Corefile, with a name server outside the cluster",
@@ -339,12 +339,13 @@ func forwardsToItself(v *view) {
 			continue
 		}
 		for _, to := range strings.Fields(strings.SplitN(strings.Join(p[2:], " "), "{", 2)[0]) {
-			host := strings.TrimPrefix(to, "dns://")
+			host, port := strings.TrimPrefix(to, "dns://"), uint16(53)
 			if at, err := netip.ParseAddrPort(host); err == nil {
-				host = at.Addr().String()
+				host, port = at.Addr().String(), at.Port()
 			}
 			addr, err := netip.ParseAddr(host)
-			if err == nil && (addr.IsLoopback() || slices.Contains(own, host)) {
+			// At another port of loopback is another server block, or a program beside it.
+			if err == nil && port == 53 && (addr.IsLoopback() || slices.Contains(own, host)) {
 				v.fires(Critical, ConfigMaps, "Corefile: forward %s %s", p[1], to)
 			}
 		}

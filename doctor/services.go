@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -380,11 +381,12 @@ func overThresholds(v *view) {
 	for _, s := range all {
 		in[s.Metadata.Namespace]++
 	}
-	for namespace, n := range in {
-		over("Namespace "+namespace, Services, n, mostOfNamespace, "Services")
+	for _, namespace := range slices.Sorted(maps.Keys(in)) {
+		over("Namespace "+namespace, Services, in[namespace], mostOfNamespace, "Services")
 	}
-	for name, endpoints := range endpointsOf(found) {
-		over("Service "+name, EndpointSlices, len(endpoints), mostEndpoints, "endpoints")
+	of := endpointsOf(found)
+	for _, name := range slices.Sorted(maps.Keys(of)) {
+		over("Service "+name, EndpointSlices, len(of[name]), mostEndpoints, "endpoints")
 	}
 }
 
