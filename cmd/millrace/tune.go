@@ -197,6 +197,9 @@ func (t *tuning) apply(ctx context.Context, ids []string) error {
 	if err := t.say(done, refused, still); err != nil {
 		return err
 	}
+	if len(steps) == 0 && len(refused) == 0 && !t.settings.json() {
+		return t.print(proposals) // why each stays
+	}
 	switch {
 	case len(refused) > 0:
 		return &failure{exitIncomplete, fmt.Errorf("left out: %s", strings.Join(refused, "\nmillrace: left out: "))}
@@ -267,7 +270,7 @@ func (t *tuning) status() error {
 		err = table.print()
 	}
 	if err == nil && drifted > 0 {
-		return &failure{exitFindings, fmt.Errorf("%d settings are not as they were set", drifted)}
+		return &failure{exitFindings, fmt.Errorf("settings that are not as they were set: %d", drifted)}
 	}
 	return err
 }
