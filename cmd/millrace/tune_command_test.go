@@ -243,6 +243,9 @@ func TestTuneTheMachineForAPod(t *testing.T) {
 		at := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: 5353}
 		w.must(unix.Bind(server, at))
 		w.must(unix.Connect(client, at))
+		for range 2000 { // its buffer is full from now on
+			unix.Write(client, make([]byte, 1000))
+		}
 		stop, stopped := make(chan struct{}), make(chan struct{})
 		w.t.Cleanup(func() { close(stop); <-stopped; unix.Close(server); unix.Close(client) })
 		go func() { // until the end: the window of the reading is anywhere
