@@ -53,10 +53,11 @@ network plug-in, and leaves nothing behind, also when it is killed.
   millrace trace 10.244.0.0/16 -o json --for 1m
   millrace trace --pcap died.pcapng
   millrace trace shop/web-0 shop/db --nodes all --source kube:config --for 10s
-FROM and TO are an address, one with a port, a range, the name of a pod or a
-Service (NAMESPACE/NAME), or that of a network namespace, and stand for packets in
-both directions, before and behind the translation that a Service makes. Names are those
-that the agent knows, or --source. Without --for it goes on until Ctrl-C. Needs root,
+FROM and TO are an address, one with a port, a port alone (:53), a range, the
+name of a pod or a Service (NAMESPACE/NAME), of a node, or of a network
+namespace, and stand for packets in both directions, before and behind the
+translation that a Service makes. Names are those that the agent knows, or
+--source. Without --for it goes on until Ctrl-C. Needs root,
 or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
 		Args: cobra.MaximumNArgs(2),
 	}, readsOnly, func(ctx context.Context, args []string) error {

@@ -69,6 +69,9 @@ func (n *names) parseEnd(arg string) (end, error) {
 			return end{}, usage("%q: %q is no port", arg, portText)
 		}
 	}
+	if given && name == "" {
+		return n.led([]trace.Range{ofPort(netip.IPv4Unspecified(), uint16(port)), ofPort(netip.IPv6Unspecified(), uint16(port))}), nil
+	}
 	var ranges []trace.Range
 	for _, addr := range n.of[name] {
 		ranges = append(ranges, trace.Range{Prefix: whole(addr), Port: uint16(port)})
@@ -85,7 +88,7 @@ func (n *names) parseEnd(arg string) (end, error) {
 		return end{}, usage("%q: no pod and no Service of this name is known: name the cluster with --source, or use addresses", arg)
 	}
 	if _, err := os.Stat(pathOfSpace(name)); err != nil {
-		return end{}, usage("%q: use an address, ADDRESS:PORT, a range, NAMESPACE/NAME of a pod or Service, or a network namespace's name", arg)
+		return end{}, usage("%q: use an address, ADDRESS:PORT, :PORT, a range, NAMESPACE/NAME of a pod or Service, a node's name, or a network namespace's name", arg)
 	}
 	return end{space: name, port: uint16(port)}, nil
 }
@@ -96,8 +99,11 @@ func whole(addr netip.Addr) netip.Prefix {
 }
 
 // ofNodePort is every address, at the port of a Service on the nodes.
-func ofNodePort(front netip.AddrPort) trace.Range {
-	return trace.Range{Prefix: netip.PrefixFrom(front.Addr(), 0), Port: front.Port()}
+func ofNodePort(front netip.AddrPort) trace.Range { return ofPort(front.Addr(), front.Port()) }
+
+// ofPort is every address of a family at a port.
+func ofPort(any netip.Addr, port uint16) trace.Range {
+	return trace.Range{Prefix: netip.PrefixFrom(any, 0), Port: port}
 }
 
 // led adds to what is asked for where Services lead it, and the Services that lead to

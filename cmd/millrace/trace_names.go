@@ -16,8 +16,9 @@ import (
 // names are those of the cluster, by addresses and the other way round.
 type names struct {
 	pods     map[netip.Addr]string
+	nodes    map[netip.Addr]string
 	services map[netip.Addr]string
-	// of are the addresses that a name stands for: a pod's, or a Service's own.
+	// of are the addresses that a name stands for: a pod's, a node's, or a Service's own.
 	of map[string][]netip.Addr
 	// leads are the Services' addresses and ports, and where they lead.
 	leads []lead
@@ -34,13 +35,14 @@ type lead struct {
 // readNames takes the names from manifests or the API, or from the agent that runs here.
 // Without any there are none, which is no error: trace works without a cluster.
 func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
-	n := &names{pods: map[netip.Addr]string{}, services: map[netip.Addr]string{}, of: map[string][]netip.Addr{}}
+	n := &names{pods: map[netip.Addr]string{}, nodes: map[netip.Addr]string{}, services: map[netip.Addr]string{}, of: map[string][]netip.Addr{}}
 	if from.source != "" {
 		snapshot, err := firstSnapshot(ctx, from, "") // the pods of all nodes: one may be at the other end
 		if err != nil {
 			return nil, err
 		}
 		n.addPods(snapshot.Pods)
+		n.addNodes(snapshot.Nodes)
 		for _, s := range snapshot.Services {
 			n.addService(s)
 		}
@@ -52,6 +54,10 @@ func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
 		return n, nil // there is no agent
 	}
 	n.addPods(pods)
+	var nodes []*model.Node
+	if agent.Ask(ctx, at.run, "/nodes", &nodes) == nil {
+		n.addNodes(nodes)
+	}
 	for _, row := range rows {
 		name := row.Service.String()
 		n.add(n.services, name, row.Address.Addr())
@@ -77,6 +83,14 @@ func (n *names) addPods(pods []*model.Pod) {
 	}
 }
 
+func (n *names) addNodes(nodes []*model.Node) {
+	for _, node := range nodes {
+		for _, addr := range node.Addresses {
+			n.add(n.nodes, node.Name, addr)
+		}
+	}
+}
+
 func (n *names) addService(s *model.Service) {
 	name := s.Name.String()
 	addresses := slices.Concat(s.ClusterIPs, s.ExternalIPs, s.LoadBalancerIPs)
@@ -98,8 +112,10 @@ func (n *names) addService(s *model.Service) {
 	}
 }
 
-// podNames are the names of pods.
-func (n *names) podNames() []string { return slices.Collect(maps.Values(n.pods)) }
+// hosts are the names of pods and nodes.
+func (n *names) hosts() []string {
+	return slices.Concat(slices.Collect(maps.Values(n.pods)), slices.Collect(maps.Values(n.nodes)))
+}
 
 // nameOf is whose an address is, "" if nobody's.
 func (n *names) nameOf(addr netip.Addr) string {
@@ -108,6 +124,9 @@ func (n *names) nameOf(addr netip.Addr) string {
 	}
 	if name := n.services[addr]; name != "" {
 		return "service " + name
+	}
+	if name := n.nodes[addr]; name != "" {
+		return "node " + name
 	}
 	return ""
 }

@@ -90,15 +90,15 @@ func (w *watching) agents(ctx context.Context, settings kube.Settings) ([]*kube.
 }
 
 // spelled is an end as any node understands it: a pod's name only its own node knows,
-// Services' all.
+// Services' all do.
 func (n *names) spelled(arg string) (string, error) {
 	if _, err := n.parseEnd(arg); err != nil {
 		return "", err
 	}
 	name, port, given := strings.Cut(arg, ":")
-	if !slices.Contains(n.podNames(), name) {
-		if !strings.Contains(arg, "/") && !isAddress(arg) {
-			return "", usage("%q: name a pod, a Service or addresses with --nodes: each node has network namespaces of its own", arg)
+	if !slices.Contains(n.hosts(), name) {
+		if !strings.Contains(arg, "/") && !isAddress(arg) && name != "" {
+			return "", usage("%q: name a pod, a node, a Service or addresses with --nodes: each node has network namespaces of its own", arg)
 		}
 		return arg, nil
 	}

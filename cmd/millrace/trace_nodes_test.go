@@ -49,11 +49,12 @@ func TestEndsForOtherNodes(t *testing.T) {
 	four, six := netip.MustParseAddr("10.244.1.4"), netip.MustParseAddr("fd00::4")
 	n := &names{
 		pods: map[netip.Addr]string{four: "shop/web-0", six: "shop/web-0"}, services: map[netip.Addr]string{},
-		of: map[string][]netip.Addr{"shop/web-0": {four, six}, "shop/db": {netip.MustParseAddr("10.96.0.9")}},
+		nodes: map[netip.Addr]string{netip.MustParseAddr("192.168.0.1"): "n1"},
+		of:    map[string][]netip.Addr{"n1": {netip.MustParseAddr("192.168.0.1")}, "shop/web-0": {four, six}, "shop/db": {netip.MustParseAddr("10.96.0.9")}},
 	}
 	for arg, want := range map[string]string{
 		"shop/web-0": "10.244.1.4,fd00::4", "shop/web-0:80": "10.244.1.4:80,[fd00::4]:80", "shop/db:5432": "shop/db:5432",
-		"10.0.0.1": "10.0.0.1", "10.0.0.1:80": "10.0.0.1:80", "[fd00::1]:80": "[fd00::1]:80", "fd00::1": "fd00::1", "10.0.0.0/8": "10.0.0.0/8",
+		"10.0.0.1": "10.0.0.1", "10.0.0.1:80": "10.0.0.1:80", "[fd00::1]:80": "[fd00::1]:80", "fd00::1": "fd00::1", "10.0.0.0/8": "10.0.0.0/8", "n1": "192.168.0.1", "n1:22": "192.168.0.1:22", ":53": ":53",
 	} {
 		got, err := n.spelled(arg)
 		if err != nil || got != want {
@@ -63,7 +64,7 @@ func TestEndsForOtherNodes(t *testing.T) {
 			t.Errorf("%s, told as %s, cannot be read: %v", arg, got, err)
 		}
 	}
-	for _, arg := range []string{"node", "shop/absent", "10.0.0.1,shop"} {
+	for _, arg := range []string{"node", ":dns", "shop/absent", "10.0.0.1,shop"} {
 		if got, err := n.spelled(arg); err == nil {
 			t.Errorf("%s is %q", arg, got)
 		}

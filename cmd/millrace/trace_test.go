@@ -202,6 +202,7 @@ endpoints: [{addresses: [`+wardPod+`], conditions: {ready: true}}]
 		{"10.96.7.7:80", wardPod + ":84", true}, {"10.96.0.0/16", wardPod + ":84", true},
 		{"shop/web-0", "10.96.7.7:80", true}, {"shop/web-0", wardPod + ":85", true}, {"shop/web-0:85", "10.96.7.7:80", false},
 		{"10.97.0.0/16", wardPod + ":84", false},
+		{":80", wardPod + ":84", true}, {":84", "10.96.7.7:80", true}, {":81", wardPod + ":84", false},
 	} {
 		ends, err := known.parseEnds([]string{wardNode, row.to})
 		w.must(err)
