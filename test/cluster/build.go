@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 )
 
@@ -53,6 +54,11 @@ var clusterTools = []tool{
 var testTools = []tool{
 	{"ginkgo", "github.com/onsi/ginkgo/v2/ginkgo"},
 	{"e2e.test", "k8s.io/kubernetes/test/e2e"},
+}
+
+// toolsOf are those of clusterTools with these names.
+func toolsOf(names []string) []tool {
+	return slices.DeleteFunc(slices.Clone(clusterTools), func(t tool) bool { return !slices.Contains(names, t.name) })
 }
 
 // version of a module, as go.mod requires it: v1.36.3.

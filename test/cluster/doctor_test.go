@@ -82,18 +82,7 @@ func newAPIBed(t *testing.T) *apiBed {
 		t.Skip("needs root: it makes a network namespace")
 	}
 	t.Chdir(root)
-	bin, err := binaries()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"etcd", "kube-apiserver", "kubectl"} {
-		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
-			t.Skip("needs the binaries of the cluster, which take half an hour to build: make bench-api")
-		}
-	}
-	if bin, err = filepath.Abs(bin); err != nil {
-		t.Fatal(err)
-	}
+	bin := built(t, []string{"etcd", "kube-apiserver", "kubectl"})
 	b := &apiBed{t: t, bin: bin, folder: t.TempDir(), space: fmt.Sprintf("millrace-doctor-%d", os.Getpid())}
 	b.millrace = filepath.Join(b.folder, "millrace")
 	if text, err := exec.Command("go", "build", "-o", b.millrace, "./cmd/millrace").CombinedOutput(); err != nil {

@@ -40,6 +40,29 @@ func TestKubernetes(t *testing.T) {
 	t.Run("removed", TestInstalledIsRemoved)
 }
 
+// built is the folder with these tools of the cluster, which are made where a cluster is
+// made anyway. From the root of the repository.
+func built(t *testing.T, names []string) string {
+	t.Helper()
+	if os.Getenv("MILLRACE_CLUSTER") != "" {
+		bin, err := build(t.Context(), toolsOf(names))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bin
+	}
+	bin, err := binaries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
+			t.Skip("needs the binaries of the cluster, which take half an hour to build: make bench-api")
+		}
+	}
+	return bin
+}
+
 // ours runs a command of the program that this package is.
 func ours(t *testing.T, ctx context.Context, arguments ...string) {
 	t.Helper()

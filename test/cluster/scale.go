@@ -76,8 +76,7 @@ func scale(ctx context.Context, settings *scaleSettings, arguments []string) (er
 	if err := settings.check(); err != nil {
 		return err
 	}
-	only := slices.DeleteFunc(slices.Clone(clusterTools), func(t tool) bool { return !slices.Contains(scaleTools, t.name) })
-	bin, err := build(ctx, only)
+	bin, err := build(ctx, toolsOf(scaleTools))
 	if err != nil {
 		return err
 	}

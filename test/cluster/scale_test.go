@@ -52,15 +52,7 @@ func TestScaleOfAFewServices(t *testing.T) {
 		t.Skip("needs root: it makes network namespaces and cgroups")
 	}
 	t.Chdir(root)
-	bin, err := binaries()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range scaleTools {
-		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
-			t.Skip("needs the binaries of the cluster, which take half an hour to build: make bench-api")
-		}
-	}
+	built(t, scaleTools)
 	folder := t.TempDir()
 	for _, build := range [][]string{
 		{"-C", moduleFolder, "-o", filepath.Join(folder, "cluster"), "."},

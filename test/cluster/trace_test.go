@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -212,7 +213,11 @@ func named(t *testing.T, all []verdictText, cause string, right func(verdictText
 	if err := right(v); err != nil {
 		t.Error(err)
 	}
-	if v.Where.Pod != "traced/server" && (v.Tuple == nil || v.Tuple.SourceName != "pod traced/client" && v.Tuple.DestinationName != "pod traced/server") {
+	if v.Where.Pod == "traced/server" {
+		return
+	}
+	// What dies first may be an answer.
+	if v.Tuple == nil || !strings.Contains(v.Tuple.SourceName+v.Tuple.DestinationName, "pod traced/") {
 		t.Errorf("the pods are not named: %+v %+v", v.Where, v.Tuple)
 	}
 }
@@ -224,12 +229,12 @@ func contains(what, text, part string) error {
 	return nil
 }
 
-// fillConntrack fills a node's table with connections that are not given up for new ones.
+// fillConntrack fills a node's table with connections that are not given up for new
+// ones, and keeps it full: the kernel clears away what else is in it, which is much
+// after other tests.
 func fillConntrack(t *testing.T, n node) {
 	t.Helper()
 	most := strings.TrimSpace(on(t, n, "cat /proc/sys/net/netfilter/nf_conntrack_max"))
-	file := filepath.Join(t.TempDir(), "entries")
-	var entries strings.Builder
 	var count int
 	if _, err := fmt.Sscan(most, &count); err != nil {
 		t.Fatal(err)
@@ -237,14 +242,29 @@ func fillConntrack(t *testing.T, n node) {
 	if count > 1<<20 {
 		t.Fatalf("nf_conntrack_max is %d: too many to fill", count)
 	}
-	for i := range count {
-		fmt.Fprintf(&entries, "-A -p tcp -s 198.18.%d.%d -d 198.19.0.1 --sport %d --dport 9 --state ESTABLISHED -u ASSURED,SEEN_REPLY -t 600\n",
-			i>>8&255, i&255, 1024+i>>16)
+	write := func(name, server string, count int) string {
+		file := filepath.Join(t.TempDir(), name)
+		var entries strings.Builder
+		for i := range count {
+			fmt.Fprintf(&entries, "-A -p tcp -s 198.18.%d.%d -d %s --sport %d --dport 9 --state ESTABLISHED -u ASSURED,SEEN_REPLY -t 600\n",
+				i>>8&255, i&255, server, 1024+i>>16)
+		}
+		if err := os.WriteFile(file, []byte(entries.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
 	}
-	if err := os.WriteFile(file, []byte(entries.String()), 0o600); err != nil {
+	on(t, n, "conntrack -R "+write("entries", "198.19.0.1", count)+" >/dev/null 2>&1 || true")
+	more := write("more", "198.19.0.2", 5000) // until this is gone
+	again := exec.Command(folder+"/node", strconv.Itoa(int(n)), "sh", "-c",
+		fmt.Sprintf("while [ -e %[1]s ]; do conntrack -R %[1]s >/dev/null 2>&1; sleep 0.3; done", more))
+	if err := again.Start(); err != nil {
 		t.Fatal(err)
 	}
-	on(t, n, "conntrack -R "+file+" >/dev/null 2>&1 || true")
+	t.Cleanup(func() {
+		_ = os.Remove(more)
+		_ = again.Wait()
+	})
 	count2 := strings.TrimSpace(on(t, n, "cat /proc/sys/net/netfilter/nf_conntrack_count"))
 	t.Logf("%s of %s entries", count2, most)
 }
