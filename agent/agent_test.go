@@ -114,7 +114,7 @@ func (p *pond) Watch(ctx context.Context, _ func()) error { <-ctx.Done(); return
 
 func (p *pond) Settle() error { p.settled++; return nil }
 func (p *pond) Describe() (layer.Description, error) {
-	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7},
+	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7}, Degraded: []string{"no waves"},
 		Maps:  []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}},
 		Drops: []layer.Drops{{Space: 5, Reason: "LEAK", Count: 2}, {Space: 6, Reason: "LEAK", Count: 1}}}, nil
 }
@@ -412,12 +412,7 @@ func TestMetricsAreServed(t *testing.T) {
 	r.source.next <- cluster(true, "a", "b")
 	r.untilHolds("a b")
 	r.until("a latency is known", func() bool { s, _ := r.status(); return s.Latency != nil && s.Latency.Changes == 1 })
-	response, err := http.Get("http://" + r.port + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	text, _ := io.ReadAll(response.Body)
+	text := r.metrics()
 	for _, want := range []string{
 		`millrace_build_info{version="test"} 1`,
 		`millrace_agent_ready 1`,
@@ -427,11 +422,46 @@ func TestMetricsAreServed(t *testing.T) {
 		`millrace_events_total{layer="pond",reason="splash"} 7`,
 		`millrace_drops_total{namespace="",pod="others",reason="LEAK"} 3`,
 		`millrace_agent_programming_duration_seconds_count 1`,
+		`millrace_agent_source_lost_seconds 0`,
+		`millrace_agent_unread 0`,
+		`millrace_layer_degraded{layer="pond"} 1`,
 	} {
-		if !strings.Contains(string(text), want) {
+		if !strings.Contains(text, want) {
 			t.Errorf("no %s in:\n%s", want, text)
 		}
 	}
+}
+
+func (r *running) metrics() string {
+	r.t.Helper()
+	response, err := http.Get("http://" + r.port + "/metrics")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return string(text)
+}
+
+// The age of the picture says nothing of it: where nothing changes, it grows.
+func TestMetricsSayThatTheSourceIsLost(t *testing.T) {
+	r := start(t, &pond{kernel: map[string]bool{}})
+	held := cluster(true, "a")
+	held.Unread = 2
+	r.source.next <- held
+	r.source.next <- errors.New("connection refused")
+	r.until("the source is lost", func() bool {
+		text := r.metrics()
+		return !strings.Contains(text, "millrace_agent_source_lost_seconds 0\n") && strings.Contains(text, "millrace_agent_unread 2\n")
+	})
+	r.source.next <- cluster(true, "a")
+	r.until("it is back", func() bool {
+		text := r.metrics()
+		return strings.Contains(text, "millrace_agent_source_lost_seconds 0\n") && strings.Contains(text, "millrace_agent_unread 0\n")
+	})
 }
 
 func TestOnlyTheNewestSnapshotCounts(t *testing.T) {

@@ -123,8 +123,11 @@ var (
 	infoMetric     = describe("millrace_build_info", "The running version.", "version")
 	readyMetric    = describe("millrace_agent_ready", "1 once the cluster was seen whole and is in the kernel.")
 	ageMetric      = describe("millrace_agent_snapshot_age_seconds", "Age of the picture of the cluster that is in force.")
+	lostMetric     = describe("millrace_agent_source_lost_seconds", "How long the source has not been readable; 0 while it is.")
+	unreadMetric   = describe("millrace_agent_unread", "Objects of the input that could not be read and were never known; while there are any, nothing is removed.")
 	problemsMetric = describe("millrace_agent_problems", "Objects of the input that cannot be used.")
 	objectsMetric  = describe("millrace_layer_objects", "Objects in force.", "layer")
+	degradedMetric = describe("millrace_layer_degraded", "What does not work in full; millrace status says each.", "layer")
 	entriesMetric  = describe("millrace_map_entries", "Entries in a kernel map.", "layer", "map")
 	capacityMetric = describe("millrace_map_capacity", "Largest number of entries; maps grow before it is reached.", "layer", "map")
 	bytesMetric    = describe("millrace_map_bytes", "Kernel memory of a map.", "layer", "map")
@@ -140,8 +143,8 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 
 // Describe implements prometheus.Collector; what is collected is known by name.
 func (c *statusCollector) Describe(into chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{infoMetric, readyMetric, ageMetric, problemsMetric, objectsMetric,
-		entriesMetric, capacityMetric, bytesMetric, eventsMetric, dropsMetric} {
+	for _, d := range []*prometheus.Desc{infoMetric, readyMetric, ageMetric, lostMetric, unreadMetric, problemsMetric,
+		objectsMetric, degradedMetric, entriesMetric, capacityMetric, bytesMetric, eventsMetric, dropsMetric} {
 		into <- d
 	}
 }
@@ -156,16 +159,22 @@ func (c *statusCollector) Collect(into chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
 		into <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
 	}
-	ready := 0.0
+	ready, lost := 0.0, 0.0
 	if status.Ready {
 		ready = 1
+	}
+	if since := status.Source.ErrorSince; since != nil {
+		lost = time.Since(*since).Seconds()
 	}
 	gauge(infoMetric, 1, status.Version)
 	gauge(readyMetric, ready)
 	gauge(ageMetric, status.Source.AgeSeconds)
+	gauge(lostMetric, lost)
+	gauge(unreadMetric, float64(status.Source.Unread))
 	gauge(problemsMetric, float64(len(status.Problems)))
 	for _, l := range status.Layers {
 		gauge(objectsMetric, float64(l.Objects), l.Name)
+		gauge(degradedMetric, float64(len(l.Degraded)), l.Name)
 		for _, m := range l.Maps {
 			gauge(entriesMetric, float64(m.Entries), l.Name, m.Name)
 			gauge(capacityMetric, float64(m.Capacity), l.Name, m.Name)
