@@ -98,6 +98,12 @@ type Snapshot struct {
 	Nodes     []*Node
 	Workloads []*Workload
 
+	// Named says that all Services were asked for, also those that are for DNS alone:
+	// without it, headless ones and those of other proxies may be missing.
+	Named bool
+	// Others are the Services of other proxies. They have names, and nothing else here.
+	Others []Name
+
 	// Ignored counts objects of kinds that nobody here reads, by kind.
 	Ignored map[string]int
 	// Problems are the objects that could not be read or used, and why. What
@@ -151,6 +157,9 @@ type Service struct {
 	// ipFamilyPolicy); neither where it left the choice to the cluster.
 	IPv4, IPv6 bool
 	Ports      []ServicePort
+	// Endpoints are those that the names of a headless Service lead to, whatever their
+	// ports, sorted by address, no two equal; nil for other Services.
+	Endpoints []Endpoint
 	// ExternalIPs are addresses of others that lead here (spec.externalIPs).
 	ExternalIPs []netip.Addr
 	// LoadBalancerIPs are the addresses that a load balancer serves and that nodes
@@ -206,6 +215,15 @@ type Backend struct {
 	Hints Hints
 	// Pod is the pod behind it, if the slice names one.
 	Pod Name
+}
+
+// Endpoint is one endpoint of a headless Service.
+type Endpoint struct {
+	Address netip.Addr
+	// Hostname is the label that it has below the Service's name; empty where it has none
+	// of its own.
+	Hostname string
+	Ready    bool
 }
 
 // Hints are the nodes and zones whose clients shall use an endpoint

@@ -41,14 +41,14 @@ type Cluster struct {
 	clashes         map[Key][]model.Problem
 	remarks         map[string]Remark
 	remarked        bool
-	others          int // Services that are another proxy's
+	others          map[model.Name]bool // Services that are another proxy's
 	problemsChanged bool
 	// unread counts the objects of which a faulty version is in force, and what
 	// the remarks count.
 	unread int
 
-	complete bool
-	last     *model.Snapshot
+	complete, named bool
+	last            *model.Snapshot
 }
 
 // Remark is what a source itself has to say of one part of its input. The zero
@@ -85,6 +85,7 @@ func New() *Cluster {
 		faults:       map[Key][]model.Problem{},
 		clashes:      map[Key][]model.Problem{},
 		remarks:      map[string]Remark{},
+		others:       map[model.Name]bool{},
 		last:         &model.Snapshot{},
 	}
 }
@@ -178,6 +179,10 @@ func (c *Cluster) Remark(where string, r Remark) {
 // SetComplete says that the source has seen everything once.
 func (c *Cluster) SetComplete() { c.complete = true }
 
+// SetNamed says that the source asks for all Services, also those that are for DNS
+// alone.
+func (c *Cluster) SetNamed() { c.named = true }
+
 // replace takes one version of an object out of force and puts another in.
 // Either may be nil.
 func (c *Cluster) replace(old, now *Object) {
@@ -197,7 +202,7 @@ func (c *Cluster) leave(o *Object) {
 	if o.faulty() {
 		c.unread--
 	}
-	c.countOthers(o, -1)
+	c.noteOther(o, false)
 	switch v := o.value.(type) {
 	case *model.Service:
 		c.serviceIPs.remove(o)
@@ -237,7 +242,7 @@ func (c *Cluster) arrive(o *Object) {
 	if o.faulty() {
 		c.unread++
 	}
-	c.countOthers(o, 1)
+	c.noteOther(o, true)
 	switch v := o.value.(type) {
 	case *model.Service:
 		c.serviceIPs.add(o)
@@ -260,12 +265,17 @@ func (c *Cluster) arrive(o *Object) {
 	}
 }
 
-// countOthers counts the Services that are another proxy's.
-func (c *Cluster) countOthers(o *Object, n int) {
-	if o.kind == kindService && o.value == nil {
-		c.others += n
-		c.remarked = true
+// noteOther keeps the names of Services that are another proxy's.
+func (c *Cluster) noteOther(o *Object, there bool) {
+	if o.kind != kindService || o.value != nil {
+		return
 	}
+	if there {
+		c.others[o.name] = true
+	} else {
+		delete(c.others, o.name)
+	}
+	c.remarked = true
 }
 
 // again has a Service or pod settled before the next Snapshot; nil is nobody.

@@ -175,11 +175,11 @@ func TestServiceOfAnotherProxy(t *testing.T) {
 	set(t, c, service("a", "10.0.0.1", 80), slice80("a-1", "a", "10.1.0.1"))
 	want(t, c, "at first", "a[10.0.0.1]:80>10.1.0.1:8080; 0 problems")
 	set(t, c, theirs)
-	if s := want(t, c, "labelled", "; 0 problems"); s.Ignored["Service of another proxy"] != 1 {
-		t.Errorf("it is not counted: %v", s.Ignored)
+	if s := want(t, c, "labelled", "; 0 problems"); s.Ignored["Service of another proxy"] != 1 || len(s.Others) != 1 || s.Others[0].Name != "a" {
+		t.Errorf("it is not counted: %v, %v", s.Ignored, s.Others)
 	}
 	set(t, c, service("b", "10.0.0.1", 80), service("a", "10.0.0.2", 80))
-	if s := want(t, c, "ours again", "a[10.0.0.2]:80>10.1.0.1:8080 b[10.0.0.1]:80; 0 problems"); s.Ignored != nil {
+	if s := want(t, c, "ours again", "a[10.0.0.2]:80>10.1.0.1:8080 b[10.0.0.1]:80; 0 problems"); s.Ignored != nil || s.Others != nil {
 		t.Errorf("it is still counted: %v", s.Ignored)
 	}
 }

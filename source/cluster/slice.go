@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/millrace/millrace/model"
 )
@@ -21,6 +22,8 @@ type slice struct {
 	// endpoints are sorted, no two with the same address, and have the number of
 	// the first port. They may be a part of those of the Service that was shown last.
 	endpoints []model.Backend
+	// hostnames are those of endpoints that have one; nil where none has.
+	hostnames map[netip.Addr]string
 	// next and previous are other slices of the Service in force.
 	next, previous *Object
 }
@@ -126,6 +129,16 @@ func (r *reader) endpoint(s *slice, number uint16, i int, from *discoveryv1.Endp
 	}
 	b.Hints = r.hints(fmt.Sprintf("endpoints[%d].hints", i), from.Hints)
 	s.endpoints = append(s.endpoints, b)
+	if from.Hostname != nil && *from.Hostname != "" {
+		if validation.IsDNS1123Label(*from.Hostname) != nil {
+			r.fault(fmt.Sprintf("endpoints[%d].hostname", i), "%q is not a host name: use at most 63 lower-case letters, digits and -", clip(*from.Hostname))
+			return
+		}
+		if s.hostnames == nil {
+			s.hostnames = map[netip.Addr]string{}
+		}
+		s.hostnames[addr] = *from.Hostname
+	}
 }
 
 // hints reads which clients shall use an endpoint.
@@ -172,13 +185,35 @@ func conditions(c *discoveryv1.EndpointConditions) (ready, serving, terminating 
 func join(base *model.Service, from []*Object) *model.Service {
 	s := *base
 	s.Ports = slices.Clone(base.Ports)
+	s.Endpoints = nil
 	if s.Type == model.ExternalName {
 		return &s
 	}
 	for i := range s.Ports {
 		s.Ports[i].Backends = backends(&s.Ports[i], s.Headless, from)
 	}
+	if s.Headless {
+		s.Endpoints = endpoints(from)
+	}
 	return &s
+}
+
+// endpoints are those of all slices, whatever their ports. One that is in several is
+// ready if it is so in any, and has the first of its host names.
+func endpoints(from []*Object) []model.Endpoint {
+	var list []model.Endpoint
+	for _, o := range from {
+		s := o.value.(*slice)
+		for _, b := range s.endpoints {
+			addr := b.Address.Addr()
+			list = append(list, model.Endpoint{Address: addr, Hostname: s.hostnames[addr], Ready: b.Ready})
+		}
+	}
+	slices.SortFunc(list, func(a, b model.Endpoint) int {
+		return cmp.Or(a.Address.Compare(b.Address), falseFirst(!a.Ready, !b.Ready),
+			falseFirst(a.Hostname == "", b.Hostname == ""), strings.Compare(a.Hostname, b.Hostname))
+	})
+	return slices.Clip(slices.CompactFunc(list, func(a, b model.Endpoint) bool { return a.Address == b.Address }))
 }
 
 // backends are the endpoints of one Service port: those of every slice that has

@@ -26,9 +26,11 @@ func (c *Cluster) Snapshot() *model.Snapshot {
 	}
 	if c.remarked {
 		next.Ignored = c.ignored()
-		changed = changed || !maps.Equal(next.Ignored, c.last.Ignored)
+		next.Others = slices.SortedFunc(maps.Keys(c.others), model.Name.Compare)
+		changed = changed || !maps.Equal(next.Ignored, c.last.Ignored) || !slices.Equal(next.Others, c.last.Others)
 	}
-	next.Unread = c.unread
+	next.Unread, next.Named = c.unread, c.named
+	changed = changed || next.Named != c.last.Named
 	changed = changed || next.Unread != c.last.Unread
 	c.problemsChanged, c.remarked = false, false
 	if next.Complete = c.complete; next.Complete == c.last.Complete && !changed {
@@ -138,11 +140,11 @@ func (c *Cluster) ignored() map[string]int {
 			all[kind] += n
 		}
 	}
-	if c.others > 0 {
+	if len(c.others) > 0 {
 		if all == nil {
 			all = map[string]int{}
 		}
-		all["Service of another proxy"] += c.others
+		all["Service of another proxy"] += len(c.others)
 	}
 	return all
 }

@@ -50,7 +50,9 @@ func (c claim) compare(o claim) int {
 }
 
 func newFiles() *files {
-	return &files{cluster: cluster.New(), byPath: map[string]*file{}, claims: map[cluster.Key][]claim{}}
+	f := &files{cluster: cluster.New(), byPath: map[string]*file{}, claims: map[cluster.Key][]claim{}}
+	f.cluster.SetNamed() // a folder holds all that there is
+	return f
 }
 
 // put takes over the data of a file. The same data again changes nothing.

@@ -17,6 +17,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/millrace/millrace/model"
 	"github.com/millrace/millrace/source/kube/kubetest"
 )
 
@@ -212,6 +213,25 @@ func TestSelectors(t *testing.T) {
 	b.shows("mine, web 10.244.1.1")
 	b.apply(labelled("service.kubernetes.io/service-proxy-name: other"))
 	b.shows("web 10.244.1.1")
+}
+
+// Who answers for names asks for those, too.
+func TestNames(t *testing.T) {
+	b := newBed(t)
+	var err error
+	if b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, "http://192.0.2.1"), Servers: []string{b.url}, Node: "n1", Names: true}); err != nil {
+		t.Fatal(err)
+	}
+	b.apply(nodes + service("web", "10.96.0.2") + service("none", "None") + slice("web", "10.244.1.1") +
+		strings.ReplaceAll(slice("none", "10.244.1.2"), "kubernetes.io/service-name: none", `kubernetes.io/service-name: none, service.kubernetes.io/headless: ""`) +
+		strings.ReplaceAll(service("mine", "10.96.0.9"), "{name: mine}", "{name: mine, labels: {service.kubernetes.io/service-proxy-name: other}}"))
+	b.run()
+	s := b.until("all names are known", func(s *model.Snapshot) bool {
+		return s.Complete && describe(s) == "none 10.244.1.2, web 10.244.1.1" && len(s.Others) == 1
+	})
+	if none := s.Services[1]; !s.Named || none.Name.Name != "none" || len(none.Endpoints) != 1 || none.Endpoints[0].Address.String() != "10.244.1.2" {
+		t.Errorf("named %v, %+v", s.Named, none)
+	}
 }
 
 // A burst becomes few Snapshots, of which the last is right; what changes

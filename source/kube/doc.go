@@ -17,8 +17,8 @@
 //
 // The server selects as it does for kube-proxy: no Services with the label
 // service.kubernetes.io/service-proxy-name, no headless ones, and no slices with
-// the label service.kubernetes.io/headless. Slices that name no Service are not
-// asked for either.
+// the label service.kubernetes.io/headless; all of these only with Settings.Names,
+// since they are for DNS. Slices that name no Service are not asked for either.
 //
 // # Before Services work
 //

@@ -30,8 +30,14 @@ type kind struct {
 //
 // The selectors are kube-proxy's: a Service with the label service-proxy-name is
 // another proxy's, and headless Services are for DNS, as are slices with the
-// label headless. Slices without a Service are somebody else's private matter.
-func kindsFor(node string) []kind {
+// label headless: with names all of these are asked for, too. Slices without a Service
+// are somebody else's private matter.
+func kindsFor(node string, names bool) []kind {
+	const ours = "!service.kubernetes.io/service-proxy-name"
+	services, addressed, slices := ours, "spec.clusterIP!="+corev1.ClusterIPNone, discoveryv1.LabelServiceName+",!"+corev1.IsHeadlessService+","+ours
+	if names {
+		services, addressed, slices = "", "", discoveryv1.LabelServiceName
+	}
 	onNode := ""
 	if node != "" {
 		onNode = "spec.nodeName=" + node
@@ -39,15 +45,15 @@ func kindsFor(node string) []kind {
 	return []kind{
 		{
 			resource: "services", path: "/api/v1/services", object: "Service",
-			labels: "!service.kubernetes.io/service-proxy-name",
-			fields: "spec.clusterIP!=" + corev1.ClusterIPNone,
+			labels: services,
+			fields: addressed,
 			list:   func() runtime.Object { return &corev1.ServiceList{} },
 			needed: true, always: true,
 			never: "every API server makes the Service default/kubernetes when it starts",
 		},
 		{
 			resource: "endpointslices", path: "/apis/discovery.k8s.io/v1/endpointslices", object: "EndpointSlice",
-			labels: discoveryv1.LabelServiceName + ",!" + corev1.IsHeadlessService + ",!service.kubernetes.io/service-proxy-name",
+			labels: slices,
 			list:   func() runtime.Object { return &discoveryv1.EndpointSliceList{} },
 			needed: true,
 			never:  "the API server itself is an endpoint of default/kubernetes",

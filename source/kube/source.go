@@ -22,6 +22,9 @@ type Settings struct {
 	Servers []string
 	// Node is the node whose pods are asked for; empty for those of all nodes.
 	Node string
+	// Names asks also for the Services that are for DNS alone: headless ones, and those
+	// of other proxies.
+	Names bool
 	// Account is the folder of the service account; empty for where Kubernetes
 	// mounts it.
 	Account string
@@ -68,7 +71,10 @@ func Open(settings Settings) (*Source, error) {
 		servers: servers, wake: make(chan struct{}, 1), cluster: cluster.New(),
 		patience: 30 * time.Second, doubt: 5 * time.Minute,
 	}
-	for _, k := range kindsFor(settings.Node) {
+	if settings.Names {
+		s.cluster.SetNamed()
+	}
+	for _, k := range kindsFor(settings.Node, settings.Names) {
 		s.feeds = append(s.feeds, newFeed(s, k))
 	}
 	return s, nil
