@@ -46,7 +46,8 @@ func TestMuchEvidence(t *testing.T) {
 	unix.Getrusage(unix.RUSAGE_SELF, &ended)
 	took := time.Duration(ended.Utime.Nano() - began.Utime.Nano())
 	t.Logf("%d events in %d namespaces: %d verdicts, %s of processor time", events, spaces, len(verdicts), took)
-	if len(verdicts) < 1000 || took > 10*time.Second {
+	// 0.8 s here, 11 s with -race.
+	if len(verdicts) < 1000 || took > 30*time.Second {
 		t.Errorf("%d verdicts, %s", len(verdicts), took)
 	}
 }
