@@ -52,6 +52,7 @@ const (
 	Node       Scope = "node"           // the node's own namespace, and what is global
 	Everywhere Scope = "each namespace" // there, and in every other network namespace
 	Whole      Scope = "cluster"        // the objects of the API
+	Among      Scope = "nodes"          // what several nodes have, compared
 )
 
 // Check is one thing that can be wrong.
@@ -83,6 +84,8 @@ type Check struct {
 
 // Evidence is one thing that was seen, or why it was not.
 type Evidence struct {
+	// Node is where it was seen, where several were looked at.
+	Node string `json:"node,omitempty"`
 	// Scope is the namespace or the object: "node", "pod web-7f", "Service shop/web".
 	Scope string `json:"scope"`
 	// Read is where the value was read.
@@ -90,12 +93,12 @@ type Evidence struct {
 	Value string `json:"value"`
 
 	// Severity is that of what fires, empty for the rest.
-	Severity Severity `json:"-"`
+	Severity Severity `json:"severity,omitempty"`
 	// Unread says that the value is why something could not be looked at.
-	Unread bool `json:"-"`
+	Unread bool `json:"unread,omitempty"`
 }
 
-// Result is what a check came to on one node.
+// Result is what a check came to, on one node or on several.
 type Result struct {
 	*Check
 	Status Status
@@ -121,8 +124,8 @@ func run(facts *Facts, check *Check) Result {
 	switch check.Scope {
 	case Node:
 		spaces = spaces[:1]
-	case Whole:
-		spaces = []*Space{{Name: string(Whole)}}
+	case Whole, Among:
+		spaces = []*Space{{Name: string(check.Scope)}}
 	}
 	for _, s := range spaces {
 		v.Space = s
@@ -191,7 +194,7 @@ func (v *view) sound(spaces int) []Evidence {
 }
 
 func (v *view) fires(s Severity, read, format string, values ...any) {
-	v.found = append(v.found, Evidence{v.Name, harmless(read), harmless(fmt.Sprintf(format, values...)), s, false})
+	v.firesAt(v.Name, s, read, format, values...)
 }
 
 // mends says what to do here, and how to take it back. Where namespaces differ in that no
@@ -245,7 +248,7 @@ func (c *Check) named(name string) bool {
 func Checks() []Check {
 	all := slices.Concat(
 		conntrackChecks, dnsChecks, hostChecks, mtuChecks, routingChecks, serviceChecks, socketChecks, settingChecks,
-		servicesChecks, namesChecks, pluginChecks, workloadChecks, gatewayChecks,
+		servicesChecks, namesChecks, pluginChecks, workloadChecks, gatewayChecks, amongChecks,
 	)
 	slices.SortFunc(all, func(a, b Check) int { return cmp.Compare(a.ID, b.ID) })
 	return all

@@ -255,7 +255,7 @@ func config(all []configMap, name string) map[string]string {
 
 // firesAt is fires for an object.
 func (v *view) firesAt(scope string, s Severity, read, format string, values ...any) {
-	v.found = append(v.found, Evidence{harmless(scope), harmless(read), harmless(fmt.Sprintf(format, values...)), s, false})
+	v.found = append(v.found, Evidence{Scope: harmless(scope), Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...)), Severity: s})
 }
 
 // some names the first of many.

@@ -146,6 +146,9 @@ func (h *Host) command(id string) string {
 	return harmless(strings.TrimSpace(string(comm)))
 }
 
+// Harmless is what somebody else has written, for a terminal.
+func Harmless(text string) string { return harmless(text) }
+
 // harmless is a name that a process chose, for a terminal.
 func harmless(name string) string {
 	return strings.Map(func(r rune) rune {

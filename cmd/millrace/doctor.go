@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime/debug"
 	"slices"
@@ -24,6 +25,10 @@ type examination struct {
 	strict                            bool
 	// from is where the objects of a cluster are.
 	from wishes
+	// nodes are those to look at, or all; none for this one.
+	nodes []string
+	// image is what nodes without an agent run in a pod, "" for nothing.
+	image string
 }
 
 func doctorCommand(s *settings) *cobra.Command {
@@ -37,26 +42,43 @@ network namespace on it, and says what is wrong: what was seen and where, what
 follows, what to do and how to undo it. It needs no agent and no cluster, and
 works beside any network plug-in. Without root it says what it could not see.
 With a cluster it lists the objects that the network is made of, and looks at
-them as well; of manifests it looks at nothing else.
+them as well; of manifests it looks at nothing else. With --nodes it looks at
+nodes by the agents that run there, from anywhere, and compares them.
   millrace doctor
   millrace doctor --source kube:$HOME/.kube/config
+  millrace doctor --source kube:$HOME/.kube/config --nodes all
   millrace doctor --source dir:manifests
   millrace doctor --only conntrack,HS-04 --for 1m
   millrace doctor -o json > before.json; millrace doctor --baseline before.json
   millrace doctor --explain CT-01
--o text, json, junit, sarif or prom. Warnings end it with status 0, or with 1 if
---strict is given.`,
-		Annotations: map[string]string{moreOutputs: "junit sarif prom"},
+-o text, json, junit, sarif or prom.`,
+		Annotations: doctorEnds,
 	}, readsOnly, func(ctx context.Context, _ []string) error { return examine(ctx, s, &e) }, exitFindings, exitIncomplete)
+	e.flags(c)
+	c.Flags().StringVar(&e.explain, "explain", "", "say all about the check with this `ID`, and read nothing")
+	c.AddCommand(doctorPodsCommand(s))
+	return c
+}
+
+// doctorEnds are its forms of output, and what its exit statuses mean.
+var doctorEnds = map[string]string{
+	moreOutputs:            "junit sarif prom",
+	exitOf(exitOK):         "done: nothing was found, or information, or warnings without --strict",
+	exitOf(exitFailed):     "warnings were found, and --strict is given; or --html cannot be written",
+	exitOf(exitFindings):   "something critical was found (FAIL), whatever else is true",
+	exitOf(exitIncomplete): "nothing of that, and it could not look: none of the checks, or not at a node\n      of --nodes; or it was interrupted, or --source or --baseline cannot be read",
+}
+
+// flags are those of both ways to look.
+func (e *examination) flags(c *cobra.Command) {
 	c.Flags().StringSliceVar(&e.only, "only", nil, "checks, layers or scopes to run, by ID, group or name: CT-01, HS, dns, cluster (default: all)")
 	c.Flags().StringVar(&e.severity, "severity", string(doctor.Info), "least severity of the checks to run: info, warning or critical")
 	c.Flags().StringVar(&e.baseline, "baseline", "", "an earlier `file` of -o json, whose findings are left out")
-	c.Flags().StringVar(&e.explain, "explain", "", "say all about the check with this `ID`, and read nothing")
 	c.Flags().StringVar(&e.html, "html", "", "write the report to this `file`, too, as one page for a browser that needs nothing else")
 	flagFor(c, &e.window, 2*time.Second, "time between two readings of the counters; what is seldom takes longer to see")
 	c.Flags().BoolVar(&e.strict, "strict", false, "warnings end it with status 1")
+	c.Flags().StringSliceVar(&e.nodes, "nodes", e.nodes, "look at these nodes, or all, by the agents that run there and --source kube:PATH, instead of at this one")
 	e.from.flagsAs(c, "a cluster whose objects are looked at as well: "+sourceForms)
-	return c
 }
 
 func examine(ctx context.Context, s *settings, e *examination) error {
@@ -73,6 +95,9 @@ func examine(ctx context.Context, s *settings, e *examination) error {
 	}
 	r, err := e.read(ctx, checks)
 	if err = page.finish(r.WriteHTML, err); err != nil {
+		if said := (*failure)(nil); errors.As(err, &said) {
+			return said
+		}
 		return &failure{exitIncomplete, err}
 	}
 	status := e.status(r)
@@ -85,6 +110,9 @@ func examine(ctx context.Context, s *settings, e *examination) error {
 	case exitFailed:
 		return &failure{status, errors.New("warnings were found, and --strict is given")}
 	case exitIncomplete:
+		if r.Header.Answered() < len(r.Header.Nodes) {
+			return &failure{status, fmt.Errorf("%d of %d nodes could not be looked at: the report says why", len(r.Header.Nodes)-r.Header.Answered(), len(r.Header.Nodes))}
+		}
 		return &failure{status, errors.New("none of the checks could look: the report says why")}
 	}
 	return &failure{status, errors.New("")}
@@ -122,19 +150,15 @@ func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.
 	debug.SetGCPercent(25)
 	begun := time.Now()
 	progress := newProgress()
-	facts, err := e.facts(ctx, checks, progress)
+	look := e.here
+	if len(e.nodes) > 0 {
+		look = e.there
+	}
+	r, err := look(ctx, checks, progress)
 	progress.done()
 	if err != nil {
 		return nil, err
 	}
-	kernel, err := kernelRelease()
-	if err != nil {
-		return nil, err
-	}
-	r := &report.Report{Results: doctor.Run(facts, checks), Header: report.Header{
-		Tool: "millrace doctor", Version: version, Node: hostname(), Kernel: kernel, Time: begun,
-		Window: facts.Window.Seconds(), Namespaces: len(facts.Spaces), Unseen: facts.Unseen, Cluster: e.from.source,
-	}}
 	if e.baseline != "" {
 		file, err := os.Open(e.baseline)
 		if err != nil {
@@ -149,6 +173,27 @@ func (e *examination) read(ctx context.Context, checks []doctor.Check) (*report.
 	return r, nil
 }
 
+// header is what every report begins with.
+func (e *examination) header() report.Header {
+	return report.Header{Tool: "millrace doctor", Version: version, Time: time.Now(), Cluster: e.from.source}
+}
+
+// here looks at this node, at a cluster's objects, or at both.
+func (e *examination) here(ctx context.Context, checks []doctor.Check, progress io.Writer) (*report.Report, error) {
+	r := &report.Report{Header: e.header()}
+	facts, err := e.facts(ctx, checks, progress)
+	if err != nil {
+		return nil, err
+	}
+	h := &r.Header
+	if h.Kernel, err = kernelRelease(); err != nil {
+		return nil, err
+	}
+	h.Node, h.Window, h.Namespaces, h.Unseen, h.Alike = hostname(), facts.Window.Seconds(), len(facts.Spaces), facts.Unseen, facts.Alike()
+	r.Results = doctor.Run(facts, checks)
+	return r, nil
+}
+
 // status is how the command ends.
 func (e *examination) status(r *report.Report) int {
 	tally := r.Tally()
@@ -157,7 +202,7 @@ func (e *examination) status(r *report.Report) int {
 		return exitFindings
 	case tally["warn"] > 0 && e.strict:
 		return exitFailed
-	case tally["skip"] == len(r.Results):
+	case tally["skip"] == len(r.Results), r.Header.Answered() < len(r.Header.Nodes):
 		return exitIncomplete
 	}
 	return exitOK

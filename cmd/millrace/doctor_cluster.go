@@ -14,18 +14,30 @@ import (
 )
 
 // fitting are the checks that can look at what is there: without a cluster those of the
-// node, unless others are named, and of manifests those of objects alone.
+// node, unless others are named, and of manifests those of objects alone. Nodes are
+// compared only where there are several; what compares a node with its cluster is for
+// the node itself.
 func (e *examination) fitting(chosen []doctor.Check) ([]doctor.Check, error) {
 	kind, path, named := strings.Cut(e.from.source, ":")
+	among := func(c doctor.Check) bool { return c.Scope == doctor.Among }
 	switch {
+	case len(e.nodes) > 0 && !(kind == "kube" && named):
+		return nil, usage("--nodes goes with --source kube:PATH, which says where the nodes are")
+	case len(e.nodes) > 0 && e.window > mostNodesWindow:
+		return nil, usage("--nodes takes --for 0s to %s: a node goes on looking when nobody is there any more", mostNodesWindow)
+	case len(e.nodes) > 0:
+		return e.fittingNodes(chosen)
 	case e.from.source == "" && len(e.from.servers) > 0:
 		return nil, usage("--api-server goes with --source kube: only")
 	case e.from.source == "":
 		if len(e.only) == 0 {
-			chosen = slices.DeleteFunc(chosen, func(c doctor.Check) bool { return c.NeedsCluster() })
+			chosen = slices.DeleteFunc(chosen, func(c doctor.Check) bool { return c.NeedsCluster() || among(c) })
 		}
 		return chosen, nil
 	case kind == "kube" && named:
+		if len(e.only) == 0 {
+			chosen = slices.DeleteFunc(chosen, among)
+		}
 		return chosen, nil
 	case len(e.from.servers) > 0:
 		return nil, usage("--api-server goes with --source kube: only")
@@ -44,7 +56,8 @@ func (e *examination) facts(ctx context.Context, checks []doctor.Check, progress
 	facts := &doctor.Facts{}
 	if slices.ContainsFunc(checks, func(c doctor.Check) bool { return c.Scope != doctor.Whole }) {
 		var err error
-		if facts, err = doctor.This().Read(ctx, checks, e.window, progress); err != nil {
+		reads := append(slices.Clone(checks), doctor.Comparing())
+		if facts, err = doctor.This().Read(ctx, reads, e.window, progress); err != nil {
 			return nil, err
 		}
 	}

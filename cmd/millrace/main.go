@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -142,6 +143,9 @@ func statusOf(err error) int {
 // moreOutputs is the annotation of a command that has forms of output of its own.
 const moreOutputs = "outputs"
 
+// exitOf is the annotation of a command for which a status means something more precise.
+func exitOf(status int) string { return fmt.Sprint("exit ", status) }
+
 func usage(format string, args ...any) error {
 	return &failure{exitUsage, fmt.Errorf(format, args...)}
 }
@@ -189,7 +193,7 @@ func command(c *cobra.Command, effect string, do func(ctx context.Context, args 
 	fmt.Fprintf(&long, "%s\n\n%s", effect, strings.TrimSpace(c.Long))
 	long.WriteString("\n\nExit statuses:\n")
 	for _, status := range append([]int{exitOK, exitFailed}, append(statuses, exitUsage)...) {
-		fmt.Fprintf(&long, "  %-3d %s\n", status, exitMeanings[status])
+		fmt.Fprintf(&long, "  %-3d %s\n", status, cmp.Or(c.Annotations[exitOf(status)], exitMeanings[status]))
 	}
 	c.Long = strings.TrimRight(long.String(), "\n")
 	if c.Args == nil {

@@ -8,23 +8,9 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
-	"time"
 
 	"github.com/millrace/millrace/layer/trace/cause"
 	"github.com/millrace/millrace/source/kube"
-)
-
-const (
-	// mostNodesWindow is how long nodes may watch: nobody stops one whose caller has gone.
-	mostNodesWindow = 10 * time.Minute
-	// nodesReading is what reading a node before and after may take beside the window.
-	nodesReading = time.Minute
-	// mostNodesAtOnce are asked at the same time.
-	mostNodesAtOnce = 64
-	// mostSaid bounds what is kept of what a node says.
-	mostSaid  = 32 << 20
-	everyNode = "all"
 )
 
 // traceNodes watches on nodes where agents run, all at the same time, and tells what
@@ -52,41 +38,20 @@ func (w *watching) traceNodes(ctx context.Context, s *settings, args []string) e
 		command = append(command, spelled)
 	}
 	command = append(command, "--for", w.window.String(), "-o", "json")
-	agents, err := w.agents(ctx, kube.Settings{Kubeconfig: kubeconfig, Servers: w.from.servers})
+	agents, err := agentsOn(ctx, kube.Settings{Kubeconfig: kubeconfig, Servers: w.from.servers}, w.nodes)
 	if err != nil {
 		return err
 	}
 	p := newProgress()
 	fmt.Fprintf(p, watchingWord+" %d nodes %s", len(agents), w.until())
-	said := askNodes(ctx, agents, command, w.window+nodesReading)
+	all := askNodes(ctx, agents, command, w.window+nodesReading, exitOK, exitFindings)
 	p.done()
-	r, err := joined(said)
+	r, err := joined(readAnswers(all))
 	if err != nil {
 		return err
 	}
 	known.describe(r.Verdicts)
 	return r.tell(s)
-}
-
-// agents are those on the nodes that are asked for.
-func (w *watching) agents(ctx context.Context, settings kube.Settings) ([]*kube.Agent, error) {
-	agents, err := kube.Agents(ctx, settings)
-	if err != nil {
-		return nil, err
-	}
-	if len(agents) == 0 {
-		return nil, &failure{exitIncomplete, errors.New("no agent of millrace runs in this cluster: docs/install.md says how to get one, and `millrace trace` on a node needs none")}
-	}
-	slices.SortFunc(agents, func(a, b *kube.Agent) int { return strings.Compare(a.Node, b.Node) })
-	if slices.Equal(w.nodes, []string{everyNode}) {
-		return agents, nil
-	}
-	for _, name := range w.nodes {
-		if !slices.ContainsFunc(agents, func(a *kube.Agent) bool { return a.Node == name }) {
-			return nil, usage("--nodes %s: no agent of millrace runs there", name)
-		}
-	}
-	return slices.DeleteFunc(agents, func(a *kube.Agent) bool { return !slices.Contains(w.nodes, a.Node) }), nil
 }
 
 // spelled is an end as any node understands it: a pod's name only its own node knows,
@@ -129,39 +94,17 @@ type answer struct {
 	err    error
 }
 
-func askNodes(ctx context.Context, agents []*kube.Agent, command []string, patience time.Duration) []answer {
-	all := make([]answer, len(agents))
-	room := make(chan struct{}, mostNodesAtOnce)
-	var asked sync.WaitGroup
-	for i, a := range agents {
-		asked.Go(func() {
-			room <- struct{}{}
-			defer func() { <-room }()
-			all[i] = askNode(ctx, a, command, patience)
-		})
-	}
-	asked.Wait()
-	return all
-}
-
-func askNode(ctx context.Context, a *kube.Agent, command []string, patience time.Duration) answer {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	out, said := bounded{most: mostSaid}, bounded{most: 8 << 10}
-	status, err := a.Exec(ctx, command, &out, &said)
-	if err == nil && status != exitOK && status != exitFindings {
-		err = fmt.Errorf("exit status %d: %s", status, strings.TrimSpace(said.String()))
-	}
-	var r traceReport
-	if err == nil {
-		if err = json.Unmarshal(out.Bytes(), &r); err != nil {
-			err = fmt.Errorf("its answer cannot be read, is it of another version? %w", err)
+func readAnswers(all []reply) (answers []answer) {
+	for _, one := range all {
+		a := answer{node: one.node, err: one.err}
+		if one.err == nil {
+			if err := json.Unmarshal(one.out, &a.report); err != nil {
+				a.err = fmt.Errorf("its answer cannot be read, is it of another version? %w", err)
+			}
 		}
+		answers = append(answers, a)
 	}
-	if err != nil {
-		return answer{node: a.Node, err: err}
-	}
-	return answer{node: a.Node, report: &r}
+	return answers
 }
 
 // joined makes one report of those of all nodes. A node that did not answer is told

@@ -1,6 +1,7 @@
 package report
 
 import (
+	"cmp"
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
@@ -14,7 +15,7 @@ import (
 func lines(r doctor.Result) string {
 	var all []string
 	for _, e := range r.Evidence {
-		all = append(all, fmt.Sprintf("%s: %s: %s", e.Scope, e.Read, e.Value))
+		all = append(all, fmt.Sprintf("%s: %s: %s", where(e), e.Read, e.Value))
 	}
 	return strings.Join(all, "\n")
 }
@@ -104,7 +105,7 @@ func (r *Report) SARIF(w io.Writer) error {
 			results = append(results, object{
 				"ruleId": result.ID, "ruleIndex": i, "level": sarifLevels[result.Severity],
 				"message":   object{"text": result.Title + "\n" + lines(result) + "\nfix: " + result.Fix},
-				"locations": []object{{"logicalLocations": []object{{"name": r.Header.Node, "kind": "resource"}}}},
+				"locations": r.locations(result),
 			})
 		case result.Status == doctor.Skip:
 			notes = append(notes, object{
@@ -124,6 +125,18 @@ func (r *Report) SARIF(w io.Writer) error {
 	})
 }
 
+// locations are the nodes on which something was found, or what was looked at.
+func (r *Report) locations(result doctor.Result) (all []object) {
+	names := nodesOf(result)
+	if len(names) == 0 {
+		names = []string{cmp.Or(r.Header.Node, r.Header.Cluster)}
+	}
+	for _, name := range names {
+		all = append(all, object{"logicalLocations": []object{{"name": name, "kind": "resource"}}})
+	}
+	return all
+}
+
 // Prometheus writes the text format, as node_exporter's textfile collector takes it.
 func (r *Report) Prometheus(w io.Writer) error {
 	var b strings.Builder
@@ -140,9 +153,32 @@ func (r *Report) Prometheus(w io.Writer) error {
 			fmt.Fprintf(&b, "millrace_doctor_check{id=%q,layer=%q,severity=%q,status=%q} %d\n", result.ID, result.Layer, result.Check.Severity, status, value)
 		}
 	}
+	r.nodeMetrics(&b)
 	gauge("millrace_doctor_namespaces", "Network namespaces that were read.", float64(r.Header.Namespaces))
 	gauge("millrace_doctor_seconds", "How long the examination took.", r.Header.Seconds)
 	gauge("millrace_doctor_timestamp_seconds", "When it began, in Unix time.", float64(r.Header.Time.Unix()))
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// nodeMetrics say, where several nodes were to be looked at, which have answered, and on
+// which something was found.
+func (r *Report) nodeMetrics(b *strings.Builder) {
+	if len(r.Header.Nodes) == 0 {
+		return
+	}
+	b.WriteString("# HELP millrace_doctor_node_answered Whether a node that was asked has answered.\n# TYPE millrace_doctor_node_answered gauge\n")
+	for _, n := range r.Header.Nodes {
+		value := 1
+		if n.Error != "" {
+			value = 0
+		}
+		fmt.Fprintf(b, "millrace_doctor_node_answered{node=%q} %d\n", n.Name, value)
+	}
+	b.WriteString("# HELP millrace_doctor_found_on What a check found on a node: 1.\n# TYPE millrace_doctor_found_on gauge\n")
+	for _, result := range r.Results {
+		for _, name := range nodesOf(result) {
+			fmt.Fprintf(b, "millrace_doctor_found_on{id=%q,layer=%q,severity=%q,node=%q} 1\n", result.ID, result.Layer, result.Severity, name)
+		}
+	}
 }

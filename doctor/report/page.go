@@ -19,6 +19,7 @@ var pageTemplate = page.Parse("doctor", pageText)
 type content struct {
 	Header                             Header
 	Title, Date, Spaces, Checks, Known string
+	Nodes                              string // how many have answered, where there are several
 
 	Tiles    []tile
 	Findings []card
@@ -35,6 +36,7 @@ type tile struct {
 // card is a finding, with all its evidence.
 type card struct {
 	Status, ID, Title string
+	Nodes             string // on which it was found, where there are several
 	Evidence          []row
 	Parts             []part
 }
@@ -71,6 +73,9 @@ func (r *Report) WriteHTML(w io.Writer) error {
 		Spaces: count(r.Header.Namespaces, "network namespace"), Checks: count(len(r.Results), "check"),
 		Known: count(r.Header.Known, "finding"),
 	}
+	if n := len(r.Header.Nodes); n > 0 {
+		p.Nodes = fmt.Sprintf("%d of %s", r.Header.Answered(), count(n, "node"))
+	}
 	tally := r.Tally()
 	if wrong := tally["fail"] + tally["warn"]; wrong > 0 {
 		p.Title = count(wrong, "thing") + " to mend"
@@ -80,7 +85,7 @@ func (r *Report) WriteHTML(w io.Writer) error {
 		p.Tiles = append(p.Tiles, t)
 		for _, result := range r.Results {
 			if word(result) == t.Status && found(result) {
-				p.Findings = append(p.Findings, cardOf(result))
+				p.Findings = append(p.Findings, r.cardOf(result))
 			}
 		}
 	}
@@ -105,13 +110,13 @@ func (r *Report) WriteHTML(w io.Writer) error {
 	return nil
 }
 
-func cardOf(r doctor.Result) card {
-	c := card{Status: word(r), ID: r.ID, Title: r.Title, Parts: parts(r)}
-	for _, g := range grouped(r.Evidence) {
+func (r *Report) cardOf(result doctor.Result) card {
+	c := card{Status: word(result), ID: result.ID, Title: result.Title, Nodes: r.Header.on(result), Parts: parts(result)}
+	for _, g := range grouped(result.Evidence) {
 		c.Evidence = append(c.Evidence, row{strings.Join(g.in, ", "), g.read, g.value})
 	}
-	if r.Pitfall != "" {
-		c.Parts = append(c.Parts, part{"beware", r.Pitfall})
+	if result.Pitfall != "" {
+		c.Parts = append(c.Parts, part{"beware", result.Pitfall})
 	}
 	return c
 }

@@ -13,13 +13,21 @@ import (
 	"github.com/millrace/millrace/doctor"
 )
 
+// Format is that of the JSON, and grows when a field is taken away or comes to mean
+// something else; 2 has all of a check, and nodes.
+const Format = 2
+
 // Header says what was looked at.
 type Header struct {
-	Tool    string    `json:"tool"`
-	Version string    `json:"version"`
-	Node    string    `json:"node"`
-	Kernel  string    `json:"kernel"`
-	Time    time.Time `json:"time"`
+	Format  int    `json:"format"`
+	Tool    string `json:"tool"`
+	Version string `json:"version"`
+	// Node is the name of the one that was looked at, "" where there were several, which
+	// are Nodes.
+	Node   string    `json:"node"`
+	Nodes  []Node    `json:"nodes,omitempty"`
+	Kernel string    `json:"kernel"`
+	Time   time.Time `json:"time"`
 	// Seconds are what all took, Window those between the two readings of counters.
 	Seconds float64 `json:"seconds"`
 	Window  float64 `json:"window_seconds"`
@@ -30,11 +38,13 @@ type Header struct {
 	Cluster string `json:"cluster"`
 	// Unseen says what could not be looked into, and why.
 	Unseen []string `json:"unseen"`
+	// Alike is what this node should have in common with others, by where it was read.
+	Alike map[string]string `json:"alike,omitempty"`
 	// Known are the findings that the baseline had, and which are left out.
 	Known int `json:"known"`
 }
 
-// Report is what doctor says of one node.
+// Report is what doctor says of one node, of several, or of a cluster's objects.
 type Report struct {
 	Header  Header
 	Results []doctor.Result
@@ -43,6 +53,7 @@ type Report struct {
 // check is the JSON form of a Result; its fields are promised in docs/doctor.md.
 type check struct {
 	ID       string            `json:"id"`
+	Title    string            `json:"title"`
 	Layer    string            `json:"layer"`
 	Severity doctor.Severity   `json:"severity"`
 	Status   doctor.Status     `json:"status"`
@@ -51,6 +62,7 @@ type check struct {
 	Source   string            `json:"source"`
 	Fix      string            `json:"fix"`
 	Undo     string            `json:"undo"`
+	Pitfall  string            `json:"pitfall"`
 }
 
 type document struct {
@@ -61,13 +73,14 @@ type document struct {
 // JSON writes the report for machines; it is also what Baseline reads.
 func (r *Report) JSON(w io.Writer) error {
 	d := document{Header: r.Header, Checks: []check{}}
+	d.Header.Format = Format
 	if d.Header.Unseen == nil {
 		d.Header.Unseen = []string{}
 	}
 	for _, result := range r.Results {
 		d.Checks = append(d.Checks, check{
-			result.ID, result.Layer, result.Severity, result.Status, append([]doctor.Evidence{}, result.Evidence...),
-			result.Effect, result.Source, result.Fix, result.Undo,
+			result.ID, result.Title, result.Layer, result.Severity, result.Status, append([]doctor.Evidence{}, result.Evidence...),
+			result.Effect, result.Source, result.Fix, result.Undo, result.Pitfall,
 		})
 	}
 	encoder := json.NewEncoder(w)
@@ -76,7 +89,7 @@ func (r *Report) JSON(w io.Writer) error {
 }
 
 // place is what of a finding stays the same while its numbers change.
-type place struct{ id, scope, read string }
+type place struct{ id, node, scope, read string }
 
 // Since leaves out what a baseline, an earlier report in JSON, had already. A finding of
 // which all is known counts as ok.
@@ -89,12 +102,12 @@ func (r *Report) Since(baseline io.Reader) error {
 	for _, c := range earlier.Checks {
 		for _, e := range c.Evidence {
 			if c.Status == doctor.Warn || c.Status == doctor.Fail {
-				known[place{c.ID, e.Scope, e.Read}] = true
+				known[place{c.ID, e.Node, e.Scope, e.Read}] = true
 			}
 		}
 	}
 	for i := range r.Results {
-		left := r.Results[i].Without(func(e doctor.Evidence) bool { return known[place{r.Results[i].ID, e.Scope, e.Read}] })
+		left := r.Results[i].Without(func(e doctor.Evidence) bool { return known[place{r.Results[i].ID, e.Node, e.Scope, e.Read}] })
 		if found(left) != found(r.Results[i]) {
 			r.Header.Known++
 		}

@@ -62,14 +62,14 @@ func TestJSON(t *testing.T) {
 	if err := json.Unmarshal(got["checks"], &checks); err != nil || len(checks) != 6 {
 		t.Fatalf("%d checks: %v", len(checks), err)
 	}
-	want := []string{"effect", "evidence", "fix", "id", "layer", "severity", "source", "status", "undo"}
+	want := []string{"effect", "evidence", "fix", "id", "layer", "pitfall", "severity", "source", "status", "title", "undo"}
 	for _, c := range checks {
 		if keys := slices.Sorted(maps.Keys(c)); !slices.Equal(keys, want) {
 			t.Errorf("fields %q, not %q", keys, want)
 		}
 	}
 	evidence := checks[2]["evidence"].([]any)
-	if first := evidence[0].(map[string]any); len(evidence) != 3 || len(first) != 3 || first["scope"] != "pod a" || first["value"] != "41 in 2.0 s, 20.5 a second" {
+	if first := evidence[0].(map[string]any); len(evidence) != 3 || len(first) != 4 || first["severity"] != "critical" || first["scope"] != "pod a" || first["value"] != "41 in 2.0 s, 20.5 a second" {
 		t.Errorf("evidence %v", evidence)
 	}
 }

@@ -21,7 +21,10 @@ func (r *Report) Text(w io.Writer, exit int, colour func(status, text string) st
 	var b strings.Builder
 	h := r.Header
 	b.WriteString("millrace doctor")
-	if h.Namespaces > 0 || h.Cluster == "" {
+	switch {
+	case len(h.Nodes) > 0:
+		fmt.Fprintf(&b, "  %d of %s  Linux %s  %s", h.Answered(), count(len(h.Nodes), "node"), h.Kernel, count(h.Namespaces, "network namespace"))
+	case h.Namespaces > 0 || h.Cluster == "":
 		fmt.Fprintf(&b, "  node %s  Linux %s  %s", h.Node, h.Kernel, count(h.Namespaces, "network namespace"))
 	}
 	if h.Cluster != "" {
@@ -31,7 +34,7 @@ func (r *Report) Text(w io.Writer, exit int, colour func(status, text string) st
 	for _, status := range []string{"fail", "warn", "info"} {
 		for _, result := range r.Results {
 			if word(result) == status {
-				finding(&b, result, colour(status, fmt.Sprintf(" %-5s %-6s", strings.ToUpper(status), result.ID)))
+				r.finding(&b, result, colour(status, fmt.Sprintf(" %-5s %-6s", strings.ToUpper(status), result.ID)))
 			}
 		}
 	}
@@ -58,9 +61,12 @@ func count(n int, what string) string {
 	return fmt.Sprint(n, " ", what)
 }
 
-func finding(b *strings.Builder, r doctor.Result, head string) {
-	fmt.Fprintf(b, "%s %s\n", head, r.Title)
-	groups := grouped(r.Evidence)
+func (r *Report) finding(b *strings.Builder, result doctor.Result, head string) {
+	fmt.Fprintf(b, "%s %s\n", head, result.Title)
+	if on := r.Header.on(result); on != "" {
+		fmt.Fprintf(b, "%*s %s\n", indent, "", on)
+	}
+	groups := grouped(result.Evidence)
 	for i, g := range groups {
 		if i == evidence {
 			fmt.Fprintf(b, "%*s and %d more: -o json has all\n", indent, "", len(groups)-i)
@@ -68,7 +74,7 @@ func finding(b *strings.Builder, r doctor.Result, head string) {
 		}
 		fmt.Fprintf(b, "%*s %-18s %s: %s\n", indent, "", g.scopes(), g.read, g.value)
 	}
-	for _, p := range parts(r) {
+	for _, p := range parts(result) {
 		wrap(b, p.Name, p.Text)
 	}
 }
@@ -106,8 +112,8 @@ func grouped(all []doctor.Evidence) (groups []*group) {
 			groups = append(groups, &group{read: e.Read, value: e.Value})
 			at = len(groups) - 1
 		}
-		if !slices.Contains(groups[at].in, e.Scope) {
-			groups[at].in = append(groups[at].in, e.Scope)
+		if in := where(e); !slices.Contains(groups[at].in, in) {
+			groups[at].in = append(groups[at].in, in)
 		}
 	}
 	return groups

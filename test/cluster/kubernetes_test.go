@@ -36,6 +36,7 @@ func TestKubernetes(t *testing.T) {
 	t.Run("conntrack", TestInstalledSetsConntrack)
 	t.Run("taint", TestInstalledTakesTheStartupTaintOff)
 	t.Run("trace", TestInstalledTraceNamesTheCause)
+	t.Run("doctor", TestInstalledDoctorOfAllNodes)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
 }
