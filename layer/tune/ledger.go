@@ -57,6 +57,8 @@ type Held struct {
 	// Wrote is what it became; empty from before it is set until that is known.
 	Wrote string    `json:"wrote"`
 	Since time.Time `json:"since"`
+	// Kept says that a Keeper set it, and keeps it so.
+	Kept bool `json:"kept,omitempty"`
 }
 
 // object names it: "net.core.somaxconn of pod web-7f".
@@ -156,6 +158,8 @@ type Step struct {
 	// kernel makes of it may be more.
 	From, To string
 	AtLeast  bool
+	// Kept says that a Keeper sets it, and keeps it so.
+	Kept bool
 }
 
 // Object implements layer.Subject.
@@ -226,7 +230,7 @@ func (l *Ledger) intend(held []Held, steps []Step) ([]Held, error) {
 		if value != s.From {
 			return nil, fmt.Errorf("%s: %s was %q when this was planned, and is %q now: somebody else sets it; plan again", s.Place.Name, s.Setting, s.From, value)
 		}
-		h := Held{s.ID, s.Place.Name, s.Place.Path, s.Place.Cookie, s.Setting, value, "", l.now()}
+		h := Held{s.ID, s.Place.Name, s.Place.Path, s.Place.Cookie, s.Setting, value, "", l.now(), s.Kept}
 		if at := slices.IndexFunc(next, h.same); at >= 0 {
 			if next[at].Wrote == value {
 				h.Before = next[at].Before // of before the first time
@@ -340,6 +344,9 @@ type State struct {
 	Now string `json:"now"`
 	// Drift says what differs from what was set, empty if nothing does.
 	Drift string `json:"drift,omitempty"`
+	// Gone says that its namespace has ended, Unread that it could not be read.
+	Gone   bool `json:"-"`
+	Unread bool `json:"-"`
 }
 
 // Status is what is held, as it is now. It changes nothing.
@@ -353,37 +360,46 @@ func (l *Ledger) Status() (all []State, err error) {
 		path, there, err := l.find(&h)
 		switch {
 		case err != nil:
-			s.Drift = err.Error()
+			s.Drift, s.Unread = err.Error(), true
 		case !there:
-			s.Drift = "its namespace has gone, and it with that"
+			s.Drift, s.Gone = "its namespace has gone, and it with that", true
 		default:
-			s.Now, s.Drift = l.drift(&h, path)
+			l.drift(&s, path)
 		}
 		all = append(all, s)
 	}
 	return all, nil
 }
 
-func (l *Ledger) drift(h *Held, path string) (now, drift string) {
-	now, err := l.open(path).Read(h.Setting)
+// drift reads what a setting is now, and says what differs from what was set.
+func (l *Ledger) drift(s *State, path string) {
+	now, err := l.open(path).Read(s.Setting)
+	s.Now = now
 	switch {
 	case err != nil:
-		drift = err.Error()
-	case h.Wrote == "" && now == h.Before:
-		drift = "a process was killed before it was set"
-	case h.Wrote == "":
-		drift = "a process was killed when it was set: millrace tune undo puts it back"
-	case now != h.Wrote:
-		drift = fmt.Sprintf("it was set to %s, and somebody has set it to %s since", h.Wrote, orNothing(now)) + whoSets(h.Setting, now)
+		s.Drift, s.Unread = err.Error(), true
+	case s.Wrote == "" && now == s.Before:
+		s.Drift = "a process was killed before it was set"
+	case s.Wrote == "":
+		s.Drift = "a process was killed when it was set: millrace tune undo puts it back"
+	case now != s.Wrote:
+		s.Drift = fmt.Sprintf("it was set to %s, and somebody has set it to %s since", s.Wrote, orNothing(now)) + whoSets(s.Setting, now)
 	}
-	return now, drift
 }
 
 // whoSets are files of sysctl.d(5) that say what is found, " (...)", or nothing.
 func whoSets(setting, now string) string {
+	if file := setBy(setting, now); file != "" {
+		return " (" + file + " sets it)"
+	}
+	return ""
+}
+
+// setBy is the file of sysctl.d(5) that says what is found; nothing if none does.
+func setBy(setting, now string) string {
 	for _, line := range sysctl.Lines(setting) {
 		if line.Value == now {
-			return " (" + line.File + " sets it)"
+			return line.File
 		}
 	}
 	return ""
@@ -411,6 +427,10 @@ func (u *undoing) Detail() string {
 // more. With dry it only says what it would do. It returns layer.ErrInUse while another
 // process applies or undoes.
 func (l *Ledger) Undo(ids []string, dry bool) (layer.Changes, error) {
+	return l.undo(func(h *Held) bool { return len(ids) == 0 || slices.Contains(ids, h.ID) }, dry)
+}
+
+func (l *Ledger) undo(which func(*Held) bool, dry bool) (layer.Changes, error) {
 	if _, err := os.Stat(l.folder); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -427,7 +447,7 @@ func (l *Ledger) Undo(ids []string, dry bool) (layer.Changes, error) {
 	var done layer.Changes
 	var failures []error
 	for _, h := range slices.Backward(held) {
-		if len(ids) > 0 && !slices.Contains(ids, h.ID) {
+		if !which(&h) {
 			continue
 		}
 		u, err := l.putBack(h, dry)

@@ -142,8 +142,9 @@ type Space struct {
 // Holding is who has set a setting, and to what.
 type Holding struct {
 	Owner, Wrote string
-	// Ours says that it was this tool.
-	Ours bool
+	// Ours says that it was this tool; Again, that it sets it again whatever somebody else
+	// has made of it.
+	Ours, Again bool
 }
 
 // Gear is a network device, as far as it can be tuned.

@@ -140,7 +140,7 @@ func TestOwners(t *testing.T) {
 		}, "conntrack.tcpEstablishedTimeout of x: millrace's agent keeps it so: change it there"},
 		{"accept-queue", func(_ *Facts, s *Space) {
 			s.Values[somaxconn] = "100"
-			s.Held[somaxconn] = Holding{"accept-queue", "4096", true}
+			s.Held[somaxconn] = Holding{Owner: "accept-queue", Wrote: "4096", Ours: true}
 		}, "somebody unknown: millrace tune had set it to 4096, and somebody has set it to 100 since: find out who, or let go of it: millrace tune undo accept-queue"},
 		{"accept-queue", func(_ *Facts, s *Space) { s.Values[somaxconn] = "100" }, "somebody unknown: a new namespace has 4096, so that somebody has set this to 100 (a script or a person): ask them, or put it back first"},
 		{"accept-queue", func(_ *Facts, s *Space) { s.Values[somaxconn], s.Node, s.Pod = "100", false, true }, "somebody unknown: a new namespace has 4096, so that somebody has set this to 100 (the pod's securityContext.sysctls, the CNI plug-in tuning, or a process in it): ask them, or put it back first"},
@@ -166,11 +166,28 @@ func TestNoOwners(t *testing.T) {
 	k, _ := Find("accept-queue")
 	m := node(func(_ *Facts, s *Space) {
 		s.Values[somaxconn], s.Accepted = "8192", 9000
-		s.Held[somaxconn] = Holding{"accept-queue", "8192", true}
+		s.Held[somaxconn] = Holding{Owner: "accept-queue", Wrote: "8192", Ours: true}
 		s.Files[somaxconn] = [][2]string{{"/etc/sysctl.conf", "65535"}}
 	})
 	if got := lines(Plan(m, Ask{Knobs: []*Knob{k}})); got != "change net.core.somaxconn 8192 -> 16384" {
 		t.Error(got)
+	}
+}
+
+// What is kept is set again, whatever somebody has made of it, but not against an owner
+// who is known.
+func TestKeptIsSetAgain(t *testing.T) {
+	k, _ := Find("accept-queue")
+	m := node(func(_ *Facts, s *Space) {
+		s.Values[somaxconn], s.Accepted = "100", 5000
+		s.Held[somaxconn] = Holding{Owner: "accept-queue", Wrote: "8192", Ours: true, Again: true}
+	})
+	if got := lines(Plan(m, Ask{Knobs: []*Knob{k}})); got != "change net.core.somaxconn 100 -> 8192" {
+		t.Error(got)
+	}
+	m.Spaces[0].Files[somaxconn] = [][2]string{{"/etc/sysctl.conf", "100"}}
+	if p := Plan(m, Ask{Knobs: []*Knob{k}})[0]; p.Status != Owned || p.Owner != "/etc/sysctl.conf" {
+		t.Errorf("%+v", p)
 	}
 }
 

@@ -188,7 +188,7 @@ func (v *view) owner(w wish, current string) (owner, ask string) {
 	switch {
 	case is && !held.Ours:
 		return held.Owner, "millrace's agent keeps it so: change it there"
-	case is && held.Wrote != current:
+	case is && held.Wrote != current && !held.Again:
 		return "somebody unknown", fmt.Sprintf("millrace tune had set it to %s, and somebody has set it to %s since: find out who, or let go of it: millrace tune undo %s", held.Wrote, current, v.k.ID)
 	}
 	if field := kubeProxys[w.setting]; field != "" && v.Node && v.m.KubeProxy > 0 {
