@@ -35,6 +35,8 @@ type tuning struct {
 	pods     bool
 	all, dry bool
 	window   time.Duration
+	// keeps says that what `tune keep` has set is set again.
+	keeps bool
 }
 
 func tuneCommand(s *settings) *cobra.Command {
@@ -50,13 +52,14 @@ useless: docs/tune.md.
   millrace tune apply accept-queue --netns web-7f --existing-pods
   millrace tune prove accept-queue       whether it does anything, measured
   millrace tune status                   what is set, and whether it still is so
-  millrace tune undo --all`,
+  millrace tune undo --all
+  millrace tune keep conntrack-idle      runs, and sets it again`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usage("say what to do: plan, apply, undo, status or prove")
+			return usage("say what to do: plan, apply, undo, status, keep or prove")
 		},
 	}
-	c.AddCommand(tunePlanCommand(s), tuneApplyCommand(s), tuneUndoCommand(s), tuneStatusCommand(s), tuneProveCommand(s))
+	c.AddCommand(tunePlanCommand(s), tuneApplyCommand(s), tuneUndoCommand(s), tuneStatusCommand(s), tuneKeepCommand(s), tuneProveCommand(s))
 	return c
 }
 

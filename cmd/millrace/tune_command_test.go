@@ -292,17 +292,19 @@ func TestTuneExistingPods(t *testing.T) {
 }
 
 // podIs runs a process in the pod's namespace as a kubelet's runtime would.
-func (w *workshop) podIs(name string) {
+func (w *workshop) podIs(name string) { w.t.Helper(); w.podIn(w.pod, name) }
+
+func (w *workshop) podIn(space, name string) {
 	w.t.Helper()
 	root, err := cgroup.Root()
 	w.must(err)
-	group := filepath.Join(root, fmt.Sprintf("millrace-kubepods-%d", os.Getpid()))
+	group := filepath.Join(root, fmt.Sprintf("millrace-kubepods-%d-%s", os.Getpid(), name))
 	w.must(cgroup.Create(group))
 	w.t.Cleanup(func() { w.must(cgroup.Remove(group)) })
 	file := filepath.Join(w.t.TempDir(), "hostname")
 	write(w.t, file, name+"\n")
 	c := exec.Command("unshare", "-m", "sh", "-ec", "mount --bind "+file+" /etc/hostname; exec sleep 300")
-	w.must(netns.Start(w.pod, group, c))
+	w.must(netns.Start(space, group, c))
 	w.t.Cleanup(func() { c.Process.Kill(); c.Wait() })
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.Process.Pid))

@@ -119,23 +119,29 @@ func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.P
 	if err != nil {
 		return nil, nil, err
 	}
+	proposals, err := t.planIn(ctx, knobs, chosen, t.window)
+	return chosen, proposals, err
+}
+
+// planIn is plan for knobs, in namespaces, with a time between two readings.
+func (t *tuning) planIn(ctx context.Context, knobs []*knob.Knob, chosen []tune.Place, window time.Duration) ([]knob.Proposal, error) {
 	var facts *knob.Facts
 	var found *doctor.Facts
 	checks := checksOf(knobs)
 	var both errgroup.Group
-	both.Go(func() (err error) { facts, err = tune.Look(ctx, t.at.procSys, chosen, t.window); return err })
-	both.Go(func() (err error) { found, err = doctor.This().Read(ctx, checks, t.window, io.Discard); return err })
+	both.Go(func() (err error) { facts, err = tune.Look(ctx, t.at.procSys, chosen, window); return err })
+	both.Go(func() (err error) { found, err = doctor.This().Read(ctx, checks, window, io.Discard); return err })
 	if err := both.Wait(); err != nil {
-		return nil, nil, &failure{statusOf(&ran{err}), err}
+		return nil, &failure{statusOf(&ran{err}), err}
 	}
 	facts.CPUs, facts.NodePorts = processors(), found.NodePorts()
 	for _, r := range doctor.Run(found, checks) {
 		note(facts, r)
 	}
 	if err := t.holdings(facts, chosen); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	return chosen, knob.Plan(facts, knob.Ask{Knobs: knobs, All: t.all}), nil
+	return knob.Plan(facts, knob.Ask{Knobs: knobs, All: t.all}), nil
 }
 
 // checksOf are the checks that the knobs answer; of all where none is asked for.
@@ -209,7 +215,7 @@ func (t *tuning) holdings(facts *knob.Facts, chosen []tune.Place) error {
 	for i, p := range chosen {
 		for _, h := range held {
 			if h.Cookie == p.Cookie && h.Wrote != "" {
-				facts.Spaces[i].Held[h.Setting] = knob.Holding{Owner: h.ID, Wrote: h.Wrote, Ours: true}
+				facts.Spaces[i].Held[h.Setting] = knob.Holding{Owner: h.ID, Wrote: h.Wrote, Ours: true, Again: h.Kept && t.keeps}
 			}
 		}
 	}

@@ -3,9 +3,10 @@
 //
 //	image --name ghcr.io/millrace/millrace:v1 --manifests deploy --to dist amd64=FILE arm64=FILE
 //
-// It writes three files to the folder of --to: millrace-image.tar, an OCI archive
+// It writes four files to the folder of --to: millrace-image.tar, an OCI archive
 // for all architectures that are named, which containerd, Podman, skopeo, crane and
-// Docker read; millrace.yaml and millrace-remove.yaml, what is applied to a cluster.
+// Docker read; millrace.yaml, millrace-remove.yaml and millrace-tune.yaml, what is applied
+// to a cluster.
 // The same binaries give the same image, byte by byte: nothing in it has a time.
 // It is run by `make image`, and costs a second for 40 MB of binary.
 package main
@@ -208,11 +209,13 @@ func writeArchive(index registry.ImageIndex, file, name, tag string) (err error)
 const placeholder = "image: millrace:TAG"
 
 // writeManifests writes what is applied: the rights and the agent as one file, and
-// what takes everything away again as another. Both name the image.
+// what takes everything away again as another, and what keeps settings of the nodes. All
+// name the image.
 func (r recipe) writeManifests() error {
 	for to, from := range map[string][]string{
 		"millrace.yaml":        {"rbac.yaml", "millrace.yaml"},
 		"millrace-remove.yaml": {"remove.yaml"},
+		"millrace-tune.yaml":   {"tune.yaml"},
 	} {
 		var all []string
 		for _, name := range from {

@@ -77,7 +77,7 @@ func TestImageHasEachArchitecturesBinary(t *testing.T) {
 func TestManifestsNameTheImage(t *testing.T) {
 	to := t.TempDir()
 	follow(t, to)
-	for _, name := range []string{"millrace.yaml", "millrace-remove.yaml"} {
+	for _, name := range []string{"millrace.yaml", "millrace-remove.yaml", "millrace-tune.yaml"} {
 		content, err := os.ReadFile(filepath.Join(to, name))
 		if err != nil {
 			t.Fatal(err)

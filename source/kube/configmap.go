@@ -22,8 +22,25 @@ const answerPatience = 5 * time.Second
 // about the object. It needs the verb get for that one object.
 func ConfigMap(ctx context.Context, settings Settings, namespace, name, key string) (data []byte, err error) {
 	err = askEach(settings, "get ConfigMap "+namespace+"/"+name, func(at *server) (decided bool, err error) {
-		data, err = at.configMap(ctx, namespace, name, key)
-		return apierrors.IsNotFound(err) || apierrors.IsForbidden(err) || errors.Is(err, errNoKey), err
+		all, err := at.configMap(ctx, namespace, name)
+		if err != nil {
+			return apierrors.IsNotFound(err) || apierrors.IsForbidden(err), err
+		}
+		text, has := all[key]
+		if !has {
+			return true, fmt.Errorf("%s: %w", key, errNoKey)
+		}
+		data = []byte(text)
+		return true, nil
+	})
+	return data, err
+}
+
+// ConfigMapData is ConfigMap for all keys.
+func ConfigMapData(ctx context.Context, settings Settings, namespace, name string) (data map[string]string, err error) {
+	err = askEach(settings, "get ConfigMap "+namespace+"/"+name, func(at *server) (decided bool, err error) {
+		data, err = at.configMap(ctx, namespace, name)
+		return answered(err), err
 	})
 	return data, err
 }
@@ -56,7 +73,7 @@ func answered(err error) bool { return apierrors.ReasonForError(err) != metav1.S
 
 var errNoKey = errors.New("it has no such key")
 
-func (s *server) configMap(ctx context.Context, namespace, name, key string) ([]byte, error) {
+func (s *server) configMap(ctx context.Context, namespace, name string) (map[string]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerPatience)
 	defer cancel()
 	found, err := s.client.Get().AbsPath("/api/v1/namespaces", namespace, "configmaps", name).MaxRetries(0).Do(ctx).Get()
@@ -67,9 +84,5 @@ func (s *server) configMap(ctx context.Context, namespace, name, key string) ([]
 	if !ok {
 		return nil, fmt.Errorf("the answer is a %T", found)
 	}
-	text, ok := config.Data[key]
-	if !ok {
-		return nil, fmt.Errorf("%s: %w", key, errNoKey)
-	}
-	return []byte(text), nil
+	return config.Data, nil
 }

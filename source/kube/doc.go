@@ -4,7 +4,8 @@
 // It lists and watches Services, EndpointSlices, Nodes, and the Pods of one node;
 // package cluster makes Snapshots of them. It reads with protobuf, needs list and
 // watch and no other verb (deploy/rbac.yaml), and writes nothing, neither to the
-// API nor in the kernel.
+// API nor in the kernel. Beside that, a few single objects are read and altered for
+// others: RemoveTaint, ReadLease, Say.
 //
 // # Who needs what
 //
