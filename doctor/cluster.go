@@ -22,6 +22,7 @@ const (
 	ConfigMaps      = "configmaps"
 	Deployments     = "deployments.apps"
 	DaemonSets      = "daemonsets.apps"
+	Autoscalers     = "horizontalpodautoscalers.autoscaling"
 	NetworkPolicies = "networkpolicies.networking.k8s.io"
 	Ingresses       = "ingresses.networking.k8s.io"
 	IngressClasses  = "ingressclasses.networking.k8s.io"
@@ -65,6 +66,7 @@ var resources = []Resource{
 	of[configMap](ConfigMaps, "v1", "ConfigMap", ofNetwork),
 	of[workload](Deployments, "v1", "Deployment", nil),
 	of[workload](DaemonSets, "v1", "DaemonSet", nil),
+	of[autoscaler](Autoscalers, "v2", "HorizontalPodAutoscaler", nil),
 	of[networkPolicy](NetworkPolicies, "v1", "NetworkPolicy", nil),
 	of[ingress](Ingresses, "v1", "Ingress", nil),
 	of[named](IngressClasses, "v1", "IngressClass", nil),

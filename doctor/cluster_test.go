@@ -41,9 +41,16 @@ const (
 	pool       = `{apiVersion: crd.projectcalico.org/v1, kind: IPPool, metadata: {name: default, uid: u}, spec: {cidr: %s, ipipMode: Always, vxlanMode: Never}}`
 	cilium     = `kube-proxy-replacement: "false"`
 	replaced   = `kube-proxy-replacement: "true"`
-	loadBal    = `{apiVersion: v1, kind: Service, metadata: {name: lb, namespace: shop%s}, spec: {type: LoadBalancer, externalTrafficPolicy: %s, clusterIP: 10.96.0.31}, status: {loadBalancer: {ingress: [%s]}}}`
-	netPod     = `{apiVersion: v1, kind: Pod, metadata: {name: p, namespace: %s}, spec: {hostNetwork: true, dnsPolicy: ClusterFirst, initContainers: [{name: tune, command: [sh, -c, %q]}]}, status: {phase: Running}}`
+	// Of the DNS servers: their Deployment, and who scales it.
+	dnsDeployment = `{apiVersion: apps/v1, kind: Deployment, metadata: {name: coredns, namespace: kube-system}, spec: {template: {metadata: {labels: {k8s-app: kube-dns}}}}}`
+	dnsAutoscaler = `{apiVersion: autoscaling/v2, kind: HorizontalPodAutoscaler, metadata: {name: %s, namespace: kube-system}, spec: {scaleTargetRef: {kind: Deployment, name: coredns}, maxReplicas: 9}}`
+	proportional  = `{apiVersion: apps/v1, kind: Deployment, metadata: {name: dns-scaler, namespace: kube-system}, spec: {template: {spec: {containers: [{name: a, image: "registry.k8s.io/cpa/cluster-proportional-autoscaler-amd64:1.8.9", args: [--target=Deployment/coredns]}]}}}}`
+	loadBal       = `{apiVersion: v1, kind: Service, metadata: {name: lb, namespace: shop%s}, spec: {type: LoadBalancer, externalTrafficPolicy: %s, clusterIP: 10.96.0.31}, status: {loadBalancer: {ingress: [%s]}}}`
+	netPod        = `{apiVersion: v1, kind: Pod, metadata: {name: p, namespace: %s}, spec: {hostNetwork: true, dnsPolicy: ClusterFirst, initContainers: [{name: tune, command: [sh, -c, %q]}]}, status: {phase: Running}}`
 )
+
+// oneServer is ready of two.
+var oneServer = in("{ip: 10.244.1.2}], conditions: [{type: Ready, status: \"True\"}]", "{ip: 10.244.1.2}], conditions: [{type: Ready, status: \"False\"}]")
 
 // clusterFires are the stories of objects.
 var clusterFires = []story{
@@ -51,8 +58,10 @@ var clusterFires = []story{
 	{"PX-03", "an old kernel", in("6.1.0-40-amd64", "5.10.0-30-amd64"), Fail, "Node n1 | nodes | kernel 5.10.0-30-amd64"},
 	{"PX-04", "one address", in("nodePortAddresses: [192.0.2.0/24]", "nodePortAddresses: []"), Warn, "1 Services have NodePorts: shop/web"},
 	{"PX-10", "nothing said", in("clusterCIDR: 10.244.0.0/16", ""), Warn, "and no clusterCIDR"},
-	{"PX-12", "none ready", in("ready: true}, targetRef: {kind: Pod, name: web", "ready: false}, targetRef: {kind: Pod, name: web"), Warn, "Service shop/web | endpointslices.discovery.k8s.io | 0 of 2 endpoints are ready"},
-	{"PX-12", "a wrong selector", in("name: web-1, namespace: shop, uid: u, labels: {kubernetes.io/service-name: web}", "name: web-1, namespace: shop, uid: u, labels: {kubernetes.io/service-name: other}"), Warn, "0 of 0"},
+	{"PX-12", "none ready", in("ready: true}, targetRef: {kind: Pod, name: web", "ready: false}, targetRef: {kind: Pod, name: web"), Warn, "Service shop/web | endpointslices.discovery.k8s.io | none of its endpoints is ready"},
+	{"PX-12", "a wrong selector", in("name: web-1, namespace: shop, uid: u, labels: {kubernetes.io/service-name: web}", "name: web-1, namespace: shop, uid: u, labels: {kubernetes.io/service-name: other}"), Warn, "Service shop/web | endpointslices.discovery.k8s.io | no endpoints"},
+	{"PX-12", "a Deployment without pods", all(in("name: web-1, namespace: shop, uid: u, labels: {kubernetes.io/service-name: web}", "name: web-1, namespace: shop, uid: u, labels: {kubernetes.io/service-name: other}"),
+		more(`{apiVersion: apps/v1, kind: Deployment, metadata: {name: web, namespace: shop}, spec: {replicas: 0, template: {metadata: {labels: {app: web}}}}}`)), Warn, "Service shop/web | deployments.apps | no endpoints: its Deployment has replicas: 0"},
 	{"PX-13", "of a cloud", more(fmt.Sprintf(loadBal, ", uid: u", "Cluster", "{ip: 198.51.100.7}")), Warn, "Service shop/lb | services | externalTrafficPolicy: Cluster"},
 	{"PX-14", "endpoints", in("- {addresses: [10.244.0.3]", "- {addresses: [10.9.9.9]}\n"+strings.Repeat("- {addresses: [10.9.9.8]}\n", 250)+"- {addresses: [10.244.0.3]"), Warn, "Service shop/web | endpointslices.discovery.k8s.io | 253 endpoints; tested with 250"},
 	{"PX-14", "of a namespace", many(5001, manyOfThem), Warn, "Namespace big | services | 5,001 Services; tested with 5,000"},
@@ -87,6 +96,10 @@ var clusterFires = []story{
 	{"CN-02", "legacy", in(cilium, replaced+`, enable-host-legacy-routing: "true"`), Warn, "enable-host-legacy-routing: true"},
 	{"CN-03", "iptables", in(cilium, replaced), Warn, "enable-bpf-masquerade: \"\""},
 	{"CN-04", "one node without", in("status: {desiredNumberScheduled: 2, numberReady: 2}", "status: {desiredNumberScheduled: 2, numberReady: 1}"), Fail, "DaemonSet kube-flannel/kube-flannel-ds | daemonsets.apps | 1 of 2 are ready"},
+	{"CN-04", "a node away", all(in("status: {desiredNumberScheduled: 2, numberReady: 2}", "status: {desiredNumberScheduled: 2, numberReady: 1}"), in("{type: NetworkUnavailable", "{type: Ready, status: Unknown}, {type: NetworkUnavailable")), Warn, "Nodes n1 | nodes | not Ready, and with them pods of kube-flannel/kube-flannel-ds"},
+	{"DN-02", "an autoscaler", all(oneServer, more(dnsDeployment), more(fmt.Sprintf(dnsAutoscaler, "dns"))), Warn, `patch hpa dns --type merge -p '{"spec":{"minReplicas":2,"maxReplicas":9}}'`},
+	{"DN-02", "one by the cluster's size", all(oneServer, more(dnsDeployment), more(proportional)), Warn, "min 2, or smaller coresPerReplica"},
+	{"DN-21", "two", all(more(dnsDeployment), more(fmt.Sprintf(dnsAutoscaler, "dns")), more(proportional)), Warn, "HorizontalPodAutoscaler kube-system/dns and Deployment kube-system/dns-scaler (cluster-proportional-autoscaler)"},
 	{"CN-05", "two nodes", in("podCIDR: 10.244.1.0/24, podCIDRs: [10.244.1.0/24]", "podCIDR: 10.244.0.128/25"), Fail, "podCIDR of node n1 10.244.0.0/24 and podCIDR of node n2 10.244.0.128/25"},
 	{"CN-05", "a Service", in("10.96.0.20", "10.244.0.20"), Fail, "and Service shop/web 10.244.0.20/32"},
 	{"CN-05", "Calico's pool and the nodes", more(fmt.Sprintf(pool, "192.0.0.0/16")), Fail, "pool default 192.0.0.0/16 and node n1 192.0.2.1/32"},
@@ -123,7 +136,7 @@ var clusterFires = []story{
 	{"GW-05", "refused", in(`parentRef: {name: edge}, conditions: [{type: Accepted, status: "True"}`, `parentRef: {name: edge}, conditions: [{type: Accepted, status: "False", reason: NotAllowedByListeners}`), Fail, "by edge: Accepted is False: NotAllowedByListeners"},
 	{"IN-01", "it runs", more(nginxRuns), Warn, "Deployment ingress-nginx/nginx | deployments.apps | registry.k8s.io/ingress-nginx/controller:v1.13.0"},
 	{"IN-02", "off", in(`upstream-keepalive-connections: "320"`, `upstream-keepalive-connections: "0"`), Warn, "ConfigMap ingress-nginx/ingress-nginx-controller"},
-	{"IN-03", "its example", more(fmt.Sprintf(netPod, "ingress-nginx", "sysctl -w net.core.somaxconn=65535; sysctl -w net.ipv4.ip_local_port_range='1024 65000'")), Fail, "tune: ip_local_port_range 1024 65000"},
+	{"IN-03", "its example", more(fmt.Sprintf(netPod, "ingress-nginx", "sysctl -w net.core.somaxconn=65535; sysctl -w net.ipv4.ip_local_port_range='1024 65000'")), Warn, "tune: ip_local_port_range 1024 65000"},
 	{"IN-04", "an hour", all(more(nginxRuns), more(fmt.Sprintf(balanced, "3600"))), Warn, "the balancer's idle timeout is 3600 s, and keep-alive of ingress-nginx 75 s"},
 	{"IN-05", "an own manifest", more(strings.Replace(nginxRuns, "terminationGracePeriodSeconds: 300, ", "", 1)), Warn, "terminationGracePeriodSeconds: 30, and worker-shutdown-timeout 240 s"},
 	{"IN-06", "no class", in("ingressClassName: edge", "ingressClassName: nginx"), Warn, `Ingress shop/web | ingressclasses.networking.k8s.io | ingressClassName "nginx"`},
@@ -151,6 +164,8 @@ var clusterCalm = []story{
 	{id: "CT-14", what: "an older Kubernetes", change: all(in(`cpu: "4"`, `cpu: "64"`), in("v1.36.3", "v1.35.1"))},
 	{id: "CT-14", what: "left alone", change: all(in(`cpu: "4"`, `cpu: "64"`), in("maxPerCore: 32768", "maxPerCore: 0"))},
 	{id: "DN-02", what: "one node", change: all(in("kind: Node\nmetadata: {name: n2", "kind: Nothing\nmetadata: {name: n2"), in("{ip: 10.244.1.2}], conditions: [{type: Ready, status: \"True\"}]", "{ip: 10.244.1.2}]"))},
+	{id: "DN-21", what: "one", change: all(more(dnsDeployment), more(fmt.Sprintf(dnsAutoscaler, "dns")))},
+	{id: "DN-21", what: "one of something else", change: all(more(dnsDeployment), more(strings.Replace(fmt.Sprintf(dnsAutoscaler, "web"), "name: coredns", "name: web", 1)), more(proportional))},
 	{id: "DN-13", what: "another server block, as in the manual of forward", change: in("forward . /etc/resolv.conf", "forward . 127.0.0.1:5301 127.0.0.1:5302")},
 	{id: "DN-13", what: "a server outside", change: in("forward . /etc/resolv.conf", "forward . 192.0.2.53 tls://198.51.100.1")},
 	{id: "DN-15", what: "verified", change: all(in("        cache 30\n", "        cache 30\n        autopath @kubernetes\n"), in("pods insecure", "pods verified"))},

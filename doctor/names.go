@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"fmt"
 	"math"
 	"net/netip"
 	"slices"
@@ -31,13 +32,13 @@ var namesChecks = []Check{{
 	look:    manyQueries,
 }, {
 	ID: "DN-02", Layer: "dns", Title: "there are too few DNS servers", Severity: Warning, Scope: Whole,
-	Reads:   []string{Pods, Nodes},
+	Reads:   []string{Pods, Nodes, Deployments, Autoscalers},
 	When:    "fewer than 2 DNS pods (k8s-app: kube-dns) are ready, of several nodes, or fewer than one for each 256 cores or 16 nodes",
 	Effect:  "One server is none while it is replaced or its node is lost; too few are slow when they are asked most.",
 	Source:  "https://kubernetes.io/docs/tasks/administer-cluster/dns-horizontal-autoscaling/ (coresPerReplica 256, nodesPerReplica 16)",
 	Fix:     "kubectl -n kube-system scale deployment coredns --replicas=N, or the cluster-proportional autoscaler",
 	Undo:    "kubectl -n kube-system scale deployment coredns --replicas=N, with N what it was",
-	Pitfall: "A horizontal autoscaler by CPU adds servers after names were slow; the proportional one's own minimum is 1.",
+	Pitfall: "An autoscaler takes back what is scaled by hand: its own minimum is what to raise. One by CPU adds servers after names were slow; the proportional one's own minimum is 1.",
 	look:    fewServers,
 }, {
 	ID: "DN-03", Layer: "dns", Title: "all DNS servers are on one node", Severity: Warning, Scope: Whole,
@@ -226,6 +227,16 @@ var namesChecks = []Check{{
 			v.fires(Info, ConfigMaps, "Corefile: log")
 		}
 	},
+}, {
+	ID: "DN-21", Layer: "dns", Title: "two set the number of DNS servers", Severity: Warning, Scope: Whole,
+	Reads:   []string{Deployments, Autoscalers},
+	When:    "two HorizontalPodAutoscalers, or one and a cluster-proportional-autoscaler, scale the Deployment of the DNS servers",
+	Effect:  "Each sets its own number again and again: servers are ended and made, and queries to those that end are lost (DN-14).",
+	Source:  "https://kubernetes.io/docs/tasks/administer-cluster/dns-horizontal-autoscaling/; https://kubernetes.io/docs/concepts/workloads/autoscaling/horizontal-pod-autoscale/",
+	Fix:     "keep one: kubectl -n kube-system delete hpa NAME, or kubectl -n kube-system scale deployment AUTOSCALER --replicas=0",
+	Undo:    "make the HorizontalPodAutoscaler anew, or scale the other back to 1",
+	Pitfall: "Providers have autoscalers of their own that are no objects of the cluster: those are not seen.",
+	look:    twoScalers,
 }}
 
 // servers are the pods of the cluster's DNS, those of Kubernetes' label.
@@ -273,6 +284,7 @@ func fewServers(v *view) {
 	}
 	if len(ready) < max(need, 1) {
 		v.fires(Warning, Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, max(need, 1))
+		v.scaledBy(max(need, 1))
 	} else {
 		v.sees(Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, need)
 	}
@@ -314,6 +326,87 @@ func serverMemory(v *view) {
 				v.firesAt(p.scope(), Warning, Pods, "%s: limits.memory %s; %d pods and %d Services want %.0f MB", one.Name, one.Resources.Limits["memory"], len(pods), len(all), need)
 			}
 		}
+	}
+}
+
+// scaler is who sets the number of DNS servers, and how to make it set more.
+type scaler struct{ name, fix, undo string }
+
+// scalers are those of the Deployments whose pods are DNS servers.
+func (v *view) scalers(need int) (all []scaler, ok bool) {
+	deployments, ok := list[workload](v, Deployments)
+	autoscalers, there := list[autoscaler](v, Autoscalers)
+	if !ok || !there {
+		return nil, false
+	}
+	var dns []string
+	for _, d := range deployments {
+		if d.Metadata.Namespace == "kube-system" && d.Spec.Template.Metadata.Labels["k8s-app"] == "kube-dns" {
+			dns = append(dns, d.Metadata.Name)
+		}
+	}
+	for _, a := range autoscalers {
+		if a.Metadata.Namespace == "kube-system" && a.Spec.ScaleTargetRef.Kind == "Deployment" && slices.Contains(dns, a.Spec.ScaleTargetRef.Name) {
+			least := 1 // what is meant where nothing is said
+			if a.Spec.MinReplicas != nil {
+				least = *a.Spec.MinReplicas
+			}
+			patch := func(low, high int) string {
+				return fmt.Sprintf("kubectl -n kube-system patch hpa %s --type merge -p '{\"spec\":{\"minReplicas\":%d,\"maxReplicas\":%d}}'", a.Metadata.Name, low, high)
+			}
+			all = append(all, scaler{"HorizontalPodAutoscaler " + a.Metadata.String(), patch(need, max(need, a.Spec.MaxReplicas)), patch(least, a.Spec.MaxReplicas)})
+		}
+	}
+	for _, d := range deployments {
+		if target := d.Spec.Template.Spec.proportional(); target != "" && slices.Contains(dns, target) {
+			all = append(all, scaler{
+				"Deployment " + d.Metadata.String() + " (cluster-proportional-autoscaler)",
+				fmt.Sprintf("min %d, or smaller coresPerReplica and nodesPerReplica, in the ConfigMap that --configmap of Deployment %s names", need, d.Metadata),
+				"put the values back",
+			})
+		}
+	}
+	return all, true
+}
+
+// proportional is the Deployment that a cluster-proportional-autoscaler scales, "" if it
+// is none.
+func (s *podSpec) proportional() string {
+	for _, c := range s.Containers {
+		if !strings.Contains(c.Image, "cluster-proportional-autoscaler") {
+			continue
+		}
+		for _, word := range slices.Concat(c.Command, c.Args) {
+			target, given := strings.CutPrefix(strings.TrimLeft(word, "-"), "target=")
+			kind, name, _ := strings.Cut(target, "/")
+			if given && strings.EqualFold(kind, "deployment") {
+				return name
+			}
+		}
+	}
+	return ""
+}
+
+// scaledBy says to whom of those that set their number more DNS servers are to be told.
+func (v *view) scaledBy(need int) {
+	if all, ok := v.scalers(need); ok && len(all) > 0 {
+		v.mends(all[0].fix+": "+all[0].name+" sets the number, and takes back what is scaled by hand", all[0].undo)
+	}
+}
+
+func twoScalers(v *view) {
+	all, ok := v.scalers(0)
+	if !ok {
+		return
+	}
+	var names []string
+	for _, one := range all {
+		names = append(names, one.name)
+	}
+	if len(all) > 1 {
+		v.fires(Warning, Autoscalers, "%s", strings.Join(names, " and "))
+	} else {
+		v.sees(Autoscalers, "%d of CoreDNS: %s", len(all), strings.Join(names, ""))
 	}
 }
 

@@ -212,6 +212,7 @@ func (p *pod) addresses() (all []netip.Addr) {
 type workload struct {
 	Metadata meta
 	Spec     struct {
+		Replicas *int
 		Template struct {
 			Metadata meta
 			Spec     podSpec
@@ -230,6 +231,15 @@ func (s *podSpec) image(name string) bool {
 		}
 		return image == name || strings.HasSuffix(image, "/"+name)
 	})
+}
+
+type autoscaler struct {
+	Metadata meta
+	Spec     struct {
+		ScaleTargetRef reference
+		MinReplicas    *int
+		MaxReplicas    int
+	}
 }
 
 type configMap struct {

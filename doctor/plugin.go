@@ -80,21 +80,14 @@ var pluginChecks = []Check{{
 	},
 }, {
 	ID: "CN-04", Layer: "plugin", Title: "a network agent does not run on all its nodes", Severity: Critical, Scope: Whole,
-	Reads:   []string{DaemonSets},
-	When:    "a DaemonSet of a network plug-in or proxy has fewer pods ready than it has nodes",
+	Reads:   []string{DaemonSets, Nodes},
+	When:    "a DaemonSet of a network plug-in or proxy has fewer pods ready than it has nodes; a warning, and one for all of them, where no more are missing than nodes are not Ready",
 	Effect:  "On the other nodes new pods do not start, and changes of Services, routes or policies do not arrive.",
 	Source:  "https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/daemon-set-v1/#DaemonSetStatus",
 	Fix:     "kubectl -n NAMESPACE get pods -o wide, then kubectl logs of the one that is not ready",
 	Undo:    "nothing is changed by looking",
 	Pitfall: "Pods that run go on to work for a while: what is written in the kernel stays.",
-	look: func(v *view) {
-		sets, _ := list[workload](v, DaemonSets)
-		for _, d := range sets {
-			if slices.Contains(agents, d.Metadata.Name) && d.Status.NumberReady < d.Status.DesiredNumberScheduled {
-				v.firesAt("DaemonSet "+d.Metadata.String(), Critical, DaemonSets, "%d of %d are ready", d.Status.NumberReady, d.Status.DesiredNumberScheduled)
-			}
-		}
-	},
+	look:    missingAgents,
 }, {
 	ID: "CN-05", Layer: "plugin", Title: "ranges of addresses overlap", Severity: Critical, Scope: Whole,
 	Reads:   []string{Nodes, Services, CalicoPools},
@@ -623,4 +616,33 @@ func (r *egressRule) reaches(dns []pod, namespace string, labels map[string]stri
 		}
 	}
 	return false
+}
+
+// missingAgents tells what a node that is away takes with it as one: its kubelet says
+// nothing of its pods, and none of them is ready.
+func missingAgents(v *view) {
+	sets, ok := list[workload](v, DaemonSets)
+	nodes, there := list[node](v, Nodes)
+	if !ok || !there {
+		return
+	}
+	var away, with []string
+	for _, n := range nodes {
+		if status, _ := is(n.Status.Conditions, "Ready"); status != "True" && status != "" {
+			away = append(away, n.Metadata.Name)
+		}
+	}
+	for _, d := range sets {
+		missing := d.Status.DesiredNumberScheduled - d.Status.NumberReady
+		switch {
+		case !slices.Contains(agents, d.Metadata.Name) || missing <= 0:
+		case missing <= len(away):
+			with = append(with, d.Metadata.String())
+		default:
+			v.firesAt("DaemonSet "+d.Metadata.String(), Critical, DaemonSets, "%d of %d are ready", d.Status.NumberReady, d.Status.DesiredNumberScheduled)
+		}
+	}
+	if len(with) > 0 {
+		v.firesAt("Nodes "+some(away), Warning, Nodes, "not Ready, and with them pods of %s", some(with))
+	}
 }

@@ -111,8 +111,8 @@ var servicesChecks = []Check{{
 	},
 }, {
 	ID: "PX-12", Layer: "service", Title: "a Service has nobody to serve it", Severity: Warning, Scope: Whole,
-	Reads:   []string{Services, EndpointSlices},
-	When:    "a Service with a selector has no endpoint that is ready",
+	Reads:   []string{Services, EndpointSlices, Deployments},
+	When:    "a Service with a selector has no endpoint that is ready; information where its Deployment is scaled to 0",
 	Effect:  "Connections to it are refused at once, as if nothing listened; the client does not learn that the Service is known.",
 	Source:  virtualIPs + "; " + serviceDoc + " (services in Kubernetes)",
 	Fix:     "kubectl -n NAMESPACE describe service NAME and kubectl -n NAMESPACE get pods -l SELECTOR: the selector fits no pod, or none of them is ready",
@@ -343,7 +343,8 @@ func endpointsOf(slices []slice) map[string]map[string]endpoint {
 func withoutEndpoints(v *view) {
 	all, ok := list[service](v, Services)
 	found, there := list[slice](v, EndpointSlices)
-	if !ok || !there {
+	deployments, ok2 := list[workload](v, Deployments)
+	if !ok || !there || !ok2 {
 		return
 	}
 	of := endpointsOf(found)
@@ -351,16 +352,36 @@ func withoutEndpoints(v *view) {
 		if len(s.Spec.Selector) == 0 || !s.served() || !s.Metadata.lives() {
 			continue
 		}
-		ready := 0
-		for _, e := range of[s.Metadata.String()] {
-			if e.ready() {
-				ready++
-			}
+		endpoints := of[s.Metadata.String()]
+		ready := false
+		for _, e := range endpoints {
+			ready = ready || e.ready()
 		}
-		if ready == 0 {
-			v.firesAt(s.scope(), Warning, EndpointSlices, "0 of %d endpoints are ready", len(of[s.Metadata.String()]))
+		// Those of which the same is said are one line on a screen.
+		switch {
+		case ready:
+		case len(endpoints) > 0:
+			v.firesAt(s.scope(), Warning, EndpointSlices, "none of its endpoints is ready")
+		case asleep(s, deployments):
+			v.firesAt(s.scope(), Info, Deployments, "no endpoints: its Deployment has replicas: 0")
+		default:
+			v.firesAt(s.scope(), Warning, EndpointSlices, "no endpoints")
 		}
 	}
+}
+
+// asleep says that the Deployments whose pods a Service selects are meant to have none.
+func asleep(s service, deployments []workload) (yes bool) {
+	for _, d := range deployments {
+		if d.Metadata.Namespace != s.Metadata.Namespace || !selects(s.Spec.Selector, d.Spec.Template.Metadata.Labels) {
+			continue
+		}
+		if d.Spec.Replicas == nil || *d.Spec.Replicas > 0 {
+			return false
+		}
+		yes = true
+	}
+	return yes
 }
 
 func overThresholds(v *view) {

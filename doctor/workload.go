@@ -135,7 +135,7 @@ var workloadChecks = []Check{{
 		}
 	},
 }, {
-	ID: "IN-03", Layer: "gateway", Title: "a pod widens the node's range of local ports", Severity: Critical, Scope: Whole,
+	ID: "IN-03", Layer: "gateway", Title: "a pod widens the node's range of local ports", Severity: Warning, Scope: Whole,
 	Reads:   []string{Pods},
 	When:    "an init container of a pod with hostNetwork sets ip_local_port_range to begin below 30000 and end above it",
 	Effect:  "It is the node's own setting then, which takes ports of NodePort Services for outgoing connections (PX-15).",
@@ -149,7 +149,7 @@ var workloadChecks = []Check{{
 			for _, c := range p.Spec.InitContainers {
 				low, high, sets := c.setsPorts()
 				if p.Spec.HostNetwork && sets && low < 30000 && high > 30000 {
-					v.firesAt(p.scope(), Critical, Pods, "%s: ip_local_port_range %d %d", c.Name, low, high)
+					v.firesAt(p.scope(), Warning, Pods, "%s: ip_local_port_range %d %d", c.Name, low, high)
 				}
 			}
 		}

@@ -26,6 +26,9 @@ const (
 // tuneFolder is where what was set is written down.
 const tuneFolder = "/run/millrace/tune"
 
+// sinceForm is a time of this machine's zone, with its distance from UTC.
+const sinceForm = "2006-01-02 15:04:05 -0700"
+
 // tuning is what the flags of `tune` ask for.
 type tuning struct {
 	settings *settings
@@ -237,9 +240,9 @@ func (t *tuning) say(done layer.Changes, refused, still []string) error {
 
 func (t *tuning) undo(ids []string) error {
 	for i, id := range ids {
-		k, err := knob.Find(id)
+		k, err := findKnob(id)
 		if err != nil {
-			return usage("%v", err)
+			return err
 		}
 		ids[i] = k.ID
 	}
@@ -268,7 +271,7 @@ func (t *tuning) status() error {
 	} else {
 		table := newTable(os.Stdout, "SETTING", "NAMESPACE", "NOW", "BEFORE", "KNOB", "SINCE", "DRIFT")
 		for _, s := range states {
-			table.row(s.Setting, s.Space, orDash(s.Now), orDash(s.Before), s.ID, s.Since.Format(time.DateTime), orDash(s.Drift))
+			table.row(s.Setting, s.Space, orDash(s.Now), orDash(s.Before), s.ID, s.Since.Local().Format(sinceForm), orDash(s.Drift))
 		}
 		err = table.print()
 	}

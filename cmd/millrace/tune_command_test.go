@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -106,7 +107,10 @@ func TestTuneWhatAFindingJustifies(t *testing.T) {
 	if w.value(w.pod, somaxconn) != "8192" || w.value(w.node, somaxconn) != "4096" {
 		t.Errorf("it is %s, and %s on the node", w.value(w.pod, somaxconn), w.value(w.node, somaxconn))
 	}
-	w.wants(exitOK, "net.core.somaxconn  namespace pod  8192  4096    accept-queue", "status")
+	told := w.wants(exitOK, "net.core.somaxconn  namespace pod  8192  4096    accept-queue", "status")
+	if !regexp.MustCompile(`accept-queue  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}  `).MatchString(told) {
+		t.Errorf("the time has no zone: %s", told)
+	}
 	w.sysctl(w.pod, somaxconn, "1000")
 	w.wants(exitFindings, "it was set to 8192, and somebody has set it to 1000 since", "status")
 	w.wants(exitIncomplete, "nothing was set: net.core.somaxconn of namespace pod is set by somebody unknown: millrace tune had set it to 8192", "apply", "accept-queue", "--netns", w.pod)
@@ -167,6 +171,7 @@ func TestTuneRefuses(t *testing.T) {
 	w.wants(exitIncomplete, "a new namespace has 4096, so that somebody has set this to 100", "apply", "accept-queue", "--netns", w.pod)
 	w.wants(exitUsage, "it shortens FIN_WAIT_2", "apply", "tcp_fin_timeout")
 	w.wants(exitUsage, `nothing that can be tuned is called "nonsense"`, "plan", "nonsense")
+	w.wants(exitUsage, "HS-43 is a check of the doctor that no setting of tune answers: what to do is said by `millrace doctor --explain HS-43`", "plan", "hs-43")
 	w.wants(exitUsage, `"speed" is no profile`, "apply", "--profile", "speed")
 	w.wants(exitUsage, "say which", "apply")
 	w.wants(exitUsage, "say which", "undo")

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -50,15 +51,29 @@ func (t *tuning) knobs(ids []string) (knobs []*knob.Knob, err error) {
 		knobs = p.Of()
 	}
 	for _, id := range ids {
-		k, err := knob.Find(id)
+		k, err := findKnob(id)
 		if err != nil {
-			return nil, usage("%v", err)
+			return nil, err
 		}
 		if !slices.Contains(knobs, k) {
 			knobs = append(knobs, k)
 		}
 	}
 	return knobs, nil
+}
+
+// findKnob is the knob that a person names. Of a check that no knob answers it says whose
+// its fix is.
+func findKnob(id string) (*knob.Knob, error) {
+	k, err := knob.Find(id)
+	if err == nil {
+		return k, nil
+	}
+	checks := doctor.Checks()
+	if at := slices.IndexFunc(checks, func(c doctor.Check) bool { return strings.EqualFold(c.ID, id) }); at >= 0 {
+		return nil, usage("%s is a check of the doctor that no setting of tune answers: what to do is said by `millrace doctor --explain %s`", checks[at].ID, checks[at].ID)
+	}
+	return nil, usage("%v", err)
 }
 
 // choose are the namespaces that are asked for.

@@ -36,7 +36,7 @@ spec:
 
 // foundInObjects are the checks that find what is in testdata/broken.yaml.
 const foundInObjects = "PX-12 PX-13 PX-14 PX-18 PX-19 PX-20 PX-21 PX-22 PX-23 PX-24 PX-25 CT-14 " +
-	"DN-02 DN-04 DN-05 DN-12 DN-13 DN-14 DN-15 DN-16 DN-17 DN-18 DN-19 DN-20 MT-09 " +
+	"DN-02 DN-04 DN-05 DN-12 DN-13 DN-14 DN-15 DN-16 DN-17 DN-18 DN-19 DN-20 DN-21 MT-09 " +
 	"CN-02 CN-03 CN-04 CN-05 CN-08 CN-11 CN-12 CN-15 CN-16 CN-17 CN-18 CN-19 CN-20 CN-21 CN-22 CN-23 CN-24 " +
 	"IN-01 IN-02 IN-03 IN-04 IN-05 IN-06 IN-07 GW-01 GW-02 GW-03 GW-04 GW-05"
 
