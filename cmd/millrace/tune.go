@@ -40,6 +40,9 @@ type tuning struct {
 	window   time.Duration
 	// keeps says that what `tune keep` has set is set again.
 	keeps bool
+	// proving says that only what is measured to help is set; rounds is how often.
+	proving bool
+	rounds  int
 }
 
 func tuneCommand(s *settings) *cobra.Command {
@@ -54,6 +57,7 @@ useless: docs/tune.md.
   millrace tune plan --profile latency   what a profile comes to on this machine
   millrace tune apply accept-queue --netns web-7f --existing-pods
   millrace tune prove accept-queue       whether it does anything, measured
+  millrace tune apply --profile ./article.conf --prove
   millrace tune status                   what is set, and whether it still is so
   millrace tune undo --all
   millrace tune keep conntrack-idle      runs, and sets it again`,
@@ -74,7 +78,7 @@ func (t *tuning) flagFolder(c *cobra.Command) {
 // flagsOfChoice say what to look at.
 func (t *tuning) flagsOfChoice(c *cobra.Command) {
 	t.flagFolder(c)
-	c.Flags().StringVar(&t.profile, "profile", "", "latency, throughput or many-connections: the knobs of it")
+	c.Flags().StringVar(&t.profile, "profile", "", "latency, throughput or many-connections: the knobs of it; or the path of a file in the form of sysctl.d(5), ./NAME: its values")
 	c.Flags().StringSliceVar(&t.spaces, "netns", nil, "network namespaces: node, a pod's name, a name below /run/netns, a path, or a process's number (default: node)")
 	c.Flags().BoolVar(&t.pods, "existing-pods", false, "pods that run already, too: what they are used to changes under them")
 	flagFor(c, &t.window, 2*time.Second, "time between two readings of what is counted")
@@ -115,16 +119,28 @@ Writes down the values before, sets, reads back. With an error nothing stays set
 finding that justified it is looked for again (exit status 2 if it is still seen).
 What somebody else sets is refused: with an ID all of it, of a profile that part
 (exit status 3). Settings last until the machine starts again. They are not set
-back when this or any other process ends.`,
+back when this or any other process ends.
+With --prove each change is measured first, as ` + "`millrace tune prove`" + ` does, and
+the comparison printed: what helps beyond noise is set, what does not is kept as it
+was, and what harms ends it with nothing set (exit status 2). What no load here can
+show is left, too (exit status 3). Of a profile that is a file nothing is set without
+it: somebody else has chosen those values, for another machine.
+  millrace tune apply datagram-buffer --prove
+  millrace tune apply --profile ./article.conf --prove`,
 		Args: cobra.ArbitraryArgs,
 	}, tunesHost, func(ctx context.Context, ids []string) error {
 		if len(ids) == 0 && t.profile == "" {
 			return usage("say which: IDs of knobs, or --profile")
 		}
+		if isFile(t.profile) && !t.proving {
+			return usage("--profile %s: its values were chosen for another machine: say --prove, and those that help here are set", t.profile)
+		}
 		return t.apply(ctx, ids)
 	}, exitFindings, exitIncomplete, exitPrivilege)
 	t.flagsOfChoice(c)
 	c.Flags().BoolVar(&t.dry, "dry-run", false, "print what would be set and set nothing")
+	c.Flags().BoolVar(&t.proving, "prove", false, "measure each change before, and set only what helps beyond noise")
+	t.flagRounds(c)
 	return c
 }
 
@@ -168,8 +184,50 @@ func (t *tuning) apply(ctx context.Context, ids []string) error {
 	if err != nil {
 		return err
 	}
-	var steps []tune.Step
-	var refused []string
+	_, refused := steps(places, proposals)
+	if len(refused) > 0 && t.profile == "" {
+		return &failure{exitIncomplete, fmt.Errorf("nothing was set: %s", strings.Join(refused, "\nmillrace: "))}
+	}
+	var all tuned
+	if t.proving {
+		if all.Proofs, err = t.try(ctx, proposals); err != nil {
+			return err
+		}
+	}
+	steps, refused := steps(places, proposals)
+	all.Refused = refused
+	var done layer.Changes
+	if t.dry {
+		for i := range steps {
+			done = append(done, layer.Change{Op: layer.Alter, Subject: &steps[i]})
+		}
+	} else if len(steps) > 0 {
+		if done, err = t.ledger().Apply(steps); err != nil {
+			return err
+		}
+	}
+	if !t.dry && len(steps) > 0 {
+		if all.Still, err = t.lookAgain(ctx, proposals); err != nil {
+			return err
+		}
+	}
+	if err := t.say(done, all); err != nil {
+		return err
+	}
+	if len(steps) == 0 && len(refused) == 0 && !t.settings.json() {
+		return t.print(proposals) // why each stays
+	}
+	switch {
+	case len(refused) > 0:
+		return &failure{exitIncomplete, fmt.Errorf("left out: %s", strings.Join(refused, "\nmillrace: left out: "))}
+	case len(all.Still) > 0:
+		return &failure{exitFindings, fmt.Errorf("it is set, and what it is for is still seen: %s", strings.Join(all.Still, "\nmillrace: still seen: "))}
+	}
+	return nil
+}
+
+// steps are what proposals come to, and why some do not.
+func steps(places []tune.Place, proposals []knob.Proposal) (steps []tune.Step, refused []string) {
 	for _, p := range proposals {
 		switch p.Status {
 		case knob.Change:
@@ -181,38 +239,7 @@ func (t *tuning) apply(ctx context.Context, ids []string) error {
 			refused = append(refused, fmt.Sprintf("%s of %s: %s", p.Setting, p.Space, p.Reason))
 		}
 	}
-	if len(refused) > 0 && t.profile == "" {
-		return &failure{exitIncomplete, fmt.Errorf("nothing was set: %s", strings.Join(refused, "\nmillrace: "))}
-	}
-	var done layer.Changes
-	if t.dry {
-		for i := range steps {
-			done = append(done, layer.Change{Op: layer.Alter, Subject: &steps[i]})
-		}
-	} else if len(steps) > 0 {
-		if done, err = t.ledger().Apply(steps); err != nil {
-			return err
-		}
-	}
-	var still []string
-	if !t.dry && len(steps) > 0 {
-		if still, err = t.lookAgain(ctx, proposals); err != nil {
-			return err
-		}
-	}
-	if err := t.say(done, refused, still); err != nil {
-		return err
-	}
-	if len(steps) == 0 && len(refused) == 0 && !t.settings.json() {
-		return t.print(proposals) // why each stays
-	}
-	switch {
-	case len(refused) > 0:
-		return &failure{exitIncomplete, fmt.Errorf("left out: %s", strings.Join(refused, "\nmillrace: left out: "))}
-	case len(still) > 0:
-		return &failure{exitFindings, fmt.Errorf("it is set, and what it is for is still seen: %s", strings.Join(still, "\nmillrace: still seen: "))}
-	}
-	return nil
+	return steps, refused
 }
 
 // tuned is the JSON form of what apply and undo did.
@@ -222,16 +249,19 @@ type tuned struct {
 	// Still are findings that a setting is for, and that are seen after it was set.
 	Still  []string `json:"still,omitempty"`
 	DryRun bool     `json:"dry_run"`
+	// Proofs are what was measured before, and what follows from it.
+	Proofs []tried `json:"proofs,omitempty"`
 }
 
-func (t *tuning) say(done layer.Changes, refused, still []string) error {
-	all := tuned{Changes: []planned{}, Refused: refused, Still: still, DryRun: t.dry}
+func (t *tuning) say(done layer.Changes, all tuned) error {
+	all.Changes, all.DryRun = []planned{}, t.dry
 	for _, change := range done {
 		all.Changes = append(all.Changes, planned{change.Op, "tune", change.Subject.Object(), change.Subject.Detail()})
 	}
 	if t.settings.json() {
 		return printJSON(all)
 	}
+	printTried(all.Proofs)
 	if len(done) == 0 {
 		fmt.Fprintln(os.Stderr, "nothing to change")
 	}
@@ -250,7 +280,7 @@ func (t *tuning) undo(ids []string) error {
 	if t.at.run == tuneFolder && !t.dry {
 		err = errors.Join(err, removeEmpty(filepath.Dir(tuneFolder)))
 	}
-	return errors.Join(err, t.say(done, nil, nil))
+	return errors.Join(err, t.say(done, tuned{}))
 }
 
 func (t *tuning) status() error {

@@ -272,7 +272,7 @@ func (n *keptNode) keepIn(ctx context.Context, a rollout.Asked, knobs []*knob.Kn
 		return p.Node || p.Pod && a.More && (a.Choice.ExistingPods || !slices.Contains(a.Existing, p.Cookie))
 	}
 	chosen := slices.DeleteFunc(slices.Clone(all), func(p tune.Place) bool { return !free(p) && !holds(p, "") })
-	proposals, err := n.planIn(ctx, knobs, chosen, window)
+	proposals, err := n.planIn(ctx, knob.Ask{Knobs: knobs}, chosen, window)
 	if err != nil {
 		return err
 	}

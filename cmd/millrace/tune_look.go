@@ -43,7 +43,7 @@ func places() (all []tune.Place, err error) {
 
 // knobs are those that are asked for.
 func (t *tuning) knobs(ids []string) (knobs []*knob.Knob, err error) {
-	if t.profile != "" {
+	if t.profile != "" && !isFile(t.profile) {
 		p, err := knob.ParseProfile(t.profile)
 		if err != nil {
 			return nil, usage("--profile: %v", err)
@@ -74,6 +74,32 @@ func findKnob(id string) (*knob.Knob, error) {
 		return nil, usage("%s is a check of the doctor that no setting of tune answers: what to do is said by `millrace doctor --explain %s`", checks[at].ID, checks[at].ID)
 	}
 	return nil, usage("%v", err)
+}
+
+// isFile says that a profile is the path of one.
+func isFile(profile string) bool { return strings.Contains(profile, "/") }
+
+// given are the values of a profile that is a file; of a setting the last one counts.
+func (t *tuning) given() (all []knob.Given, err error) {
+	if !isFile(t.profile) {
+		return nil, nil
+	}
+	lines, err := sysctl.Assignments(t.profile)
+	if err != nil {
+		return nil, usage("--profile: %v", err)
+	}
+	if len(lines) == 0 {
+		return nil, usage("--profile %s: it has no line such as net.core.somaxconn = 4096", t.profile)
+	}
+	for _, l := range lines {
+		one := knob.Given{Setting: l.Pattern, Value: l.Value}
+		if at := slices.IndexFunc(all, func(g knob.Given) bool { return g.Setting == one.Setting }); at >= 0 {
+			all[at] = one
+		} else {
+			all = append(all, one)
+		}
+	}
+	return all, nil
 }
 
 // choose are the namespaces that are asked for.
@@ -127,6 +153,10 @@ func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.P
 	if err != nil {
 		return nil, nil, err
 	}
+	given, err := t.given()
+	if err != nil {
+		return nil, nil, err
+	}
 	if t.window < 0 || t.window > 24*time.Hour {
 		return nil, nil, usage("--for %s: use 0s to 24h", t.window)
 	}
@@ -134,15 +164,15 @@ func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.P
 	if err != nil {
 		return nil, nil, err
 	}
-	proposals, err := t.planIn(ctx, knobs, chosen, t.window)
+	proposals, err := t.planIn(ctx, knob.Ask{Knobs: knobs, All: t.all, Given: given}, chosen, t.window)
 	return chosen, proposals, err
 }
 
-// planIn is plan for knobs, in namespaces, with a time between two readings.
-func (t *tuning) planIn(ctx context.Context, knobs []*knob.Knob, chosen []tune.Place, window time.Duration) ([]knob.Proposal, error) {
+// planIn is plan for what is asked, in namespaces, with a time between two readings.
+func (t *tuning) planIn(ctx context.Context, ask knob.Ask, chosen []tune.Place, window time.Duration) ([]knob.Proposal, error) {
 	var facts *knob.Facts
 	var found *doctor.Facts
-	checks := checksOf(knobs)
+	checks := checksOf(ask.Knobs)
 	var both errgroup.Group
 	both.Go(func() (err error) { facts, err = tune.Look(ctx, t.at.procSys, chosen, window); return err })
 	both.Go(func() (err error) { found, err = doctor.This().Read(ctx, checks, window, io.Discard); return err })
@@ -156,7 +186,7 @@ func (t *tuning) planIn(ctx context.Context, knobs []*knob.Knob, chosen []tune.P
 	if err := t.holdings(facts, chosen); err != nil {
 		return nil, err
 	}
-	return knob.Plan(facts, knob.Ask{Knobs: knobs, All: t.all}), nil
+	return knob.Plan(facts, ask), nil
 }
 
 // checksOf are the checks that the knobs answer; of all where none is asked for.

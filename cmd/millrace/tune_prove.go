@@ -44,7 +44,6 @@ type proofs struct {
 
 func tuneProveCommand(s *settings) *cobra.Command {
 	t := tuning{settings: s}
-	var rounds int
 	c := command(&cobra.Command{
 		Use:   "prove ID[=VALUE]...|--profile NAME",
 		Short: "Whether a setting does anything, measured with its value and the new one",
@@ -61,32 +60,47 @@ that is called useless, with VALUE.
 		if len(args) == 0 && t.profile == "" {
 			return usage("say which: IDs of knobs, or --profile")
 		}
-		return t.prove(ctx, args, rounds)
+		return t.prove(ctx, args)
 	}, exitFindings, exitIncomplete, exitPrivilege)
 	t.flagsOfChoice(c)
-	c.Flags().IntVar(&rounds, "rounds", bench.DefaultRounds, "how often both have their turn; 6 at least")
+	t.flagRounds(c)
 	return c
+}
+
+func (t *tuning) flagRounds(c *cobra.Command) {
+	c.Flags().IntVar(&t.rounds, "rounds", bench.DefaultRounds, "how often both values have their turn when they are measured; 6 at least")
 }
 
 // comparison is a setting with the value that is and the one to be proved.
 type comparison struct{ setting, now, wanted string }
 
-func (t *tuning) prove(ctx context.Context, args []string, rounds int) error {
+func (t *tuning) prove(ctx context.Context, args []string) error {
 	trials, skipped, err := t.trials(ctx, args)
 	if err != nil {
 		return err
 	}
 	all := proofs{Proofs: []*bench.Proof{}, Skipped: skipped}
-	progress := newProgress()
 	for _, one := range trials {
-		proof, err := bench.Prove(ctx, bench.ProveOptions{Load: loads[one.setting], Setting: one.setting, A: one.now, B: one.wanted, Rounds: rounds, Progress: progress})
-		progress.done()
+		proof, err := t.measure(ctx, one)
 		if err != nil {
 			return err
 		}
 		all.Proofs = append(all.Proofs, proof)
 	}
 	return all.tell(t.settings)
+}
+
+// measure puts both values under the setting's load.
+func (t *tuning) measure(ctx context.Context, c comparison) (*bench.Proof, error) {
+	progress := newProgress()
+	defer progress.done()
+	return bench.Prove(ctx, bench.ProveOptions{Load: loads[c.setting], Setting: c.setting, A: c.now, B: c.wanted, Rounds: t.rounds, Progress: progress})
+}
+
+// printProof says what was measured.
+func printProof(p *bench.Proof) {
+	codes := map[bench.Verdict]func(string) string{bench.Keeps: green, bench.Harmful: red, bench.NoEffect: bold}
+	fmt.Println(codes[p.Verdict](string(p.Verdict)) + strings.TrimPrefix(p.String(), string(p.Verdict)) + "\n    " + string(p.Load))
 }
 
 // tell prints the proofs; one that is harmful is no success.
@@ -97,8 +111,7 @@ func (all *proofs) tell(s *settings) error {
 			harmful++
 		}
 		if !s.json() {
-			codes := map[bench.Verdict]func(string) string{bench.Keeps: green, bench.Harmful: red, bench.NoEffect: bold}
-			fmt.Println(codes[p.Verdict](string(p.Verdict)) + strings.TrimPrefix(p.String(), string(p.Verdict)) + "\n    " + string(p.Load))
+			printProof(p)
 		}
 	}
 	for _, line := range all.Skipped {

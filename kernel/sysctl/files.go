@@ -54,17 +54,36 @@ func linesBelow(root, name string) (found []Line) {
 // sets says whether a file has a line "name = value", and which value; its name may have
 // slashes for dots, a dash before it, and wildcards.
 func sets(path, name string) (value string, is bool) {
-	file, err := os.Open(path)
-	if err != nil {
-		return "", false
-	}
-	defer file.Close()
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		key, text, assigned := strings.Cut(strings.TrimSpace(lines.Text()), "=")
-		pattern := strings.ReplaceAll(strings.TrimSpace(strings.TrimPrefix(key, "-")), "/", ".")
-		if fits, err := filepath.Match(pattern, name); assigned && err == nil && fits {
-			value, is = strings.Join(strings.Fields(text), " "), true
+	all, _ := Assignments(path) // a file that is not there says nothing
+	for _, a := range all {
+		if fits, err := filepath.Match(a.Pattern, name); err == nil && fits {
+			value, is = a.Value, true
 		}
 	}
 	return value, is
+}
+
+// Assignment is a line "name = value" of a file in the form of sysctl.d(5).
+type Assignment struct {
+	// Pattern is the name with dots, which may have wildcards; Value is as a Line's.
+	Pattern, Value string
+}
+
+// Assignments are those of a file, in their order. Other lines count as comments.
+func Assignments(path string) (all []Assignment, err error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		key, text, assigned := strings.Cut(strings.TrimSpace(lines.Text()), "=")
+		if !assigned || strings.HasPrefix(key, "#") || strings.HasPrefix(key, ";") {
+			continue
+		}
+		pattern := strings.ReplaceAll(strings.TrimSpace(strings.TrimPrefix(key, "-")), "/", ".")
+		all = append(all, Assignment{pattern, strings.Join(strings.Fields(text), " ")})
+	}
+	return all, lines.Err()
 }

@@ -7,6 +7,7 @@
 package knob
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -168,14 +169,22 @@ func Find(name string) (*Knob, error) {
 			return k, nil
 		}
 	}
+	if why := useless(name); why != "" {
+		return nil, errors.New(why)
+	}
+	return nil, fmt.Errorf("nothing that can be tuned is called %q: docs/tune.md lists what can, and what is useless", name)
+}
+
+// useless says why a setting is left alone, "" if it is not one of these.
+func useless(name string) string {
 	for _, u := range Uselesses {
 		for s := range strings.SplitSeq(u.Setting, ", ") {
 			if s == name || strings.HasSuffix(s, "."+name) || strings.HasSuffix(s, "/"+name) {
-				return nil, fmt.Errorf("%s is left alone: %s (%s)", s, u.Why, u.Source)
+				return fmt.Sprintf("%s is left alone: %s (%s)", s, u.Why, u.Source)
 			}
 		}
 	}
-	return nil, fmt.Errorf("nothing that can be tuned is called %q: docs/tune.md lists what can, and what is useless", name)
+	return ""
 }
 
 // ParseProfile reads the name of a profile.
@@ -183,7 +192,7 @@ func ParseProfile(word string) (Profile, error) {
 	if p := Profile(word); slices.Contains(Profiles, p) {
 		return p, nil
 	}
-	return "", fmt.Errorf("%q is no profile: use latency, throughput or many-connections", word)
+	return "", fmt.Errorf("%q is no profile: use latency, throughput or many-connections, or the path of a file in the form of sysctl.d(5): ./NAME", word)
 }
 
 // Of are the knobs of a profile.

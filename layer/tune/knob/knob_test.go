@@ -209,6 +209,21 @@ func TestOnlyWhatIsJustified(t *testing.T) {
 	}
 }
 
+// Values that somebody else has chosen are judged like computed ones, and what is useless
+// is said to be.
+func TestGiven(t *testing.T) {
+	m := node(func(_ *Facts, s *Space) { s.Files[receiveMax] = [][2]string{{"/etc/sysctl.d/9.conf", "1000"}} })
+	m.Spaces = append(m.Spaces, &Space{Name: "pod web", Pod: true, Values: map[string]string{somaxconn: "16384"}, Fresh: map[string]string{somaxconn: "16384"}})
+	got := lines(Plan(m, Ask{Given: []Given{{somaxconn, "16384"}, {receiveMax, "9000000"}, {"net.ipv4.tcp_tw_reuse", "1"}, {"kernel.pid_max", "1"}}}))
+	want := "change net.core.somaxconn 4096 -> 16384\nenough net.core.somaxconn: it is so already\n" +
+		"owned net.core.rmem_max: it sets it to 1000, at the next start of the machine at the latest: ask who wrote it, and change it there\n"
+	rest := got[min(len(want), len(got)):]
+	if !strings.HasPrefix(got, want) || !strings.HasPrefix(rest, "enough net.ipv4.tcp_tw_reuse: net.ipv4.tcp_tw_reuse is left alone: it is about connections") ||
+		strings.Count(rest, "\n") != 1 || !strings.Contains(rest, `unknown kernel.pid_max: nothing that can be tuned is called "kernel.pid_max"`) {
+		t.Errorf("%s\nwant\n%s", got, want)
+	}
+}
+
 // What cannot be read is neither well nor to be set.
 func TestUnread(t *testing.T) {
 	for id, setting := range map[string]string{"accept-queue": somaxconn, "conntrack": trackedMax, "jit": jitEnable} {

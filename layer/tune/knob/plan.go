@@ -50,7 +50,13 @@ type Ask struct {
 	// Knobs are named; none is those whose checks fired, or with All each.
 	Knobs []*Knob
 	All   bool
+	// Given are values that somebody else has chosen; where there are any and no Knobs,
+	// they alone are proposed.
+	Given []Given
 }
+
+// Given is a value for a setting.
+type Given struct{ Setting, Value string }
 
 // view is a namespace of a machine, as a knob sees it.
 type view struct {
@@ -62,7 +68,7 @@ type view struct {
 // Plan says what should become of the settings that are asked for. It is pure.
 func Plan(m *Facts, ask Ask) (all []Proposal) {
 	knobs := ask.Knobs
-	if len(knobs) == 0 {
+	if len(knobs) == 0 && len(ask.Given) == 0 {
 		knobs = Knobs
 	}
 	for _, k := range knobs {
@@ -74,6 +80,34 @@ func Plan(m *Facts, ask Ask) (all []Proposal) {
 			}
 			all = append(all, v.propose()...)
 		}
+	}
+	for _, g := range ask.Given {
+		all = append(all, g.propose(m)...)
+	}
+	return all
+}
+
+// propose says what becomes of a given value: in each namespace in which the setting is.
+func (g Given) propose(m *Facts) (all []Proposal) {
+	k, err := Find(g.Setting)
+	for _, s := range m.Spaces {
+		p := Proposal{Setting: g.Setting, Space: s.Name, Wanted: g.Value}
+		if why := useless(g.Setting); why != "" {
+			p.Wanted, p.Status, p.Reason = "", Enough, why
+			return []Proposal{p}
+		}
+		if err != nil {
+			p.Status, p.Reason = Unknown, err.Error()
+			return []Proposal{p}
+		}
+		if k.Scope == Machine && !s.Node {
+			continue
+		}
+		v := &view{s, m, k}
+		p.ID, p.Scope, p.Current, p.Finding = k.ID, k.Scope, s.Values[g.Setting], v.finding()
+		p.Evidence = v.seen(p.Finding)
+		p.Status, p.Owner, p.Reason = v.judge(wish{g.Setting, g.Value, false})
+		all = append(all, p)
 	}
 	return all
 }
