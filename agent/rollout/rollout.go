@@ -290,6 +290,9 @@ func (k *keeping) judge(ctx context.Context, o *Outcome, d *Decision) error {
 	if !d.May || m.Verdict != "" || k.now().Sub(m.Begun) < k.soak() {
 		return nil
 	}
+	if slices.ContainsFunc(o.Drift, func(d Drift) bool { return d.Left == "" }) {
+		return nil // it is fought over: that has an end
+	}
 	worse, err := k.worse(ctx, o)
 	if err != nil {
 		return err

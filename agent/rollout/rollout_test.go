@@ -257,6 +257,17 @@ func TestABadNodeStopsItLater(t *testing.T) {
 	}
 }
 
+// What is fought over is neither good nor bad yet.
+func TestAFightIsWaitedFor(t *testing.T) {
+	f := newFleet(t, 2, "jit")
+	f.machines[0].drift = []Drift{{Knob: "jit", Text: "it was 1 and is 0"}}
+	f.rounds(10)
+	f.wants(1, Trying, "TuneDrift: it was 1 and is 0: it is set again")
+	f.machines[0].drift = nil
+	f.rounds(2)
+	f.wants(1, Spreading, "")
+}
+
 // A node that falls silent while it tries something is a bad sign.
 func TestASilentNodeStopsIt(t *testing.T) {
 	f := newFleet(t, 5, "jit")

@@ -325,10 +325,16 @@ func sentences(changes layer.Changes) (lines []string) {
 // what is found are compared.
 const mostFindings = 10 * time.Second
 
+// notBySettings are checks of what no setting of the kernel brings about: errors on the
+// wire, and what the hypervisor takes.
+var notBySettings = []string{"HS-22", "HS-25"}
+
 // Findings implements rollout.Node: what the doctor finds on this node, of severity
 // warning or above.
 func (n *keptNode) Findings(ctx context.Context) (map[string]string, error) {
-	checks := slices.DeleteFunc(doctor.Checks(), func(c doctor.Check) bool { return c.Scope == doctor.Whole || !c.Severity.AtLeast(doctor.Warning) })
+	checks := slices.DeleteFunc(doctor.Checks(), func(c doctor.Check) bool {
+		return c.Scope == doctor.Whole || !c.Severity.AtLeast(doctor.Warning) || slices.Contains(notBySettings, c.ID)
+	})
 	facts, err := doctor.This().Read(ctx, checks, min(n.window, mostFindings), io.Discard)
 	if err != nil {
 		return nil, err

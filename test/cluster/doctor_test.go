@@ -45,6 +45,8 @@ const foundInObjects = "PX-12 PX-13 PX-14 PX-18 PX-19 PX-20 PX-21 PX-22 PX-23 PX
 type apiBed struct {
 	t                            *testing.T
 	bin, folder, space, millrace string
+	// api is the server's process.
+	api *exec.Cmd
 }
 
 // In objects of a real API server in which all is well doctor finds nothing; it finds
@@ -132,6 +134,7 @@ func (b *apiBed) start() {
 			b.t.Fatal(err)
 		}
 		b.t.Cleanup(func() { c.Process.Kill(); c.Wait(); log.Close() })
+		b.api = c
 	}
 	err = until(b.t.Context(), "kube-apiserver", 5*time.Minute, func() error {
 		return b.kubectl("", "get", "--raw", "/readyz")
