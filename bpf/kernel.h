@@ -58,6 +58,9 @@ struct inet_sock {
 
 struct inet_connection_sock {
 	__u8 icsk_retransmits;
+	struct {
+		__u32 lrcvtime; /* jiffies, when data came last */
+	} icsk_ack;
 } __attribute__((preserve_access_index));
 
 struct tcp_sock {
@@ -65,6 +68,9 @@ struct tcp_sock {
 	__u64 bytes_acked;
 	__u32 total_retrans;
 	__u32 srtt_us;
+	__u32 rcv_nxt;
+	__u32 copied_seq; /* the program has read until here */
+	__u32 lsndtime;   /* jiffies, when data was sent last */
 } __attribute__((preserve_access_index));
 
 struct request_sock {

@@ -217,7 +217,7 @@ func (s *Stage) open(ctx context.Context, worker []string) error {
 
 // enliven starts healthy traffic in a scene, unless the fault is run as it is listed.
 func (s *Stage) enliven(ctx context.Context, made *scene, random *rand.Rand) error {
-	if s.Kind == Listed {
+	if s.Kind == Listed || slices.ContainsFunc(s.Faults, func(f *Fault) bool { return f.alone }) {
 		return nil
 	}
 	for _, six := range []bool{false, true} {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strconv"
@@ -211,6 +212,53 @@ func (p *Part) deleteEntries() error {
 	return err
 }
 
+// masqueraded translates the client's address at the router, which forgets a connection
+// after a second without a packet, and lets the server speak after two.
+func masqueraded(p *Part) error {
+	front := p.draw(3)
+	words := p.tables([]string{"iptables-nft", "iptables-legacy"}[front%2])
+	all := p.serve(p.server, p.local(p.port), func(conn net.Conn) {
+		buffer := make([]byte, 64)
+		if n, err := conn.Read(buffer); err == nil {
+			conn.Write(buffer[:n])
+		}
+		for range 20 {
+			time.Sleep(2 * time.Second)
+			if _, err := conn.Write([]byte("news")); err != nil {
+				return
+			}
+		}
+	})
+	if front == 2 {
+		all = errors.Join(all, p.router.feed(fmt.Sprintf("table %s out { chain c { type nat hook postrouting priority 100; %s daddr %s masquerade; }; }",
+			p.word(), p.word(), p.to), "nft", "-f", "-"))
+	} else {
+		all = errors.Join(all, p.router.run(words, "-w", "-t", "nat", "-A", "POSTROUTING", "-d", p.to.String(), "-j", "MASQUERADE"))
+	}
+	return errors.Join(all, p.router.set("net.netfilter.nf_conntrack_tcp_timeout_established", "1"))
+}
+
+// waitForNews keeps connections on which the server is to speak, and does not.
+func waitForNews(ctx context.Context, p *Part) {
+	every(ctx, p.attempts, 50*time.Millisecond, func() {
+		conn, err := p.connect(ctx, "tcp")
+		if err != nil {
+			p.saw(outcomeOf(err, Timeout))
+			return
+		}
+		p.atEnd(func() { conn.Close() })
+		if outcome := p.exchange(ctx, conn, 10); outcome != OK {
+			p.saw(outcome)
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+		defer stop()
+		conn.SetDeadline(time.Now().Add(3 * time.Second))
+		_, err = conn.Read(make([]byte, 16))
+		p.saw(outcomeOf(err, Hang))
+	})
+}
+
 var conntrackFaults = []*Fault{
 	{Name: "conntrack-full", behind: true, Number: "01", Says: "The table of connection tracking is full: no new connection is let through.", whole: true,
 		Causes: []string{"conntrack-table-full"}, Seen: []Outcome{Timeout, Silent}, needs: []string{"iptables-nft", "iptables-legacy", "nft"},
@@ -221,4 +269,7 @@ var conntrackFaults = []*Fault{
 	{Name: "conntrack-invalid", Number: "22", Says: "A rule drops what connection tracking calls invalid: a connection that it forgot.",
 		Causes: []string{"conntrack-invalid-drop"}, Seen: []Outcome{Hang}, needs: []string{"nft", "iptables-nft", "iptables-legacy"},
 		induce: serving(forgotten), send: forget},
+	{Name: "nat-forgotten", Says: "A router that translates forgets connections on which nothing is said for long.", window: 4 * time.Second, whole: true,
+		Causes: []string{"connection-forgotten"}, Seen: []Outcome{Hang, Reset}, needs: []string{"nft", "iptables-nft", "iptables-legacy"},
+		induce: masqueraded, send: waitForNews},
 }

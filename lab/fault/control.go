@@ -3,11 +3,14 @@ package fault
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/vishvananda/netlink"
 )
 
 // Healthy traffic: what nothing is wrong with, and what tools cry wolf about.
@@ -239,6 +242,80 @@ func mixed(ctx context.Context, p *Part) {
 	bigCalls(ctx, p)
 }
 
+// shaped lets the router's way to the server take little, with room for some packets: TCP
+// finds its rate by filling it.
+func shaped(p *Part) error {
+	rate := uint64(250_000 << p.draw(3)) // bytes a second
+	tbf := &netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: p.router.index(p.router.far), Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       rate, Limit: uint32(20_000 << p.draw(2)), Buffer: uint32(5000 * 15625 / rate * 1000),
+	}
+	if err := p.router.net.QdiscAdd(tbf); err != nil {
+		return fmt.Errorf("add tbf to %s in %s: %w", p.router.far, p.router.name, err)
+	}
+	return nil
+}
+
+// fillWay sends more than the way takes at once, and is done when it is there.
+func fillWay(ctx context.Context, p *Part) {
+	conn, err := p.connect(ctx, "tcp")
+	if err != nil {
+		p.saw(outcomeOf(err, Timeout))
+		return
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	go io.Copy(io.Discard, conn)
+	for ctx.Err() == nil {
+		if _, err := conn.Write(make([]byte, 16<<10)); err != nil {
+			if ctx.Err() == nil {
+				p.saw(outcomeOf(err, Hang))
+			}
+			return
+		}
+		p.saw(OK)
+	}
+}
+
+// crossing is a server that closes idle connections, at the moment at which the client asks
+// again. The client tries again, as clients do (RFC 9112, 9.3.1).
+func crossing(p *Part) error {
+	p.asked = make(chan struct{})
+	p.atEnd(func() { close(p.asked) })
+	return p.serve(p.server, p.local(p.port), func(conn net.Conn) {
+		buffer := make([]byte, 64)
+		if n, err := conn.Read(buffer); err == nil {
+			conn.Write(buffer[:n])
+			<-p.asked // it has decided to close when the question comes
+		}
+	})
+}
+
+// askLate asks, is silent for a while, and asks again when the server closes.
+func askLate(ctx context.Context, p *Part) {
+	for range 2 {
+		conn, err := p.connect(ctx, "tcp")
+		if err != nil {
+			p.saw(outcomeOf(err, Timeout))
+			return
+		}
+		p.saw(p.exchange(ctx, conn, 10))
+		idle := rest(ctx, time.Second)
+		conn.Write(make([]byte, 300))
+		select {
+		case p.asked <- struct{}{}:
+			conn.SetReadDeadline(time.Now().Add(patience))
+			conn.Read(make([]byte, 300)) // a reset
+		case <-ctx.Done():
+		}
+		conn.Close()
+		if !idle {
+			return
+		}
+	}
+}
+
 var controls = []*Fault{
 	{Name: "path-mtu-works", Number: "02c", Says: "The way is narrower than the links, and the client is told and sends smaller packets.",
 		Seen: []Outcome{OK}, induce: serving(narrow), send: bigCalls},
@@ -252,4 +329,8 @@ var controls = []*Fault{
 		Seen: []Outcome{OK}, induce: serving(), send: mixed},
 	{Name: "healthy-vxlan", Says: "A tunnel whose devices leave room for what it adds.",
 		Seen: []Outcome{OK}, induce: digging(func(*Part, *tunnel) {}), send: mixed},
+	{Name: "healthy-shaped", Says: "TCP fills a way that is limited, as it should.",
+		Seen: []Outcome{OK}, alone: true, induce: serving(shaped), send: fillWay, took: overflowed},
+	{Name: "healthy-crossing", Says: "A server closes idle connections, some at the moment of the next question.",
+		Seen: []Outcome{OK}, induce: crossing, send: askLate, took: grew(atServer, "TcpExt", "TCPAbortOnClose")},
 }

@@ -29,6 +29,8 @@ type Fault struct {
 	behind bool
 	// once says that it is not sent again and again: what it meets lasts.
 	once bool
+	// alone says that no other traffic is beside it, for that would suffer.
+	alone bool
 	// needs are programs that it is induced by.
 	needs []string
 	// window is how long it takes to show, where that is longer than others do.

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -272,6 +273,35 @@ func listening(p *Part) error {
 	return errors.Join(p.router.net.LinkSetDown(port), p.router.net.LinkSetUp(port))
 }
 
+// wrongPort lets the switch send what is for the server out by another port: the client's,
+// or one behind which nobody is.
+func wrongPort(p *Part) error {
+	device := p.router.device
+	if p.draw(2) == 1 {
+		device = p.deviceName()
+		if err := p.join(p.router, device, p.router, p.deviceName()); err != nil {
+			return err
+		}
+		port, err := p.router.link(device)
+		if err != nil {
+			return err
+		}
+		near, err := p.router.link(p.router.device)
+		if err != nil {
+			return err
+		}
+		if err := p.router.net.LinkSetMasterByIndex(port, near.Attrs().MasterIndex); err != nil {
+			return fmt.Errorf("make %s a port in %s: %w", device, p.router.name, err)
+		}
+	}
+	entry := &netlink.Neigh{LinkIndex: p.router.index(device), Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER | netlink.NTF_STICKY,
+		State: netlink.NUD_NOARP, HardwareAddr: p.server.mac(p.server.device)}
+	if err := p.router.net.NeighSet(entry); err != nil {
+		return fmt.Errorf("add a forwarding entry to %s in %s: %w", device, p.router.name, err)
+	}
+	return nil
+}
+
 // lastACK drops the end of the handshake at the server.
 func lastACK(p *Part) error {
 	p.blame(p.server)
@@ -321,6 +351,9 @@ var firewallFaults = []*Fault{
 	{Name: "bridge-port-blocked", Says: "A port of a switch that speaks spanning tree does not forward yet.", whole: true,
 		Causes: []string{"bridge-port-blocked"}, Seen: []Outcome{Timeout, Silent, Unreachable}, shape: shape{bridged: true},
 		window: askedInVain, induce: serving(listening), send: callsOrQuestions},
+	{Name: "bridge-wrong-port", Says: "A switch has a fixed entry that sends what is for the server out by the wrong port.", whole: true,
+		Causes: []string{"bridge-wrong-port"}, Seen: []Outcome{Timeout, Silent, Unreachable}, shape: shape{bridged: true},
+		window: askedInVain, induce: serving(wrongPort), send: callsOrQuestions},
 	{Name: "udp-drop", Says: "A rule drops datagrams.",
 		Causes: []string{"firewall-drop"}, Seen: []Outcome{Silent, NotAllowed}, needs: []string{"nft"},
 		induce: serving(func(p *Part) error {

@@ -156,6 +156,7 @@ func grew(at func(*Part) *space, group, name string) func(*Part) error {
 }
 
 func atClient(p *Part) *space { return p.client }
+func atServer(p *Part) *space { return p.server }
 
 var mtuFaults = []*Fault{
 	{Name: "mtu-black-hole", Number: "02a", Says: "The way is narrower than the links, and the message about it is filtered.", whole: true,

@@ -73,6 +73,8 @@ type Part struct {
 	// service is an address that the router translates to the server's, if it does.
 	service  netip.AddrPort
 	attempts int
+	// asked tells the server of a control that its client has asked.
+	asked chan struct{}
 	// worker is the command of WorkerMain; group the one that its process is in.
 	worker []string
 	group  string

@@ -188,6 +188,7 @@ func (r *Reader) readSpace(ctx context.Context, n Namespace, met *met) *ending {
 		e.elsewhere[d.Index] = d.elsewhere
 	}
 	s.Settings = settings(s.After.Links)
+	s.Forwards = r.forwards(n.Name, s.After.Links)
 	s.Addrs, s.Neighs, s.Routes = r.addresses(n.Name), r.neighbours(n.Name), r.refusing(ctx, n.Name)
 	s.Rules = r.readRules(n)
 	s.Programs, s.Policies = attachedTo(devices), r.blocking(n.Name)

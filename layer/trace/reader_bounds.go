@@ -1,9 +1,12 @@
 package trace
 
 import (
+	"net/netip"
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/layer/trace/cause"
 )
@@ -106,14 +109,19 @@ type met struct {
 	ports  [1 << 16]bool
 	// sockets are their cookies.
 	sockets map[uint64]bool
+	// senders are ends whose packets found no socket: a translation may have been forgotten.
+	senders map[netip.AddrPort]bool
 }
 
 func meet(events []cause.Event) *met {
-	m := &met{spaces: map[uint32]bool{}, sockets: map[uint64]bool{}}
+	m := &met{spaces: map[uint32]bool{}, sockets: map[uint64]bool{}, senders: map[netip.AddrPort]bool{}}
 	for i := range events {
 		e := &events[i]
 		m.spaces[e.Space], m.sockets[e.Socket] = true, true
 		m.ports[e.Tuple.Source.Port()], m.ports[e.Tuple.Destination.Port()] = true, true
+		if e.Reason == "NO_SOCKET" && e.Tuple.Protocol == unix.IPPROTO_TCP {
+			m.senders[e.Tuple.Source] = true
+		}
 	}
 	delete(m.sockets, 0)
 	m.ports[0] = false

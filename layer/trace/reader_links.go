@@ -180,6 +180,7 @@ func inner(raw []byte, kind uint16) []byte {
 // of linux/rtnetlink.h, pkt_sched.h and gen_stats.h
 const (
 	tcaKind, tcaOptions, tcaStats2 = 1, 2, 7
+	statsBasic                     = 1 // TCA_STATS_BASIC: struct gnet_stats_basic
 	statsQueue                     = 3 // TCA_STATS_QUEUE: struct gnet_stats_queue
 	tbfParms                       = 1 // TCA_TBF_PARMS: struct tc_tbf_qopt
 	tbfRate64                      = 4 // TCA_TBF_RATE64
@@ -198,6 +199,9 @@ func qdiscs(f func(index int, q cause.Qdisc)) {
 		q := cause.Qdisc{Kind: strings.TrimRight(string(inner(raw, tcaKind)), "\x00"), Handle: word(reply[8:]), Parent: word(reply[12:])}
 		if s := inner(inner(raw, tcaStats2), statsQueue); len(s) >= 20 {
 			q.Queue, q.Backlog, q.Drops, q.Overlimits = word(s), word(s[4:]), uint64(word(s[8:])), uint64(word(s[16:]))
+		}
+		if s := inner(inner(raw, tcaStats2), statsBasic); len(s) >= 12 {
+			q.Packets = uint64(word(s[8:]))
 		}
 		switch options := inner(raw, tcaOptions); {
 		case q.Kind == "tbf":
@@ -230,8 +234,34 @@ func forwarding(index int, v *cause.VXLAN) {
 	}
 }
 
-// mostEntries is how many addresses, neighbours, routes and policies that refuse are kept
-// of one namespace, each.
+// forwards lists the forwarding entries of bridges: those of other hosts' addresses.
+func (r *Reader) forwards(name string, links []cause.Link) (all []cause.Forward) {
+	if !slices.ContainsFunc(links, func(l cause.Link) bool { return l.Kind == "bridge" }) {
+		return nil
+	}
+	var entries []netlink.Neigh
+	r.miss("forwarding entries of bridges of "+name, settled(func() (err error) {
+		entries, err = netlink.NeighList(0, unix.AF_BRIDGE)
+		return err
+	}))
+	for _, n := range entries {
+		if n.MasterIndex == 0 || n.Flags&netlink.NTF_SELF != 0 || len(n.HardwareAddr) != 6 {
+			continue
+		}
+		if len(all) >= mostEntries {
+			r.note("forwarding entries of bridges of %s: the first %d", name, mostEntries)
+			break
+		}
+		f := cause.Forward{Bridge: n.MasterIndex, Port: n.LinkIndex, VLAN: n.Vlan, Local: n.State&netlink.NUD_PERMANENT != 0}
+		f.Fixed = f.Local || n.Flags&netlink.NTF_STICKY != 0
+		copy(f.MAC[:], n.HardwareAddr)
+		all = append(all, f)
+	}
+	return all
+}
+
+// mostEntries is how many addresses, neighbours, forwarding entries, routes and policies
+// that refuse are kept of one namespace, each.
 const mostEntries = 10_000
 
 // addresses lists those of the calling thread's namespace.

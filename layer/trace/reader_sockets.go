@@ -103,7 +103,7 @@ func (m *met) rank(s sockdiag.State) int {
 	switch {
 	case m.sockets[s.Cookie] || open && m.ports[s.Local.Port()]:
 		return 0
-	case trouble:
+	case trouble, s.State == tcpEstablished && m.senders[s.Remote]:
 		return 1
 	case s.Protocol != unix.IPPROTO_TCP || s.State == tcpListen || s.State == tcpSynReceived:
 		return 2

@@ -68,6 +68,7 @@ var (
 		"ipv6/icmp/echo_ignore_all", "ipv4/ip_no_pmtu_disc", "ipv4/tcp_mtu_probing", "ipv4/ipfrag_time", "ipv4/ipfrag_high_thresh",
 		"ipv6/ip6frag_time", "ipv4/tcp_fin_timeout", "ipv4/tcp_tw_reuse",
 		"netfilter/nf_conntrack_max", "netfilter/nf_conntrack_tcp_be_liberal", "netfilter/nf_conntrack_tcp_loose",
+		"netfilter/nf_conntrack_tcp_timeout_established",
 		"netfilter/nf_conntrack_checksum", "bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables",
 	}
 	ofDevices = []string{"ipv4/conf/*/rp_filter", "ipv4/conf/*/forwarding", "ipv4/conf/*/accept_local", "ipv4/conf/*/arp_ignore",

@@ -284,6 +284,7 @@ func (s *Session) event(c *tally, example *sample, names map[uint64]string) (cau
 		e.Stack = callers(example, k.Location, names)
 	case cause.ResetSent, cause.ICMPSent:
 		e.Stack = callers(example, 0, names)
+		e.Crossed = kind == cause.ResetSent && k.Location != 0
 		if kind == cause.ICMPSent {
 			e.Type, e.Code = int(k.Reason>>8), int(k.Reason&0xff)
 		}

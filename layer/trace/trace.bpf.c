@@ -40,7 +40,7 @@ enum {                       /* of struct event_key.flags, beside those of TCP *
 struct event_key {
 	struct address source;
 	struct address destination;
-	__u64 location; /* who dropped it; of a call its number */
+	__u64 location; /* who dropped it; of a call its number; of a reset whether it has crossed data */
 	__u32 netns;
 	__u32 reason; /* of a drop or reset; else errno, ICMP's type and code, or the states before and after */
 	__u32 ifindex;
@@ -953,6 +953,22 @@ int drop(__u64 *ctx)
 	return 0;
 }
 
+/* How many times longer nobody had said anything than what is unread has waited. */
+#define SILENCE 32
+
+/* has_crossed says that a program closes a connection that was idle, at the moment at which
+ * the other end has used it again: nothing was unread before. No program can help that. */
+static __always_inline bool has_crossed(const struct sock *sk)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	__u32 came = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_ack.lrcvtime);
+	__u32 unread = BPF_CORE_READ(tcp, rcv_nxt) - BPF_CORE_READ(tcp, copied_seq);
+	__u32 silence = came - BPF_CORE_READ(tcp, lsndtime);
+	__u32 waited = (__u32)bpf_jiffies64() - came;
+
+	return unread < BPF_CORE_READ(tcp, bytes_received) && (__s32)silence > 0 && waited < silence / SILENCE;
+}
+
 /* We refuse or abort a connection. */
 SEC("tp_btf/tcp_send_reset")
 int reset(__u64 *ctx)
@@ -973,6 +989,7 @@ int reset(__u64 *ctx)
 		if (!read_socket(&s, sk))
 			return 0;
 		s.key.protocol = IPPROTO_TCP;
+		s.key.location = has_crossed(sk);
 		port_of_service(&s, STATE_ESTABLISHED);
 	}
 	if (s.key.netns)

@@ -186,7 +186,7 @@ func written() []handwritten {
 	hurt.Kind, hurt.Errno = SocketError, eCONNRESET
 	big := drop("PKT_TOO_BIG", "ip_forward", 2)
 	flooded := drop("OTHERHOST", "ip_rcv_core", 7)
-	return append(outside(), []handwritten{
+	return append(append(outside(), precise()...), []handwritten{
 		{"a port's spanning tree", BridgePortBlocked, one(port, drop("BRIDGE_INGRESS_STP_STATE", "br_handle_frame", 5))},
 		{"no memory", MemoryShort, one(nil, drop("NOMEM", "tcp_v4_rcv", 5))},
 		{"a processor", BacklogFull, one(nil, drop("CPU_BACKLOG", "enqueue_to_backlog", 5))},

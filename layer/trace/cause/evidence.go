@@ -98,6 +98,10 @@ type Event struct {
 	// OldState and NewState are of StateChange; OldState of Retransmit too: TCP_*
 	// (12, TCP_NEW_SYN_RECV, where the answer to a SYN is repeated).
 	OldState, NewState int
+	// Crossed is of ResetSent by a program that closes with data unread: the data had
+	// only just come, after a long silence, and all before had been read. The program
+	// gave up an idle connection at the moment at which the other end used it again.
+	Crossed bool
 	// Retransmits is how often in a row the example's socket had sent again; of
 	// SocketError, StateChange and Retransmit.
 	Retransmits int
@@ -126,6 +130,7 @@ type Space struct {
 	Settings map[string]string
 	Addrs    []Addr
 	Neighs   []Neigh
+	Forwards []Forward
 	Routes   []Route
 	Rules    []Rule
 	Programs []Program
@@ -231,6 +236,7 @@ type Qdisc struct {
 	Kind              string
 	Handle, Parent    uint32
 	Drops, Overlimits uint64
+	Packets           uint64 // that it let through
 	Backlog, Queue    uint32
 	Limit             uint32
 	Rate              uint64 // bytes a second, where it has one
@@ -275,6 +281,17 @@ type Neigh struct {
 	Addr  netip.Addr
 	MAC   [6]byte
 	State int // NUD_*
+}
+
+// Forward is an entry of a bridge's forwarding table at the window's end: by which port
+// frames for a hardware address leave.
+type Forward struct {
+	Bridge, Port int // indexes of devices
+	MAC          [6]byte
+	VLAN         int // 0 for none
+	// Fixed says that somebody put it in, and the bridge does not learn better (sticky or
+	// local); Local that such frames are for the bridge's own host.
+	Fixed, Local bool
 }
 
 // Rule is a firewall's rule, or a chain's policy, that can drop, refuse or translate.

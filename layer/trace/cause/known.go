@@ -48,7 +48,9 @@ const (
 	TCPSignature       = "tcp-signature"
 	IPsecPolicy        = "ipsec-policy-drop"
 	BridgePortBlocked  = "bridge-port-blocked"
-	ServiceDrop        = "service-drop" // millrace's own, with the Service's name
+	BridgeWrongPort    = "bridge-wrong-port"
+	TrackingForgot     = "connection-forgotten" // by what translates it
+	ServiceDrop        = "service-drop"         // millrace's own, with the Service's name
 	MemoryShort        = "memory-short"
 	BacklogFull        = "cpu-backlog-full"
 	Unexplained        = "drop-unexplained"

@@ -15,12 +15,17 @@ type place struct {
 
 // segment are the devices that frames from one can reach through device pairs and
 // bridges, in the namespaces looked at; those that are down included.
-func (d *diagnosis) segment(s *Space, l *Link) (all []place) {
-	waiting := []place{{s, l}}
+func (d *diagnosis) segment(s *Space, l *Link) []place {
+	return d.reach(place{s, l}, func(place) bool { return false })
+}
+
+// reach is segment, but for what is behind a place that ends it.
+func (d *diagnosis) reach(from place, ends func(place) bool) (all []place) {
+	waiting := []place{from}
 	for len(waiting) > 0 {
 		at := waiting[0]
 		waiting = waiting[1:]
-		if at.link == nil || slices.ContainsFunc(all, func(p place) bool { return p.space == at.space && p.link.Index == at.link.Index }) {
+		if at.link == nil || ends(at) || slices.ContainsFunc(all, func(p place) bool { return p.space == at.space && p.link.Index == at.link.Index }) {
 			continue
 		}
 		all = append(all, at)
@@ -244,11 +249,17 @@ func (d *diagnosis) bridges() {
 		}
 		v.Where.Interface, v.Where.Hook = p.link.Name, "bridge"
 		v.Title = fmt.Sprintf("port %s of bridge %s in %s does not forward: its state is %s", p.link.Name, bridge, p.space.Name, orNone(p.link.PortState))
+		if p.link.PortState == "forwarding" {
+			v.Title = fmt.Sprintf("port %s of bridge %s in %s did not forward yet, and does so now: it waits after it comes up", p.link.Name, bridge, p.space.Name)
+		}
 		v.saw("%s: state %s (RTM_GETLINK, IFLA_BRPORT_STATE)", p.link.Name, p.link.PortState)
 		v.isNot("%s: the port is up", LinkDown)
 		v.Fix = p.space.in("bridge link set dev %s state 3", p.link.Name)
 		number := slices.Index([]string{"disabled", "listening", "learning", "forwarding", "blocking"}, p.link.PortState)
 		v.Undo = p.space.in("bridge link set dev %s state %d", p.link.Name, max(number, 0))
+		if p.link.PortState == "forwarding" {
+			v.Fix, v.Undo = p.space.in("ip link set %s type bridge forward_delay 200", bridge)+" lets ports wait for 4 s instead of 30", p.space.in("ip link set %s type bridge forward_delay 1500", bridge)
+		}
 		v.Owner = "the spanning tree of bridge " + bridge + ", or whoever set the state"
 	}
 	for _, e := range d.open(Drop) {
@@ -257,7 +268,7 @@ func (d *diagnosis) bridges() {
 			continue
 		}
 		s := d.spaces[e.Space]
-		if l := s.link(e.Device); l != nil && l.Master != 0 && l.Up {
+		if l := s.link(e.Device); l != nil && l.Master != 0 && l.Up && (l.PortState != "forwarding" || e.Reason != "NOT_SPECIFIED") {
 			blocked(place{s, l}, e)
 		}
 	}

@@ -462,14 +462,14 @@ func (d *diagnosis) closedUnread() {
 		looked := len(d.owners(other.Addr())) > 0
 		hurt := false
 		for _, o := range d.events {
-			if (o.Kind == SocketError || o.Kind == CallFailed) && o.Errno == eCONNRESET && same(o.Tuple, e.Tuple) {
+			if (o.Kind == SocketError || o.Kind == CallFailed) && o.Errno == eCONNRESET && meets(o, e) {
 				hurt = true
 				if closer.Port() == 0 { // it was given back by then
 					closer = netip.AddrPortFrom(closer.Addr(), o.Tuple.Destination.Port())
 				}
 			}
 		}
-		if looked && !hurt && !other.Addr().IsLoopback() || d.givesUp(e) {
+		if looked && !hurt && !other.Addr().IsLoopback() || d.givesUp(e) || e.Crossed {
 			e.by = "benign"
 			continue
 		}
@@ -498,6 +498,19 @@ func (d *diagnosis) closedUnread() {
 		v.Fix = "let the program read to the end before it closes (shutdown(SHUT_WR), then read until 0), or see why it gives up: its log at that time"
 		v.Undo, v.Owner = "nothing was changed", who
 	}
+}
+
+// meets says that a program in another conversation, or in this one, was told of a reset:
+// by both ends, or by one of them and at the same time, for somebody on the way may
+// translate the other.
+func meets(told, sent *seen) bool {
+	if same(told.Tuple, sent.Tuple) {
+		return true
+	}
+	at := told.First <= sent.Last+settle && told.Last >= sent.First-settle
+	client := told.Tuple.Source.Addr() == sent.Tuple.Destination.Addr()
+	server := told.Tuple.Destination == sent.Tuple.Source && told.Tuple.Destination.Port() != 0
+	return at && told.Space != sent.Space && told.Tuple.Protocol == sent.Tuple.Protocol && (client || server)
 }
 
 // givesUp says that it was the client who closed a connection so: it had what it wanted,

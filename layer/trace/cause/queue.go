@@ -2,6 +2,7 @@ package cause
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -14,6 +15,10 @@ func (d *diagnosis) qdiscs() {
 			continue
 		}
 		s := d.spaces[e.Space]
+		if d.fills(s, e) {
+			e.by = "benign"
+			continue
+		}
 		v, fresh := d.verdict(QdiscFull, s, e.Device, e)
 		d.eventOf(v, e)
 		l := s.link(e.Device)
@@ -48,6 +53,54 @@ func (d *diagnosis) qdiscs() {
 		}
 		d.folds(QdiscFull, func(o *seen) bool { return o.Kind == CallFailed && o.Errno == eNOBUFS && o.Space == e.Space })
 	}
+}
+
+// mostLost is the share of its packets, one of so many, that a queue may drop of TCP
+// before it is one that hinders: with a window of three or four segments a
+// sender loses about that much (window = 1.22 / sqrt(loss), Mathis et al. 1997,
+// https://dl.acm.org/doi/10.1145/263932.264023), with a smaller one it has to wait.
+const mostLost = 8
+
+// fills says that TCP has filled a queue and been told so by a loss, which is how it finds
+// its rate (RFC 5681, 3.1): only segments of connections that go on died, few of all, and
+// nobody waited long for it. A queue that loses packets by itself (netem) is not meant.
+func (d *diagnosis) fills(s *Space, e *seen) bool {
+	l := s.link(e.Device)
+	if l == nil || e.Reason == "FULL_RING" {
+		return false
+	}
+	for _, o := range d.events {
+		if o.Kind != Drop || o.Space != e.Space || o.Device != e.Device || o.Reason != e.Reason {
+			continue
+		}
+		if o.Tuple.Protocol != protoTCP || o.Tuple.TCPFlags&flagSYN != 0 || d.starved(o.Tuple) {
+			return false
+		}
+	}
+	q, lost := s.fullest(l)
+	if q == nil || q.Kind == "netem" {
+		return false
+	}
+	sent := q.Packets
+	for _, was := range s.Before.Links {
+		if i := slices.IndexFunc(was.Qdiscs, func(o Qdisc) bool { return was.Index == l.Index && o.Handle == q.Handle && o.Parent == q.Parent }); i >= 0 {
+			sent -= min(was.Qdiscs[i].Packets, sent)
+		}
+	}
+	return sent >= lost*mostLost
+}
+
+// starved says that a connection sends the same again and again and does not get on.
+func (d *diagnosis) starved(t Tuple) bool {
+	const inARow = 3
+	gaveUp := slices.ContainsFunc(d.events, func(o *seen) bool {
+		return o.Kind == SocketError && o.Errno == eTIMEDOUT && same(o.Tuple, t)
+	})
+	return gaveUp || slices.ContainsFunc(d.Spaces, func(s *Space) bool {
+		return slices.ContainsFunc(s.After.Sockets, func(o Socket) bool {
+			return o.Retransmits >= inARow && same(Tuple{Protocol: o.Protocol, Source: o.Local, Destination: o.Remote}, t)
+		})
+	})
 }
 
 // tellRing: the ring behind the queue is full, from which a program (of a VPN, of a

@@ -27,7 +27,7 @@ func (d *diagnosis) vxlan() {
 	for _, e := range d.open(Drop) {
 		s := d.spaces[e.Space]
 		switch {
-		case e.Reason == "VXLAN_VNI_NOT_FOUND":
+		case e.Reason == "VXLAN_VNI_NOT_FOUND", e.Reason == "NOT_SPECIFIED" && strings.HasPrefix(e.Location, "vxlan_rcv") && s.hasNot(e):
 			d.unknownID(s, e)
 		case e.Reason == "NO_TX_TARGET" && strings.HasPrefix(e.Location, "vxlan"), e.Reason == "NOT_SPECIFIED" && strings.HasPrefix(e.Location, "vxlan_xmit"):
 			d.noPeer(s, e)
@@ -126,8 +126,38 @@ func (e *Event) network() (vni int, found bool) {
 	return int(binary.BigEndian.Uint32(raw[at+4:]) >> 8), true
 }
 
+// network is the tunnel of a space that has a network number; nil if none has.
+func (s *Space) network(vni int) *Link {
+	for _, l := range s.tunnels() {
+		if l.VXLAN.ID == vni && !l.VXLAN.External {
+			return l
+		}
+	}
+	return nil
+}
+
+// hasNot says that a packet is of a network that no tunnel here takes at its port.
+func (s *Space) hasNot(e *seen) bool {
+	vni, read := e.network()
+	l := s.network(vni)
+	return read && (l == nil || !l.Up || l.VXLAN.Port != int(e.Tuple.Destination.Port()))
+}
+
+// unknownID: the socket that a packet came to has no device for its network number. If
+// this space has the network at another port, the port is wrong and not the number:
+// tunnels with the same port share a socket, so a packet for one may come to another.
 func (d *diagnosis) unknownID(s *Space, e *seen) {
 	vni, read := e.network()
+	if l := s.network(vni); read && l != nil {
+		switch {
+		case l.VXLAN.Port != int(e.Tuple.Destination.Port()):
+			d.portMismatch(s, e, l)
+			return
+		case !l.Up:
+			d.linkDown(place{s, l}, s, e)
+			return
+		}
+	}
 	v, fresh := d.verdict(VXLANUnknownID, s, fmt.Sprint(vni), e)
 	d.eventOf(v, e)
 	if !fresh {
@@ -195,11 +225,12 @@ func (d *diagnosis) otherPort(s *Space, e *seen) {
 	vni, looks := e.network()
 	var near *Link
 	for _, l := range s.tunnels() {
-		if l.VXLAN.Port != port {
-			near = l
-		} else if !l.Up { // its socket has gone with it
+		switch {
+		case l.VXLAN.Port == port && !l.Up: // its socket has gone with it
 			d.linkDown(place{s, l}, s, e)
 			return
+		case l.VXLAN.Port != port && (near == nil || l.VXLAN.ID == vni):
+			near = l
 		}
 	}
 	far := false
@@ -209,6 +240,14 @@ func (d *diagnosis) otherPort(s *Space, e *seen) {
 	if near == nil && !far || !looks && !far {
 		return
 	}
+	d.portMismatch(s, e, near)
+}
+
+// portMismatch names it; near is the tunnel here that the packet was for, nil if it is
+// not known.
+func (d *diagnosis) portMismatch(s *Space, e *seen, near *Link) {
+	port := int(e.Tuple.Destination.Port())
+	vni, _ := e.network()
 	v, fresh := d.verdict(VXLANPort, s, fmt.Sprint(port), e)
 	d.eventOf(v, e)
 	if !fresh {
