@@ -12,6 +12,7 @@ struct ns_common {
 
 struct net {
 	struct ns_common ns;
+	__u64 net_cookie; /* since Linux 5.12 */
 } __attribute__((preserve_access_index));
 
 typedef struct {

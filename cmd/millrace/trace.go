@@ -41,7 +41,7 @@ const evidenceVariable = "MILLRACE_TRACE_EVIDENCE"
 func traceCommand(s *settings) *cobra.Command {
 	var w watching
 	c := command(&cobra.Command{
-		Use:   "trace [FROM] [TO]",
+		Use:   "trace [FROM] [TO] [FILTER]",
 		Short: "Where packets die, why, and what to do about it",
 		Long: `
 Watches packets and connections in network namespaces of this node, and says why
@@ -51,15 +51,16 @@ network plug-in, and leaves nothing behind, also when it is killed.
   millrace trace --netns blue,green --for 10s
   millrace trace 10.244.1.4 10.96.0.10:53
   millrace trace 10.244.0.0/16 -o json --for 1m
-  millrace trace --pcap died.pcapng
+  millrace trace --pcap died.pcapng 'tcp port 443 and not host 10.0.0.1'
   millrace trace shop/web-0 shop/db --nodes all --source kube:config --for 10s
 FROM and TO are an address, one with a port, a port alone (:53), a range, the
 name of a pod or a Service (NAMESPACE/NAME), of a node, or of a network
 namespace, and stand for packets in both directions, before and behind the
 translation that a Service makes. Names are those that the agent knows, or
---source. Without --for it goes on until Ctrl-C. Needs root,
+--source. FILTER, in quotes, is one of pcap-filter(7) about addresses, ports,
+protocols and tcp[tcpflags]. Without --for it goes on until Ctrl-C. Needs root,
 or CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_SYSLOG.`,
-		Args: cobra.MaximumNArgs(2),
+		Args: cobra.ArbitraryArgs, // parseAsked says which are too many
 	}, readsOnly, func(ctx context.Context, args []string) error {
 		if len(w.nodes) > 0 {
 			return w.traceNodes(ctx, s, args)
@@ -85,7 +86,7 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	if err != nil {
 		return err
 	}
-	ends, err := known.parseEnds(args)
+	ends, filter, err := known.parseAsked(args)
 	if err != nil {
 		return err
 	}
@@ -100,7 +101,8 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	if err != nil {
 		return err
 	}
-	evidence, err := w.watch(ctx, spaces, chosen, q)
+	q.filter = filter
+	evidence, reader, err := w.watch(ctx, spaces, chosen, q)
 	if err != nil {
 		return err
 	}
@@ -113,10 +115,8 @@ func (w *watching) trace(ctx context.Context, s *settings, args []string) error 
 	}
 	verdicts, others, folded := cause.DiagnoseFor(evidence, q.asked)
 	known.describe(verdicts)
-	if reader, err := trace.NewReader(spaces); err == nil {
-		reader.Ways(context.WithoutCancel(ctx), evidence, verdicts)
-	}
-	r := newTraceReport(evidence, verdicts, slices.DeleteFunc(folded, func(e cause.Event) bool { return !q.asked(&e) }), spaces)
+	reader.Ways(context.WithoutCancel(ctx), evidence, verdicts)
+	r := newTraceReport(evidence, verdicts, slices.DeleteFunc(folded, func(e cause.Event) bool { return !q.asked(&e) }), reader.Namespaces())
 	r.Others = len(others)
 	return r.tell(s)
 }
@@ -138,27 +138,39 @@ func (r *traceReport) tell(s *settings) (err error) {
 }
 
 // watch takes the evidence of one window.
-func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen []uint32, q *question) (*cause.Evidence, error) {
+func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen []uint32, q *question) (*cause.Evidence, *trace.Reader, error) {
 	p := newProgress()
 	defer p.done()
 	reader, err := trace.NewReader(spaces)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	options := trace.Options{Namespaces: chosen, Calls: true}
 	q.options(&options)
+	var newcomers *trace.Newcomers
+	if len(w.spaces) == 0 && len(chosen) == 0 {
+		newcomers = reader.Newcomers(func() ([]trace.Namespace, error) {
+			now, _, err := everywhere()
+			return now, err
+		})
+		options.Met = newcomers.Met
+	}
 	kept, err := w.capture(&options, spaces, q)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer kept.close()
 	session, err := trace.Watch(options)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := reader.Before(ctx); err != nil {
 		_, _ = session.Stop()
-		return nil, err
+		return nil, nil, err
+	}
+	if newcomers != nil {
+		newcomers.Follow(ctx)
+		defer newcomers.Stop()
 	}
 	begun := time.Now()
 	fmt.Fprintf(p, watchingWord+" %d network namespaces %s", len(spaces), w.until())
@@ -172,19 +184,22 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 	}
 	window := time.Since(begun)
 	recording, err := session.Stop()
+	if newcomers != nil {
+		newcomers.Stop()
+	}
 	if err == nil {
 		err = kept.finish(recording, q, p)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	evidence, err := reader.After(context.WithoutCancel(ctx), window, recording.Events)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	evidence.Missing = append(recording.Missing, evidence.Missing...)
 	evidence.Lost = recording.Lost
-	return evidence, nil
+	return evidence, reader, nil
 }
 
 func (w *watching) until() string {
@@ -198,17 +213,13 @@ func (w *watching) until() string {
 // latter stands for all.
 func (w *watching) namespaces() (spaces []trace.Namespace, chosen []uint32, err error) {
 	if len(w.spaces) == 0 {
-		places, _, nested, err := doctor.This().Places()
-		if err != nil {
-			return nil, nil, err
-		}
-		for _, p := range places {
-			spaces = append(spaces, trace.Namespace{Name: p.Name, Path: p.Path, Pod: p.Pod, Inode: p.Inode})
-			if nested {
-				chosen = append(chosen, p.Inode)
+		spaces, nested, err := everywhere()
+		for i := range spaces {
+			if nested { // the others are of another node
+				chosen = append(chosen, spaces[i].Inode)
 			}
 		}
-		return spaces, chosen, nil
+		return spaces, chosen, err
 	}
 	for _, name := range w.spaces {
 		path := pathOfSpace(name)
@@ -220,6 +231,16 @@ func (w *watching) namespaces() (spaces []trace.Namespace, chosen []uint32, err 
 		chosen = append(chosen, uint32(file.Ino))
 	}
 	return spaces, chosen, nil
+}
+
+// everywhere lists the namespaces of this node that there are now; nested says that there
+// are others on the host, which are not its own.
+func everywhere() (spaces []trace.Namespace, nested bool, err error) {
+	places, _, nested, err := doctor.This().Places()
+	for _, p := range places {
+		spaces = append(spaces, trace.Namespace{Name: p.Name, Path: p.Path, Pod: p.Pod, Inode: p.Inode})
+	}
+	return spaces, nested, err
 }
 
 // pathOfSpace leads to a namespace as a person names it.

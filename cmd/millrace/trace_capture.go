@@ -38,7 +38,7 @@ func (w *watching) capture(o *trace.Options, spaces []trace.Namespace, q *questi
 		return spaces[at].Name
 	})}
 	o.Packets = func(p trace.Packet) {
-		if q.asked(&cause.Event{Space: p.Space, Tuple: p.Tuple, Packet: p.Data}) {
+		if q.asked(&cause.Event{Kind: cause.Drop, Space: p.Space, Tuple: p.Tuple, Packet: p.Data}) {
 			c.Write(p)
 		}
 	}
@@ -56,7 +56,7 @@ func (c *captureFile) finish(r *trace.Recording, q *question, progress io.Writer
 	}
 	var died uint64
 	what := "packets that died"
-	if len(q.sides) == 0 {
+	if q.everything() {
 		for _, t := range r.Totals {
 			if t.Kind == cause.Drop {
 				died += t.Count

@@ -36,6 +36,36 @@ func (n *names) parseEnds(args []string) (all ends, err error) {
 	return all, nil
 }
 
+// parseAsked reads FROM, TO and a filter.
+func (n *names) parseAsked(args []string) (all ends, filter *trace.Filter, err error) {
+	var rest []string
+	for _, arg := range args {
+		if !n.isFilter(arg) {
+			rest = append(rest, arg)
+			continue
+		}
+		if filter != nil {
+			return nil, nil, usage("%q: there is a filter already, and it is one word for the shell: 'tcp port 443 and host 10.0.0.1'", arg)
+		}
+		if filter, err = trace.ParseFilter(arg); err != nil {
+			return nil, nil, usage("%w", err)
+		}
+	}
+	if len(rest) > 2 {
+		return nil, nil, usage("%q: there are FROM and TO already; a filter is one word for the shell: 'tcp port 443'", rest[2])
+	}
+	all, err = n.parseEnds(rest)
+	return all, filter, err
+}
+
+// isFilter says whether it is a filter, not a name that is the same as a protocol's.
+func (n *names) isFilter(arg string) bool {
+	if _, err := os.Stat(pathOfSpace(arg)); err == nil || len(n.of[arg]) > 0 {
+		return false
+	}
+	return trace.IsFilter(arg)
+}
+
 // parseEnd reads one, or several addresses with commas.
 func (n *names) parseEnd(arg string) (end, error) {
 	if several := strings.Split(arg, ","); len(several) > 1 {
@@ -137,12 +167,17 @@ func within(ranges []trace.Range, a netip.AddrPort) bool {
 // question is what is asked for, once the addresses of the namespaces are known.
 type question struct {
 	sides [][]trace.Range
+	// filter is what is asked for of what is between the sides; nil for all.
+	filter *trace.Filter
 	// own are the addresses of each namespace.
 	own map[uint32][]netip.Addr
 	// translating are those of namespaces through which others' packets go: they may be
 	// FROM's by the time they get to TO.
 	translating []netip.Addr
 }
+
+// everything says that all is asked for.
+func (q *question) everything() bool { return len(q.sides) == 0 && q.filter == nil }
 
 // read makes the question of the ends, with the addresses that the namespaces have now.
 func (all ends) read(ctx context.Context, spaces []trace.Namespace) (*question, error) {
@@ -212,6 +247,7 @@ func (q *question) holds(addr netip.Addr) bool {
 // options are what the kernel is told: nothing, which stands for all, where there is
 // too much to tell.
 func (q *question) options(o *trace.Options) {
+	o.Filter = q.filter
 	var between []trace.Range
 	for _, addr := range q.translating {
 		between = append(between, trace.Range{Prefix: whole(addr)})
@@ -233,8 +269,12 @@ func (q *question) options(o *trace.Options) {
 // other. An end that is not known may be the one that is asked for.
 func (q *question) asked(e *cause.Event) bool {
 	from, to := e.Tuple.Source, e.Tuple.Destination
+	var about *cause.Tuple
 	if inner, ok := aboutPacket(e); ok {
-		from, to = inner.Source, inner.Destination
+		from, to, about = inner.Source, inner.Destination, &inner
+	}
+	if !q.filter.Match(e, about) {
+		return false
 	}
 	is := func(side int, a netip.AddrPort) bool { return q.is(side, a, e.Space) }
 	switch {
@@ -273,20 +313,20 @@ func aboutPacket(e *cause.Event) (inner cause.Tuple, ok bool) {
 		}
 		b = b[at:]
 		source, destination := netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20]))
-		return withPorts(source, destination, b[9], b[min(len(b), int(b[0]&15)*4):]), true
+		return withPorts(unix.ETH_P_IP, source, destination, b[9], b[min(len(b), int(b[0]&15)*4):]), true
 	case t.Protocol == unix.IPPROTO_ICMPV6 && t.ICMPType > 0 && t.ICMPType < 128 && len(b) >= 40+8+40:
 		b = b[48:]
 		if b[0]>>4 != 6 {
 			return inner, false
 		}
 		source, destination := netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
-		return withPorts(source, destination, b[6], b[40:]), true
+		return withPorts(unix.ETH_P_IPV6, source, destination, b[6], b[40:]), true
 	}
 	return inner, false
 }
 
 // withPorts reads the ports from the beginning of a transport header, where there are any.
-func withPorts(source, destination netip.Addr, protocol uint8, header []byte) cause.Tuple {
+func withPorts(ethertype uint16, source, destination netip.Addr, protocol uint8, header []byte) cause.Tuple {
 	var from, to uint16
 	switch protocol {
 	case unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_SCTP:
@@ -294,5 +334,5 @@ func withPorts(source, destination netip.Addr, protocol uint8, header []byte) ca
 			from, to = uint16(header[0])<<8|uint16(header[1]), uint16(header[2])<<8|uint16(header[3])
 		}
 	}
-	return cause.Tuple{Protocol: protocol, Source: netip.AddrPortFrom(source, from), Destination: netip.AddrPortFrom(destination, to)}
+	return cause.Tuple{EtherType: ethertype, Protocol: protocol, Source: netip.AddrPortFrom(source, from), Destination: netip.AddrPortFrom(destination, to)}
 }

@@ -30,7 +30,14 @@ func (w *watching) traceNodes(ctx context.Context, s *settings, args []string) e
 		return err
 	}
 	command := []string{"trace"}
+	if _, _, err := known.parseAsked(args); err != nil {
+		return err
+	}
 	for _, arg := range args {
+		if known.isFilter(arg) {
+			command = append(command, arg)
+			continue
+		}
 		spelled, err := known.spelled(arg)
 		if err != nil {
 			return err

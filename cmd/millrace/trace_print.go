@@ -109,13 +109,13 @@ func (r *traceReport) print(w io.Writer) error {
 	switch {
 	case len(r.Verdicts) > 0:
 	case r.Others > 0:
-		out.say("%s  nothing died between these two", green("ok"))
+		out.say("%s  nothing died of what is asked for", green("ok"))
 	default:
 		out.say("%s  no packet died that should not have, and no connection failed", green("ok"))
 	}
 	if r.Others > 0 {
 		out.say("")
-		out.say("verdicts about other packets: %d; leave FROM and TO out to see them", r.Others)
+		out.say("verdicts about other packets: %d; leave FROM, TO and the filter out to see them", r.Others)
 	}
 	out.say("")
 	if len(r.Folded) > 0 {

@@ -167,6 +167,56 @@ func TestTraceOfTwoEnds(t *testing.T) {
 	}
 }
 
+// A filter is about counts, verdicts and the file alike, also beside FROM.
+func TestTraceOfAFilter(t *testing.T) {
+	w := newWard(t)
+	file := filepath.Join(t.TempDir(), "died.pcapng")
+	r := w.trace("tcp dst portrange 86-87 and not src port 9", wardNode, "--pcap", file)
+	w.refused(86)
+	w.refused(88)
+	w.refused(88)
+	report, status := r.stop()
+	if status != exitFindings || len(report.Verdicts) != 1 || report.Verdicts[0].Tuple.Destination.Port() != 86 || report.Verdicts[0].Packets != 1 || report.Others != 1 {
+		t.Errorf("exit status %d: %s", status, r.out.String())
+	}
+	packets, err := os.ReadFile(file)
+	w.must(err)
+	if n := bytes.Count(packets, []byte("died: NO_SOCKET")); n != 1 {
+		t.Errorf("%d packets are in the file, not that of port 86 alone: %q", n, packets)
+	}
+}
+
+// A pod that comes while a trace looks at the whole node is read as all others.
+func TestTraceOfAPodThatComes(t *testing.T) {
+	needsRoot(t)
+	r := traceOf(t)
+	w := newWard(t)
+	w.must(netns.Do(w.pod, func() error {
+		if out, err := exec.Command("ip", "route", "add", "blackhole", "10.197.0.0/16").CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		if _, err := net.Dial("udp", "10.197.1.1:80"); !errors.Is(err, syscall.EINVAL) {
+			return fmt.Errorf("a call into a black hole: %v", err)
+		}
+		return nil
+	}))
+	w.refused(89)
+	report, status := r.stop()
+	var said []string
+	for _, v := range report.Verdicts {
+		if strings.HasPrefix(v.Where.Namespace, "namespace "+filepath.Base(w.pod)) {
+			said = append(said, v.Cause+": "+v.Title)
+		}
+	}
+	all := strings.Join(said, "; ")
+	if status != exitFindings || !strings.Contains(all, "route-blackhole: ") || !strings.Contains(all, "10.197.0.0/16") || !strings.Contains(all, "no-listener: ") {
+		t.Errorf("exit status %d: %s; in all %s", status, all, r.out.String())
+	}
+	if !slices.ContainsFunc(report.Namespaces, func(n string) bool { return strings.HasPrefix(n, "namespace "+filepath.Base(w.pod)) }) {
+		t.Errorf("the pod's namespace is not listed: %q", report.Namespaces)
+	}
+}
+
 // A packet that a firewall drops behind the translation of a Service is found by the
 // Service's name, its address, and that of the pod, whichever address it died with.
 func TestTraceThroughAService(t *testing.T) {
@@ -290,7 +340,10 @@ func TestTraceExitStatuses(t *testing.T) {
 		{[]string{"10.0.0.1:x"}, exitUsage, `"10.0.0.1:x": "x" is no port`},
 		{[]string{"shop/web"}, exitUsage, `"shop/web": no pod and no Service of this name is known`},
 		{[]string{"nobody"}, exitUsage, `"nobody": use an address`},
-		{[]string{"1.1.1.1", "1.1.1.2", "1.1.1.3"}, exitUsage, "accepts at most 2 arg(s)"},
+		{[]string{"1.1.1.1", "1.1.1.2", "1.1.1.3"}, exitUsage, `"1.1.1.3": there are FROM and TO already`},
+		{[]string{"tcp prot 443"}, exitUsage, `filter "tcp prot 443", character 5: "prot": and, or, or the end is expected`},
+		{[]string{"tcp", "port", "443"}, exitUsage, `"port": there is a filter already, and it is one word for the shell`},
+		{[]string{"1.1.1.1", "host web"}, exitUsage, `filter "host web", character 6: "web": an address is expected`},
 	} {
 		_, stderr, status := millrace(t, append([]string{"trace"}, row.args...)...)
 		if status != row.status || !strings.Contains(stderr, row.says) {

@@ -42,6 +42,12 @@ type Reader struct {
 	spaces []Namespace
 	at     map[uint32]int // place in spaces, by inode
 	before map[uint32]*beginning
+	// cookies are the lower halves of those of the namespaces, as far as they are read.
+	cookies map[uint32]uint32
+	// came are namespaces that came after that, as they were met; find lists those that
+	// there are now, nil if none may come.
+	came map[identity]*newcomer
+	find func() ([]Namespace, error)
 
 	linkRoom, socketRoom, ruleRoom room
 
@@ -63,7 +69,7 @@ type beginning struct {
 // NewReader makes a Reader of these namespaces. Those that come first are read, if they are
 // more than can be.
 func NewReader(spaces []Namespace) (*Reader, error) {
-	r := &Reader{at: map[uint32]int{}, before: map[uint32]*beginning{}, missing: map[string]bool{}}
+	r := &Reader{at: map[uint32]int{}, before: map[uint32]*beginning{}, cookies: map[uint32]uint32{}, came: map[identity]*newcomer{}, missing: map[string]bool{}}
 	for _, s := range spaces {
 		if s.Inode == 0 {
 			var file unix.Stat_t
@@ -111,7 +117,7 @@ func (r *Reader) Before(ctx context.Context) error {
 		}
 		b.rules = countsOf(r.readRules(n))
 		return b
-	}, func(n Namespace, b *beginning) { r.before[n.Inode] = b })
+	}, func(n Namespace, b *beginning) { r.before[n.Inode], r.cookies[n.Inode] = b, uint32(b.cookie) })
 	if ctx.Err() != nil {
 		return fmt.Errorf("read network namespaces: %w", ctx.Err())
 	}
@@ -123,17 +129,19 @@ func (r *Reader) Before(ctx context.Context) error {
 type ending struct {
 	*cause.Space
 	cookie    uint64
+	drops     map[uint64]uint64
 	elsewhere map[int]int // what it calls the namespaces of its devices' other ends, by index
 }
 
 // After reads everything again, asks the kernel about the routes of what was met, and
 // puts it together. Namespaces that have gone are left out, also where another has their
-// inode by now. It takes no longer than half a minute.
+// inode by now; those that came are read, if they are found (Newcomers). It takes no longer than half a minute.
 func (r *Reader) After(ctx context.Context, window time.Duration, events []cause.Event) (*cause.Evidence, error) {
 	e := &cause.Evidence{Window: window, Kernel: release(), Events: events}
 	ctx, cancel := context.WithTimeout(ctx, longestReading)
 	defer cancel()
 	r.fill()
+	gone := r.adopt(ctx, events)
 	met := meet(events)
 	chosen := r.chosen(met.spaces)
 	spaces, elsewhere := make([]*cause.Space, len(r.spaces)), map[uint32]map[int]int{}
@@ -159,6 +167,7 @@ func (r *Reader) After(ctx context.Context, window time.Duration, events []cause
 			e.Spaces = append(e.Spaces, s)
 		}
 	}
+	e.Spaces = append(e.Spaces, gone...)
 	r.notRead(len(chosen), unread, "after")
 	r.strangers(e)
 	r.lookAgain(ctx, e.Spaces)
@@ -181,7 +190,7 @@ func (r *Reader) readSpace(ctx context.Context, n Namespace, met *met) *ending {
 	e := &ending{Space: s, elsewhere: map[int]int{}}
 	e.cookie, _ = netns.Cookie("")
 	var devices []device
-	devices, s.After, _ = r.read(ctx, n, met)
+	devices, s.After, e.drops = r.read(ctx, n, met)
 	for i := range devices {
 		d := &devices[i]
 		s.After.Links = append(s.After.Links, d.Link)

@@ -37,10 +37,19 @@ func (s *Session) readExamples() {
 		if one == nil {
 			continue
 		}
+		s.tell(identity{one.Key.Netns, one.Key.Cookie})
 		if s.packets != nil && one.Asked != 0 && traceKind(one.Key.Kind) == traceKindKIND_DROP {
 			s.packets(s.packetOf(one))
 		}
 		s.keep(one)
+	}
+}
+
+// tell says that something happens in a namespace, once.
+func (s *Session) tell(id identity) {
+	if s.met != nil && !s.told[id] && len(s.told) < mostMet {
+		s.told[id] = true
+		s.met(id.inode, id.cookie)
 	}
 }
 
@@ -268,7 +277,7 @@ func (s *Session) event(c *tally, example *sample, names map[uint64]string) (cau
 		return cause.Event{}, false
 	}
 	e := cause.Event{
-		Kind: kind, Space: k.Netns, Count: c.Count, First: s.since(c.First), Last: s.since(c.Last),
+		Kind: kind, Space: k.Netns, Cookie: k.Cookie, Count: c.Count, First: s.since(c.First), Last: s.since(c.Last),
 		Reason: s.reason(k.Kind, k.Reason), Index: int(k.Ifindex), Device: text(c.Device[:]),
 		Longest: int(c.Longest), Socket: c.Socket,
 	}

@@ -49,7 +49,8 @@ struct event_key {
 	__u8 kind;   /* enum kind */
 	__u8 protocol;
 	__u8 flags;
-	__u8 zero[5];
+	__u8 zero;
+	__u32 cookie; /* lower half of the namespace's: another one may get the inode */
 };
 
 struct event {
@@ -125,6 +126,31 @@ struct side {
 	__be16 to_port;
 	__u8 of;
 	__u8 zero[3];
+};
+
+/* A step of a filter. Tests put an answer down; and, or and not take theirs from there. */
+enum test {
+	TEST_NONE,
+	TEST_AND,
+	TEST_OR,
+	TEST_NOT,
+	TEST_ETHERTYPE, /* low, as it is in the packet */
+	TEST_PROTOCOL,  /* low */
+	TEST_FLAGS,     /* of TCP: those in low are those in high */
+	TEST_SOURCE,    /* address, as far as mask */
+	TEST_DESTINATION,
+	TEST_SOURCE_PORT, /* low to high */
+	TEST_DESTINATION_PORT,
+};
+
+#define STEPS 64 /* of a filter */
+
+struct step {
+	enum test test;
+	__u16 low;
+	__u16 high;
+	struct address address;
+	struct address mask;
 };
 
 /* Packets that died in a namespace of a reason. */
@@ -285,6 +311,9 @@ const volatile bool chosen = false;
 /* How many ends of packets were named: 0 asks for all, 1 for those of or to one end, 2
  * for those between two. */
 const volatile __u8 ends = 0;
+/* What of these is asked for: no steps ask for all. */
+const volatile struct step filter[STEPS] = {};
+const volatile __u32 filter_steps = 0;
 /* Send every packet that died and was asked for, as far as the budget reaches. */
 const volatile bool packets = false;
 /* Keep the last examples in the kernel, and count by namespace: nobody waits for them. */
@@ -331,6 +360,7 @@ enum {
 	TCP_SYN = 0x02,
 	TCP_RST = 0x04,
 	TCP_ACK = 0x10,
+	FLAGS_OF_TCP = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK,
 };
 
 enum { /* net/tcp_states.h */
@@ -350,6 +380,15 @@ static __always_inline __u16 host16(__be16 value)
 static __always_inline bool looked_at(__u32 netns)
 {
 	return netns >= LEAST_INODE && (!chosen || bpf_map_lookup_elem(&wanted, &netns));
+}
+
+/* place_in takes down the namespace, and says whether it is looked at. */
+static __always_inline bool place_in(struct subject *s, const struct net *net)
+{
+	s->key.netns = net->ns.inum;
+	if (bpf_core_field_exists(net->net_cookie))
+		s->key.cookie = net->net_cookie;
+	return looked_at(s->key.netns);
 }
 
 /* choose_port keeps of two ports that which is not the client's: what a SYN goes to,
@@ -409,7 +448,7 @@ static __always_inline void take_ports(struct subject *s, const __u8 *l4, bool f
 	s->source_port = l4[0] | l4[1] << 8;
 	s->destination_port = l4[2] | l4[3] << 8;
 	if (flags && s->key.protocol == IPPROTO_TCP)
-		s->key.flags |= l4[13] & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK);
+		s->key.flags |= l4[13] & FLAGS_OF_TCP;
 	choose_port(s);
 }
 
@@ -558,42 +597,35 @@ static __always_inline bool place_packet(struct subject *s, struct sk_buff *skb,
 {
 	struct net_device *dev = skb->dev;
 
-	if (dev) {
-		struct net *net = dev->nd_net.net;
+	if (dev && dev->nd_net.net) {
+		bool looked = place_in(s, dev->nd_net.net);
 
-		if (net)
-			s->key.netns = net->ns.inum;
 		if (s->key.netns >= LEAST_INODE) {
-			if (!looked_at(s->key.netns))
-				return false;
 			s->dev = dev;
 			s->key.ifindex = dev->ifindex;
-			return true;
+			return looked;
 		}
 	}
-	s->key.netns = 0;
-	if (sk) {
-		struct net *net = sk->__sk_common.skc_net.net;
+	if (sk && sk->__sk_common.skc_net.net) {
+		bool looked = place_in(s, sk->__sk_common.skc_net.net);
 
-		if (net)
-			s->key.netns = net->ns.inum;
 		if (s->key.netns >= LEAST_INODE)
-			return looked_at(s->key.netns);
+			return looked;
 	}
 	struct sock *own = skb->sk;
 
-	if (own) {
-		struct net *net = own->__sk_common.skc_net.net;
+	if (own && own->__sk_common.skc_net.net) {
+		bool looked = place_in(s, own->__sk_common.skc_net.net);
 
-		if (net)
-			s->key.netns = net->ns.inum;
 		if (s->key.netns >= LEAST_INODE)
-			return looked_at(s->key.netns);
+			return looked;
 	}
 	/* the lowest bit says whether it holds a reference (SKB_DST_NOREF) */
 	struct dst_entry *route = (struct dst_entry *)(skb->_skb_refdst & ~1UL);
+	struct net *net = route ? BPF_CORE_READ(route, dev, nd_net.net) : 0;
 
-	s->key.netns = route ? BPF_CORE_READ(route, dev, nd_net.net, ns.inum) : 0;
+	s->key.netns = net ? BPF_CORE_READ(net, ns.inum) : 0;
+	s->key.cookie = net && bpf_core_field_exists(net->net_cookie) ? BPF_CORE_READ(net, net_cookie) : 0;
 	return looked_at(s->key.netns);
 }
 
@@ -603,10 +635,7 @@ static __always_inline bool read_socket(struct subject *s, const struct sock *sk
 {
 	struct net *net = sk->__sk_common.skc_net.net;
 
-	if (!net)
-		return false;
-	s->key.netns = net->ns.inum;
-	if (!looked_at(s->key.netns))
+	if (!net || !place_in(s, net))
 		return false;
 	s->socket = sk->__sk_common.skc_cookie.counter;
 	__u16 family = sk->__sk_common.skc_family;
@@ -677,12 +706,109 @@ static __always_inline bool is_error(const struct event_key *key)
 	return key->protocol == IPPROTO_ICMPV6 && type && type < 128;
 }
 
-/* is_asked says whether somebody asks for it. User space looks closer: this is to keep
- * what is asked for from being pushed out by all else. */
+/* What a test may say: it is so, it is not so, or both where it is not known. */
+enum { MAY_NOT = 1, MAY = 2 };
+
+static __always_inline __u8 answer(bool is)
+{
+	return is ? MAY : MAY_NOT;
+}
+
+static __always_inline __u8 test_address(const volatile struct step *step, const struct address *a)
+{
+	if (!a->word[0] && !a->word[1] && (!a->word[2] || a->word[2] == MAPPED_PREFIX) && !a->word[3])
+		return MAY | MAY_NOT;
+	return answer((a->word[0] & step->mask.word[0]) == step->address.word[0] &&
+		      (a->word[1] & step->mask.word[1]) == step->address.word[1] &&
+		      (a->word[2] & step->mask.word[2]) == step->address.word[2] &&
+		      (a->word[3] & step->mask.word[3]) == step->address.word[3]);
+}
+
+static __always_inline bool may_be_ip(const struct event_key *key)
+{
+	return !key->ethertype || key->ethertype == ETHERTYPE_IP4 || key->ethertype == ETHERTYPE_IP6;
+}
+
+static __always_inline __u8 test_port(const volatile struct step *step, const struct subject *s, __be16 port)
+{
+	if (port)
+		return answer(host16(port) >= step->low && host16(port) <= step->high);
+	if (!may_be_ip(&s->key) || (s->key.protocol && !has_ports(s->key.protocol)))
+		return MAY_NOT;
+	return MAY | MAY_NOT;
+}
+
+/* test_step answers one test. What is known of an event that is no packet are its ends. */
+static __always_inline __u8 test_step(const volatile struct step *step, const struct subject *s)
+{
+	const struct event_key *key = &s->key;
+
+	switch (step->test) {
+	case TEST_ETHERTYPE:
+		return key->ethertype ? answer(key->ethertype == step->low) : MAY | MAY_NOT;
+	case TEST_PROTOCOL:
+		if (!key->protocol && may_be_ip(key))
+			return MAY | MAY_NOT;
+		return answer(key->protocol && key->protocol == step->low);
+	case TEST_FLAGS:
+		if (!may_be_ip(key) || (key->protocol && key->protocol != IPPROTO_TCP))
+			return MAY_NOT;
+		if (!s->skb || key->flags & FLAG_FRAGMENT)
+			return MAY | MAY_NOT;
+		return answer(key->protocol && (key->flags & FLAGS_OF_TCP & step->low) == step->high);
+	case TEST_SOURCE:
+		return test_address(step, &key->source);
+	case TEST_DESTINATION:
+		return test_address(step, &key->destination);
+	case TEST_SOURCE_PORT:
+		return test_port(step, s, s->source_port);
+	default:
+		return test_port(step, s, s->destination_port);
+	}
+}
+
+/* fits says whether it may be of a packet that the filter asks for; Filter.Match. Each
+ * bit of yes and no is an answer that may be. */
+static __noinline bool fits(const struct subject *s)
+{
+	__u64 yes = 0, no = 0;
+
+	for (__u32 i = 0; i < STEPS && i < filter_steps; i++) {
+		const volatile struct step *step = &filter[i];
+		__u64 taken;
+		__u8 may;
+
+		switch (step->test) {
+		case TEST_AND:
+			yes = yes >> 1 & (yes | ~1ULL);
+			no = no >> 1 | (no & 1);
+			break;
+		case TEST_OR:
+			yes = yes >> 1 | (yes & 1);
+			no = no >> 1 & (no | ~1ULL);
+			break;
+		case TEST_NOT:
+			taken = yes & 1;
+			yes = (yes & ~1ULL) | (no & 1);
+			no = (no & ~1ULL) | taken;
+			break;
+		default:
+			may = test_step(step, s);
+			yes = yes << 1 | !!(may & MAY);
+			no = no << 1 | !!(may & MAY_NOT);
+		}
+	}
+	return yes & 1;
+}
+
+/* is_asked says whether somebody asks for it. User space looks closer, at what an ICMP
+ * error is about: this is to keep what is asked for from being pushed out by all else. */
 static __always_inline bool is_asked(const struct subject *s)
 {
 	__u8 source, destination;
 
+	if (filter_steps && !is_error(&s->key) && !fits(s))
+		return false;
 	if (!ends)
 		return true;
 	destination = side_of(&s->key.destination, s->destination_port);
@@ -910,13 +1036,13 @@ static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bo
 static __always_inline void read_sender(struct subject *s, struct sk_buff *skb)
 {
 	struct sock *sk = skb->sk;
-	__u32 netns = s->key.netns;
+	__u32 netns = s->key.netns, cookie = s->key.cookie;
+	bool read = sk && read_socket(s, sk);
 
-	if (!sk || !read_socket(s, sk)) {
-		s->key.netns = netns;
-		return;
-	}
 	s->key.netns = netns;
+	s->key.cookie = cookie;
+	if (!read)
+		return;
 	s->key.protocol = sk->sk_protocol;
 	port_of_service(s, sk->__sk_common.skc_state);
 	s->skb = 0; /* its bytes are no packet yet */
@@ -1076,10 +1202,7 @@ int neighbour(__u64 *ctx)
 		return 0;
 	struct net *net = n->dev->nd_net.net;
 
-	if (!net)
-		return 0;
-	s.key.netns = net->ns.inum;
-	if (!looked_at(s.key.netns))
+	if (!net || !place_in(&s, net))
 		return 0;
 	s.dev = n->dev;
 	s.key.ifindex = n->dev->ifindex;
@@ -1312,9 +1435,13 @@ static __always_inline bool read_call_socket(struct subject *s, struct sock *sk)
 {
 	struct in6_addr ip6 = {};
 
-	s->key.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
+
+	s->key.netns = BPF_CORE_READ(net, ns.inum);
 	if (!looked_at(s->key.netns))
 		return false;
+	if (bpf_core_field_exists(net->net_cookie))
+		s->key.cookie = BPF_CORE_READ(net, net_cookie);
 	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family);
 
 	s->socket = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);

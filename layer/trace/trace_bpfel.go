@@ -60,7 +60,8 @@ type traceEventKey struct {
 	Kind      uint8
 	Protocol  uint8
 	Flags     uint8
-	Zero      [5]uint8
+	Zero      uint8
+	Cookie    uint32
 }
 
 type traceExample struct {
@@ -159,6 +160,37 @@ type traceSide struct {
 	Zero     [3]uint8
 }
 
+type traceStep struct {
+	_       structs.HostLayout
+	Test    uint32
+	Low     uint16
+	High    uint16
+	Address struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+	Mask struct {
+		_    structs.HostLayout
+		Word [4]uint32
+	}
+}
+
+type traceTest uint32
+
+const (
+	traceTestTEST_NONE             traceTest = 0
+	traceTestTEST_AND              traceTest = 1
+	traceTestTEST_OR               traceTest = 2
+	traceTestTEST_NOT              traceTest = 3
+	traceTestTEST_ETHERTYPE        traceTest = 4
+	traceTestTEST_PROTOCOL         traceTest = 5
+	traceTestTEST_FLAGS            traceTest = 6
+	traceTestTEST_SOURCE           traceTest = 7
+	traceTestTEST_DESTINATION      traceTest = 8
+	traceTestTEST_SOURCE_PORT      traceTest = 9
+	traceTestTEST_DESTINATION_PORT traceTest = 10
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -202,6 +234,8 @@ const (
 	traceVarEach             = "each"
 	traceVarEnds             = "ends"
 	traceVarExamplesA_second = "examples_a_second"
+	traceVarFilter           = "filter"
+	traceVarFilterSteps      = "filter_steps"
 	traceVarKeeps            = "keeps"
 	traceVarPackets          = "packets"
 	traceVarResetReason      = "reset_reason"
@@ -300,6 +334,8 @@ type traceVariableSpecs struct {
 	Each             *ebpf.VariableSpec `ebpf:"each"`
 	Ends             *ebpf.VariableSpec `ebpf:"ends"`
 	ExamplesA_second *ebpf.VariableSpec `ebpf:"examples_a_second"`
+	Filter           *ebpf.VariableSpec `ebpf:"filter"`
+	FilterSteps      *ebpf.VariableSpec `ebpf:"filter_steps"`
 	Keeps            *ebpf.VariableSpec `ebpf:"keeps"`
 	Packets          *ebpf.VariableSpec `ebpf:"packets"`
 	ResetReason      *ebpf.VariableSpec `ebpf:"reset_reason"`
@@ -375,6 +411,8 @@ type traceVariables struct {
 	Each             *ebpf.Variable `ebpf:"each"`
 	Ends             *ebpf.Variable `ebpf:"ends"`
 	ExamplesA_second *ebpf.Variable `ebpf:"examples_a_second"`
+	Filter           *ebpf.Variable `ebpf:"filter"`
+	FilterSteps      *ebpf.Variable `ebpf:"filter_steps"`
 	Keeps            *ebpf.Variable `ebpf:"keeps"`
 	Packets          *ebpf.Variable `ebpf:"packets"`
 	ResetReason      *ebpf.Variable `ebpf:"reset_reason"`

@@ -36,9 +36,14 @@ type Options struct {
 	// is either end, none of them all. What happened to others is seen as well, for it may
 	// be the cause, but is not to push out what is asked for. At most MostRanges.
 	From, To []Range
+	// Filter says which of these are asked for; nil all.
+	Filter *Filter
 	// Packets is given every packet that died and was asked for, as far as MostPackets
 	// reaches.
 	Packets func(Packet)
+	// Met is told of each namespace in which something happens, with the lower half of its
+	// cookie, when the first example comes from there; it may not wait.
+	Met func(space, cookie uint32)
 	// Always watches as the layer does, all the time: what concerns packets and the ends of
 	// connections, with the last examples kept in the kernel.
 	Always bool
@@ -111,6 +116,8 @@ type Session struct {
 
 	// Of the goroutine that reads, until done.
 	packets func(Packet)
+	met     func(space, cookie uint32)
+	told    map[identity]bool // those that met was told of
 	names   map[uint64]string // of functions, as far as packets died in them
 }
 
@@ -166,10 +173,13 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 	}
 	spec.Maps[traceMapEvents].MaxEntries = uint32(entries)
 	ends := ends(o)
-	if ends > 0 {
+	if ends == 0 {
+		spec.Maps[traceMapSides].MaxEntries = 1
+	}
+	if ends > 0 || o.Filter != nil {
 		spec.Maps[traceMapBeside].MaxEntries = uint32(entries)
 	} else {
-		spec.Maps[traceMapBeside].MaxEntries, spec.Maps[traceMapSides].MaxEntries = 1, 1
+		spec.Maps[traceMapBeside].MaxEntries = 1
 	}
 	settings := map[string]any{
 		traceVarChosen: len(o.Namespaces) > 0, traceVarEach: o.EveryDrop, traceVarPackets: o.Packets != nil,
@@ -178,6 +188,11 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 		traceVarCallSendto: uint32(unix.SYS_SENDTO), traceVarCallSendmsg: uint32(unix.SYS_SENDMSG),
 		traceVarCallSendmmsg: uint32(unix.SYS_SENDMMSG), traceVarCallWrite: uint32(unix.SYS_WRITE),
 		traceVarCallWritev: uint32(unix.SYS_WRITEV),
+	}
+	if o.Filter != nil {
+		var steps [mostTests]traceStep
+		settings[traceVarFilterSteps] = uint32(copy(steps[:], o.Filter.steps))
+		settings[traceVarFilter] = steps
 	}
 	if o.Packets != nil {
 		settings[traceVarExamplesA_second] = uint32(MostPackets)
@@ -264,6 +279,7 @@ func (s *Session) start(o *Options, chosen []probe) error {
 		return err
 	}
 	s.packets, s.names = o.Packets, map[uint64]string{}
+	s.met, s.told = o.Met, map[identity]bool{}
 	if o.EveryDrop {
 		s.done.Go(s.countEvery)
 	} else {

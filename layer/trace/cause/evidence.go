@@ -57,7 +57,10 @@ const (
 type Event struct {
 	Kind  Kind
 	Space uint32 // inode of the network namespace: that of the packet's device, else of its socket
-	Count uint64
+	// Cookie is the lower half of that namespace's, which tells it from one that gets its
+	// inode later; 0 where it is not known.
+	Cookie uint32 `json:",omitempty"`
+	Count  uint64
 	// First and Last are from the beginning of the window.
 	First, Last time.Duration
 	// Reason is the kernel's own word, without its prefix: "NETFILTER_DROP", for resets
