@@ -66,7 +66,7 @@ var law = []clause{
 // tests may import these in addition, whatever their folder: the first is what
 // every layer is tested with, the others are the other end of what is tested.
 var testsMayImport = map[string][]string{
-	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar"},
+	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar", "golang.org/x/net/dns/dnsmessage"},
 	"doctor/...": {module + "test/docs", module + "test/page", module + "source/dir"},
 	"bench/...":  {module + "test/page"},
 	"lab/...":    {"google.golang.org/grpc", module + "test/docs"},

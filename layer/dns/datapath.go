@@ -1,0 +1,344 @@
+package dns
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/layer"
+)
+
+// pinnedMaps outlive the process; the others belong to a load of the program.
+var pinnedMaps = []string{datapathMapNames, datapathMapResolvers, datapathMapAuthorities, datapathMapOutcomes}
+
+// datapath is what the layer has in the kernel. It implements host.
+type datapath struct {
+	settings Settings
+	maps     map[string]*ebpf.Map
+	program  *ebpf.Program
+	// adopted says that the maps are those that an earlier process left. Where they are
+	// not, its program serves until settle.
+	adopted  bool
+	settled  bool
+	tcx      bool
+	attached map[int]attachment // by the index of the device
+	outcomes []string
+	lock     *os.File
+}
+
+// open takes over what an earlier process left, or makes it anew.
+func open(settings Settings) (*datapath, error) {
+	const act = "open the dns layer"
+	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
+		return nil, err
+	}
+	if n := len(wire(settings.Zone)); n == 0 || n+1 > zoneLimit {
+		return nil, fmt.Errorf("%s: zone %q: use a domain name of at most %d characters, such as cluster.local", act, settings.Zone, zoneLimit-2)
+	}
+	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
+		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
+	}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, attached: map[int]attachment{}, tcx: haveTCX()}
+	if err := d.open(); err != nil {
+		d.close()
+		return nil, fmt.Errorf("%s: %w", act, err)
+	}
+	return d, nil
+}
+
+func (d *datapath) open() (err error) {
+	if d.lock, err = layer.Lock("pin folder", d.settings.Pins); err != nil {
+		return err
+	}
+	spec, err := loadDatapath()
+	if err != nil {
+		return fmt.Errorf("read embedded programs: %w", err)
+	}
+	if d.outcomes, err = outcomeNames(spec); err != nil {
+		return err
+	}
+	if err := d.adopt(spec); err != nil {
+		return err
+	}
+	if err := d.load(spec); err != nil {
+		return err
+	}
+	if err := d.openAttachments(); err != nil {
+		return err
+	}
+	if d.adopted || len(d.attached) == 0 {
+		return d.settle()
+	}
+	return nil
+}
+
+// adopt opens the maps that an earlier process left, if it was of the same layout. A
+// change of what a field means has to change its size, or its map's name.
+func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
+	found := map[string]*ebpf.Map{}
+	for _, name := range pinnedMaps {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
+		if err == nil && spec.Maps[name].Compatible(m) != nil {
+			m.Close()
+			m, err = nil, fs.ErrNotExist
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			closeMaps(found)
+			return nil
+		}
+		if err != nil {
+			closeMaps(found)
+			return fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		found[name] = m
+	}
+	d.maps, d.adopted = found, true
+	return nil
+}
+
+// sameLayout says whether maps are as this version's.
+func sameLayout(opened map[string]*ebpf.Map) error {
+	spec, err := loadDatapath()
+	if err != nil {
+		return err
+	}
+	for name, m := range opened {
+		if m.KeySize() != spec.Maps[name].KeySize || m.ValueSize() != spec.Maps[name].ValueSize {
+			return fmt.Errorf("map %s is another version's: use the millrace that made it", name)
+		}
+	}
+	return nil
+}
+
+// load loads the program over the maps that are there and makes the others.
+func (d *datapath) load(spec *ebpf.CollectionSpec) error {
+	if err := adapt(spec, d.settings); err != nil {
+		return err
+	}
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
+	if err != nil {
+		return loadError(err)
+	}
+	defer collection.Close()
+	for _, name := range pinnedMaps {
+		if d.maps[name] == nil {
+			d.maps[name] = collection.Maps[name]
+			delete(collection.Maps, name) // ours now
+		}
+	}
+	d.program = collection.Programs[datapathProgDnsFromPod]
+	delete(collection.Programs, datapathProgDnsFromPod)
+	return nil
+}
+
+// adapt gives the program its read-only settings.
+func adapt(spec *ebpf.CollectionSpec, settings Settings) error {
+	var word, mask [zoneLimit / 8]uint64
+	zone := append(wire(strings.ToLower(settings.Zone)), 0)
+	for i, b := range zone {
+		word[i/8] |= uint64(b) << (8 * (i % 8))
+		mask[i/8] |= 0xff << (8 * (i % 8))
+	}
+	for name, value := range map[string]any{
+		datapathVarZoneWord: word, datapathVarZoneMask: mask, datapathVarZoneLength: uint32(len(zone)),
+		datapathVarTtl: settings.ttl(), datapathVarSilence: uint64(silence),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s of the dns program: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// loadError turns a failed load into what the user can do about it.
+func loadError(err error) error {
+	const act = "load the dns program"
+	var refused *ebpf.VerifierError
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}}
+	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
+		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for it (%v)", err), Since: "Linux 5.15 with CONFIG_BPF_SYSCALL"}
+	}
+	return fmt.Errorf("%s: %w", act, err)
+}
+
+// settle puts the program in force at the devices that an earlier process served, and
+// pins the maps. Calling it again does nothing.
+func (d *datapath) settle() error {
+	if d.settled {
+		return nil
+	}
+	if err := d.pinMaps(); err != nil {
+		return err
+	}
+	for index, a := range d.attached {
+		if err := a.run(d.program); err != nil {
+			if a.alive() {
+				return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgDnsFromPod, index, err)
+			}
+			_ = a.detach() // its device has gone
+			delete(d.attached, index)
+		}
+	}
+	d.settled = true
+	return nil
+}
+
+// pinMaps pins the maps that are not pinned yet, over those that are.
+func (d *datapath) pinMaps() error {
+	for _, name := range pinnedMaps {
+		if d.isPinned(name) {
+			continue
+		}
+		path := filepath.Join(d.settings.Pins, name)
+		copied, err := d.maps[name].Clone() // a clone knows nothing of earlier pins
+		if err == nil {
+			_ = os.Remove(path + nextSuffix)
+			err = copied.Pin(path + nextSuffix)
+			copied.Close()
+		}
+		if err == nil {
+			err = os.Rename(path+nextSuffix, path)
+		}
+		if err != nil {
+			return fmt.Errorf("pin map %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// nextSuffix is of a pin that is about to become the one without.
+const nextSuffix = "_next"
+
+// isPinned says whether a map's pin leads to this very map.
+func (d *datapath) isPinned(name string) bool {
+	pinned, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
+	if err != nil {
+		return false
+	}
+	defer pinned.Close()
+	there, err1 := pinned.Info()
+	here, err2 := d.maps[name].Info()
+	if err1 != nil || err2 != nil {
+		return false
+	}
+	thereID, _ := there.ID()
+	hereID, _ := here.ID()
+	return thereID == hereID
+}
+
+// lost implements host.
+func (d *datapath) lost() (gone []lost) {
+	if !d.settled {
+		return nil
+	}
+	for _, name := range pinnedMaps {
+		if !d.isPinned(name) {
+			gone = append(gone, lost("pin "+name))
+		}
+	}
+	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
+		if a := d.attached[index]; a.alive() && !a.kept() {
+			gone = append(gone, lost(fmt.Sprintf("pin %s%d", linkPrefix, index)))
+		}
+	}
+	return gone
+}
+
+// restore implements host.
+func (d *datapath) restore() error {
+	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
+		return fmt.Errorf("make pin folder: %w", err)
+	}
+	failures := []error{d.pinMaps()}
+	for _, a := range d.attached {
+		failures = append(failures, a.keep())
+	}
+	return errors.Join(failures...)
+}
+
+// beat implements host.
+func (d *datapath) beat(authority datapathAuthority) error {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return fmt.Errorf("read the time since boot: %w", err)
+	}
+	authority.Beat = uint64(now.Nano())
+	if err := d.maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
+		return fmt.Errorf("tell the dns program that the agent is there: %w", err)
+	}
+	return nil
+}
+
+// describe implements host.
+func (d *datapath) describe(to *layer.Description) error {
+	if !d.tcx {
+		to.Degraded = append(to.Degraded, "pods' queries are seen by clsact filters: tcx needs Linux 6.6")
+	}
+	names := d.maps[datapathMapNames]
+	to.Maps = append(to.Maps, layer.Map{Name: datapathMapNames, Entries: to.Objects, Capacity: int(names.MaxEntries()), Bytes: bpfmap.Bytes(names)})
+	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
+		if a := d.attached[index]; a.alive() {
+			to.Programs = append(to.Programs, layer.Program{
+				Name: datapathProgDnsFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + a.name(), Device: a.name(), Link: a.id(),
+			})
+		}
+	}
+	to.Reasons = make(map[string]uint64, len(d.outcomes))
+	for i, name := range d.outcomes {
+		var perCPU []uint64
+		if err := d.maps[datapathMapOutcomes].Lookup(uint32(i), &perCPU); err != nil {
+			return fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			to.Reasons[name] += n
+		}
+	}
+	return nil
+}
+
+// outcomeNames reads the words of `enum outcome` from the object's BTF, in order.
+func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
+	var enum *btf.Enum
+	if err := spec.Types.TypeByName("outcome", &enum); err != nil {
+		return nil, fmt.Errorf("read enum outcome: %w", err)
+	}
+	names := make([]string, datapathOutcomeOUTCOME_COUNT)
+	for _, value := range enum.Values {
+		if value.Value < uint64(len(names)) {
+			names[value.Value] = strings.ToLower(strings.TrimPrefix(value.Name, "OUTCOME_"))
+		}
+	}
+	return names, nil
+}
+
+func (d *datapath) close() {
+	closeMaps(d.maps)
+	for _, a := range d.attached {
+		a.close()
+	}
+	if d.program != nil {
+		d.program.Close()
+	}
+	if d.lock != nil {
+		d.lock.Close()
+	}
+}
+
+func closeMaps(maps map[string]*ebpf.Map) {
+	for _, m := range maps {
+		m.Close()
+	}
+}

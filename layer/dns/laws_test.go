@@ -1,0 +1,244 @@
+package dns
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	bpflink "github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/layertest"
+	"github.com/millrace/millrace/model"
+)
+
+// nobody is a host with nothing on it.
+type nobody struct{}
+
+func (nobody) beat(datapathAuthority) error      { return nil }
+func (nobody) devices() ([]device, error)        { return nil, nil }
+func (nobody) attach(device) error               { return nil }
+func (nobody) detach(device) error               { return nil }
+func (nobody) lost() []lost                      { return nil }
+func (nobody) restore() error                    { return nil }
+func (nobody) settle() error                     { return nil }
+func (nobody) describe(*layer.Description) error { return nil }
+func (nobody) close()                            {}
+
+func towns() []*model.Snapshot {
+	other := town()
+	other.Services = slices.DeleteFunc(other.Services, func(s *model.Service) bool { return s.Name.Name == "db" })
+	other.Services = append(other.Services, named("shop", "new", "10.96.0.77"))
+	return []*model.Snapshot{town(), other, {Complete: true, Named: true}, town()}
+}
+
+func TestPureLaws(t *testing.T) {
+	layertest.PureLaws(t, layertest.Subject{
+		New:       func() layer.Layer { return New(Settings{Zone: "cluster.local"}) },
+		Snapshots: towns()[:2],
+		Faulty: func(object string) (layer.Layer, func()) {
+			names := bpfmap.NewFake[datapathName, datapathAddresses](1000)
+			names.Refuse = func(key datapathName) error {
+				if (&Row{Name: nameOf(key), zone: "cluster.local"}).Object() == object {
+					return syscall.ENOMEM
+				}
+				return nil
+			}
+			l := New(Settings{Zone: "cluster.local"})
+			l.host, l.tables = nobody{}, tables{names, bpfmap.NewFake[datapathAddress, uint8](16)}
+			return l, func() { names.Refuse = nil }
+		},
+	})
+}
+
+func TestLaws(t *testing.T) { laws(t) }
+
+// The same where there is no tcx.
+func TestLawsOfFilters(t *testing.T) {
+	withoutTCX(t)
+	laws(t)
+}
+
+func withoutTCX(t *testing.T) {
+	have := haveTCX
+	haveTCX = func() bool { return false }
+	t.Cleanup(func() { haveTCX = have })
+}
+
+func laws(t *testing.T) {
+	layertest.Laws(t, func(t *testing.T) layertest.Subject {
+		h := newHamlet(t)
+		return layertest.Subject{
+			New:       func() layer.Layer { return New(h.settings) },
+			Snapshots: towns(),
+			Observe:   h.observe,
+			Stranger:  h.stranger,
+			Works: func() error {
+				addresses, err := h.look("web.shop.svc.cluster.local.")
+				if err == nil && len(addresses) == 0 {
+					err = errors.New("no address")
+				}
+				return err
+			},
+		}
+	})
+}
+
+// hamlet is a node with one pod, in a bed. The pod has a route to all else by its
+// veth.
+type hamlet struct {
+	*layertest.Bed
+	t        *testing.T
+	settings Settings
+	pod      string // its namespace
+	device   int    // the node's end
+}
+
+func newHamlet(t *testing.T) *hamlet {
+	h := &hamlet{Bed: layertest.NewBed(t), t: t, pod: filepath.Join(t.TempDir(), "pod")}
+	must(t, netns.Create(h.pod))
+	t.Cleanup(func() { must(t, netns.Remove(h.pod)) })
+	pins := filepath.Join(h.BPF, "millrace", "dns")
+	must(t, os.Mkdir(filepath.Dir(pins), 0o700))
+	h.settings = Settings{Zone: "cluster.local", Netns: h.NetNS, Pins: pins}
+	nodeMAC, podMAC := net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.HardwareAddr{2, 0, 0, 0, 0, 2}
+	node, err := link.Open(h.NetNS)
+	must(t, err)
+	defer node.Close()
+	h.device, err = node.Veth(link.Veth{Name: "pod1", MAC: nodeMAC, Peer: "eth0", PeerMAC: podMAC, PeerNamespace: h.pod})
+	must(t, err)
+	must(t, node.Up(h.device))
+	pod, err := link.Open(h.pod)
+	must(t, err)
+	defer pod.Close()
+	eth0, err := pod.Index("eth0")
+	must(t, err)
+	must(t, pod.UpLoopback())
+	must(t, pod.Up(eth0))
+	for _, end := range []struct{ own, via string }{{"10.244.1.7/32", "169.254.1.1"}, {"fd00:244:1::7/128", "fe80::1"}} {
+		own, via := netip.MustParsePrefix(end.own), netip.MustParseAddr(end.via)
+		must(t, pod.Addr(eth0, own))
+		must(t, pod.Neigh(eth0, via, nodeMAC))
+		must(t, pod.Route(link.Route{To: netip.PrefixFrom(via, via.BitLen()), Link: eth0}))
+		must(t, pod.Route(link.Route{To: netip.PrefixFrom(via, 0).Masked(), Via: via, Link: eth0}))
+		must(t, node.Route(link.Route{To: own, Link: h.device}))
+		must(t, node.Neigh(h.device, own.Addr(), podMAC))
+	}
+	return h
+}
+
+// look asks the DNS Service from the pod.
+func (h *hamlet) look(name string) ([]netip.Addr, error) { return h.lookAt(dns4, name, 5*time.Second) }
+
+func (h *hamlet) lookAt(server netip.AddrPort, name string, patience time.Duration) (addresses []netip.Addr, err error) {
+	err = netns.Do(h.pod, func() error {
+		c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(server))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(patience))
+		if _, err := c.Write(asking(h.t, name, dnsmessage.TypeA, true)); err != nil {
+			return err
+		}
+		answer := make([]byte, 1500)
+		n, err := c.Read(answer)
+		if err != nil {
+			return err
+		}
+		var m dnsmessage.Message
+		if err := m.Unpack(answer[:n]); err != nil {
+			return err
+		}
+		if m.RCode != dnsmessage.RCodeSuccess {
+			return fmt.Errorf("%s: %v", name, m.RCode)
+		}
+		for _, record := range m.Answers {
+			addresses = append(addresses, netip.AddrFrom4(record.Body.(*dnsmessage.AResource).A))
+		}
+		return nil
+	})
+	return addresses, err
+}
+
+// observe prints the pins, and the programs and filters at the node's devices.
+func (h *hamlet) observe() string {
+	h.t.Helper()
+	var text []string
+	must(h.t, filepath.WalkDir(h.BPF, func(path string, _ os.DirEntry, err error) error {
+		text = append(text, path)
+		return err
+	}))
+	must(h.t, h.Inside(func() error {
+		if found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: h.device, Attach: ebpf.AttachTCXIngress}); err == nil {
+			for _, one := range found.Programs {
+				text = append(text, "program "+programName(one.ID))
+			}
+		}
+		qdiscs, err := netlink.QdiscList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: h.device}})
+		for _, q := range qdiscs {
+			text = append(text, "qdisc "+q.Type())
+		}
+		return err
+	}))
+	return strings.Join(text, "\n")
+}
+
+// stranger has a program and a filter of its own at the device, and a pin beside ours.
+func (h *hamlet) stranger() func() error {
+	h.t.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "stranger", Type: ebpf.SchedCLS, License: "MIT",
+		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
+	must(h.t, err)
+	h.t.Cleanup(func() { program.Close() })
+	var l bpflink.Link
+	pin := filepath.Join(filepath.Dir(h.settings.Pins), "stranger")
+	filter := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: h.device, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Handle: 1, Protocol: unix.ETH_P_ALL},
+		Fd: program.FD(), Name: "stranger", DirectAction: true}
+	must(h.t, h.Inside(func() error {
+		qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: h.device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
+		if err := netlink.QdiscAdd(qdisc); err != nil {
+			return err
+		}
+		if err := netlink.FilterAdd(filter); err != nil {
+			return err
+		}
+		l, err = bpflink.AttachTCX(bpflink.TCXOptions{Interface: h.device, Program: program, Attach: ebpf.AttachTCXIngress})
+		return err
+	}))
+	h.t.Cleanup(func() { l.Close() })
+	must(h.t, l.Pin(pin))
+	h.t.Cleanup(func() { _ = os.Remove(pin) })
+	return func() error {
+		if _, err := os.Stat(pin); err != nil {
+			return err
+		}
+		return h.Inside(func() error {
+			filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: h.device}}, netlink.HANDLE_MIN_INGRESS)
+			if err != nil || !slices.ContainsFunc(filters, func(f netlink.Filter) bool { return f.Attrs().Priority == 1 }) {
+				return fmt.Errorf("the filter is gone: %v, %w", filters, err)
+			}
+			found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: h.device, Attach: ebpf.AttachTCXIngress})
+			if err != nil || !slices.ContainsFunc(found.Programs, func(p bpflink.AttachedProgram) bool { return programName(p.ID) == "stranger" }) {
+				return fmt.Errorf("the program is gone: %w", err)
+			}
+			return nil
+		})
+	}
+}

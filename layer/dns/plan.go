@@ -1,0 +1,161 @@
+package dns
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// planner turns Snapshots into pictures. It remembers the rows of the last one: a
+// Service that is the same value, and so unchanged, keeps its rows. What it answers
+// depends on the Snapshot alone.
+type planner struct{ last map[*model.Service][]*Row }
+
+func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
+	picture := newPicture(settings.Zone)
+	picture.ports, picture.serial = true, uint32(snapshot.Number)
+	next := make(map[*model.Service][]*Row, len(snapshot.Services))
+	there := make(map[model.Name]bool, len(snapshot.Services))
+	for _, s := range snapshot.Services {
+		rows, known := p.last[s]
+		if !known {
+			rows = rowsOf(s)
+		}
+		next[s], there[s.Name] = rows, true
+		for _, row := range rows {
+			picture.add(row)
+		}
+		if s.Name == settings.service() {
+			picture.addResolvers(s)
+		}
+	}
+	p.last = next
+	for _, name := range strangers(snapshot) {
+		if !there[name] {
+			picture.add(leftTo(serviceName(name)))
+		}
+	}
+	picture.whole = snapshot.Complete && snapshot.Unread == 0 && snapshot.Named
+	picture.cut(mostNames)
+	return picture
+}
+
+// strangers are Services that have names and are not in the Snapshot: those of other
+// proxies, and those that cannot be used as they are.
+func strangers(snapshot *model.Snapshot) []model.Name {
+	all := slices.Clone(snapshot.Others)
+	for _, problem := range snapshot.Problems {
+		object, ok := strings.CutPrefix(problem.Object, "Service ")
+		namespace, name, whole := strings.Cut(object, "/")
+		if ok && whole {
+			all = append(all, model.Name{Namespace: namespace, Name: name})
+		}
+	}
+	return all
+}
+
+// serviceName is a Service's name below the zone.
+func serviceName(n model.Name) string { return n.Name + "." + n.Namespace + ".svc" }
+
+// rowsOf are the names of a Service, as CoreDNS' kubernetes plugin gives them
+// (https://github.com/kubernetes/dns/blob/master/docs/specification.md). One that has
+// none, like a headless one without endpoints, does not exist.
+func rowsOf(s *model.Service) []*Row {
+	name := serviceName(s.Name)
+	if strings.Contains(s.Name.Name, ".") {
+		return nil // no query can ask for it
+	}
+	if s.Headless && s.Type != model.ExternalName {
+		return headlessRows(name, s.Endpoints)
+	}
+	if s.Type == model.ExternalName || len(s.ClusterIPs) == 0 || len(s.Ports) == 0 {
+		return []*Row{leftTo(name)}
+	}
+	return []*Row{newRow(name, s.ClusterIPs)}
+}
+
+// headlessRows are the name of the Service, which has all endpoints that are ready, and
+// one for each host name, or address, of an endpoint.
+func headlessRows(name string, endpoints []model.Endpoint) []*Row {
+	of := map[string][]netip.Addr{}
+	for _, e := range endpoints {
+		if !e.Ready {
+			continue
+		}
+		host := e.Hostname
+		if host == "" {
+			host = strings.NewReplacer(".", "-", ":", "-").Replace(e.Address.String())
+		}
+		of[name] = append(of[name], e.Address)
+		of[host+"."+name] = append(of[host+"."+name], e.Address)
+	}
+	rows := make([]*Row, 0, len(of))
+	for name, addresses := range of {
+		rows = append(rows, newRow(name, addresses))
+	}
+	return rows
+}
+
+// addResolvers adds the addresses at which a Service serves DNS over UDP.
+func (p *Picture) addResolvers(s *model.Service) {
+	for _, port := range s.Ports {
+		if port.Protocol != model.UDP || port.Port != 53 {
+			continue
+		}
+		for _, addr := range s.ClusterIPs {
+			p.resolvers[addr] = true
+		}
+	}
+}
+
+// diff says what leads from have to want: what was lost, names, resolvers, devices.
+func diff(have, want *Picture, prune bool) layer.Changes {
+	var changes layer.Changes
+	for _, what := range have.lost {
+		changes = append(changes, layer.Change{Op: layer.Add, Subject: what})
+	}
+	changes = append(changes, diffNames(have, want, prune)...)
+	for _, addr := range sortedAddresses(want.resolvers) {
+		if !have.resolvers[addr] {
+			changes = append(changes, layer.Change{Op: layer.Add, Subject: resolver(addr)})
+		}
+	}
+	for _, addr := range sortedAddresses(have.resolvers) {
+		if !want.resolvers[addr] && prune {
+			changes = append(changes, layer.Change{Op: layer.Remove, Subject: resolver(addr)})
+		}
+	}
+	for _, d := range have.devices {
+		switch {
+		case want.ports && d.pod && !d.attached:
+			changes = append(changes, layer.Change{Op: layer.Add, Subject: d})
+		case d.attached && !d.pod:
+			changes = append(changes, layer.Change{Op: layer.Remove, Subject: d})
+		}
+	}
+	return changes
+}
+
+func diffNames(have, want *Picture, prune bool) layer.Changes {
+	var changes layer.Changes
+	for name, row := range want.names {
+		switch old := have.names[name]; {
+		case old == nil:
+			changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
+		case old != row && !old.equal(row):
+			changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
+		}
+	}
+	for name, row := range have.names {
+		if want.names[name] == nil && prune {
+			changes = append(changes, layer.Change{Op: layer.Remove, Subject: row})
+		}
+	}
+	slices.SortFunc(changes, func(a, b layer.Change) int {
+		return strings.Compare(a.Subject.(*Row).Name, b.Subject.(*Row).Name)
+	})
+	return changes
+}

@@ -1,0 +1,162 @@
+package dns
+
+import (
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+	"golang.org/x/tools/txtar"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/model"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// TestPlans tells the story in testdata/plans.txtar; plans.golden has the changes.
+func TestPlans(t *testing.T) {
+	story, err := txtar.ParseFile(filepath.Join("testdata", "plans.txtar"))
+	must(t, err)
+	l := New(Settings{Zone: "cluster.local"})
+	var text strings.Builder
+	have := l.Plan(&model.Snapshot{})
+	for _, step := range story.Files {
+		snapshot := clusterOf(t, string(step.Data))
+		want := l.Plan(snapshot)
+		changes := l.Diff(have, want, snapshot.Complete)
+		text.WriteString("# " + step.Name + "\n")
+		must(t, changes.Print(&text))
+		// What is in force then is what was asked for, and what was not taken away.
+		for _, change := range changes {
+			have.(*Picture).note(change)
+		}
+	}
+	golden := filepath.Join("testdata", "plans.golden")
+	if *update {
+		must(t, os.WriteFile(golden, []byte(text.String()), 0o644))
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil || string(want) != text.String() {
+		t.Errorf("the plans are\n%s\nand %s has\n%s%v", text.String(), golden, want, err)
+	}
+}
+
+// clusterOf reads the lines of a cluster.
+func clusterOf(t *testing.T, text string) *model.Snapshot {
+	t.Helper()
+	s := &model.Snapshot{Complete: true, Named: true}
+	for line := range strings.Lines(text) {
+		words := strings.Fields(line)
+		if len(words) == 1 {
+			s.Complete = false
+			continue
+		}
+		if len(words) < 2 {
+			continue
+		}
+		namespace, name, _ := strings.Cut(words[1], "/")
+		switch words[0] {
+		case "service":
+			s.Services = append(s.Services, named(namespace, name, words[2:]...))
+		case "headless":
+			s.Services = append(s.Services, headless(namespace, name, words[2:]...))
+		case "external":
+			outside := named(namespace, name)
+			outside.Type = model.ExternalName
+			s.Services = append(s.Services, outside)
+		case "other":
+			s.Others = append(s.Others, model.Name{Namespace: namespace, Name: name})
+		case "problem":
+			s.Problems = append(s.Problems, model.Problem{Object: "Service " + words[1]})
+		default:
+			t.Fatalf("%q is not understood", line)
+		}
+	}
+	return s
+}
+
+// Whatever has been written can be read back.
+func TestEntries(t *testing.T) {
+	for _, row := range New(Settings{Zone: "cluster.local"}).Plan(town()).(*Picture).Rows() {
+		back := rowOf("cluster.local", keyOf(row.Name), entryOf(row))
+		if back.Name != row.Name || !back.equal(row) {
+			t.Errorf("%s -> %s was read back as %s -> %s", row.Name, row.Leads(), back.Name, back.Leads())
+		}
+	}
+	for _, addr := range []string{"10.0.0.1", "255.255.255.255", "fd00::1", "2001:db8:1:2:3:4:5:6"} {
+		a := netip.MustParseAddr(addr)
+		if back := fromAddress(addressOf(a)); back != a {
+			t.Errorf("%s was read back as %s", a, back)
+		}
+	}
+	for name, want := range map[string]bool{
+		"web.shop.svc": true, "": false, "a..b": false, strings.Repeat("x", 64) + ".svc": false, strings.Repeat("x", 63) + ".svc": true,
+		strings.Repeat("x", 63) + "." + strings.Repeat("y", 27) + ".svc": true, strings.Repeat("x", 63) + "." + strings.Repeat("y", 28) + ".svc": false,
+	} {
+		if fits(name) != want {
+			t.Errorf("%q fits: %v, not %v", name, !want, want)
+		}
+	}
+}
+
+// More names than there is room for: the rest is left out, and none is said not to
+// exist.
+func TestCut(t *testing.T) {
+	p := New(Settings{Zone: "cluster.local"}).Plan(town()).(*Picture)
+	if !p.whole {
+		t.Fatal("the town is not whole")
+	}
+	n := p.Len()
+	if p.cut(n); !p.whole || p.Len() != n {
+		t.Error("cut, though all fit")
+	}
+	if p.cut(5); p.whole || p.Len() != 5 {
+		t.Errorf("%d are left, whole is %v", p.Len(), p.whole)
+	}
+}
+
+// spent is the processor time of this process: the machine may be busy.
+func spent(t *testing.T) time.Duration {
+	t.Helper()
+	var used unix.Rusage
+	must(t, unix.Getrusage(unix.RUSAGE_SELF, &used))
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
+}
+
+// 100,000 names are in the kernel within a second, with at most 400 bytes each.
+func TestManyNames(t *testing.T) {
+	const n = 100_000
+	empty := &model.Snapshot{Complete: true, Named: true}
+	p := load(t, empty)
+	names := p.layer.host.(*datapath).maps[datapathMapNames]
+	before := bpfmap.Bytes(names)
+	many := &model.Snapshot{Complete: true, Named: true, Services: []*model.Service{named("kube-system", "kube-dns", "10.96.0.10", "fd00:96::a")}}
+	for i := range n {
+		many.Services = append(many.Services, named(fmt.Sprintf("namespace-%d", i%100), fmt.Sprintf("service-%06d", i), fmt.Sprintf("10.96.%d.%d", i>>8&255, i&255)))
+	}
+	best := time.Hour
+	for range 3 {
+		p.apply(empty)
+		begun := spent(t)
+		p.apply(many)
+		best = min(best, spent(t)-begun)
+	}
+	each := float64(bpfmap.Bytes(names)-before) / n
+	t.Logf("%d names in %v of processor time; %d bytes when empty, %.0f more for each", n, best, before, each)
+	if total := float64(bpfmap.Bytes(names)) / n; total > 400 {
+		t.Errorf("%.0f bytes a name", total)
+	}
+	if best > time.Second {
+		t.Errorf("%d names took %v of processor time", n, best)
+	}
+	if got := p.ask(asking(t, "service-099999.namespace-99.svc.cluster.local.", dnsmessage.TypeA, false)); got != "10.96.134.159" {
+		t.Errorf("the last name: %s", got)
+	}
+}

@@ -1,0 +1,498 @@
+package dns
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/model"
+)
+
+// named is a Service with addresses of its own; port 53 over UDP, so that it may be the
+// DNS Service.
+func named(namespace, name string, ips ...string) *model.Service {
+	s := &model.Service{Name: model.Name{Namespace: namespace, Name: name}, Type: model.ClusterIP,
+		Ports: []model.ServicePort{{Name: "dns", Protocol: model.UDP, Port: 53}}}
+	for _, ip := range ips {
+		s.ClusterIPs = append(s.ClusterIPs, netip.MustParseAddr(ip))
+	}
+	return s
+}
+
+// headless is a Service whose endpoints are "HOST=ADDRESS" or "ADDRESS", with "!" before
+// those that are not ready.
+func headless(namespace, name string, endpoints ...string) *model.Service {
+	s := &model.Service{Name: model.Name{Namespace: namespace, Name: name}, Type: model.ClusterIP, Headless: true}
+	for _, text := range endpoints {
+		text, unready := strings.CutPrefix(text, "!")
+		host, addr, has := strings.Cut(text, "=")
+		if !has {
+			host, addr = "", host
+		}
+		s.Endpoints = append(s.Endpoints, model.Endpoint{Address: netip.MustParseAddr(addr), Hostname: host, Ready: !unready})
+	}
+	return s
+}
+
+// town is a cluster with names of every sort.
+func town() *model.Snapshot {
+	many := func(n int) (endpoints []string) {
+		for i := range n {
+			endpoints = append(endpoints, fmt.Sprintf("10.244.3.%d", i+1), fmt.Sprintf("fd00:244:3::%x", i+1))
+		}
+		return endpoints
+	}
+	outside := named("shop", "outside")
+	outside.Type = model.ExternalName
+	long := strings.Repeat("x", 63)
+	return &model.Snapshot{Number: 7, Complete: true, Named: true, Services: []*model.Service{
+		named("kube-system", "kube-dns", "10.96.0.10", "fd00:96::a"),
+		named("shop", "web", "10.96.0.20", "fd00:96::20"),
+		named("shop", "four", "10.96.0.21"),
+		named("shop", "six", "fd00:96::22"),
+		named("shop", "pending"),
+		outside,
+		headless("shop", "db", "db-0=10.244.1.5", "db-1=10.244.2.5", "!db-2=10.244.2.6", "10.244.2.7", "fd00:244:2::7"),
+		headless("shop", "down", "!10.244.1.9"),
+		headless("shop", "eight", many(8)...),
+		headless("shop", "nine", many(9)...),
+		named(long, long, "10.96.0.30"),
+	}, Others: []model.Name{{Namespace: "shop", Name: "mesh"}}}
+}
+
+// TestAnswers asks what people ask. On the left is the name below the zone, or a whole
+// one with a final dot; on the right the addresses, or what becomes of the query.
+func TestAnswers(t *testing.T) {
+	p := load(t, town())
+	long := strings.Repeat("x", 63)
+	for _, row := range []struct{ name, a, aaaa string }{
+		{"web.shop.svc", "10.96.0.20", "fd00:96::20"},
+		{"WeB.sHop.SVC", "10.96.0.20", "fd00:96::20"},
+		{"four.shop.svc", "10.96.0.21", "nodata"},
+		{"six.shop.svc", "nodata", "fd00:96::22"},
+		{"kube-dns.kube-system.svc", "10.96.0.10", "fd00:96::a"},
+		{"db.shop.svc", "10.244.1.5 10.244.2.5 10.244.2.7", "fd00:244:2::7"},
+		{"db-0.db.shop.svc", "10.244.1.5", "nodata"},
+		{"db-2.db.shop.svc", "left", "left"}, // not ready: whoever knows why answers
+		{"10-244-2-7.db.shop.svc", "10.244.2.7", "nodata"},
+		{"fd00-244-2--7.db.shop.svc", "nodata", "fd00:244:2::7"},
+		{"down.shop.svc", "nxdomain", "nxdomain"},
+		{"10-244-1-9.down.shop.svc", "nxdomain", "nxdomain"},
+		{"eight.shop.svc", "10.244.3.1 10.244.3.2 10.244.3.3 10.244.3.4 10.244.3.5 10.244.3.6 10.244.3.7 10.244.3.8",
+			"fd00:244:3::1 fd00:244:3::2 fd00:244:3::3 fd00:244:3::4 fd00:244:3::5 fd00:244:3::6 fd00:244:3::7 fd00:244:3::8"},
+		{"nine.shop.svc", "left", "left"},
+		{"outside.shop.svc", "left", "left"},
+		{"pending.shop.svc", "left", "left"},
+		{"mesh.shop.svc", "left", "left"},
+		{"nosuch.shop.svc", "nxdomain", "nxdomain"},
+		{"web.nosuch.svc", "nxdomain", "nxdomain"},
+		{"web.shop", "nxdomain", "nxdomain"}, // candidates of search lists
+		{"web", "nxdomain", "nxdomain"},
+		{"api.example.com", "nxdomain", "nxdomain"},
+		{"api.example.com.shop.svc", "nxdomain", "nxdomain"}, // example-com is no Service here
+		{"api.web.shop.svc", "left", "left"},                 // perhaps an endpoint
+		{"_dns._udp.web.shop.svc", "left", "left"},
+		{"_dns._udp.nosuch.shop.svc", "nxdomain", "nxdomain"},
+		{"a.b.c.web.shop.svc", "nxdomain", "nxdomain"},
+		{"shop.svc", "left", "left"},
+		{"svc", "left", "left"},
+		{"10-244-1-9.shop.pod", "left", "left"},
+		{"ns.dns", "left", "left"},
+		{"dns-version", "left", "left"},
+		{long + "." + long + ".svc", "left", "left"},
+		{"cluster.local.", "not_ours", "not_ours"},
+		{"local.", "not_ours", "not_ours"},
+		{".", "not_ours", "not_ours"},
+		{"example.com.", "not_ours", "not_ours"},
+		{"web.shop.svc.cluster.local.example.com.", "not_ours", "not_ours"},
+		{"xcluster.local.", "not_ours", "not_ours"},
+		{"a.b.c.d.e.f.g.h.i.j.k.l.m.n", "nxdomain", "nxdomain"},
+		{"a.b.c.d.e.f.g.h.i.j.k.l.m.n.o", "not_plain", "not_plain"}, // more labels than the program walks
+	} {
+		name := row.name
+		if !strings.HasSuffix(name, ".") {
+			name += ".cluster.local."
+		}
+		for kind, want := range map[dnsmessage.Type]string{dnsmessage.TypeA: row.a, dnsmessage.TypeAAAA: row.aaaa} {
+			for _, edns := range []bool{false, true} {
+				if got := p.ask(asking(t, name, kind, edns)); got != want {
+					t.Errorf("%s %v, EDNS %v: %s, not %s", name, kind, edns, got, want)
+				}
+			}
+		}
+	}
+}
+
+// ask gives the program a query over both transports, compares what it does with the
+// mirror, and says what became of it: addresses in order, or the outcome.
+func (p *loaded) ask(query []byte) string {
+	p.t.Helper()
+	outcome, q, addresses := p.mirror.decide(query)
+	for _, ends := range [][2]netip.AddrPort{{client4, dns4}, {client6, dns6}} {
+		frame := datagramOf(ends[0], ends[1], query)
+		before := p.count(outcome)
+		verdict, after := p.run(frame)
+		if p.count(outcome) != before+1 {
+			p.t.Fatalf("%x: the mirror says %s, the counters say %v", query, p.word(outcome), p.counts())
+		}
+		if outcome > datapathOutcomeOUTCOME_NXDOMAIN {
+			if verdict != passed || !bytes.Equal(frame, after) {
+				p.t.Fatalf("%x: %s, but the verdict is %d, and the packet after it %x", query, p.word(outcome), int32(verdict), after)
+			}
+			continue
+		}
+		if verdict != redirected {
+			p.t.Fatalf("%x: %s, but the verdict is %d", query, p.word(outcome), int32(verdict))
+		}
+		p.check(query, q, outcome, addresses, opened(p.t, after, ends[1], ends[0]))
+	}
+	if outcome != datapathOutcomeOUTCOME_ANSWERED {
+		return p.word(outcome)
+	}
+	var text []string
+	for _, addr := range addresses {
+		text = append(text, addr.String())
+	}
+	return strings.Join(text, " ")
+}
+
+// check reads an answer with somebody else's parser.
+func (p *loaded) check(query []byte, q question, outcome datapathOutcome, addresses []netip.Addr, answer []byte) {
+	p.t.Helper()
+	if len(answer) > 512 {
+		p.t.Fatalf("the answer has %d bytes, more than 512", len(answer))
+	}
+	if end := 12 + len(q.wire) + 4; !bytes.Equal(answer[12:end], query[12:end]) {
+		p.t.Fatalf("the question came back as %x, not %x", answer[12:end], query[12:end])
+	}
+	if q.escaped {
+		return // the parser cannot say such names
+	}
+	var m dnsmessage.Message
+	if err := m.Unpack(answer); err != nil {
+		p.t.Fatalf("%x is no message: %v", answer, err)
+	}
+	want := dnsmessage.Header{ID: q.id, Response: true, Authoritative: true, RecursionDesired: q.rd}
+	if outcome == datapathOutcomeOUTCOME_NXDOMAIN {
+		want.RCode = dnsmessage.RCodeNameError
+	}
+	if m.Header != want || len(m.Questions) != 1 {
+		p.t.Fatalf("header %v, not %v", m.Header, want)
+	}
+	var got []netip.Addr
+	for _, record := range m.Answers {
+		if record.Header.Name != m.Questions[0].Name || record.Header.Type != q.kind || record.Header.TTL != 5 || record.Header.Class != dnsmessage.ClassINET {
+			p.t.Fatalf("record %v", record.Header)
+		}
+		switch body := record.Body.(type) {
+		case *dnsmessage.AResource:
+			got = append(got, netip.AddrFrom4(body.A))
+		case *dnsmessage.AAAAResource:
+			got = append(got, netip.AddrFrom16(body.AAAA))
+		}
+	}
+	if slices.SortFunc(got, netip.Addr.Compare); !slices.Equal(got, addresses) {
+		p.t.Fatalf("addresses %v, not %v", got, addresses)
+	}
+	if len(m.Authorities) != len(wantSOA(outcome)) {
+		p.t.Fatalf("authorities %v", m.Authorities)
+	}
+	for _, record := range m.Authorities {
+		soa, ok := record.Body.(*dnsmessage.SOAResource)
+		if !ok || !strings.EqualFold(record.Header.Name.String(), "cluster.local.") || record.Header.TTL != 5 ||
+			!strings.EqualFold(soa.NS.String(), "ns.dns.cluster.local.") || !strings.EqualFold(soa.MBox.String(), "hostmaster.cluster.local.") ||
+			soa.Serial != p.serial || soa.Refresh != 7200 || soa.Retry != 1800 || soa.Expire != 86400 || soa.MinTTL != 5 {
+			p.t.Fatalf("authority %v", record)
+		}
+	}
+	if opt := len(m.Additionals) == 1 && m.Additionals[0].Header.Type == dnsmessage.TypeOPT && m.Additionals[0].Header.Class == 1232 &&
+		m.Additionals[0].Header.TTL == 0 && len(m.Additionals[0].Body.(*dnsmessage.OPTResource).Options) == 0; opt != q.edns {
+		p.t.Fatalf("additionals %v, EDNS %v", m.Additionals, q.edns)
+	}
+}
+
+func wantSOA(outcome datapathOutcome) []int {
+	if outcome == datapathOutcomeOUTCOME_ANSWERED {
+		return nil
+	}
+	return make([]int, 1)
+}
+
+// word is the name of an outcome in metrics.
+func (p *loaded) word(o datapathOutcome) string { return p.words[o] }
+
+func (p *loaded) count(o datapathOutcome) (sum uint64) {
+	p.t.Helper()
+	var perCPU []uint64
+	must(p.t, p.layer.host.(*datapath).maps[datapathMapOutcomes].Lookup(uint32(o), &perCPU))
+	for _, n := range perCPU {
+		sum += n
+	}
+	return sum
+}
+
+func (p *loaded) counts() (text string) {
+	for o := range datapathOutcomeOUTCOME_COUNT {
+		text += fmt.Sprintf(" %s %d", p.word(o), p.count(o))
+	}
+	return text
+}
+
+// What is not a plain query for the DNS Service is left as it is.
+func TestPassedUp(t *testing.T) {
+	p := load(t, town())
+	good := asking(t, "web.shop.svc.cluster.local.", dnsmessage.TypeA, false)
+	with := func(at int, value byte) []byte {
+		changed := bytes.Clone(good)
+		changed[at] = value
+		return changed
+	}
+	edns := asking(t, "web.shop.svc.cluster.local.", dnsmessage.TypeA, true)
+	opt := len(edns) - 11
+	withOPT := func(at int, value byte) []byte {
+		changed := bytes.Clone(edns)
+		changed[opt+at] = value
+		return changed
+	}
+	for what, query := range map[string][]byte{
+		"an answer": with(2, 0x81), "another opcode": with(2, 0x11), "truncated": with(2, 0x03), "AA": with(2, 0x05),
+		"CD": with(3, 0x10), "RA": with(3, 0x80), "a code": with(3, 0x02), "Z": with(3, 0x40),
+		"no question": with(5, 0), "two questions": with(5, 2), "an answer record": with(7, 1), "an authority": with(9, 1),
+		"an additional that is not there": with(11, 1), "two additionals": with(11, 2),
+		"another class": with(len(good)-1, 3), "TXT": with(len(good)-3, 16), "ANY": with(len(good)-3, 255), "SVCB": with(len(good)-3, 64), "HTTPS": with(len(good)-3, 65),
+		"cut": good[:len(good)-1], "cut in its name": good[:20], "only a header": good[:12], "nothing": nil,
+		"bytes behind": append(bytes.Clone(good), 0), "a pointer for a name": append(bytes.Clone(good[:12]), 0xc0, 12, 0, 1, 0, 1),
+		"an extended label": with(12, 0x41),
+		"DO":                withOPT(7, 0x80), "a flag of EDNS": withOPT(8, 1), "version 1": withOPT(6, 1), "an extended code": withOPT(5, 1),
+		"options":             append(withOPT(10, 4), 0, 10, 0, 0),
+		"an OPT with a name":  withOPT(0, 1),
+		"not OPT but TSIG":    withOPT(2, 250),
+		"bytes behind OPT":    append(bytes.Clone(edns), 0),
+		"a very long message": append(bytes.Clone(good), make([]byte, 600)...),
+	} {
+		if got := p.ask(query); got != "not_plain" {
+			t.Errorf("%s: %s", what, got)
+		}
+	}
+	if got := p.ask(with(3, 0x20)); got != "10.96.0.20" {
+		t.Errorf("AD, by which a client says that it knows the bit (RFC 6840, 5.7): %s", got)
+	}
+	p.leavesFrames(good)
+}
+
+// leavesFrames tries packets that have nothing to do with the DNS Service, or of which
+// it is not clear.
+func (p *loaded) leavesFrames(good []byte) {
+	p.t.Helper()
+	frame := datagramOf(client4, dns4, good)
+	with := func(frame []byte, at int, value byte) []byte {
+		changed := bytes.Clone(frame)
+		changed[at] = value
+		return changed
+	}
+	six := datagramOf(client6, dns6, good)
+	for what, frame := range map[string][]byte{
+		"another server":  datagramOf(client4, netip.MustParseAddrPort("10.96.0.11:53"), good),
+		"another port":    datagramOf(client4, netip.MustParseAddrPort("10.96.0.10:5353"), good),
+		"TCP":             with(frame, 14+9, 6),
+		"a fragment":      with(frame, 14+6, 0x20),
+		"a last fragment": with(frame, 14+7, 1),
+		"options":         with(frame, 14, 0x46),
+		"an extension":    with(six, 14+6, 60),
+		"not version 6":   with(six, 14, 0x40),
+		"ARP":             with(frame, 13, 6),
+		"a short length":  with(frame, 14+3, 30),
+		"a long UDP":      with(frame, 14+20+5, 200),
+		"a short UDP":     with(frame, 14+20+5, 4),
+		"bytes behind":    append(bytes.Clone(frame), 0, 0),
+		"half a header":   frame[:14+20+4],
+	} {
+		verdict, after := p.run(frame)
+		if verdict != passed || !bytes.Equal(after, frame) {
+			p.t.Errorf("%s: verdict %d", what, int32(verdict))
+		}
+	}
+}
+
+// A UDP checksum of 0 means that there is none (RFC 768).
+func TestWithoutChecksum(t *testing.T) {
+	p := load(t, town())
+	frame := datagramOf(client4, dns4, asking(t, "web.shop.svc.cluster.local.", dnsmessage.TypeA, false))
+	frame[14+20+6], frame[14+20+7] = 0, 0
+	verdict, after := p.run(frame)
+	if verdict != redirected || after[14+20+6] != 0 || after[14+20+7] != 0 {
+		t.Errorf("verdict %d, checksum %x", verdict, after[14+20+6:14+20+8])
+	}
+}
+
+// A set is given beginning with each of its addresses in turn, at random.
+func TestTurns(t *testing.T) {
+	p := load(t, town())
+	frame := datagramOf(client4, dns4, asking(t, "db.shop.svc.cluster.local.", dnsmessage.TypeA, false))
+	first := map[string]int{}
+	for range 600 {
+		_, after := p.run(frame)
+		var m dnsmessage.Message
+		must(t, m.Unpack(after[14+20+8:]))
+		first[fmt.Sprint(m.Answers[0].Body.(*dnsmessage.AResource).A)]++
+	}
+	for addr, n := range first {
+		if n < 120 { // 200 are expected; this happens once in 10^12
+			t.Errorf("%s is first %d times in 600", addr, n)
+		}
+	}
+	if len(first) != 3 {
+		t.Errorf("first were %v, not three addresses", first)
+	}
+}
+
+// Nothing is said of names before all are known, and nothing at all when the agent has
+// been silent.
+func TestWhenNotToSpeak(t *testing.T) {
+	web, nosuch := asking(t, "web.shop.svc.cluster.local.", dnsmessage.TypeA, false), asking(t, "nosuch.shop.svc.cluster.local.", dnsmessage.TypeA, false)
+	four := asking(t, "four.shop.svc.cluster.local.", dnsmessage.TypeAAAA, false)
+	p := load(t, town())
+	for what, f := range map[string]func(*model.Snapshot){
+		"the first sync is not over":      func(s *model.Snapshot) { s.Complete = false },
+		"something could not be read":     func(s *model.Snapshot) { s.Unread = 1 },
+		"headless Services are not known": func(s *model.Snapshot) { s.Named = false },
+	} {
+		snapshot := town()
+		f(snapshot)
+		p.apply(snapshot)
+		for query, want := range map[*[]byte]string{&web: "10.96.0.20", &nosuch: "unsure", &four: "unsure"} {
+			if got := p.ask(*query); got != want {
+				t.Errorf("%s: %s, not %s", what, got, want)
+			}
+		}
+	}
+	p.apply(town())
+	if got := p.ask(nosuch); got != "nxdomain" {
+		t.Errorf("all is known: %s", got)
+	}
+	p = load(t, town(), func(spec *ebpf.CollectionSpec) { must(t, spec.Variables[datapathVarSilence].Set(uint64(0))) })
+	before := p.count(datapathOutcomeOUTCOME_STALE)
+	if verdict, _ := p.run(datagramOf(client4, dns4, web)); verdict != passed || p.count(datapathOutcomeOUTCOME_STALE) != before+1 {
+		t.Errorf("the agent is silent: verdict %d", int32(verdict))
+	}
+}
+
+// Random names, types, headers and cuts: the program and the mirror agree.
+func TestDifferential(t *testing.T) {
+	p := load(t, town())
+	random := rand.New(rand.NewPCG(7, 13))
+	n := 50_000
+	for range n {
+		p.ask(arbitraryQuery(random, p.mirror))
+	}
+	t.Logf("%d queries, over IPv4 and IPv6:%s", n, p.counts())
+	for o := range datapathOutcomeOUTCOME_UNSURE {
+		if p.count(o) < 100 {
+			t.Errorf("only %d queries were %s: the test is blind", p.count(o), p.word(o))
+		}
+	}
+}
+
+// arbitraryQuery is about names that are there, beside them, or anything, with
+// something wrong now and then.
+func arbitraryQuery(random *rand.Rand, m *mirror) []byte {
+	pieces := []string{"web", "db", "db-0", "shop", "svc", "pod", "dns", "cluster", "local", "example", "com", "x", "nosuch", "kube-system", "_dns", "_udp", "four", "10-244-2-7", "nine", "a.b", strings.Repeat("y", 40)}
+	var labels []string
+	switch random.IntN(4) {
+	case 0:
+		for name := range m.rows {
+			labels = strings.Split(name, ".")
+			break
+		}
+	default:
+		for range random.IntN(7) {
+			labels = append(labels, pieces[random.IntN(len(pieces))])
+		}
+	}
+	if random.IntN(3) > 0 {
+		labels = append(labels, "svc", "cluster", "local")
+	} else if random.IntN(2) > 0 {
+		labels = append(labels, "cluster", "local")
+	}
+	message := []byte{byte(random.Uint32()), byte(random.Uint32()), byte(random.IntN(2)), 0x20 * byte(random.IntN(2)), 0, 1, 0, 0, 0, 0, 0, byte(random.IntN(2))}
+	for _, label := range labels {
+		message = append(append(message, byte(len(label))), label...)
+	}
+	message = append(message, 0, 0, []byte{1, 28, 1, 28, 16, 33}[random.IntN(6)], 0, 1)
+	if message[11] == 1 {
+		message = append(message, 0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0)
+	}
+	for i := range message[12:] { // 0x20: any letter may be large
+		if c := message[12+i]; 'a' <= c && c <= 'z' && random.IntN(2) == 0 {
+			message[12+i] -= 'a' - 'A'
+		}
+	}
+	switch random.IntN(10) {
+	case 0:
+		message[random.IntN(len(message))] = byte(random.Uint32())
+	case 1:
+		message = message[:random.IntN(len(message)+1)]
+	}
+	return message
+}
+
+// FuzzQuery gives the program any bytes for a message. The mirror has to agree.
+func FuzzQuery(f *testing.F) {
+	p := load(f, town())
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 200 {
+		f.Add(arbitraryQuery(random, p.mirror))
+	}
+	f.Fuzz(func(t *testing.T, query []byte) {
+		if len(query) > 1400 {
+			return
+		}
+		p.t = t
+		p.ask(query)
+	})
+}
+
+// The instructions that the verifier looks at are those of a small program.
+func TestProgramSize(t *testing.T) {
+	p := load(t, town())
+	info, err := p.program.Info()
+	must(t, err)
+	if n, ok := info.VerifiedInstructions(); ok && n > 200_000 {
+		t.Errorf("the verifier looked at %d instructions", n)
+	} else {
+		t.Logf("the verifier looked at %d instructions", n)
+	}
+}
+
+// What a query costs the program, by the kernel's own clock, which adds some 20 ns; the
+// system call around it is not in it.
+func BenchmarkQuery(b *testing.B) {
+	p := load(b, town())
+	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
+	must(b, err)
+	defer stats.Close()
+	for _, row := range []struct{ what, name string }{
+		{"answered", "web.shop.svc.cluster.local."}, {"eight addresses", "eight.shop.svc.cluster.local."},
+		{"nxdomain", "api.example.com.shop.svc.cluster.local."}, {"passed up", "api.example.com."},
+	} {
+		b.Run(row.what, func(b *testing.B) {
+			frame := datagramOf(client4, dns4, asking(b, row.name, dnsmessage.TypeA, true))
+			before, err := p.program.Stats()
+			must(b, err)
+			for b.Loop() {
+				p.run(frame)
+			}
+			after, err := p.program.Stats()
+			must(b, err)
+			b.ReportMetric(float64(after.Runtime-before.Runtime)/float64(after.RunCount-before.RunCount), "program-ns/query")
+		})
+	}
+}

@@ -1,0 +1,105 @@
+package dns
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"strings"
+)
+
+// Limits of an entry; names.bpf.c says why.
+const (
+	nameLimit     = 96
+	zoneLimit     = 64
+	labelLimit    = 63
+	mostAddresses = 8
+)
+
+// wire is a name as it stands in messages (RFC 1035, 3.1), without the final zero; nil
+// for one that none can have.
+func wire(name string) []byte {
+	var bytes []byte
+	for label := range strings.SplitSeq(name, ".") {
+		if label == "" || len(label) > labelLimit {
+			return nil
+		}
+		bytes = append(append(bytes, byte(len(label))), label...)
+	}
+	return bytes
+}
+
+// fits says whether a name can be a key. For those that cannot, others are asked.
+func fits(name string) bool { n := len(wire(name)); return n > 0 && n <= nameLimit }
+
+// keyOf is the key of a name that fits.
+func keyOf(name string) datapathName {
+	var bytes [nameLimit]byte
+	copy(bytes[:], wire(name))
+	var key datapathName
+	for i := range key.Word {
+		key.Word[i] = binary.LittleEndian.Uint64(bytes[8*i:])
+	}
+	return key
+}
+
+// nameOf is the name that keyOf made a key of.
+func nameOf(key datapathName) string {
+	var bytes [nameLimit + 1]byte
+	for i, word := range key.Word {
+		binary.LittleEndian.PutUint64(bytes[8*i:], word)
+	}
+	var labels []string
+	for at := 0; bytes[at] > 0 && at+int(bytes[at]) < nameLimit; at += 1 + int(bytes[at]) {
+		labels = append(labels, string(bytes[at+1:at+1+int(bytes[at])]))
+	}
+	return strings.Join(labels, ".")
+}
+
+// addressOf is the kernel's form of an address: both families in 16 bytes.
+func addressOf(addr netip.Addr) datapathAddress {
+	bytes := addr.As16()
+	var a datapathAddress
+	for i := range a.Word {
+		a.Word[i] = binary.LittleEndian.Uint32(bytes[4*i:])
+	}
+	return a
+}
+
+func fromAddress(a datapathAddress) netip.Addr {
+	var bytes [16]byte
+	for i, word := range a.Word {
+		binary.LittleEndian.PutUint32(bytes[4*i:], word)
+	}
+	return netip.AddrFrom16(bytes).Unmap()
+}
+
+// entryOf is what the kernel knows of a name.
+func entryOf(row *Row) datapathAddresses {
+	entry := datapathAddresses{Kind: datapathNameKindNAME_HAS}
+	if row.Left {
+		entry.Kind = datapathNameKindNAME_LEFT
+	}
+	for _, addr := range row.Addresses {
+		if addr.Is4() {
+			entry.Ip4[entry.Ip4Count] = addressOf(addr).Word[3]
+			entry.Ip4Count++
+			continue
+		}
+		entry.Ip6[entry.Ip6Count] = addressOf(addr)
+		entry.Ip6Count++
+	}
+	return entry
+}
+
+// rowOf is the row that an entry was made of.
+func rowOf(zone string, key datapathName, entry datapathAddresses) *Row {
+	row := &Row{Name: nameOf(key), Left: entry.Kind != datapathNameKindNAME_HAS, zone: zone}
+	for _, word := range entry.Ip4[:min(int(entry.Ip4Count), mostAddresses)] {
+		var bytes [4]byte
+		binary.LittleEndian.PutUint32(bytes[:], word)
+		row.Addresses = append(row.Addresses, netip.AddrFrom4(bytes))
+	}
+	for _, a := range entry.Ip6[:min(int(entry.Ip6Count), mostAddresses)] {
+		row.Addresses = append(row.Addresses, fromAddress(a))
+	}
+	return row
+}
