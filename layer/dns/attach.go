@@ -82,19 +82,18 @@ func (d *datapath) devices() ([]device, error) {
 	return devices, nil
 }
 
-// attach implements host. One that is not in front any more is put there by a second
-// one, before it goes.
+// attach implements host. One that is not in front any more is taken away first, for a
+// program can be at a hook only once: a query in between goes to the server.
 func (d *datapath) attach(to device) error {
-	old := d.attached[to.Index]
+	if err := d.detach(to); err != nil {
+		return err
+	}
 	made, err := d.make(to)
 	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOLINK) {
 		return nil // the pod has gone
 	}
 	if err != nil {
 		return fmt.Errorf("attach %s: %w", datapathProgDnsFromPod, err)
-	}
-	if old != nil && d.tcx {
-		_ = old.detach()
 	}
 	d.attached[to.Index] = made
 	return made.keep()

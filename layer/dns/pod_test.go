@@ -1,0 +1,321 @@
+package dns
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	bpflink "github.com/cilium/ebpf/link"
+	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/layer"
+)
+
+// elsewhere is what the server on the node answers, to whatever it is asked.
+var elsewhere = netip.MustParseAddr("192.0.2.53")
+
+// serve has a DNS server on the node, which gets what is passed up. It returns how many
+// queries it got.
+func (h *hamlet) serve() *atomic.Int64 {
+	h.t.Helper()
+	var asked atomic.Int64
+	for _, at := range []netip.AddrPort{dns4, dns6} {
+		h.AddAddress(netip.PrefixFrom(at.Addr(), at.Addr().BitLen()).String())
+		var c *net.UDPConn
+		must(h.t, h.Inside(func() (err error) {
+			c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
+			return err
+		}))
+		h.t.Cleanup(func() { c.Close() })
+		go func() {
+			query := make([]byte, 1500)
+			for {
+				n, from, err := c.ReadFromUDPAddrPort(query)
+				if err != nil {
+					return
+				}
+				asked.Add(1)
+				_, _ = c.WriteToUDPAddrPort(otherAnswer(query[:n]), from)
+			}
+		}()
+	}
+	return &asked
+}
+
+func otherAnswer(query []byte) []byte {
+	var m dnsmessage.Message
+	if m.Unpack(query) != nil || len(m.Questions) != 1 {
+		return nil
+	}
+	m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
+	if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
+		m.Answers = []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1}, Body: &dnsmessage.AResource{A: elsewhere.As4()},
+		}}
+	}
+	answer, err := m.Pack()
+	if err != nil {
+		return nil
+	}
+	return answer
+}
+
+// open begins a layer as the agent does, with the town in force.
+func (h *hamlet) open() *Layer {
+	h.t.Helper()
+	l := New(h.settings)
+	must(h.t, l.Open())
+	h.t.Cleanup(func() { l.Close() })
+	h.apply(l)
+	return l
+}
+
+func (h *hamlet) apply(l *Layer) layer.Changes {
+	h.t.Helper()
+	have, err := l.Read()
+	must(h.t, err)
+	want := l.Plan(town())
+	changes := l.Diff(have, want, true)
+	_, _, err = l.Apply(have, want, changes)
+	must(h.t, err)
+	must(h.t, l.Settle())
+	return changes
+}
+
+// watch has a layer's agent there until the function that it returns is called.
+func watch(l *Layer) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = l.Watch(ctx, func() {})
+	}()
+	return func() { cancel(); <-done }
+}
+
+// The resolvers of programs in a pod, with the search list that kubelet gives them:
+// glibc's and Go's.
+func TestResolversOfPods(t *testing.T) {
+	h := newHamlet(t)
+	h.serve()
+	l := h.open()
+	defer watch(l)()
+	for _, server := range []netip.AddrPort{dns4, dns6} {
+		for _, row := range []struct{ name, want string }{
+			{"web", "10.96.0.20 fd00:96::20"},
+			{"web.shop", "10.96.0.20 fd00:96::20"},
+			{"web.shop.svc", "10.96.0.20 fd00:96::20"},
+			{"WEB.shop.svc.cluster.local.", "10.96.0.20 fd00:96::20"},
+			{"db", "10.244.1.5 10.244.2.5 10.244.2.7 fd00:244:2::7"},
+			{"db-1.db", "10.244.2.5"},
+			{"kube-dns.kube-system", "10.96.0.10 fd00:96::a"},
+			{"outside", "192.0.2.53"},         // ExternalName: of the server
+			{"api.example.com", "192.0.2.53"}, // after what the search list makes of it
+			{"nosuch.shop.svc.cluster.local.", ""},
+		} {
+			for _, program := range []string{"getent", "go"} {
+				if got := h.resolve(program, server.Addr(), row.name); got != row.want {
+					t.Errorf("%s asks %s for %s: %q, not %q", program, server.Addr(), row.name, got, row.want)
+				}
+			}
+		}
+	}
+	d, err := l.Describe()
+	must(t, err)
+	t.Log(d.Reasons)
+	if d.Reasons["answered"] == 0 || d.Reasons["nodata"] == 0 || d.Reasons["nxdomain"] == 0 || d.Reasons["left"] == 0 || d.Reasons["not_ours"] == 0 || d.Reasons["lost"] > 0 {
+		t.Errorf("the queries came to %v", d.Reasons)
+	}
+}
+
+// resolve has a program resolve a name in the pod and returns its addresses in order.
+func (h *hamlet) resolve(program string, server netip.Addr, name string) string {
+	h.t.Helper()
+	for _, tool := range []string{"unshare", "getent"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			h.t.Skipf("needs %s", tool)
+		}
+	}
+	conf := filepath.Join(h.t.TempDir(), "resolv.conf")
+	text := fmt.Sprintf("nameserver %s\nsearch shop.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n", server)
+	must(h.t, os.WriteFile(conf, []byte(text), 0o644))
+	resolver := []string{"getent", "ahosts", name}
+	if program == "go" {
+		resolver = []string{os.Args[0], "-test.run", "^TestAsGoProgram$"}
+	}
+	// a mount namespace of its own, in which /etc/resolv.conf is the pod's
+	command := exec.Command("unshare", append([]string{"--mount", "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec "$@"`, conf}, resolver...)...)
+	command.Env = append(os.Environ(), "RESOLVE="+name)
+	var out strings.Builder
+	command.Stdout = &out
+	must(h.t, netns.Do(h.pod, command.Start))
+	_ = command.Wait() // a name that is not there is an error of getent's
+	var addresses []netip.Addr
+	for _, word := range strings.Fields(out.String()) {
+		if addr, err := netip.ParseAddr(word); err == nil {
+			addresses = append(addresses, addr)
+		}
+	}
+	slices.SortFunc(addresses, netip.Addr.Compare)
+	var words []string
+	for _, addr := range slices.Compact(addresses) {
+		words = append(words, addr.String())
+	}
+	return strings.Join(words, " ")
+}
+
+// TestAsGoProgram is not a test: it is the program that resolves a name in a pod.
+func TestAsGoProgram(t *testing.T) {
+	name := os.Getenv("RESOLVE")
+	if name == "" {
+		return
+	}
+	addresses, _ := net.DefaultResolver.LookupHost(context.Background(), name)
+	fmt.Println(strings.Join(addresses, " "))
+}
+
+// When the agent is silent, and when the layer is removed, every query goes to the
+// server, and none is lost on the way.
+func TestFailOpen(t *testing.T) {
+	h := newHamlet(t)
+	asked := h.serve()
+	l := h.open()
+	stop := watch(l)
+	const name = "web.shop.svc.cluster.local."
+	web := netip.MustParseAddr("10.96.0.20")
+	answers := func(what string, want netip.Addr) {
+		t.Helper()
+		got, err := h.look(name)
+		if err != nil || len(got) != 1 || got[0] != want {
+			t.Fatalf("%s: %v, %v, not %s", what, got, err, want)
+		}
+	}
+	until := func(what string, want netip.Addr) {
+		t.Helper()
+		for begun := time.Now(); ; {
+			got, err := h.look(name)
+			if err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			if got[0] == want {
+				return
+			}
+			if time.Since(begun) > 20*time.Second {
+				t.Fatalf("%s: after %v it is still %v", what, time.Since(begun), got)
+			}
+		}
+	}
+	answers("the agent is there", web)
+	time.Sleep(silence + beatEvery) // longer than without its beats
+	answers("the agent goes on to be there", web)
+	if asked.Load() > 0 {
+		t.Errorf("the server got %d queries meanwhile", asked.Load())
+	}
+	stop()
+	l.Close()
+	until("the agent is gone", elsewhere)
+	l = h.open()
+	defer watch(l)()
+	answers("another agent", web)
+	l.Close()
+	removed, err := New(h.settings).Remove()
+	must(t, err)
+	if len(removed) == 0 {
+		t.Error("nothing was removed")
+	}
+	answers("the layer is gone", elsewhere)
+}
+
+// Behind what translates queries nobody knows what was asked of whom.
+func TestInFront(t *testing.T) {
+	if !haveTCX() {
+		t.Skip("needs Linux 6.6: tcx")
+	}
+	h := newHamlet(t)
+	l := h.open()
+	defer watch(l)()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: translator, Type: ebpf.SchedCLS, License: "MIT",
+		Instructions: asm.Instructions{asm.LoadImm(asm.R0, 2, asm.DWord), asm.Return()}}) // TC_ACT_SHOT
+	must(t, err)
+	defer program.Close()
+	must(t, h.Inside(func() error {
+		other, err := bpflink.AttachTCX(bpflink.TCXOptions{Interface: h.device, Program: program, Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Head()})
+		if err == nil {
+			t.Cleanup(func() { other.Close() })
+		}
+		return err
+	}))
+	if got, err := h.lookAt(dns4, "web.shop.svc.cluster.local.", 100*time.Millisecond); err == nil {
+		t.Fatalf("the other program drops, and there is an answer: %v", got)
+	}
+	changes := h.apply(l)
+	if len(changes) != 1 || changes[0].String() != "+ device pod1" {
+		t.Errorf("the changes are\n%v", changes)
+	}
+	if _, err := h.look("web.shop.svc.cluster.local."); err != nil {
+		t.Error(err)
+	}
+	if changes := h.apply(l); len(changes) > 0 {
+		t.Errorf("again\n%v", changes)
+	}
+}
+
+// What an earlier version left serves until the names of this one are there.
+func TestAnotherLayout(t *testing.T) {
+	h := newHamlet(t)
+	h.serve()
+	h.open().Close()
+	pin := filepath.Join(h.settings.Pins, datapathMapNames)
+	must(t, os.Remove(pin))
+	old, err := ebpf.NewMap(&ebpf.MapSpec{Name: datapathMapNames, Type: ebpf.Hash, KeySize: 32, ValueSize: 8, MaxEntries: 16})
+	must(t, err)
+	defer old.Close()
+	must(t, old.Pin(pin))
+	if _, err := New(h.settings).Look(); err == nil {
+		t.Error("another version's map was read")
+	}
+	l := New(h.settings)
+	must(t, l.Open())
+	defer l.Close()
+	if got, err := h.look("web.shop.svc.cluster.local."); err != nil || len(got) != 1 {
+		t.Errorf("before the names are there: %v, %v", got, err)
+	}
+	h.apply(l)
+	if got, err := h.look("web.shop.svc.cluster.local."); err != nil || got[0] != netip.MustParseAddr("10.96.0.20") {
+		t.Errorf("after: %v, %v", got, err)
+	}
+	found, err := New(h.settings).Look()
+	if err != nil || found.Len() != l.Plan(town()).Len() {
+		t.Errorf("%v, %v", found, err)
+	}
+}
+
+// What somebody takes away comes back.
+func TestLost(t *testing.T) {
+	h := newHamlet(t)
+	l := h.open()
+	link := filepath.Join(h.settings.Pins, fmt.Sprint(linkPrefix, h.device))
+	must(t, os.Remove(link))
+	must(t, os.Remove(filepath.Join(h.settings.Pins, datapathMapOutcomes)))
+	if changes := h.apply(l); len(changes) != 2 {
+		t.Errorf("the changes are\n%v", changes)
+	}
+	if changes := h.apply(l); len(changes) > 0 {
+		t.Errorf("again\n%v", changes)
+	}
+	if _, err := os.Stat(link); err != nil {
+		t.Error(err)
+	}
+}
