@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -76,7 +77,7 @@ func (k *keeping) becomes(space, setting, value string) {
 
 // metrics are what Prometheus reads in the node's namespace.
 func (k *keeping) metrics() (text string) {
-	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Dial: func(network, address string) (c net.Conn, err error) {
+	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(_ context.Context, network, address string) (c net.Conn, err error) {
 		err = netns.Do(k.node, func() error { c, err = net.Dial(network, address); return err })
 		return c, err
 	}}}
