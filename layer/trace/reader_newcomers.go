@@ -13,7 +13,7 @@ import (
 const (
 	// mostNewcomers is how many are read as soon as something happens in them.
 	mostNewcomers = 200
-	// mostMet is how many namespaces Options.Met is told of.
+	// mostMet is how many kinds of events, each in its namespace, Options.Met is told of.
 	mostMet = 16384
 	// lookPause is the least time between two searches; a search takes no more than a
 	// tenth of one processor.
@@ -60,17 +60,17 @@ func (n *Newcomers) Follow(ctx context.Context) {
 				return
 			}
 			begun := time.Now()
-			n.reader.meet(ctx, wanted)
+			// Also when the window ends meanwhile: they may have gone by then.
+			n.reader.meet(context.WithoutCancel(ctx), wanted)
 			select {
 			case <-ctx.Done():
-				return
 			case <-time.After(max(lookPause, 10*time.Since(begun))):
 			}
 		}
 	}()
 }
 
-// Stop ends Follow.
+// Stop ends Follow, when those that it was told of are read.
 func (n *Newcomers) Stop() {
 	n.stop()
 	<-n.done
@@ -80,16 +80,21 @@ func (n *Newcomers) Stop() {
 func (n *Newcomers) wait(ctx context.Context) map[identity]bool {
 	wanted := map[identity]bool{}
 	for {
+		var id identity
 		select {
-		case <-ctx.Done():
-			return nil
-		case id := <-n.met:
-			if !n.reader.knows(id) {
-				wanted[id] = true
+		case id = <-n.met:
+		default:
+			if len(wanted) > 0 {
+				return wanted
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case id = <-n.met:
 			}
 		}
-		if len(n.met) == 0 && len(wanted) > 0 {
-			return wanted
+		if !n.reader.knows(id) {
+			wanted[id] = true
 		}
 	}
 }
@@ -109,7 +114,7 @@ func (r *Reader) meet(ctx context.Context, wanted map[identity]bool) {
 	places, err := r.find()
 	r.miss("network namespaces that came meanwhile", err)
 	for _, place := range places {
-		if len(r.came) >= mostNewcomers || ctx.Err() != nil {
+		if len(r.came) >= mostNewcomers {
 			return
 		}
 		id := identity{inode: place.Inode}
@@ -118,17 +123,23 @@ func (r *Reader) meet(ctx context.Context, wanted map[identity]bool) {
 				id.cookie = uint32(cookie)
 			}
 			if wanted[id] && here(place.Inode) {
-				r.came[id] = &newcomer{place, r.readSpace(ctx, place, meet(nil))}
+				now := r.readSpace(ctx, place, meet(nil))
+				if r.came[id] == nil {
+					r.came[id] = &newcomer{Namespace: place, first: now}
+				}
+				r.came[id].last = now
 			}
 			return nil
 		})
 	}
 }
 
-// newcomer is a namespace as it was when something happened in it for the first time.
+// newcomer is a namespace as it was when something happened in it for the first time, and
+// when something new happened for the last time: the first packets of a pod die while its
+// network is made.
 type newcomer struct {
 	Namespace
-	first *ending
+	first, last *ending
 }
 
 // adopt takes up the namespaces that came meanwhile: those that are there still are read
@@ -168,8 +179,8 @@ func (r *Reader) adopt(ctx context.Context, events []cause.Event) (gone []*cause
 		if living[id] {
 			continue
 		}
-		s := met.first.Space
-		s.Before, s.Name = s.After, s.Name+" (gone)"
+		s := met.last.Space
+		s.Before, s.Name = met.first.After, s.Name+" (gone)"
 		others[id], s.Inode = next, next
 		gone = append(gone, s)
 		next++

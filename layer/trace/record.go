@@ -37,7 +37,7 @@ func (s *Session) readExamples() {
 		if one == nil {
 			continue
 		}
-		s.tell(identity{one.Key.Netns, one.Key.Cookie})
+		s.tell(one.Key)
 		if s.packets != nil && one.Asked != 0 && traceKind(one.Key.Kind) == traceKindKIND_DROP {
 			s.packets(s.packetOf(one))
 		}
@@ -45,11 +45,11 @@ func (s *Session) readExamples() {
 	}
 }
 
-// tell says that something happens in a namespace, once.
-func (s *Session) tell(id identity) {
-	if s.met != nil && !s.told[id] && len(s.told) < mostMet {
-		s.told[id] = true
-		s.met(id.inode, id.cookie)
+// tell says that something happens in a namespace, once for each kind of it.
+func (s *Session) tell(kind traceEventKey) {
+	if s.met != nil && !s.told[kind] && len(s.told) < mostMet {
+		s.told[kind] = true
+		s.met(kind.Netns, kind.Cookie)
 	}
 }
 

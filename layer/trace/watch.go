@@ -42,7 +42,7 @@ type Options struct {
 	// reaches.
 	Packets func(Packet)
 	// Met is told of each namespace in which something happens, with the lower half of its
-	// cookie, when the first example comes from there; it may not wait.
+	// cookie, when the first example of each kind comes from there; it may not wait.
 	Met func(space, cookie uint32)
 	// Always watches as the layer does, all the time: what concerns packets and the ends of
 	// connections, with the last examples kept in the kernel.
@@ -117,8 +117,8 @@ type Session struct {
 	// Of the goroutine that reads, until done.
 	packets func(Packet)
 	met     func(space, cookie uint32)
-	told    map[identity]bool // those that met was told of
-	names   map[uint64]string // of functions, as far as packets died in them
+	told    map[traceEventKey]bool // what met was told of
+	names   map[uint64]string      // of functions, as far as packets died in them
 }
 
 // mostExamples bounds what a session keeps: each takes up to 3 kB.
@@ -279,7 +279,7 @@ func (s *Session) start(o *Options, chosen []probe) error {
 		return err
 	}
 	s.packets, s.names = o.Packets, map[uint64]string{}
-	s.met, s.told = o.Met, map[identity]bool{}
+	s.met, s.told = o.Met, map[traceEventKey]bool{}
 	if o.EveryDrop {
 		s.done.Go(s.countEvery)
 	} else {
