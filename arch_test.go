@@ -52,7 +52,7 @@ var law = []clause{
 	{"source/...", []string{"source/...", "model"}, []string{"k8s.io", "sigs.k8s.io", "go.yaml.in/yaml/v3", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"agent/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/prometheus/client_golang", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"page", nil, nil},
-	{"doctor/...", []string{"doctor", "page", "layer", "model", "kernel/..."}, []string{"golang.org/x/sys", "golang.org/x/sync"}},
+	{"doctor/...", []string{"doctor", "page", "layer", "model", "kernel/..."}, []string{"golang.org/x/net/dns/dnsmessage", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"bench/...", []string{"model", "page", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"lab/fault", []string{"kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"lab/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
