@@ -53,6 +53,7 @@ const (
 	Everywhere Scope = "each namespace" // there, and in every other network namespace
 	Whole      Scope = "cluster"        // the objects of the API
 	Among      Scope = "nodes"          // what several nodes have, compared
+	Sent       Scope = "what it sends"  // answers to packets of this node: only where it is named
 )
 
 // Check is one thing that can be wrong.
@@ -126,6 +127,8 @@ func run(facts *Facts, check *Check) Result {
 		spaces = spaces[:1]
 	case Whole, Among:
 		spaces = []*Space{{Name: string(check.Scope)}}
+	case Sent:
+		spaces = []*Space{{Name: string(Node)}}
 	}
 	for _, s := range spaces {
 		v.Space = s
@@ -211,7 +214,7 @@ func (v *view) mends(fix, undo string) {
 
 // sees notes what is well, of the node or the cluster: other namespaces are counted.
 func (v *view) sees(read, format string, values ...any) {
-	if v.check.Scope == Whole || v.Space == v.facts.Spaces[0] {
+	if v.check.Scope == Whole || v.check.Scope == Sent || v.Space == v.facts.Spaces[0] {
 		v.seen = append(v.seen, Evidence{Scope: v.Name, Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...))})
 	}
 }
@@ -221,8 +224,12 @@ func (v *view) lacks(read, format string, values ...any) {
 	v.unread = append(v.unread, Evidence{Scope: v.Name, Read: harmless(read), Value: harmless(fmt.Sprintf(format, values...)), Unread: true})
 }
 
+// Sends says that the check takes packets that Host.Probe sends.
+func (c *Check) Sends() bool { return c.Scope == Sent }
+
 // Select picks checks: those that are named, by ID, by the beginning of it, by layer or
-// by scope (all, where none is named), and that can be as severe as it is asked.
+// by scope (where none is named, all that send nothing), and that can be as severe as it
+// is asked.
 func Select(checks []Check, names []string, least Severity) ([]Check, error) {
 	for _, name := range names {
 		if !slices.ContainsFunc(checks, func(c Check) bool { return c.named(name) }) {
@@ -231,7 +238,7 @@ func Select(checks []Check, names []string, least Severity) ([]Check, error) {
 	}
 	var chosen []Check
 	for _, c := range checks {
-		named := len(names) == 0 || slices.ContainsFunc(names, c.named)
+		named := len(names) == 0 && !c.Sends() || slices.ContainsFunc(names, c.named)
 		if named && c.Severity.AtLeast(least) {
 			chosen = append(chosen, c)
 		}
@@ -248,7 +255,7 @@ func (c *Check) named(name string) bool {
 func Checks() []Check {
 	all := slices.Concat(
 		conntrackChecks, dnsChecks, hostChecks, mtuChecks, routingChecks, serviceChecks, socketChecks, settingChecks,
-		servicesChecks, namesChecks, pluginChecks, workloadChecks, gatewayChecks, amongChecks,
+		servicesChecks, namesChecks, pluginChecks, workloadChecks, gatewayChecks, amongChecks, probeChecks,
 	)
 	slices.SortFunc(all, func(a, b Check) int { return cmp.Compare(a.ID, b.ID) })
 	return all

@@ -18,7 +18,7 @@ import (
 // Each check fires for what it is about, and says where it saw it.
 func TestChecksFire(t *testing.T) {
 	fired := map[string]bool{}
-	for _, row := range slices.Concat(firing, settingsFire, clusterFires) {
+	for _, row := range slices.Concat(firing, settingsFire, clusterFires, probesFire) {
 		t.Run(row.id+" "+row.what, func(t *testing.T) {
 			w := healthy()
 			row.change(w)
@@ -209,7 +209,7 @@ func TestAHealthyNode(t *testing.T) {
 // What looks like a fault and is none.
 func TestChecksDoNotFire(t *testing.T) {
 	resolv := "proc/41/root/etc/resolv.conf"
-	for _, row := range slices.Concat(settingsCalm, clusterCalm, []story{
+	for _, row := range slices.Concat(settingsCalm, clusterCalm, probesCalm, []story{
 		{id: "CT-01", what: "at the threshold", change: sets(trackedCount, "196608")},
 		{id: "CT-02", what: "a comment", change: sets("node /etc/sysctl.d/90.conf", "# "+trackedMax+"=1\n")},
 		{id: "CT-02", what: "hidden by a file of the same name", change: all(sets("node /usr/lib/sysctl.d/90.conf", trackedMax+"=1"), sets("node /etc/sysctl.d/90.conf", ""))},
@@ -272,6 +272,8 @@ func TestChecksSayWhatTheyCannotRead(t *testing.T) {
 				w := healthy()
 				w.refused[read] = true // where it is a kind of objects
 				switch read {
+				case Echoes, Queries, Connects:
+					w.wire = unsentWire(denied)
 				case Devices, Listeners, Qdiscs, KubeProxyRules:
 					w.unread[read] = denied
 				case Throttling:
@@ -306,7 +308,7 @@ func TestChecksNameWhatTheyRead(t *testing.T) {
 	}
 }
 
-var identity = regexp.MustCompile(`^(PX|CT|DN|MT|HS|CN|IN|GW)-[0-9][0-9]$`)
+var identity = regexp.MustCompile(`^(PX|CT|DN|MT|HS|CN|IN|GW|PR)-[0-9][0-9]$`)
 
 // What a person is told is all there.
 func TestChecksAreWhole(t *testing.T) {
@@ -352,6 +354,8 @@ func TestSelect(t *testing.T) {
 		{[]string{"mtu"}, Critical, "MT-12 "},
 		{[]string{"dns", "DN-06"}, Critical, "DN-06 DN-13 DN-18 "},
 		{[]string{"cluster"}, Critical, "CN-01 CN-04 CN-05 CN-08 CN-20 CN-21 CN-22 CN-23 DN-13 DN-18 GW-01 GW-02 GW-03 GW-04 GW-05 PX-03 "},
+		{[]string{"probe"}, Critical, "PR-01 PR-04 PR-06 PR-07 PR-08 PR-09 "},
+		{[]string{"PR-03", "node"}, Critical, "CN-10 CN-13 HS-13 HS-19 "},
 		{[]string{"CT-99"}, Info, `no check and no layer is called "CT-99": docs/doctor.md lists them`},
 	} {
 		if got := ids(row.names, row.least); got != row.want {

@@ -99,6 +99,7 @@ func ofNetwork(c *configMap) bool {
 type collection interface {
 	add(object []byte) error
 	fails(why error)
+	why() error
 }
 
 type objects[T any] struct {
@@ -120,6 +121,8 @@ func (o *objects[T]) add(object []byte) error {
 
 // fails keeps the words of a server whole, which say more than the cause at their end.
 func (o *objects[T]) fails(why error) { o.all, o.err = nil, errors.New(why.Error()) }
+
+func (o *objects[T]) why() error { return o.err }
 
 // Lister gives the objects of a cluster: an API server, or manifests.
 type Lister interface {
@@ -155,7 +158,10 @@ type proxyConfig struct {
 func (p *proxyConfig) mode() string { return cmp.Or(p.Mode, "iptables") }
 
 // kubeletConfig is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1).
-type kubeletConfig struct{ ClusterDNS []string }
+type kubeletConfig struct {
+	ClusterDNS    []string
+	ClusterDomain string
+}
 
 // ReadCluster lists the objects that the checks name, each kind once, and tells progress.
 // What cannot be listed is what checks that need it are skipped for; the error is that of

@@ -50,6 +50,7 @@ type Facts struct {
 	Unseen []string
 
 	cluster   *Cluster   // nil where none was named
+	probed    *probed    // nil where nothing was asked to be sent
 	nested    bool       // the node's namespace is not that which the host began with
 	hidden    []Evidence // of Unseen, what every check of Everywhere missed
 	commands  map[string][]int

@@ -413,7 +413,7 @@ func twoScalers(v *view) {
 // dnsService are the addresses of the Service kube-dns.
 func dnsService(all []service) (addresses []string) {
 	for _, s := range all {
-		if s.Metadata.Namespace == "kube-system" && (s.Metadata.Name == "kube-dns" || s.Metadata.Labels["k8s-app"] == "kube-dns") {
+		if isDNS(&s) {
 			addresses = append(addresses, append(s.Spec.ClusterIPs, s.Spec.ClusterIP)...)
 		}
 	}

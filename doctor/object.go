@@ -68,22 +68,25 @@ func is(all []condition, kind string) (status, why string) {
 type service struct {
 	Metadata meta
 	Spec     struct {
-		Type, ClusterIP string
-		ClusterIPs      []string
-		Selector        map[string]string
-		ExternalIPs     []string
-		Ports           []struct {
-			Name, Protocol string
-			Port           int
-			TargetPort     scalar
-		}
+		Type, ClusterIP                                                   string
+		ClusterIPs                                                        []string
+		Selector                                                          map[string]string
+		ExternalIPs                                                       []string
+		Ports                                                             []servicePort
 		ExternalTrafficPolicy, InternalTrafficPolicy, TrafficDistribution string
+		LoadBalancerSourceRanges                                          []string
 	}
 	Status struct {
 		LoadBalancer struct {
 			Ingress []struct{ IP, Hostname string }
 		}
 	}
+}
+
+type servicePort struct {
+	Name, Protocol string
+	Port, NodePort int
+	TargetPort     scalar
 }
 
 func (s *service) scope() string { return "Service " + s.Metadata.String() }
@@ -96,6 +99,10 @@ func (s *service) served() bool {
 type slice struct {
 	Metadata  meta
 	Endpoints []endpoint
+	Ports     []struct {
+		Name string
+		Port int
+	}
 }
 
 type endpoint struct {

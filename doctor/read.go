@@ -43,6 +43,8 @@ type Host struct {
 	qdiscs    func(root string) (map[int]link.Qdisc, error)
 	listeners func(root string) ([]sockdiag.Listener, error)
 	kubeProxy func() (kubeproxy.Found, error)
+	// wire is how probes are sent.
+	wire wire
 }
 
 // This is the host that the process runs on.
@@ -57,6 +59,7 @@ func This() *Host {
 		qdiscs:     qdiscs,
 		listeners:  func(string) ([]sockdiag.Listener, error) { return sockdiag.Listeners() },
 		kubeProxy:  func() (kubeproxy.Found, error) { return kubeproxy.Find("") },
+		wire:       thisWire(),
 	}
 }
 
@@ -119,7 +122,7 @@ func wantedBy(checks []Check) wanted {
 	w := wanted{map[string]bool{}, map[string]bool{}}
 	for _, c := range checks {
 		for _, read := range c.Reads {
-			if isResource(read) {
+			if isResource(read) || c.Sends() {
 				continue
 			}
 			w.node[read] = true

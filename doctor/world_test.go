@@ -38,6 +38,8 @@ type world struct {
 	refused map[string]bool
 	// inside says that the process is in a namespace of its own, as in a lab.
 	inside bool
+	// wire is what becomes of probes.
+	wire wire
 }
 
 // spot is a namespace of a world.
@@ -102,6 +104,7 @@ func healthy() *world {
 		unread:  map[string]error{},
 		objects: healthyCluster,
 		refused: map[string]bool{},
+		wire:    healthyWire(),
 	}
 }
 
@@ -328,6 +331,7 @@ func (w *world) host(t *testing.T, checks []Check) *Host {
 		},
 		listeners: func(root string) ([]sockdiag.Listener, error) { return of(root).listeners, w.unread[Listeners] },
 		kubeProxy: func() (kubeproxy.Found, error) { return w.kubeProxy, w.unread[KubeProxyRules] },
+		wire:      w.wire,
 	}
 }
 
@@ -353,8 +357,11 @@ func (w *world) examine(t *testing.T, checks []Check) (map[string]Result, *Facts
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := w.host(t, nil).Probe(t.Context(), facts.With(cluster), checks, io.Discard); err != nil {
+		t.Fatal(err)
+	}
 	results := map[string]Result{}
-	for _, r := range Run(facts.With(cluster), checks) {
+	for _, r := range Run(facts, checks) {
 		results[r.ID] = r
 	}
 	return results, facts

@@ -43,11 +43,13 @@ follows, what to do and how to undo it. It needs no agent and no cluster, and
 works beside any network plug-in. Without root it says what it could not see.
 With a cluster it lists the objects that the network is made of, and looks at
 them as well; of manifests it looks at nothing else. With --nodes it looks at
-nodes by the agents that run there, from anywhere, and compares them.
+nodes by the agents that run there, from anywhere, and compares them. It sends
+packets to nodes, pods and Services only where --only names such checks (probe).
   millrace doctor
   millrace doctor --source kube:$HOME/.kube/config
   millrace doctor --source kube:$HOME/.kube/config --nodes all
   millrace doctor --source dir:manifests
+  millrace doctor --source kube:$HOME/.kube/config --only probe
   millrace doctor --only conntrack,HS-04 --for 1m
   millrace doctor -o json > before.json; millrace doctor --baseline before.json
   millrace doctor --explain CT-01
@@ -71,7 +73,7 @@ var doctorEnds = map[string]string{
 
 // flags are those of both ways to look.
 func (e *examination) flags(c *cobra.Command) {
-	c.Flags().StringSliceVar(&e.only, "only", nil, "checks, layers or scopes to run, by ID, group or name: CT-01, HS, dns, cluster (default: all)")
+	c.Flags().StringSliceVar(&e.only, "only", nil, "checks, layers or scopes to run, by ID, group or name: CT-01, HS, dns, cluster, probe (default: all that send nothing)")
 	c.Flags().StringVar(&e.severity, "severity", string(doctor.Info), "least severity of the checks to run: info, warning or critical")
 	c.Flags().StringVar(&e.baseline, "baseline", "", "an earlier `file` of -o json, whose findings are left out")
 	c.Flags().StringVar(&e.html, "html", "", "write the report to this `file`, too, as one page for a browser that needs nothing else")

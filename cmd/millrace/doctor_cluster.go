@@ -14,9 +14,9 @@ import (
 )
 
 // fitting are the checks that can look at what is there: without a cluster those of the
-// node, unless others are named, and of manifests those of objects alone. Nodes are
-// compared only where there are several; what compares a node with its cluster is for
-// the node itself.
+// node, unless others are named, and of manifests those of objects alone, and those that
+// send to what is named there. Nodes are compared only where there are several; what
+// compares a node with its cluster, or sends from it, is for the node itself.
 func (e *examination) fitting(chosen []doctor.Check) ([]doctor.Check, error) {
 	kind, path, named := strings.Cut(e.from.source, ":")
 	among := func(c doctor.Check) bool { return c.Scope == doctor.Among }
@@ -44,7 +44,7 @@ func (e *examination) fitting(chosen []doctor.Check) ([]doctor.Check, error) {
 	case kind != "dir" || path == "":
 		return nil, usage("--source %q: use dir:PATH, kube:PATH or kube:", e.from.source)
 	}
-	chosen = slices.DeleteFunc(chosen, func(c doctor.Check) bool { return c.Scope != doctor.Whole })
+	chosen = slices.DeleteFunc(chosen, func(c doctor.Check) bool { return c.Scope != doctor.Whole && !c.Sends() })
 	if len(chosen) == 0 {
 		return nil, usage("--only %s: none of these checks looks at objects, and a folder has nothing else", strings.Join(e.only, ","))
 	}
@@ -54,10 +54,11 @@ func (e *examination) fitting(chosen []doctor.Check) ([]doctor.Check, error) {
 // facts reads what the checks ask for: of this node, of the cluster, or of both.
 func (e *examination) facts(ctx context.Context, checks []doctor.Check, progress io.Writer) (*doctor.Facts, error) {
 	facts := &doctor.Facts{}
-	if slices.ContainsFunc(checks, func(c doctor.Check) bool { return c.Scope != doctor.Whole }) {
+	this := doctor.This()
+	if slices.ContainsFunc(checks, func(c doctor.Check) bool { return c.Scope != doctor.Whole && !c.Sends() }) {
 		var err error
 		reads := append(slices.Clone(checks), doctor.Comparing())
-		if facts, err = doctor.This().Read(ctx, reads, e.window, progress); err != nil {
+		if facts, err = this.Read(ctx, reads, e.window, progress); err != nil {
 			return nil, err
 		}
 	}
@@ -73,7 +74,7 @@ func (e *examination) facts(ctx context.Context, checks []doctor.Check, progress
 	if err != nil {
 		return nil, err
 	}
-	return facts.With(found), nil
+	return facts, this.Probe(ctx, facts.With(found), checks, progress)
 }
 
 // lister opens the source, and says what of it cannot be read.
