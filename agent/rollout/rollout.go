@@ -102,6 +102,8 @@ type keeping struct {
 	teller  *teller
 	metrics *metrics
 	now     func() time.Time
+	// wanted is what the cluster has chosen; empty while it has not answered.
+	wanted string
 	// renewed is what the trial's node said last, and heard when that was seen here.
 	renewed, heard time.Time
 	ended          atomic.Int64 // the last round, in Unix nanoseconds
@@ -179,7 +181,7 @@ func (k *keeping) round(ctx context.Context) error {
 			return err
 		}
 	}
-	o, err := k.Node.Keep(ctx, Asked{k.memory.Choice, k.memory.Existing, d.May})
+	o, err := k.Node.Keep(ctx, Asked{k.memory.Choice, k.memory.Existing, d.May || k.hasEarlier()})
 	if err != nil {
 		return err
 	}
@@ -192,6 +194,7 @@ func (k *keeping) round(ctx context.Context) error {
 // decide asks the cluster what is chosen, and whether it may be set here. Without an
 // answer what is remembered is kept.
 func (k *keeping) decide(ctx context.Context) *Decision {
+	k.wanted = ""
 	if k.Cluster == nil {
 		k.choose(k.Choice)
 		return &Decision{May: true}
@@ -215,6 +218,7 @@ func (k *keeping) consult(ctx context.Context) (*Decision, error) {
 	if err != nil {
 		return nil, err
 	}
+	k.wanted = c.String()
 	if !t.Renewed.Equal(k.renewed) {
 		k.renewed, k.heard = t.Renewed, k.now()
 	}
@@ -233,6 +237,12 @@ func (k *keeping) consult(ctx context.Context) (*Decision, error) {
 		k.choose(c)
 	}
 	return &d, nil
+}
+
+// hasEarlier says that an earlier choice was well here, which goes on, also in pods that
+// start, until another may be set.
+func (k *keeping) hasEarlier() bool {
+	return k.wanted != "" && k.memory.Choice.String() != k.wanted && k.memory.Verdict == Good
 }
 
 // choose remembers what is chosen. What is kept of an earlier choice goes on until this

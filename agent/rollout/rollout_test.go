@@ -193,6 +193,27 @@ func TestOneThenAnEighthThenAll(t *testing.T) {
 	}
 }
 
+// What was well goes on, in pods that start as well, while another choice is tried.
+func TestAnEarlierChoiceGoesOn(t *testing.T) {
+	f := newFleet(t, 3, "jit")
+	f.rounds(40)
+	f.wants(3, Spreading, "")
+	f.choice = Choice{Words: []string{"jit", "rps"}}
+	f.rounds(2)
+	for i, m := range f.machines {
+		if want := map[bool]string{true: "jit rps", false: "jit"}[f.nodes[i].Name == f.trial.Node]; !m.asked.More || m.asked.Choice.String() != want {
+			t.Errorf("n%d was asked for %+v, not %s", i, m.asked, want)
+		}
+	}
+	f.down = errors.New("no API server answers")
+	f.rounds(1)
+	for i, m := range f.machines {
+		if m.asked.More {
+			t.Errorf("n%d was asked for more", i)
+		}
+	}
+}
+
 // A label says where it begins.
 func TestALabelSaysWhereItBegins(t *testing.T) {
 	f := newFleet(t, 5, "jit")

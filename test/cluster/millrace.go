@@ -12,6 +12,7 @@ const (
 	millraceImage    = "dist/millrace-image.tar"
 	millraceManifest = "dist/millrace.yaml"
 	millraceRemoval  = "dist/millrace-remove.yaml"
+	millraceTune     = "dist/millrace-tune.yaml"
 )
 
 // takeImage puts millrace's image to those that nodes import.
