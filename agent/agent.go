@@ -78,6 +78,7 @@ type Agent struct {
 	changed  chan struct{}
 	metrics  *metrics
 	spaces   *spaces
+	flows    *flows
 	attached time.Duration
 	// litter: much memory became garbage just now.
 	litter bool
@@ -116,6 +117,7 @@ func Run(ctx context.Context, config Config) error {
 	}
 	defer unlock()
 	a := &Agent{config: config, newest: make(chan *model.Snapshot, 1), changed: make(chan struct{}, 1), metrics: newMetrics(), spaces: newSpaces()}
+	a.flows = newFlows(a.spaces)
 	defer a.close()
 	listeners, err := a.listen() // before anything is changed
 	if err != nil {

@@ -116,7 +116,8 @@ func (p *pond) Settle() error { p.settled++; return nil }
 func (p *pond) Describe() (layer.Description, error) {
 	return layer.Description{Name: "pond", Objects: len(p.kernel), Reasons: map[string]uint64{"splash": 7}, Degraded: []string{"no waves"},
 		Maps:  []layer.Map{{Name: "water", Entries: 1, Capacity: 2, Bytes: 3}},
-		Drops: []layer.Drops{{Space: 5, Reason: "LEAK", Count: 2}, {Space: 6, Reason: "LEAK", Count: 1}}}, nil
+		Drops: []layer.Drops{{Space: 5, Reason: "LEAK", Count: 2}, {Space: 6, Reason: "LEAK", Count: 1}},
+		Flows: []layer.Flow{{Space: 5, Client: netip.MustParseAddr("203.0.113.7"), Server: netip.MustParseAddrPort("10.96.0.1:80"), Ended: 4, Refused: 3}}}, nil
 }
 func (p *pond) Leave() (layer.Changes, error)   { return nil, nil }
 func (p *pond) Left() (int, error)              { return 0, nil }
@@ -421,6 +422,8 @@ func TestMetricsAreServed(t *testing.T) {
 		`millrace_map_bytes{layer="pond",map="water"} 3`,
 		`millrace_events_total{layer="pond",reason="splash"} 7`,
 		`millrace_drops_total{namespace="",pod="others",reason="LEAK"} 3`,
+		`millrace_flow_connections_ended_total{client="external",client_namespace="",seen_by="server",server="external",server_namespace="",verdict="refused"} 3`,
+		`millrace_flow_bytes_total{client="external",client_namespace="",direction="sent",seen_by="server",server="external",server_namespace=""} 0`,
 		`millrace_agent_programming_duration_seconds_count 1`,
 		`millrace_agent_source_lost_seconds 0`,
 		`millrace_agent_unread 0`,

@@ -135,7 +135,21 @@ var (
 	dropsMetric    = describe("millrace_drops_total",
 		"Packets that died in a pod's network namespace, by reason; in the node's own where pod is empty, in those of others where it is others.",
 		"namespace", "pod", "reason")
+
+	// Of TCP connections by who speaks to whom; seen_by is "client" or "server": where both
+	// are on one node, or each has an agent, both ends are told.
+	flowBytesMetric = describe("millrace_flow_bytes_total",
+		"Bytes of TCP connections, of those that are open too, as the end that sees them has sent (and the other acknowledged) or received them.", append(flowLabels, "direction")...)
+	flowRetransmitsMetric = describe("millrace_flow_retransmits_total", "Segments that were sent again.", flowLabels...)
+	flowEndedMetric       = describe("millrace_flow_connections_ended_total",
+		"Connections that have ended: well, refused, without an answer, or broken off by the other end.", append(flowLabels, "verdict")...)
+	flowOpenMetric = describe("millrace_flow_connections_open",
+		"Connections that are open: well, waiting for the answer to their SYN, or sending again or waiting for a window that is zero.", append(flowLabels, "verdict")...)
+	flowRTTMetric = describe("millrace_flow_rtt_seconds", "The longest smoothed round-trip time of those that are open.", flowLabels...)
 )
+
+// flowLabels say who speaks to whom, of which at most pairsMost pairs are named.
+var flowLabels = []string{"client_namespace", "client", "server_namespace", "server", "seen_by"}
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(name, help, labels, nil)
@@ -144,7 +158,8 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 // Describe implements prometheus.Collector; what is collected is known by name.
 func (c *statusCollector) Describe(into chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{infoMetric, readyMetric, ageMetric, lostMetric, unreadMetric, problemsMetric,
-		objectsMetric, degradedMetric, entriesMetric, capacityMetric, bytesMetric, eventsMetric, dropsMetric} {
+		objectsMetric, degradedMetric, entriesMetric, capacityMetric, bytesMetric, eventsMetric, dropsMetric,
+		flowBytesMetric, flowRetransmitsMetric, flowEndedMetric, flowOpenMetric, flowRTTMetric} {
 		into <- d
 	}
 }
@@ -187,5 +202,32 @@ func (c *statusCollector) Collect(into chan<- prometheus.Metric) {
 		for reason, n := range l.Reasons {
 			into <- prometheus.MustNewConstMetric(eventsMetric, prometheus.CounterValue, float64(n), l.Name, reason)
 		}
+		if len(l.Flows) > 0 {
+			for _, p := range c.agent.flows.add(l.Flows, c.agent.picture()) {
+				p.collect(into)
+			}
+		}
+	}
+}
+
+// collect gives the metrics of a pair. What is open of others is told as one.
+func (p *pairFlow) collect(into chan<- prometheus.Metric) {
+	clientSpace, client := podLabels(p.client)
+	serverSpace, server := podLabels(p.server)
+	labels := []string{clientSpace, client, serverSpace, server, map[bool]string{true: "client", false: "server"}[p.ofClient]}
+	tell := func(d *prometheus.Desc, kind prometheus.ValueType, value float64, more ...string) {
+		into <- prometheus.MustNewConstMetric(d, kind, value, slices.Concat(labels, more)...)
+	}
+	tell(flowBytesMetric, prometheus.CounterValue, float64(p.sent), "sent")
+	tell(flowBytesMetric, prometheus.CounterValue, float64(p.received), "received")
+	tell(flowRetransmitsMetric, prometheus.CounterValue, float64(p.retransmits))
+	for how, n := range p.ended {
+		tell(flowEndedMetric, prometheus.CounterValue, float64(n), verdictNames[how])
+	}
+	tell(flowOpenMetric, prometheus.GaugeValue, float64(p.open-p.opening-p.stalled), "ok")
+	tell(flowOpenMetric, prometheus.GaugeValue, float64(p.opening), "unanswered")
+	tell(flowOpenMetric, prometheus.GaugeValue, float64(p.stalled), "retransmitting")
+	if p.rtt > 0 {
+		tell(flowRTTMetric, prometheus.GaugeValue, p.rtt.Seconds())
 	}
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -28,7 +29,9 @@ const (
 type spaces struct {
 	mu sync.Mutex
 	// pods are NAMESPACE/NAME by inode, "" for the node's own.
-	pods     map[uint32]string
+	pods map[uint32]string
+	// ways are the paths that lead to those of pods.
+	ways     map[uint32]string
 	named    map[string]bool
 	searched time.Time
 	// search finds the namespaces of pods; tests have others.
@@ -47,7 +50,7 @@ func ownSpace() uint32 {
 
 func newSpaces() *spaces {
 	return &spaces{
-		pods: map[uint32]string{}, named: map[string]bool{},
+		pods: map[uint32]string{}, ways: map[uint32]string{}, named: map[string]bool{},
 		search: func() ([]netns.Space, error) { return netns.Spaces("") }, own: ownSpace,
 	}
 }
@@ -105,10 +108,11 @@ func (s *spaces) find(pods []*model.Pod) {
 	}
 	found, _ := s.search() // what may not be entered is among the others
 	kept := map[uint32]string{s.own(): ""}
+	s.ways = map[uint32]string{}
 	for _, space := range found {
 		for _, addr := range space.Addresses {
 			if pod := by[addr]; pod != "" {
-				kept[space.Inode] = pod
+				kept[space.Inode], s.ways[space.Inode] = pod, space.Path
 			}
 		}
 	}
@@ -118,6 +122,22 @@ func (s *spaces) find(pods []*model.Pod) {
 		}
 	}
 	s.pods = kept
+}
+
+// lookAnew is how old the paths to pods may be.
+const lookAnew = time.Minute
+
+// paths lead to the namespaces of pods, and "" to the node's own.
+func (s *spaces) paths(pods []*model.Pod) map[uint32]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.searched) > lookAnew {
+		s.searched = time.Now()
+		s.find(pods)
+	}
+	all := maps.Clone(s.ways)
+	all[s.own()] = ""
+	return all
 }
 
 // podLabels are the labels of a pod in metrics: its namespace and its name.

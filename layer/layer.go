@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 
 	"github.com/millrace/millrace/model"
@@ -173,6 +174,8 @@ type Description struct {
 	Programs []Program `json:"programs"`
 	// Drops are the packets that died in each network namespace.
 	Drops []Drops `json:"drops,omitempty"`
+	// Flows are the TCP connections that have ended, by who spoke to whom.
+	Flows []Flow `json:"-"`
 	// Degraded are the kernel features that are missing, each with what that
 	// means for the user.
 	Degraded []string `json:"degraded,omitempty"`
@@ -193,6 +196,20 @@ type Drops struct {
 	Pod    string `json:"pod,omitempty"`
 	Reason string `json:"reason"`
 	Count  uint64 `json:"count"`
+}
+
+// Flow adds up the TCP connections of a client with a port of a server that have ended, as
+// one of the two ends has seen them.
+type Flow struct {
+	Space  uint32 // inode of the network namespace of that end
+	Client netip.Addr
+	Server netip.AddrPort
+	// OfClient says that it is the client's.
+	OfClient bool
+	// Ended are all; Refused, Unanswered and Reset are those of them that ended so.
+	Ended, Refused, Unanswered, Reset uint64
+	// Sent are bytes that the other end acknowledged, Received those from it.
+	Sent, Received, Retransmits uint64
 }
 
 // Value is one setting of the kernel that a layer has set.

@@ -42,6 +42,8 @@ type Space struct {
 	Cookie uint64
 	// Inode is its number in /proc: "net:[4026531840]".
 	Inode uint32
+	// Path leads to it while the process lives by which it was found.
+	Path string
 	// Addresses are those of its devices, loopback left out.
 	Addresses []netip.Addr
 }
@@ -122,7 +124,7 @@ func look(path string, home int) (space Space, joined bool, err error) {
 	if err := unix.Stat(path, &file); err != nil {
 		return space, false, err
 	}
-	space.Inode = uint32(file.Ino)
+	space.Inode, space.Path = uint32(file.Ino), path
 	err = Do(path, func() (err error) {
 		links, err := netlink.LinkList()
 		if err != nil {

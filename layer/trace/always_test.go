@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/layertest"
 	"github.com/millrace/millrace/layer/trace/cause"
 )
@@ -160,5 +161,12 @@ func TestCountedIsWhatWasKept(t *testing.T) {
 		!slices.ContainsFunc(r.Shares, func(s Share) bool { return s.Space == server && s.Count > 0 }) ||
 		!slices.ContainsFunc(r.Flows, func(f Flow) bool { return f.Refused > 0 && f.Server == netip.MustParseAddrPort(server4+":81") }) {
 		t.Errorf("examples %+v, shares %+v, flows %+v", r.Examples, r.Shares, r.Flows)
+	}
+	d, err := New(Settings{Pins: pins, Whole: true}).Describe()
+	w.must(err)
+	if !slices.ContainsFunc(d.Flows, func(f layer.Flow) bool {
+		return f.Refused > 0 && f.OfClient && f.Space == w.inode(w.client) && f.Server == netip.MustParseAddrPort(server4+":81")
+	}) {
+		t.Errorf("flows for metrics: %+v", d.Flows)
 	}
 }

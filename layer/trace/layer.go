@@ -425,8 +425,12 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	defer s.collection.Close()
 	r := &Recording{}
-	if err := errors.Join(s.readTotals(r, nil), s.readShares(r)); err != nil {
+	if err := errors.Join(s.readTotals(r, nil), s.readShares(r), s.readFlows(r)); err != nil {
 		return d, err
+	}
+	for _, f := range r.Flows {
+		d.Flows = append(d.Flows, layer.Flow{Space: f.Space, Client: f.Client, Server: f.Server, OfClient: f.OfClient,
+			Ended: f.Ended, Refused: f.Refused, Unanswered: f.Unanswered, Reset: f.Reset, Sent: f.Sent, Received: f.Received, Retransmits: f.Retransmits})
 	}
 	endings, err := s.readEndings()
 	if err != nil {
