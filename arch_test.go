@@ -59,6 +59,7 @@ var law = []clause{
 	{"examples/...", nil, nil},
 	{"cmd/...", []string{"agent/...", "doctor/...", "bench/...", "lab/...", "layer/...", "source/...", "model", "kernel/...", "examples"}, []string{"github.com/spf13/cobra", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"test/...", nil, []string{"golang.org/x/sys"}},
+	{"deploy/monitoring", nil, nil},
 	{"deploy/image", nil, []string{"github.com/google/go-containerregistry"}},
 	{".", nil, nil},
 }
@@ -67,12 +68,14 @@ var law = []clause{
 // every layer is tested with, the others are the other end of what is tested.
 var testsMayImport = map[string][]string{
 	"layer/...":  {module + "layer/layertest", module + "test/docs", "golang.org/x/tools/txtar", "golang.org/x/net/dns/dnsmessage"},
-	"doctor/...": {module + "test/docs", module + "test/page", module + "source/dir"},
+	"doctor/...": {module + "test/docs", module + "test/metrics", module + "test/page", module + "source/dir"},
 	"bench/...":  {module + "test/page"},
 	"lab/...":    {"google.golang.org/grpc", module + "test/docs"},
 	"source/...": {module + "test/docs", "golang.org/x/tools/txtar"},
-	"cmd/...":    {module + "layer/layertest", "github.com/spf13/pflag", "github.com/cilium/ebpf"},
+	"cmd/...":    {module + "layer/layertest", module + "test/metrics", "github.com/spf13/pflag", "github.com/cilium/ebpf"},
 	".":          {"github.com/cilium/ebpf"},
+	// Prometheus' own reading and evaluation of rules.
+	"deploy/monitoring": {"github.com/prometheus", "go.yaml.in/yaml/v3"},
 }
 
 // file is one parsed file of ours.

@@ -159,6 +159,7 @@ func (a *Agent) open(l layer.Layer) error {
 	}
 	p := &part{Layer: l}
 	a.parts = append(a.parts, p)
+	a.metrics.drift(l.Name(), 0) // counted from nothing, so that the first is seen to be one
 	var err error
 	if p.have, err = l.Read(); err != nil {
 		return fmt.Errorf("read what the %s layer has in the kernel: %w", l.Name(), err)

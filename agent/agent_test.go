@@ -427,6 +427,7 @@ func TestMetricsAreServed(t *testing.T) {
 		`millrace_agent_programming_duration_seconds_count 1`,
 		`millrace_agent_source_lost_seconds 0`,
 		`millrace_agent_unread 0`,
+		`millrace_layer_drift_total{layer="pond"} 0`,
 		`millrace_layer_degraded{layer="pond"} 1`,
 	} {
 		if !strings.Contains(text, want) {

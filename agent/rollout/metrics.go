@@ -38,7 +38,7 @@ func newMetrics() *metrics {
 		drift:    gauges("millrace_tune_drift", "Settings that are not as they were set, and are left so to somebody else.", "knob", "scope"),
 		drifts:   counters("millrace_tune_drift_total", "How often a setting was found otherwise than it was set.", "knob", "scope"),
 		phase:    gauges("millrace_tune_rollout", "1 for what becomes of the choice here: set, waiting, stopped.", "state"),
-		answers:  gauge("millrace_tune_api_server_answers", "1 if the API server has answered in the last round; nothing new is set without."),
+		answers:  gauge("millrace_tune_api_server_answers", "0 if the API server was asked in the last round and has not answered: nothing new is set then."),
 		rounds:   counters("millrace_tune_rounds_total", "Rounds of looking and setting, by how they ended: done, failed.", "result"),
 		last:     gauge("millrace_tune_last_round_timestamp_seconds", "When a round was last done."),
 	}

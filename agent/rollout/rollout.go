@@ -196,6 +196,7 @@ func (k *keeping) round(ctx context.Context) error {
 func (k *keeping) decide(ctx context.Context) *Decision {
 	k.wanted = ""
 	if k.Cluster == nil {
+		k.metrics.answers.Set(1) // nobody is asked
 		k.choose(k.Choice)
 		return &Decision{May: true}
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/test/metrics"
 )
 
 const established = "net.netfilter.nf_conntrack_tcp_timeout_established"
@@ -131,6 +132,7 @@ func TestTuneKeep(t *testing.T) {
 	k.until("metrics say that it is left", func() bool {
 		return strings.Contains(k.metrics(), `millrace_tune_drift{knob="conntrack-idle",scope="node"} 1`+"\n")
 	})
+	metrics.Listed(t, "../..", "millrace tune keep", k.metrics())
 	if want := "conntrack_tcp_timeout_established of node was set to 86400, and somebody has set it to 1000 since: it was set 3 times within 10m0s, and each time somebody set it otherwise again: now it is left to them"; !strings.Contains(k.text(), want) {
 		t.Errorf("it did not say %q: %s", want, k.text())
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/millrace/millrace/doctor"
+	"github.com/millrace/millrace/test/metrics"
 )
 
 // nodes are three that say what sample does, one of them with other numbers, and one that
@@ -143,6 +144,7 @@ func TestFormsOfNodes(t *testing.T) {
 	if err := r.Prometheus(&out); err != nil {
 		t.Fatal(err)
 	}
+	metrics.Listed(t, "../..", "millrace doctor -o prom", out.String())
 	for line := range strings.Lines(out.String()) {
 		if !metric.MatchString(strings.TrimSuffix(line, "\n")) {
 			t.Errorf("no line of the text format: %q", line)

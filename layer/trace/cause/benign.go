@@ -1,6 +1,10 @@
 package cause
 
-import "strings"
+import (
+	"maps"
+	"slices"
+	"strings"
+)
 
 // usual are the kernel's reasons for packets that die although all is well, or whose
 // death is told by something better: ends of connections, what came twice or late, and
@@ -23,6 +27,10 @@ var usual = map[string]bool{
 func Usual(e *Event) bool {
 	return usual[e.Reason] || e.Tuple.noise() && !isDiscovery(e) || e.Tuple.EtherType == 0 && !e.Tuple.Destination.Addr().IsValid()
 }
+
+// UsualReasons are the kernel's reasons for which packets die where all is well, too, in
+// order: what alerts leave out.
+func UsualReasons() []string { return slices.Sorted(maps.Keys(usual)) }
 
 // benign takes out what is no sign of anything.
 func (d *diagnosis) benign() {
