@@ -133,9 +133,9 @@ func podAsks(w *world) {
 const api = `{apiVersion: v1, kind: Service, metadata: {name: kubernetes, namespace: default, uid: u}, spec: {clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1], ports: [{port: 443}]}}`
 
 var (
-	router   = netip.MustParseAddr("192.0.2.254")
-	nobody   = fmt.Errorf("%w to 3 queries of 1 s each", probe.ErrSilent)
-	nxdomain = probe.Reply{Code: "NXDOMAIN"}
+	router    = netip.MustParseAddr("192.0.2.254")
+	errNobody = fmt.Errorf("%w to 3 queries of 1 s each", probe.ErrSilent)
+	nxdomain  = probe.Reply{Code: "NXDOMAIN"}
 )
 
 // probesFire are the stories of what is sent.
@@ -158,11 +158,11 @@ var probesFire = []story{
 	{"PR-05", "another node", all(more("{apiVersion: v1, kind: Node, metadata: {name: n3}, status: {addresses: [{type: InternalIP, address: 192.0.2.3}]}}"),
 		hops("10.244.1.", probe.Hop{From: netip.MustParseAddr("192.0.2.3")}, nil)), Warn, "the first step is 192.0.2.3 of node n3, and the pod is on n2"},
 	{"PR-05", "a router between neighbours", hops("192.0.2.2", probe.Hop{From: router}, nil), Warn, "192.0.2.254 is in between, and the route by eth0 calls it a neighbour"},
-	{"PR-06", "no answer", replies("udp", "10.244.1.2", probe.Reply{}, nobody), Fail, "Pod kube-system/coredns-2 | DNS query to 10.244.1.2:53/udp | no answer to 3 queries of 1 s each"},
+	{"PR-06", "no answer", replies("udp", "10.244.1.2", probe.Reply{}, errNobody), Fail, "Pod kube-system/coredns-2 | DNS query to 10.244.1.2:53/udp | no answer to 3 queries of 1 s each"},
 	{"PR-06", "not over TCP", replies("tcp", "10.244.1.2", probe.Reply{}, fmt.Errorf("dial: %w", unix.ECONNREFUSED)), Warn, "DNS query to 10.244.1.2:53/tcp | connection refused"},
 	{"PR-06", "the second time", replies("udp", "10.244.1.2", probe.Reply{Code: "NOERROR", Addresses: []netip.Addr{apiAddress}, Lost: 1, Took: time.Millisecond}, nil), Warn, "answered in 1.0 ms, after 1 queries without an answer"},
-	{"PR-07", "the proxy", replies("udp", "10.96.0.10", probe.Reply{}, nobody), Fail, "Service kube-system/kube-dns | DNS query to 10.96.0.10:53/udp | no answer to 3 queries of 1 s each; asked directly, 2 of its servers answer"},
-	{"PR-07", "from a pod", all(podAsks, replies("udp", "10.96.0.10", probe.Reply{}, nobody)), Fail, "DNS query to 10.96.0.10:53/udp from Pod kube-system/coredns-1 | no answer"},
+	{"PR-07", "the proxy", replies("udp", "10.96.0.10", probe.Reply{}, errNobody), Fail, "Service kube-system/kube-dns | DNS query to 10.96.0.10:53/udp | no answer to 3 queries of 1 s each; asked directly, 2 of its servers answer"},
+	{"PR-07", "from a pod", all(podAsks, replies("udp", "10.96.0.10", probe.Reply{}, errNobody)), Fail, "DNS query to 10.96.0.10:53/udp from Pod kube-system/coredns-1 | no answer"},
 	{"PR-08", "one that lost the API", replies("", "10.244.1.2", probe.Reply{Code: "SERVFAIL"}, nil), Fail, "Pod kube-system/coredns-2 | DNS query to 10.244.1.2:53/udp | kubernetes.default.svc.cluster.local.: SERVFAIL, and not NOERROR 10.96.0.1"},
 	{"PR-08", "another cluster's", all(more(api), replies("", "", probe.Reply{Code: "NOERROR", Addresses: []netip.Addr{router}}, nil)), Fail, "NOERROR 192.0.2.254, and not NOERROR 10.96.0.1"},
 	{"PR-09", "refused", connecting("10.96.0.20:80", fmt.Errorf("dial: %w", unix.ECONNREFUSED)), Fail, "Service shop/web | TCP connection to clusterIP 10.96.0.20:80 | connection refused; its endpoint 10.244.0.3:8080, Pod shop/web-1, takes connections"},
@@ -183,7 +183,7 @@ var probesCalm = []story{
 	{id: "PR-05", what: "its own node's address", change: hops("10.244.1.", probe.Hop{From: netip.MustParseAddr("192.0.2.2")}, nil)},
 	{id: "PR-05", what: "a node behind a router, as its route says", change: all(ways("192.0.2.2", func(w *link.Way) { w.Via = router }, nil), hops("192.0.2.2", probe.Hop{From: router}, nil))},
 	{id: "PR-06", what: "an answer that is no good", change: replies("", "10.244.1.2", probe.Reply{Code: "SERVFAIL"}, nil)},
-	{id: "PR-07", what: "one server", change: replies("", "10.244.1.2", probe.Reply{}, nobody)},
+	{id: "PR-07", what: "one server", change: replies("", "10.244.1.2", probe.Reply{}, errNobody)},
 	{id: "PR-08", what: "as the Service is", change: more(api)},
 	{id: "PR-09", what: "a program that closes", change: connecting("", probe.ErrClosed)},
 	{id: "PR-10", what: "a program that closes", change: connecting("", probe.ErrClosed)},
@@ -210,8 +210,8 @@ func TestProbesSayWhatTheyDoNotKnow(t *testing.T) {
 		{"PR-04", "ICMP is filtered", all(paths("192.0.2.2", probe.Path{}, silent), hops("192.0.2.2", probe.Hop{}, probe.ErrSilent)), "ICMP may be filtered"},
 		{"PR-05", "no ICMP of the first step", hops("10.244.1.", probe.Hop{}, probe.ErrSilent), "who gives up a packet after one step is not known"},
 		{"PR-06", "no servers", in("name: kube-dns-1, namespace: kube-system, uid: u, labels: {kubernetes.io/service-name: kube-dns}", "name: kube-dns-1, namespace: kube-system, labels: {}"), "is not there or has no ready endpoint"},
-		{"PR-07", "no server answers either", replies("", "", probe.Reply{}, nobody), "but no server answers that is asked directly (PR-06)"},
-		{"PR-08", "no server answers", replies("", "", probe.Reply{}, nobody), "no server answers (PR-06)"},
+		{"PR-07", "no server answers either", replies("", "", probe.Reply{}, errNobody), "but no server answers that is asked directly (PR-06)"},
+		{"PR-08", "no server answers", replies("", "", probe.Reply{}, errNobody), "no server answers (PR-06)"},
 		{"PR-08", "a domain that is not known", all(in("kubernetes cluster.local in-addr.arpa ip6.arpa {", "kubernetes {"), replies("", "", nxdomain, nil)), "was taken to be cluster.local"},
 		{"PR-09", "the endpoint does not, either", connecting("10", probe.ErrSilent), "does not take connections either (PR-10)"},
 		{"PR-09", "no such Services", all(in("ports: [{port: 80, targetPort: 8080, nodePort: 30080}]", "ports: []"), in("protocol: TCP, port: 53, t", "protocol: SCTP, port: 53, t")), "no Service has a TCP port and a ready endpoint"},

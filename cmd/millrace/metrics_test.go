@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -56,7 +57,7 @@ func (n *node) startWhole(address string, more ...string) {
 func (n *node) get(address string) (status int, body string) {
 	n.t.Helper()
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		Dial: func(network, address string) (conn net.Conn, err error) {
+		DialContext: func(_ context.Context, network, address string) (conn net.Conn, err error) {
 			err = n.Inside(func() error { conn, err = net.Dial(network, address); return err })
 			return conn, err
 		}}}

@@ -159,13 +159,15 @@ func TestTuneKeep(t *testing.T) {
 
 // What is not chosen any more is put back; what a person has set stays.
 func TestTuneKeepLetsGo(t *testing.T) {
+	const backlog = "net.ipv4.tcp_max_syn_backlog"
 	w := newWorkshop(t)
 	w.wants(exitOK, "~", "apply", "conntrack-idle")
-	k := w.keep("node-ports", "--metrics", "")
-	k.becomes(w.node, "net.ipv4.ip_local_reserved_ports", "30000-32767")
+	before := w.value(w.node, backlog)
+	k := w.keep("syn-backlog", "--metrics", "")
+	k.becomes(w.node, backlog, "4096")
 	k.stop()
 	k = w.keep("jit", "--metrics", "") // which is the whole machine's, and is so already
-	k.becomes(w.node, "net.ipv4.ip_local_reserved_ports", "")
+	k.becomes(w.node, backlog, before)
 	k.stop()
 	if w.value(w.node, established) != "86400" {
 		t.Error("what a person has set was put back")
