@@ -57,7 +57,10 @@ func (h *Host) find(f *Facts) error {
 		}
 	}
 	h.leaveStrangers(f, home)
-	h.name(f, places)
+	h.fromNode(func() {
+		h.name(f, places)
+		f.Spaces[0].budgets = h.budgets(f)
+	})
 	setAside(f)
 	if err := h.privileged(); err != nil {
 		f.hide(err.Error())
@@ -70,7 +73,6 @@ func (h *Host) find(f *Facts) error {
 		f.hide("processes outside this container: run it in the host's process namespace (hostPID: true)")
 	}
 	f.nodePorts = h.nodePorts(f)
-	f.Spaces[0].budgets = h.budgets(f)
 	return nil
 }
 

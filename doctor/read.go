@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/cgroup"
 	"github.com/millrace/millrace/kernel/kubeproxy"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/need"
@@ -38,6 +39,8 @@ type Host struct {
 	within func(s *Space, read func(root string) error) error
 	// privileged says what this process lacks to look at those of others.
 	privileged func() error
+	// fromNode calls read where cgroups of processes are seen as the node sees them.
+	fromNode func(read func())
 	// These are of the calling thread's namespace.
 	devices   func(root string) (devices []link.Device, home int, err error)
 	qdiscs    func(root string) (map[int]link.Qdisc, error)
@@ -55,11 +58,20 @@ func This() *Host {
 			return netns.In(s.path, func() error { return read("/") })
 		},
 		privileged: func() error { return need.Check("look into network namespaces", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE") },
+		fromNode:   fromNode,
 		devices:    devices,
 		qdiscs:     qdiscs,
 		listeners:  func(string) ([]sockdiag.Listener, error) { return sockdiag.Listeners() },
 		kubeProxy:  func() (kubeproxy.Found, error) { return kubeproxy.Find("") },
 		wire:       thisWire(),
+	}
+}
+
+// fromNode goes by the node's first process. Who may not see its cgroup namespace may not
+// look into pods either, which is told.
+func fromNode(read func()) {
+	if cgroup.SeenFrom("/proc/1/ns/cgroup", read) != nil {
+		read()
 	}
 }
 

@@ -318,6 +318,7 @@ func (w *world) host(t *testing.T, checks []Check) *Host {
 			}
 			return read(filepath.Join(base, folder))
 		},
+		fromNode:   func(read func()) { read() },
 		privileged: func() error { return w.privileged },
 		devices: func(root string) ([]link.Device, int, error) {
 			return of(root).devices, 0, w.unread[Devices]

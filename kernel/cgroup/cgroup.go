@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/netns"
 )
 
 // ErrNoCgroup2 says that no cgroup2 hierarchy is mounted.
@@ -63,6 +65,25 @@ func rootIn(mounts io.Reader) (string, error) {
 		return "", ErrNoCgroup2
 	}
 	return root, nil
+}
+
+// SeenFrom calls f on a thread of its own in the cgroup namespace at path, such as
+// /proc/1/ns/cgroup: what /proc/PID/cgroup says there is as those see it who are in that
+// namespace (cgroup_namespaces(7)). A container's own says only how far others are from
+// it. It takes CAP_SYS_ADMIN.
+func SeenFrom(path string, f func()) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("enter cgroup namespace: %w", err)
+	}
+	defer file.Close()
+	return netns.OnThread(func() error {
+		if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWCGROUP); err != nil {
+			return fmt.Errorf("enter cgroup namespace %s: %w", path, err)
+		}
+		f()
+		return nil
+	})
 }
 
 // Create makes the group at path and its parents. An existing one is no error.

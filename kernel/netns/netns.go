@@ -32,7 +32,7 @@ func Create(path string) error {
 		return fmt.Errorf("create namespace %s: %w", path, err)
 	}
 	file.Close()
-	err = onThread(func() error {
+	err = OnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("unshare: %w", err)
 		}
@@ -62,7 +62,7 @@ func Remove(path string) error {
 // netlink handles that f itself opens are, and stay so. Files below
 // /proc/sys/net read and written by f are those of the namespace.
 func Do(path string, f func() error) error {
-	return onThread(func() error {
+	return OnThread(func() error {
 		file, err := os.Open(path)
 		if err != nil {
 			return fmt.Errorf("enter namespace %s: %w", path, err)
@@ -129,16 +129,16 @@ func threadNamespace() string {
 	return fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid())
 }
 
-// onThread runs f on a locked thread which ends with it, so that whatever
+// OnThread runs f on a locked thread which ends with it, so that whatever
 // namespace f left the thread in is never seen by other goroutines. The
 // process's first thread cannot end, and /proc/PID/ns shows its namespaces: a
 // goroutine that finds itself there holds it and lets another one do the work.
-func onThread(f func() error) error {
+func OnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
-			done <- onThread(f)
+			done <- OnThread(f)
 			runtime.UnlockOSThread()
 			return
 		}
