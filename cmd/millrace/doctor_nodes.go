@@ -72,7 +72,7 @@ func (e *examination) there(ctx context.Context, checks []doctor.Check, progress
 	}
 	r := report.Join(answers, cluster, compared)
 	if r.Header.Answered() == 0 {
-		return nil, &failure{exitIncomplete, cmp.Or(failed, errors.New("the cluster has no nodes"))}
+		return nil, &failure{exitIncomplete, failed}
 	}
 	return r, nil
 }
@@ -139,6 +139,9 @@ func (e *examination) targets(ctx context.Context, at kube.Settings, h *report.H
 		if !slices.ContainsFunc(all, func(t target) bool { return t.node == name }) {
 			all = append(all, target{node: name})
 		}
+	}
+	if len(all) == 0 {
+		return nil, &failure{exitIncomplete, cmp.Or(err, errors.New("the cluster has no nodes"))}
 	}
 	slices.SortFunc(all, func(a, b target) int { return strings.Compare(a.node, b.node) })
 	if slices.Equal(e.nodes, []string{everyNode}) {

@@ -40,6 +40,17 @@ func nodesOnly(t *testing.T, names ...string) (kubeconfig string, asked *[]strin
 	return kubeconfig, asked
 }
 
+// A cluster of which nothing may be seen is no reason to look at this node instead.
+func TestDoctorOfNoNodes(t *testing.T) {
+	kubeconfig, asked := nodesOnly(t)
+	for _, args := range [][]string{{"--nodes", "all"}, {"pods", "x/y:z", "yes"}, {"pods", "x/y:z", "--dry-run"}} {
+		stdout, stderr, status := millrace(t, append(append([]string{"doctor"}, args...), "--source", "kube:"+kubeconfig)...)
+		if status != exitIncomplete || !strings.Contains(stderr, "the cluster has no nodes") || stdout != "" || len(*asked) > 0 {
+			t.Errorf("%q: exit status %d, %q%q, asked for %q", args, status, stdout, stderr, *asked)
+		}
+	}
+}
+
 // Nodes without an agent are named, and what to do; no pod is made before somebody says
 // so.
 func TestDoctorOfNodesWithoutAgents(t *testing.T) {

@@ -7,6 +7,9 @@
 // API nor in the kernel. Beside that, a few single objects are read and altered for
 // others: RemoveTaint, ReadLease, Say.
 //
+// What a person asks for from afar is apart: Agent.Exec runs millrace in an agent's
+// container, and an Errand makes a pod, where somebody has agreed to that, and deletes it.
+//
 // # Who needs what
 //
 // Services and EndpointSlices are what is served; the endpoints come from slices
