@@ -9,6 +9,8 @@
 // [model.Problem] for each that cannot be understood: an unknown field or a bad
 // value does not keep the rest from being used.
 //
+// [Set] changes one field of such a text and no other byte of it, for `millrace tune`.
+//
 // It reads text that it is given and nothing else, changes nothing and keeps
 // nothing in the kernel. It costs about a millisecond when an agent starts; the
 // API's module is needed by its tests only and is no part of the program.
