@@ -19,8 +19,8 @@ import (
 
 // tunesHost is the effect of `tune apply`, and undoesTune of its undo.
 const (
-	tunesHost  = "Changes this host; has --dry-run, prints the changes, and can be undone with `millrace tune undo`."
-	undoesTune = "Changes this host; has --dry-run, prints the changes, and is undone by `millrace tune apply`."
+	tunesHost  = "Changes this host, with --source kube-proxy's ConfigMap; has --dry-run, prints the changes, and can be undone with `millrace tune undo`."
+	undoesTune = "Changes what `millrace tune apply` has set; has --dry-run, prints the changes, and is undone by `millrace tune apply`."
 )
 
 // tuneFolder is where what was set is written down.
@@ -43,6 +43,10 @@ type tuning struct {
 	// proving says that only what is measured to help is set; rounds is how often.
 	proving bool
 	rounds  int
+	// from is the cluster whose kube-proxy is configured, none if it is empty; config is
+	// that configuration, once it was read.
+	from   wishes
+	config *knob.ProxyConfig
 }
 
 func tuneCommand(s *settings) *cobra.Command {
@@ -75,6 +79,10 @@ func (t *tuning) flagFolder(c *cobra.Command) {
 	t.at.flagProcSys(c)
 }
 
+func (t *tuning) flagCluster(c *cobra.Command) {
+	t.from.flagsAs(c, "the cluster whose kube-proxy's configuration is tuned as well, kube:PATH or kube: (for undo and status: as it was said to apply)")
+}
+
 // flagsOfChoice say what to look at.
 func (t *tuning) flagsOfChoice(c *cobra.Command) {
 	t.flagFolder(c)
@@ -95,6 +103,8 @@ what it is, what it should be, who sets it otherwise, and what justifies it. Wit
 an ID or a profile: what a finding of the doctor justifies now; with --all
 everything. ID is a knob's, a setting's or a check's (docs/tune.md).
   ~ would be set   = stays   ! is somebody else's   ? cannot be said
+What a kube-proxy sets is its configuration's: with --source kube:KUBECONFIG plan
+says what to change there, and apply changes it.
 Needs root for namespaces of others and for what only root may see.`,
 		Args: cobra.ArbitraryArgs,
 	}, readsOnly, func(ctx context.Context, ids []string) error {
@@ -105,6 +115,7 @@ Needs root for namespaces of others and for what only root may see.`,
 		return t.print(proposals)
 	}, exitIncomplete, exitPrivilege)
 	t.flagsOfChoice(c)
+	t.flagCluster(c)
 	c.Flags().BoolVar(&t.all, "all", false, "each knob, also what nothing justifies")
 	return c
 }
@@ -125,7 +136,11 @@ the comparison printed: what helps beyond noise is set, what does not is kept as
 was, and what harms ends it with nothing set (exit status 2). What no load here can
 show is left, too (exit status 3). Of a profile that is a file nothing is set without
 it: somebody else has chosen those values, for another machine.
+With --source kube:KUBECONFIG what a kube-proxy sets is changed in its ConfigMap, one
+field of it, unless somebody keeps that (Argo CD, Flux, Helm ...). Each kube-proxy has
+it when it starts again: how to do that is said, and not done.
   millrace tune apply datagram-buffer --prove
+  millrace tune apply conntrack --source kube:$HOME/.kube/config
   millrace tune apply --profile ./article.conf --prove`,
 		Args: cobra.ArbitraryArgs,
 	}, tunesHost, func(ctx context.Context, ids []string) error {
@@ -138,6 +153,7 @@ it: somebody else has chosen those values, for another machine.
 		return t.apply(ctx, ids)
 	}, exitFindings, exitIncomplete, exitPrivilege)
 	t.flagsOfChoice(c)
+	t.flagCluster(c)
 	c.Flags().BoolVar(&t.dry, "dry-run", false, "print what would be set and set nothing")
 	c.Flags().BoolVar(&t.proving, "prove", false, "measure each change before, and set only what helps beyond noise")
 	t.flagRounds(c)
@@ -151,15 +167,17 @@ func tuneUndoCommand(s *settings) *cobra.Command {
 		Short: "Put back what was set",
 		Long: `
 Puts back each setting that still is as it was set; what somebody else has set
-since stays, and is named. After a process that was killed, too.`,
+since stays, and is named. After a process that was killed, too. Fields of kube-proxy's
+ConfigMap are put back in the cluster in which they were set.`,
 		Args: cobra.ArbitraryArgs,
-	}, undoesTune, func(_ context.Context, ids []string) error {
+	}, undoesTune, func(ctx context.Context, ids []string) error {
 		if (len(ids) == 0) != t.all {
 			return usage("say which: IDs of knobs, or --all")
 		}
-		return t.undo(ids)
+		return t.undo(ctx, ids)
 	}, exitPrivilege)
 	t.flagFolder(c)
+	t.flagCluster(c)
 	c.Flags().BoolVar(&t.all, "all", false, "everything that was set")
 	c.Flags().BoolVar(&t.dry, "dry-run", false, "print what would be put back and change nothing")
 	return c
@@ -173,8 +191,9 @@ func tuneStatusCommand(s *settings) *cobra.Command {
 		Long: `
 Says of each setting what it is now and was before, which knob set it and when, and
 what somebody else has set since (exit status 2).`,
-	}, readsOnly, func(context.Context, []string) error { return t.status() }, exitFindings, exitPrivilege)
+	}, readsOnly, func(ctx context.Context, _ []string) error { return t.status(ctx) }, exitFindings, exitPrivilege)
 	t.flagFolder(c)
+	t.flagCluster(c)
 	return c
 }
 
@@ -201,11 +220,10 @@ func (t *tuning) apply(ctx context.Context, ids []string) error {
 		for i := range steps {
 			done = append(done, layer.Change{Op: layer.Alter, Subject: &steps[i]})
 		}
-	} else if len(steps) > 0 {
-		if done, err = t.ledger().Apply(steps); err != nil {
-			return err
-		}
+	} else if done, err = t.applySteps(ctx, steps); err != nil {
+		return err
 	}
+	all.Then = then(proposals)
 	if !t.dry && len(steps) > 0 {
 		if all.Still, err = t.lookAgain(ctx, proposals); err != nil {
 			return err
@@ -234,6 +252,9 @@ func steps(places []tune.Place, proposals []knob.Proposal) (steps []tune.Step, r
 			at := slices.IndexFunc(places, func(s tune.Place) bool { return s.Name == p.Space })
 			steps = append(steps, tune.Step{ID: p.ID, Place: places[at], Setting: p.Setting, From: p.Current, To: p.Wanted, AtLeast: p.AtLeast})
 		case knob.Owned:
+			if p.Field != "" {
+				continue // the field is a proposal, too
+			}
 			refused = append(refused, fmt.Sprintf("%s of %s is set by %s: %s", p.Setting, p.Space, p.Owner, p.Reason))
 		case knob.Unknown:
 			refused = append(refused, fmt.Sprintf("%s of %s: %s", p.Setting, p.Space, p.Reason))
@@ -247,7 +268,9 @@ type tuned struct {
 	Changes []planned `json:"changes"`
 	Refused []string  `json:"refused,omitempty"`
 	// Still are findings that a setting is for, and that are seen after it was set.
-	Still  []string `json:"still,omitempty"`
+	Still []string `json:"still,omitempty"`
+	// Then are commands by which it comes into force.
+	Then   []string `json:"then,omitempty"`
 	DryRun bool     `json:"dry_run"`
 	// Proofs are what was measured before, and what follows from it.
 	Proofs []tried `json:"proofs,omitempty"`
@@ -265,10 +288,26 @@ func (t *tuning) say(done layer.Changes, all tuned) error {
 	if len(done) == 0 {
 		fmt.Fprintln(os.Stderr, "nothing to change")
 	}
-	return done.Print(os.Stdout)
+	err := done.Print(os.Stdout)
+	if !t.dry {
+		for _, command := range all.Then {
+			fmt.Fprintln(os.Stderr, "each kube-proxy has it when it starts again:", command)
+		}
+	}
+	return err
 }
 
-func (t *tuning) undo(ids []string) error {
+// then are the commands after which what was changed is in force.
+func then(proposals []knob.Proposal) (all []string) {
+	for _, p := range proposals {
+		if p.Status == knob.Change && p.Then != "" && !slices.Contains(all, p.Then) {
+			all = append(all, p.Then)
+		}
+	}
+	return all
+}
+
+func (t *tuning) undo(ctx context.Context, ids []string) error {
 	for i, id := range ids {
 		k, err := findKnob(id)
 		if err != nil {
@@ -276,18 +315,29 @@ func (t *tuning) undo(ids []string) error {
 		}
 		ids[i] = k.ID
 	}
-	done, err := t.ledger().Undo(ids, t.dry)
-	if t.at.run == tuneFolder && !t.dry {
-		err = errors.Join(err, removeEmpty(filepath.Dir(tuneFolder)))
+	var all tuned
+	there, err := t.objects(ctx).Undo(ids, t.dry)
+	if slices.ContainsFunc(there, tune.IsPutBack) {
+		all.Then = []string{proxyRestart}
 	}
-	return errors.Join(err, t.say(done, tuned{}))
+	done, errHere := t.ledger().Undo(ids, t.dry)
+	err = errors.Join(err, errHere)
+	if t.at.run == tuneFolder && !t.dry {
+		err = errors.Join(err, removeEmpty(filepath.Dir(tuneFolder)), removeEmpty(filepath.Dir(objectsFolder)))
+	}
+	return errors.Join(err, t.say(append(there, done...), all))
 }
 
-func (t *tuning) status() error {
+func (t *tuning) status(ctx context.Context) error {
 	states, err := t.ledger().Status()
 	if err != nil {
 		return err
 	}
+	there, err := t.objects(ctx).Status()
+	if err != nil {
+		return err
+	}
+	states = append(states, there...)
 	drifted := 0
 	for _, s := range states {
 		if s.Drift != "" {

@@ -136,6 +136,9 @@ func (n *keptNode) knobs(c rollout.Choice) (knobs []*knob.Knob, err error) {
 			return nil, usage("%v", err)
 		}
 		for _, k := range named {
+			if k.Scope == knob.Proxy {
+				return nil, usage("%s is in kube-proxy's configuration, which is one for all nodes and stays: millrace tune apply %s --source kube:KUBECONFIG", word, k.ID)
+			}
 			if !slices.Contains(knobs, k) {
 				knobs = append(knobs, k)
 			}

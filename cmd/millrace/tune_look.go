@@ -164,22 +164,26 @@ func (t *tuning) plan(ctx context.Context, ids []string) ([]tune.Place, []knob.P
 	if err != nil {
 		return nil, nil, err
 	}
+	objects, err := t.proxy(ctx, slices.DeleteFunc(checksOf(knobs), func(c doctor.Check) bool { return !c.NeedsCluster() }))
+	if err != nil {
+		return nil, nil, err
+	}
 	proposals, err := t.planIn(ctx, knob.Ask{Knobs: knobs, All: t.all, Given: given}, chosen, t.window)
-	return chosen, proposals, err
+	return append(chosen, objects...), proposals, err
 }
 
 // planIn is plan for what is asked, in namespaces, with a time between two readings.
 func (t *tuning) planIn(ctx context.Context, ask knob.Ask, chosen []tune.Place, window time.Duration) ([]knob.Proposal, error) {
 	var facts *knob.Facts
 	var found *doctor.Facts
-	checks := checksOf(ask.Knobs)
+	checks := slices.DeleteFunc(checksOf(ask.Knobs), func(c doctor.Check) bool { return c.NeedsCluster() })
 	var both errgroup.Group
 	both.Go(func() (err error) { facts, err = tune.Look(ctx, t.at.procSys, chosen, window); return err })
 	both.Go(func() (err error) { found, err = doctor.This().Read(ctx, checks, window, io.Discard); return err })
 	if err := both.Wait(); err != nil {
 		return nil, &failure{statusOf(&ran{err}), err}
 	}
-	facts.CPUs, facts.NodePorts = processors(), found.NodePorts()
+	facts.CPUs, facts.NodePorts, facts.Proxy = processors(), found.NodePorts(), t.config
 	for _, r := range doctor.Run(found, checks) {
 		note(facts, r)
 	}
@@ -203,7 +207,7 @@ func checksOf(knobs []*knob.Knob) []doctor.Check {
 func (t *tuning) lookAgain(ctx context.Context, proposals []knob.Proposal) (still []string, err error) {
 	set := map[string]*knob.Knob{} // by the check that justified it
 	for _, p := range proposals {
-		if p.Status == knob.Change && p.Finding != "" {
+		if p.Status == knob.Change && p.Finding != "" && p.Scope != knob.Proxy { // a kube-proxy sets it when it starts
 			if set[p.Finding], err = knob.Find(p.ID); err != nil {
 				return nil, err
 			}
@@ -302,6 +306,9 @@ func (t *tuning) print(proposals []knob.Proposal) error {
 		}
 		if p.Reason != "" {
 			fmt.Printf("    because  %s\n", p.Reason)
+		}
+		if p.Then != "" {
+			fmt.Printf("    then     %s\n", p.Then)
 		}
 		if here := p.ID + p.Space; here != last {
 			for _, e := range p.Evidence {

@@ -43,8 +43,21 @@ func outcomeOf(p *bench.Proof) outcome {
 	return stays
 }
 
-// bundle is what is set together or not at all: the settings of a knob in a namespace.
+// bundle is what is set together or not at all: the settings of a knob in a namespace, or
+// those that kube-proxy makes of a field of its configuration, with the field.
 type bundle struct{ id, space string }
+
+func bundleOf(p *knob.Proposal) bundle {
+	if p.Field != "" || p.Scope == knob.Proxy {
+		return bundle{p.ID, "kube-proxy"}
+	}
+	return bundle{p.ID, p.Space}
+}
+
+// toChange says that a setting is to become another, here or by kube-proxy.
+func toChange(p *knob.Proposal) bool {
+	return p.Status == knob.Change || p.Field != "" && p.Wanted != ""
+}
 
 // try measures what is to be changed, each comparison once, in namespaces of its own and
 // never where it is to be set: there a wrong value would do its harm while it is measured,
@@ -59,7 +72,7 @@ func (t *tuning) try(ctx context.Context, proposals []knob.Proposal) (all []trie
 	why := map[comparison]error{}
 	for _, p := range proposals {
 		one := comparison{p.Setting, p.Current, p.Wanted}
-		if p.Status != knob.Change || loads[p.Setting] == "" || known[one] != nil || why[one] != nil {
+		if !toChange(&p) || loads[p.Setting] == "" || known[one] != nil || why[one] != nil {
 			continue
 		}
 		proof, err := t.measure(ctx, one)
@@ -94,8 +107,8 @@ func decide(proposals []knob.Proposal, known map[comparison]*tried, why map[comp
 	best := map[bundle]*tried{}
 	failed := map[bundle]error{}
 	for _, p := range proposals {
-		b, one := bundle{p.ID, p.Space}, comparison{p.Setting, p.Current, p.Wanted}
-		if p.Status != knob.Change {
+		b, one := bundleOf(&p), comparison{p.Setting, p.Current, p.Wanted}
+		if !toChange(&p) {
 			continue
 		}
 		if why[one] != nil {
@@ -110,7 +123,7 @@ func decide(proposals []knob.Proposal, known map[comparison]*tried, why map[comp
 		if p.Status != knob.Change {
 			continue
 		}
-		b := bundle{p.ID, p.Space}
+		b := bundleOf(p)
 		switch k := best[b]; {
 		case k != nil && k.Outcome == helps:
 		case k != nil && k.Outcome == stays:

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -50,12 +49,12 @@ type home struct {
 var errElsewhere = errors.New("it is of another network namespace: run this there; if that one is gone, remove the file")
 
 func homeOf(s Settings) (home, error) {
-	boot, err := os.ReadFile(bootID)
+	boot, err := thisBoot()
 	if err != nil {
-		return home{}, fmt.Errorf("tell this boot from others: %w", err)
+		return home{}, err
 	}
 	cookie, err := netns.Cookie(s.Tree.Netns)
-	return home{strings.TrimSpace(string(boot)), cookie}, err
+	return home{boot, cookie}, err
 }
 
 // load reads the journal. One that is not there, or is of another boot, is empty.
@@ -125,7 +124,14 @@ func replace(path string, data []byte) error {
 	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
 		return err
 	}
-	return os.Rename(path+".new", path)
+	if err := os.Rename(path+".new", path); err != nil {
+		return err
+	}
+	folder, err := os.Open(filepath.Dir(path)) // the new name is to outlive a loss of power, too
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
 }
 
 // removeFolder removes what this layer has in its folder, and the folder.

@@ -27,9 +27,17 @@ import (
 // more. Two ledgers of one folder exclude each other.
 type Ledger struct {
 	folder, root string
+	// file is the name of what is written, home what a setting goes with: "its namespace".
+	file, home string
+	// boot tells what was set from what a later boot has begun without; empty for what
+	// outlives them.
+	boot func() (string, error)
 	// places are the namespaces that there are now, for those that are at another path
 	// than they were.
 	places func() ([]Place, error)
+	// where is where the place of a setting is now; there is false if it has gone, and
+	// the setting with it.
+	where func(*Held) (path string, there bool, err error)
 	// open is where settings of a path are, save writes the ledger.
 	open func(path string) host
 	save func([]Held) error
@@ -40,10 +48,47 @@ type Ledger struct {
 // empty is what sysctl.Find finds. Places are called when a namespace is not where it
 // was. It touches nothing.
 func NewLedger(folder, root string, places func() ([]Place, error)) *Ledger {
-	l := &Ledger{folder: folder, root: root, places: places, now: time.Now}
+	l := &Ledger{folder: folder, root: root, file: ledgerName, home: "its namespace", boot: thisBoot, places: places, now: time.Now}
 	l.open = func(path string) host { return at(root, path) }
+	l.save, l.where = l.write, l.find
+	return l
+}
+
+// Store is where settings are that are no host's: an object of a cluster.
+type Store interface {
+	// Number tells the object from one that is made after it under the same name; it
+	// returns fs.ErrNotExist where there is none.
+	Number() (uint64, error)
+	// Read is a setting's value, "" for none.
+	Read(name string) (string, error)
+	// Write sets it, and returns what it is then. It fails if the object was changed since
+	// Read, whoever did it.
+	Write(name, value string) (string, error)
+}
+
+// NewLedgerOf is a ledger of objects of clusters, beside one of a host: what it holds
+// outlives boots. Open gives the Store that a Place's path leads to.
+func NewLedgerOf(folder string, open func(path string) Store) *Ledger {
+	l := &Ledger{folder: folder, file: objectsName, home: "its object", now: time.Now,
+		boot: func() (string, error) { return "", nil }}
+	l.open = func(path string) host { return open(path) }
+	l.where = func(h *Held) (string, bool, error) {
+		n, err := open(h.Path).Number()
+		if errors.Is(err, fs.ErrNotExist) {
+			return "", false, nil
+		}
+		return h.Path, err == nil && n == h.Cookie, err
+	}
 	l.save = l.write
 	return l
+}
+
+func thisBoot() (string, error) {
+	boot, err := os.ReadFile(bootID)
+	if err != nil {
+		return "", fmt.Errorf("tell this boot from others: %w", err)
+	}
+	return strings.TrimSpace(string(boot)), nil
 }
 
 // Held is a setting that was set.
@@ -68,15 +113,19 @@ func (h Held) same(o Held) bool { return h.Cookie == o.Cookie && h.Setting == o.
 
 // sheet is the form of the file.
 type sheet struct {
-	Boot     string `json:"boot"`
+	// Boot is empty where what is held outlives it.
+	Boot     string `json:"boot,omitempty"`
 	Settings []Held `json:"settings"`
 }
 
-const ledgerName = "ledger.json"
+const (
+	ledgerName  = "ledger.json"
+	objectsName = "objects.json"
+)
 
 // Load is what is held, in the order in which it was set. It changes nothing.
 func (l *Ledger) Load() ([]Held, error) {
-	path := filepath.Join(l.folder, ledgerName)
+	path := filepath.Join(l.folder, l.file)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -88,11 +137,11 @@ func (l *Ledger) Load() ([]Held, error) {
 	if err := json.Unmarshal(data, &s); err != nil {
 		return nil, fmt.Errorf("read what was set: %s: %w: remove the file, and set by hand what shall not stay", path, err)
 	}
-	boot, err := os.ReadFile(bootID)
+	boot, err := l.boot()
 	if err != nil {
-		return nil, fmt.Errorf("tell this boot from others: %w", err)
+		return nil, err
 	}
-	if s.Boot != strings.TrimSpace(string(boot)) {
+	if s.Boot != boot {
 		return nil, nil
 	}
 	return s.Settings, nil
@@ -100,18 +149,18 @@ func (l *Ledger) Load() ([]Held, error) {
 
 // write replaces the ledger at once and for good. An empty one is no file.
 func (l *Ledger) write(all []Held) error {
-	path := filepath.Join(l.folder, ledgerName)
+	path := filepath.Join(l.folder, l.file)
 	if len(all) == 0 {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("write down what was set: %w", err)
 		}
 		return nil
 	}
-	boot, err := os.ReadFile(bootID)
+	boot, err := l.boot()
 	if err != nil {
-		return fmt.Errorf("tell this boot from others: %w", err)
+		return err
 	}
-	data, err := json.MarshalIndent(sheet{strings.TrimSpace(string(boot)), all}, "", "  ")
+	data, err := json.MarshalIndent(sheet{boot, all}, "", "  ")
 	if err == nil {
 		err = replace(path, append(data, '\n'))
 	}
@@ -144,8 +193,8 @@ func (l *Ledger) lock() (*os.File, error) {
 
 // leave removes the folder if nothing is written down.
 func (l *Ledger) leave() {
-	if _, err := os.Stat(filepath.Join(l.folder, ledgerName)); errors.Is(err, fs.ErrNotExist) {
-		_ = removeFiles(l.folder, ledgerName) // what cannot be removed does no harm
+	if _, err := os.Stat(filepath.Join(l.folder, l.file)); errors.Is(err, fs.ErrNotExist) {
+		_ = removeFiles(l.folder, l.file) // what cannot be removed does no harm
 	}
 }
 
@@ -298,7 +347,7 @@ func (l *Ledger) settle(h *Held) settling {
 	if h.Wrote != "" {
 		return known
 	}
-	path, there, err := l.find(h)
+	path, there, err := l.where(h)
 	switch {
 	case err != nil:
 		return failed
@@ -357,12 +406,12 @@ func (l *Ledger) Status() (all []State, err error) {
 	}
 	for _, h := range held {
 		s := State{Held: h}
-		path, there, err := l.find(&h)
+		path, there, err := l.where(&h)
 		switch {
 		case err != nil:
 			s.Drift, s.Unread = err.Error(), true
 		case !there:
-			s.Drift, s.Gone = "its namespace has gone, and it with that", true
+			s.Drift, s.Gone = l.home+" has gone, and it with that", true
 		default:
 			l.drift(&s, path)
 		}
@@ -422,6 +471,12 @@ func (u *undoing) Detail() string {
 	return fmt.Sprintf("%s -> %s (%s, %s)", orNothing(u.Wrote), orNothing(u.Before), u.Space, u.ID)
 }
 
+// IsPutBack says of a change that Undo has made whether a setting became another by it.
+func IsPutBack(c layer.Change) bool {
+	u, is := c.Subject.(*undoing)
+	return is && u.note == ""
+}
+
 // Undo puts back the settings of the knobs with these IDs, none for all: each that still
 // is what was set. What somebody else has set since stays, is named, and is held no
 // more. With dry it only says what it would do. It returns layer.ErrInUse while another
@@ -468,12 +523,12 @@ func (l *Ledger) undo(which func(*Held) bool, dry bool) (layer.Changes, error) {
 // putBack one setting, if it is still what was set.
 func (l *Ledger) putBack(h Held, dry bool) (*undoing, error) {
 	u := &undoing{Held: h}
-	path, there, err := l.find(&h)
+	path, there, err := l.where(&h)
 	if err != nil {
 		return nil, err
 	}
 	if !there {
-		u.note = "has gone with its namespace"
+		u.note = "has gone with " + l.home
 		return u, nil
 	}
 	value, err := l.open(path).Read(h.Setting)

@@ -513,3 +513,97 @@ func scribble(words string) error {
 		}
 	}
 }
+
+// board is a Store: an object with fields, of which there may be another later.
+type board struct {
+	number uint64
+	fields map[string]string
+	// refuse is why nothing can be written.
+	refuse error
+}
+
+func (b *board) Number() (uint64, error) {
+	if b.fields == nil {
+		return 0, os.ErrNotExist
+	}
+	return b.number, nil
+}
+
+func (b *board) Read(name string) (string, error) { return b.fields[name], nil }
+
+func (b *board) Write(name, value string) (string, error) {
+	if b.refuse != nil && value != "null" {
+		return "", b.refuse
+	}
+	b.fields[name] = value
+	return value, nil
+}
+
+// Of an object of a cluster all holds that holds of a host, but that it outlives boots;
+// one that was made anew is not ours.
+func TestLedgerOfObjects(t *testing.T) {
+	b := &board{7, map[string]string{"conntrack.min": "null", "mode": "ipvs"}, nil}
+	folder := filepath.Join(t.TempDir(), "tune")
+	open := func() *desk {
+		return &desk{T: t, Ledger: NewLedgerOf(folder, func(path string) Store {
+			if path != "kube:" {
+				t.Errorf("opened %q", path)
+			}
+			return b
+		})}
+	}
+	d := open()
+	place := Place{Name: "ConfigMap kube-system/kube-proxy", Path: "kube:", Cookie: 7}
+	step := Step{ID: "conntrack", Place: place, Setting: "conntrack.min", From: "null", To: "524288"}
+	b.refuse = errors.New("forbidden")
+	if _, err := d.Apply([]Step{step}); err == nil || err.Error() != "ConfigMap kube-system/kube-proxy: forbidden: nothing was changed" {
+		t.Errorf("%v", err)
+	}
+	d.undoes()
+	b.refuse = nil
+	d.apply(step)
+	if data, err := os.ReadFile(filepath.Join(folder, objectsName)); err != nil || strings.Contains(string(data), "boot") {
+		t.Errorf("it is written down: %s, %v", data, err)
+	}
+	d = open()
+	if states, err := d.Status(); err != nil || len(states) != 1 || states[0].Now != "524288" || states[0].Before != "null" || states[0].Drift != "" {
+		t.Errorf("%+v, %v", states, err)
+	}
+	d.undoes("- conntrack.min 524288 -> null (ConfigMap kube-system/kube-proxy, conntrack)")
+	if b.fields["conntrack.min"] != "null" || b.fields["mode"] != "ipvs" {
+		t.Errorf("%v", b.fields)
+	}
+	d.apply(step)
+	b.number = 8
+	if states, err := d.Status(); err != nil || len(states) != 1 || states[0].Drift != "its object has gone, and it with that" {
+		t.Errorf("%+v, %v", states, err)
+	}
+	d.undoes("- conntrack.min has gone with its object (ConfigMap kube-system/kube-proxy, conntrack)")
+	if b.fields["conntrack.min"] != "524288" {
+		t.Errorf("that of another object was changed: %v", b.fields)
+	}
+	// A process is killed between what it writes down and what it writes.
+	b.number, b.fields["conntrack.min"] = 7, "null"
+	for _, written := range []bool{false, true} {
+		d.Ledger.now = func() time.Time { return time.Unix(0, 0) }
+		if err := os.MkdirAll(folder, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		next, err := d.intend(nil, []Step{step})
+		if err == nil {
+			err = d.save(next)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := "- conntrack.min stays null, as it was before (ConfigMap kube-system/kube-proxy, conntrack)"
+		if written {
+			b.fields["conntrack.min"], want = "524288", "- conntrack.min 524288 -> null (ConfigMap kube-system/kube-proxy, conntrack)"
+		}
+		d = open()
+		d.undoes(want)
+		if b.fields["conntrack.min"] != "null" {
+			t.Errorf("%v", b.fields)
+		}
+	}
+}

@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/millrace/millrace/model"
 )
 
 // Scope says where a setting is, and so for whom it is.
@@ -27,6 +29,9 @@ const (
 	Copied Scope = "copied"
 	// Device is of the devices of a namespace.
 	Device Scope = "device"
+	// Proxy is a field of the configuration of the cluster's kube-proxy, one for all
+	// nodes, which each kube-proxy reads when it starts.
+	Proxy Scope = "kube-proxy"
 )
 
 // Profile is a set of knobs for a purpose.
@@ -97,6 +102,8 @@ type Facts struct {
 	NodePorts string
 	// KubeProxy is the process that is one, in the node's namespace; 0 if none is.
 	KubeProxy int
+	// Proxy is the configuration of the cluster's kube-proxy, nil where none was asked for.
+	Proxy *ProxyConfig
 	// Neighbours are the entries of the neighbour tables of IPv4 and IPv6.
 	Neighbours [2]int
 	// Spaces are the namespaces that are looked at; the node's own first, where it is
@@ -104,6 +111,24 @@ type Facts struct {
 	Spaces []*Space
 	// Elsewhere is what doctor's checks saw in namespaces that are not looked at.
 	Elsewhere []Sight
+}
+
+// ProxyConfig is the configuration of a cluster's kube-proxy.
+type ProxyConfig struct {
+	// Name is the object that it is in: "ConfigMap kube-system/kube-proxy".
+	Name string
+	// Values are fields as they are written there, by paths such as "conntrack.min"; ""
+	// for one that is not. Unread is why not, for all of them.
+	Values map[string]string
+	Unread error
+	// Conntrack is what it asks for, with kube-proxy's own values where it says nothing.
+	Conntrack model.Conntrack
+	// Owner is who would put it back, "" for nobody, and Where it is to be changed then.
+	Owner, Where string
+	// Found is what doctor's checks saw in the cluster, by their IDs.
+	Found map[string][]string
+	// Restart is the command by which kube-proxies read it again.
+	Restart string
 }
 
 // Sight is what a check of doctor's saw in a namespace.
@@ -213,7 +238,7 @@ var beside = []string{available, backlogTime}
 func Names() (names []string) {
 	names = append(names, beside...)
 	for _, k := range Knobs {
-		if k.Scope != Device {
+		if k.Scope != Device && k.Scope != Proxy {
 			names = append(names, k.Settings...)
 		}
 	}

@@ -38,11 +38,16 @@ type Proposal struct {
 	Status  Status `json:"status"`
 	// Owner is who sets it, where somebody does.
 	Owner string `json:"owner,omitempty"`
+	// Field is the field of kube-proxy's configuration that it follows, where that is
+	// among the proposals.
+	Field string `json:"field,omitempty"`
 	// Finding is the check of doctor that fired here, Evidence what it saw.
 	Finding  string   `json:"finding,omitempty"`
 	Evidence []string `json:"evidence,omitempty"`
 	// Reason says why nothing is done, and what to do instead.
 	Reason string `json:"reason,omitempty"`
+	// Then is what is to be done for it to be in force.
+	Then string `json:"then,omitempty"`
 }
 
 // Ask is what a person wants to know or have.
@@ -72,6 +77,10 @@ func Plan(m *Facts, ask Ask) (all []Proposal) {
 		knobs = Knobs
 	}
 	for _, k := range knobs {
+		if k.Scope == Proxy {
+			all = append(all, m.propose(k, ask)...)
+			continue
+		}
 		for _, s := range m.Spaces {
 			v := &view{s, m, k}
 			named := len(ask.Knobs) > 0 || ask.All
@@ -84,7 +93,7 @@ func Plan(m *Facts, ask Ask) (all []Proposal) {
 	for _, g := range ask.Given {
 		all = append(all, g.propose(m)...)
 	}
-	return all
+	return append(all, m.follow(all)...)
 }
 
 // propose says what becomes of a given value: in each namespace in which the setting is.
@@ -103,10 +112,13 @@ func (g Given) propose(m *Facts) (all []Proposal) {
 		if k.Scope == Machine && !s.Node {
 			continue
 		}
-		v := &view{s, m, k}
+		v, w := &view{s, m, k}, wish{g.Setting, g.Value, false}
 		p.ID, p.Scope, p.Current, p.Finding = k.ID, k.Scope, s.Values[g.Setting], v.finding()
 		p.Evidence = v.seen(p.Finding)
-		p.Status, p.Owner, p.Reason = v.judge(wish{g.Setting, g.Value, false})
+		p.Status, p.Owner, p.Reason = v.judge(w)
+		if p.Status == Owned && v.follows(w) {
+			p.Field = kubeProxys[w.setting]
+		}
 		all = append(all, p)
 	}
 	return all
@@ -156,13 +168,20 @@ func (v *view) propose() (all []Proposal) {
 		p.Setting, p.Wanted, p.AtLeast = w.setting, w.value, w.atLeast
 		p.Current = v.Values[w.setting]
 		p.Status, p.Owner, p.Reason = v.judge(w)
+		if p.Status == Owned && v.follows(w) {
+			p.Field = kubeProxys[w.setting]
+		}
 		all = append(all, p)
 	}
 	// What goes together is done together, or not at all.
 	if i := slices.IndexFunc(all, func(p Proposal) bool { return p.Status == Owned || p.Status == Unknown }); i >= 0 {
 		for j := range all {
 			if all[j].Status == Change {
-				all[j].Status, all[j].Reason = all[i].Status, "it goes with "+all[i].Setting+", which cannot be set: "+all[i].Reason
+				all[j].Status, all[j].Field = all[i].Status, all[i].Field
+				all[j].Reason = "it goes with " + all[i].Setting + ", which cannot be set: " + all[i].Reason
+				if all[i].Field != "" {
+					all[j].Reason = "it goes with " + all[i].Setting + ", which follows " + all[i].Field
+				}
 			}
 		}
 	}
@@ -210,12 +229,6 @@ func Suits(wanted, found string, atLeast bool) bool {
 	return true
 }
 
-// kubeProxys are the settings that a kube-proxy writes each time it starts, by the
-// fields of its configuration (pkg/proxy/conntrack/sysctls.go).
-var kubeProxys = map[string]string{
-	trackedMax: "conntrack.min", trackedLists: "conntrack.min", trackedEstablished: "conntrack.tcpEstablishedTimeout",
-}
-
 // owner is who else sets a setting, and whom to ask; nobody if it is free.
 func (v *view) owner(w wish, current string) (owner, ask string) {
 	held, is := v.Held[w.setting]
@@ -225,13 +238,14 @@ func (v *view) owner(w wish, current string) (owner, ask string) {
 	case is && held.Wrote != current && !held.Again:
 		return "somebody unknown", fmt.Sprintf("millrace tune had set it to %s, and somebody has set it to %s since: find out who, or let go of it: millrace tune undo %s", held.Wrote, current, v.k.ID)
 	}
-	if field := kubeProxys[w.setting]; field != "" && v.Node && v.m.KubeProxy > 0 {
-		value := w.value
-		if w.setting == trackedEstablished {
-			value += "s"
+	if v.k.Scope == Proxy {
+		if v.m.Proxy.Owner != "" {
+			return v.m.Proxy.Owner, fmt.Sprintf("it would put back what is set here: change %s to %s %s", w.setting, w.value, v.m.Proxy.Where)
 		}
-		return fmt.Sprintf("kube-proxy (process %d)", v.m.KubeProxy),
-			fmt.Sprintf("it sets it whenever it starts: %s: %s in its configuration (ConfigMap kube-system/kube-proxy), and restart it", field, value)
+		return "", ""
+	}
+	if ask := v.kubeProxys(w); ask != "" {
+		return fmt.Sprintf("kube-proxy (process %d)", v.m.KubeProxy), ask
 	}
 	for _, line := range v.Files[w.setting] {
 		if !w.suits(line[1]) {

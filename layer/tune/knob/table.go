@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 const (
@@ -338,7 +339,46 @@ var Knobs = []*Knob{{
 		}
 		return v.each(func(g Gear) []wish { return []wish{{g.Name + "/qdisc", "fq", false}} }, "there is no network card here")
 	},
+}, {
+	ID: "proxy-sync", Settings: []string{fieldMinSync, fieldSync}, Scope: Proxy,
+	Title:    "how long kube-proxy waits before it applies changes",
+	Formula:  "minSyncPeriod 1s and syncPeriod 30s, kube-proxy's own, where they are longer",
+	Source:   "https://kubernetes.io/docs/reference/networking/virtual-ips/#minimize-iptables-restore",
+	Evidence: "iptables.minSyncPeriod is more than 1 s, or iptables.syncPeriod is 1 h or more",
+	Checks:   []string{"PX-18"},
+	Pitfall:  "Longer ones were advised before Kubernetes 1.28, when all rules were written for each change.",
+	want:     syncPeriods,
+}, {
+	ID: "proxy-addresses", Settings: []string{fieldNodePorts}, Scope: Proxy,
+	Title:    "the addresses of nodes at which node ports are served",
+	Formula:  "0.0.0.0/0, which is all of them, in mode nftables, where nothing is said",
+	Source:   "https://kubernetes.io/blog/2025/02/28/nftables-kube-proxy/; https://kubernetes.io/docs/reference/config-api/kube-proxy-config.v1alpha1/ (nodePortAddresses)",
+	Evidence: "mode nftables, which serves them at the primary address alone, and Services with node ports",
+	Checks:   []string{"PX-04"},
+	Pitfall:  "It opens node ports at addresses that had none: only for who missed them after a change of mode. [primary] says that they are not meant.",
+	want: func(v *view) ([]wish, string) {
+		if len(v.Found["PX-04"]) == 0 {
+			return nil, "kube-proxy's mode serves them at all addresses, it is said at which, or there are none"
+		}
+		return []wish{{fieldNodePorts, `["0.0.0.0/0"]`, false}}, ""
+	},
 }}
+
+// syncPeriods are kube-proxy's own where the configuration has longer ones.
+func syncPeriods(v *view) (wishes []wish, why string) {
+	for _, row := range []struct {
+		field, usual string
+		over         time.Duration
+	}{{fieldMinSync, "1s", time.Second + 1}, {fieldSync, "30s", time.Hour}} {
+		if d, err := time.ParseDuration(strings.Trim(v.Values[row.field], `"'`)); err == nil && d >= row.over && len(v.Found["PX-18"]) > 0 {
+			wishes = append(wishes, wish{row.field, row.usual, false})
+		}
+	}
+	if len(wishes) == 0 {
+		why = "kube-proxy does not wait longer than it does by itself, or its mode has no such wait"
+	}
+	return wishes, why
+}
 
 func neighbourSettings() (all []string) {
 	for _, family := range []string{"ipv4", "ipv6"} {
