@@ -19,7 +19,7 @@ const alwaysExamples = 4
 // of the layer.
 var (
 	alwaysMaps = []string{traceMapRecent, traceMapShares, traceMapFlows}
-	pinnedMaps = []string{traceMapEvents, traceMapTotals, traceMapRecent, traceMapTurns, traceMapShares, traceMapFlows, traceMapEnded}
+	pinnedMaps = []string{traceMapEvents, traceMapTotals, traceMapRecent, traceMapTurns, traceMapShares, traceMapFlows, traceMapEnded, traceMapStorms}
 )
 
 // Share is how many packets died in a namespace of a reason.
@@ -89,16 +89,47 @@ func (e *sample) tally() *tally {
 func (s *Session) readShares(r *Recording) error {
 	var key traceShareKey
 	var counts []uint64
+	shares := map[traceShareKey]int{} // places in r.Shares
 	entries := s.collection.Maps[traceMapShares].Iterate()
 	for entries.Next(&key, &counts) {
+		shares[key] = len(r.Shares)
 		r.Shares = append(r.Shares, Share{key.Netns, s.reason(uint8(traceKindKIND_DROP), key.Reason), sumOf(counts)})
 	}
 	if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return fmt.Errorf("read drops by namespace: %w", err)
 	}
+	if err := s.addStormShares(r, shares); err != nil {
+		return err
+	}
 	slices.SortFunc(r.Shares, func(a, b Share) int {
 		return cmp.Or(cmp.Compare(a.Space, b.Space), cmp.Compare(a.Reason, b.Reason))
 	})
+	return nil
+}
+
+// addStormShares adds what is not in the table yet.
+func (s *Session) addStormShares(r *Recording, shares map[traceShareKey]int) error {
+	storms, err := s.readStorms()
+	if err != nil {
+		return err
+	}
+	for _, storm := range storms {
+		key := traceShareKey{Netns: storm.Key.Netns, Reason: storm.Key.Reason}
+		at, known := shares[key]
+		if storm.Key.Location == 0 || !known {
+			continue
+		}
+		var counts []uint64
+		waiting, err := s.whileStill(func() error { return s.collection.Maps[traceMapShares].Lookup(key, &counts) },
+			func(of *traceEventKey) bool { return of.Netns == key.Netns && of.Reason == key.Reason })
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read drops by namespace: %w", err)
+		}
+		r.Shares[at].Count = max(r.Shares[at].Count, sumOf(counts)+waiting)
+	}
 	return nil
 }
 

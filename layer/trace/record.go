@@ -139,7 +139,86 @@ func (s *Session) readCounts() (all []tally, err error) {
 			}
 		}
 	}
+	return s.addStorms(all)
+}
+
+// addStorms adds to the events what is not in the tables yet.
+func (s *Session) addStorms(all []tally) ([]tally, error) {
+	storms, err := s.readStorms()
+	if err != nil {
+		return nil, err
+	}
+	done := map[traceEventKey]bool{}
+	for _, storm := range storms {
+		if storm.Key.Location == 0 || done[storm.Key] {
+			continue
+		}
+		done[storm.Key] = true
+		at := slices.IndexFunc(all, func(t tally) bool { return t.key == storm.Key })
+		if at < 0 {
+			continue // it was pushed out: the totals have it
+		}
+		var inTable uint64
+		waiting, err := s.whileStill(func() error {
+			var values []traceEvent
+			err := s.collection.Maps[traceMapEvents].Lookup(storm.Key, &values)
+			inTable = 0
+			for _, v := range values {
+				inTable += v.Count
+			}
+			return err
+		}, func(key *traceEventKey) bool { return *key == storm.Key })
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read events: %w", err)
+		}
+		all[at].Count = max(all[at].Count, inTable+waiting)
+	}
 	return all, nil
+}
+
+// stillTries is how often it is tried to read a table between two moments at which a
+// storm is put there: each 64 packets of it, on each processor.
+const stillTries = 16
+
+// whileStill reads a table, with what of these keys waits to be put there: neither twice
+// nor not at all, so that no count ever goes back.
+func (s *Session) whileStill(read func() error, of func(*traceEventKey) bool) (waiting uint64, err error) {
+	for range stillTries {
+		before, err := s.readStorms()
+		if err != nil {
+			return 0, err
+		}
+		if err := read(); err != nil {
+			return 0, err
+		}
+		after, err := s.readStorms()
+		if err != nil {
+			return 0, err
+		}
+		still := true
+		waiting = 0
+		for i := range after {
+			if of(&after[i].Key) {
+				waiting += after[i].Count
+			}
+			still = still && before[i].Turns == after[i].Turns && after[i].Turns%2 == 0
+		}
+		if still {
+			break
+		}
+	}
+	return waiting, nil
+}
+
+// readStorms reads what each processor has met again and again.
+func (s *Session) readStorms() (storms []traceStorm, err error) {
+	if err := s.collection.Maps[traceMapStorms].Lookup(uint32(0), &storms); err != nil {
+		return nil, fmt.Errorf("read storms: %w", err)
+	}
+	return storms, nil
 }
 
 func readTable(from *ebpf.Map, all []tally) ([]tally, error) {

@@ -109,6 +109,8 @@ struct subject {
 	__be16 destination_port;
 	__u8 retransmits;
 	bool asked;
+	bool often; /* its like was met often before */
+	bool many;  /* it comes with others, which have been counted */
 };
 
 /* A range of addresses: of both families, by IPv6's bits. */
@@ -178,6 +180,14 @@ struct flow {
 	__u64 last;
 	__u32 longest_rtt; /* smoothed, in microseconds */
 	__u32 zero;
+};
+
+/* What dies again and again on a processor: the last kind of it, and how many of these are
+ * not in the tables yet. */
+struct storm {
+	struct event_key key;
+	__u64 count;
+	__u64 turns; /* grows by two when they are put there; odd meanwhile */
 };
 
 struct budget {
@@ -283,6 +293,13 @@ struct {
 	__type(value, struct flow);
 	__uint(max_entries, 8192);
 } flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct storm);
+	__uint(max_entries, 1);
+} storms SEC(".maps");
 
 /* How connections have ended. */
 enum ending {
@@ -391,17 +408,23 @@ static __always_inline bool place_in(struct subject *s, const struct net *net)
 	return looked_at(s->key.netns);
 }
 
-/* choose_port keeps of two ports that which is not the client's: what a SYN goes to,
- * else the lower one. */
+/* is_of_source says which of two ports is not the client's: what a SYN goes to, else the
+ * lower one. */
+static __always_inline bool is_of_source(__u8 protocol, __u8 flags, __be16 source, __be16 destination)
+{
+	__u8 opening = flags & (TCP_SYN | TCP_ACK);
+
+	if (protocol == IPPROTO_TCP && opening == TCP_SYN)
+		return false;
+	if (protocol == IPPROTO_TCP && opening == (TCP_SYN | TCP_ACK))
+		return true;
+	return host16(source) < host16(destination);
+}
+
 static __always_inline void choose_port(struct subject *s)
 {
-	__u8 opening = s->key.flags & (TCP_SYN | TCP_ACK);
-	bool of_source = host16(s->source_port) < host16(s->destination_port);
+	bool of_source = is_of_source(s->key.protocol, s->key.flags, s->source_port, s->destination_port);
 
-	if (s->key.protocol == IPPROTO_TCP && opening == TCP_SYN)
-		of_source = false;
-	if (s->key.protocol == IPPROTO_TCP && opening == (TCP_SYN | TCP_ACK))
-		of_source = true;
 	s->key.port = of_source ? s->source_port : s->destination_port;
 	if (of_source)
 		s->key.flags |= FLAG_SOURCE;
@@ -820,31 +843,28 @@ static __always_inline bool is_asked(const struct subject *s)
 	return (source & SIDE_FROM && destination & SIDE_TO) || (source & SIDE_TO && destination & SIDE_FROM);
 }
 
-static __always_inline void count_share(const struct subject *s)
+static __always_inline void count_share(const struct event_key *of, __u64 by)
 {
-	struct share_key key = { s->key.netns, s->key.reason };
+	struct share_key key = { of->netns, of->reason };
 	__u64 *count = bpf_map_lookup_elem(&shares, &key);
-	__u64 one = 1;
 
 	if (count)
-		*count += 1;
+		*count += by;
 	else
-		bpf_map_update_elem(&shares, &key, &one, BPF_NOEXIST);
+		bpf_map_update_elem(&shares, &key, &by, BPF_NOEXIST);
 }
 
-static __always_inline void count_total(const struct subject *s)
+static __always_inline void count_total(const struct event_key *key)
 {
 	__u32 reason = 0;
 
-	if (s->key.kind == KIND_DROP || s->key.kind == KIND_RESET)
-		reason = s->key.reason < REASONS ? s->key.reason : REASONS - 1;
-	__u32 at = s->key.kind * REASONS + reason;
+	if (key->kind == KIND_DROP || key->kind == KIND_RESET)
+		reason = key->reason < REASONS ? key->reason : REASONS - 1;
+	__u32 at = key->kind * REASONS + reason;
 	__u64 *count = bpf_map_lookup_elem(&totals, &at);
 
 	if (count)
 		*count += 1;
-	if (keeps && s->key.kind == KIND_DROP)
-		count_share(s);
 }
 
 /* Examples of what was not asked for, likewise: those that were are to have the room. */
@@ -960,6 +980,104 @@ static __always_inline void show(void *ctx, const struct subject *s, __u32 progr
 /* From then on every so many events the time and the greatest length are noted. */
 #define OFTEN 64
 
+/* What of a header is compared with that of the packet before: up to TCP's flags behind a
+ * header of IPv6. */
+#define WORDS 14
+
+extern void *bpf_rdonly_cast(const void *, __u32)
+__ksym __weak; /* since Linux 6.2 */
+
+/* read_words reads the beginning of a packet, as a load each where the kernel lets it. */
+static __always_inline bool read_words(__u32 *word, const unsigned char *from, __u32 words)
+{
+	if (!bpf_rdonly_cast)
+		return !bpf_probe_read_kernel(word, words * 4, from);
+#pragma unroll
+	for (__u32 i = 0; i < words; i += 4) { /* any structure that has four words will do */
+		const struct in6_addr *four = bpf_rdonly_cast(from + i * 4, bpf_core_type_id_kernel(struct in6_addr));
+
+		for (__u32 j = 0; j < 4 && i + j < words; j++)
+			word[i + j] = four->in6_u.u6_addr32[j];
+	}
+	return true;
+}
+
+/* same_ports says that a packet with such a transport header has this key. */
+static __always_inline bool same_ports(const struct event_key *key, const __u32 *word)
+{
+	__be16 source = word[0], destination = word[0] >> 16;
+	__u8 flags = 0;
+
+	if (key->protocol == IPPROTO_TCP)
+		flags = word[3] >> 8 & FLAGS_OF_TCP;
+	else if (key->protocol != IPPROTO_UDP)
+		return false;
+	bool of_source = is_of_source(key->protocol, flags, source, destination);
+
+	return key->port == (of_source ? source : destination) &&
+	       key->flags == (of_source ? flags | FLAG_SOURCE : flags);
+}
+
+static __always_inline bool same_ip4(const struct event_key *key, const unsigned char *from, __u32 length)
+{
+	__u32 word[WORDS];
+
+	if (key->protocol == IPPROTO_TCP) {
+		if (length < 36 || !read_words(word, from, 9))
+			return false;
+	} else if (length < 24 || !read_words(word, from, 6)) {
+		return false;
+	}
+	/* no options, no fragment but the first */
+	return (__u8)word[0] == 0x45 && !(word[1] >> 16 & 0xff1f) && (__u8)(word[2] >> 8) == key->protocol &&
+	       word[3] == key->source.word[3] && word[4] == key->destination.word[3] && same_ports(key, word + 5);
+}
+
+static __always_inline bool same_ip6(const struct event_key *key, const unsigned char *from, __u32 length)
+{
+	__u32 word[WORDS];
+
+	if (key->protocol == IPPROTO_TCP) {
+		if (length < 56 || !read_words(word, from, 14))
+			return false;
+	} else if (length < 44 || !read_words(word, from, 11)) {
+		return false;
+	}
+	for (int i = 0; i < 4; i++) {
+		if (word[2 + i] != key->source.word[i] || word[6 + i] != key->destination.word[i])
+			return false;
+	}
+	return (word[0] & 0xf0) == 0x60 && (__u8)(word[1] >> 16) == key->protocol && same_ports(key, word + 10);
+}
+
+/* storms_on says that a packet that died is counted with the one before: it is what a storm
+ * has most of, and costs no look into a table. Where it is asked for some packets only,
+ * each is looked at. */
+static __always_inline bool storms_on(struct storm *storm, struct sk_buff *skb, __u64 location, __u32 reason)
+{
+	const struct event_key *key = &storm->key;
+	struct net_device *dev = skb->dev;
+	__u32 at = skb->network_header, tail = skb->tail;
+
+	if (key->location != location || key->reason != reason || !dev || key->ifindex != dev->ifindex ||
+	    key->ethertype != skb->protocol || !at || at >= tail)
+		return false;
+	struct net *net = dev->nd_net.net;
+
+	if (!net || key->netns != net->ns.inum)
+		return false;
+	if (bpf_core_field_exists(net->net_cookie) && key->cookie != (__u32)net->net_cookie)
+		return false;
+	if (key->ethertype == ETHERTYPE_IP4 ? !same_ip4(key, skb->head + at, tail - at)
+					    : !same_ip6(key, skb->head + at, tail - at))
+		return false;
+	if (storm->count + 1 == OFTEN) /* this one and those before are put into the tables */
+		return false;
+	storm->count++;
+	count_total(key);
+	return true;
+}
+
 static __always_inline struct event *find_event(const struct subject *s)
 {
 	if (s->asked)
@@ -983,6 +1101,32 @@ static __always_inline void met_again(struct event *e, const struct subject *s, 
 		e->longest = s->length;
 }
 
+/* settle puts what a storm has counted into the tables. What was pushed out of them
+ * meanwhile is in the totals alone. */
+static __always_inline void settle(struct storm *storm)
+{
+	struct event *e = bpf_map_lookup_elem(&events, &storm->key);
+
+	storm->turns++;
+	barrier();
+	if (e)
+		e->count += storm->count;
+	if (keeps)
+		count_share(&storm->key, storm->count);
+	storm->count = 0;
+	barrier();
+	storm->turns++;
+}
+
+/* is_storm says that events of a kind may be counted as a storm: what storms_on tells by
+ * a header without options or extensions. */
+static __always_inline bool is_storm(const struct event_key *key)
+{
+	return key->ifindex && !(key->flags & FLAG_FRAGMENT) &&
+	       (key->protocol == IPPROTO_UDP || key->protocol == IPPROTO_TCP) &&
+	       (key->ethertype == ETHERTYPE_IP4 || key->ethertype == ETHERTYPE_IP6);
+}
+
 /* note counts an event, and shows it if its like was not met before; then it returns
  * true. */
 static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bool stack)
@@ -991,8 +1135,11 @@ static __always_inline bool note(void *ctx, struct subject *s, __u32 program, bo
 
 	s->asked = is_asked(s);
 	e = find_event(s);
-	count_total(s);
-	if (e && e->count > OFTEN && e->count % OFTEN) { /* a storm: the clock costs as much as the rest */
+	count_total(&s->key);
+	if (keeps && s->key.kind == KIND_DROP)
+		count_share(&s->key, 1);
+	s->often = e && e->count > OFTEN;
+	if (s->often && !s->many && e->count % OFTEN) { /* a storm: the clock costs as much as the rest */
 		e->count++;
 		return false;
 	}
@@ -1053,6 +1200,15 @@ SEC("tp_btf/kfree_skb")
 int drop(__u64 *ctx)
 {
 	struct sk_buff *skb = (struct sk_buff *)ctx[0];
+	const bool counts = !each && !packets && !ends && !filter_steps;
+	struct storm *storm;
+	__u32 zero = 0, reason = drop_reason == 2 ? ctx[2] : 0;
+
+	storm = bpf_map_lookup_elem(&storms, &zero);
+	if (!storm)
+		return 0;
+	if (counts && storms_on(storm, skb, ctx[1], reason))
+		return 0;
 	struct sock *receiver = 0;
 	struct subject s = { .key.kind = KIND_DROP };
 
@@ -1061,8 +1217,7 @@ int drop(__u64 *ctx)
 	if (!place_packet(&s, skb, receiver))
 		return 0;
 	s.key.location = ctx[1];
-	if (drop_reason == 2)
-		s.key.reason = ctx[2];
+	s.key.reason = reason;
 	read_packet(&s, skb);
 	if (!s.key.protocol && !s.key.ethertype)
 		read_sender(&s, skb);
@@ -1070,12 +1225,17 @@ int drop(__u64 *ctx)
 		s.socket = receiver->__sk_common.skc_cookie.counter;
 	if (each) {
 		s.asked = true;
-		count_total(&s);
+		count_total(&s.key);
 		show(ctx, &s, KIND_DROP, true);
 		return 0;
 	}
+	s.many = storm->count;
+	if (s.many)
+		settle(storm);
 	if (!note(ctx, &s, KIND_DROP, true) && packets && s.asked && affordable(KIND_DROP, bpf_ktime_get_ns()))
 		show(ctx, &s, KIND_DROP, false);
+	if (counts && s.often && is_storm(&s.key))
+		storm->key = s.key;
 	return 0;
 }
 

@@ -175,6 +175,13 @@ type traceStep struct {
 	}
 }
 
+type traceStorm struct {
+	_     structs.HostLayout
+	Key   traceEventKey
+	Count uint64
+	Turns uint64
+}
+
 type traceTest uint32
 
 const (
@@ -205,6 +212,7 @@ const (
 	traceMapRecent           = "recent"
 	traceMapShares           = "shares"
 	traceMapSides            = "sides"
+	traceMapStorms           = "storms"
 	traceMapTotals           = "totals"
 	traceMapTurns            = "turns"
 	traceMapWanted           = "wanted"
@@ -312,6 +320,7 @@ type traceMapSpecs struct {
 	Recent   *ebpf.MapSpec `ebpf:"recent"`
 	Shares   *ebpf.MapSpec `ebpf:"shares"`
 	Sides    *ebpf.MapSpec `ebpf:"sides"`
+	Storms   *ebpf.MapSpec `ebpf:"storms"`
 	Totals   *ebpf.MapSpec `ebpf:"totals"`
 	Turns    *ebpf.MapSpec `ebpf:"turns"`
 	Wanted   *ebpf.MapSpec `ebpf:"wanted"`
@@ -371,6 +380,7 @@ type traceMaps struct {
 	Recent   *ebpf.Map `ebpf:"recent"`
 	Shares   *ebpf.Map `ebpf:"shares"`
 	Sides    *ebpf.Map `ebpf:"sides"`
+	Storms   *ebpf.Map `ebpf:"storms"`
 	Totals   *ebpf.Map `ebpf:"totals"`
 	Turns    *ebpf.Map `ebpf:"turns"`
 	Wanted   *ebpf.Map `ebpf:"wanted"`
@@ -388,6 +398,7 @@ func (m *traceMaps) Close() error {
 		m.Recent,
 		m.Shares,
 		m.Sides,
+		m.Storms,
 		m.Totals,
 		m.Turns,
 		m.Wanted,
