@@ -33,7 +33,7 @@ type State struct {
 	MSS, PathMTU              int
 	TotalRetransmits          uint64
 	BytesAcked, BytesReceived uint64
-	SendWindow, ReceiveWindow int
+	SendWindow, ReceiveWindow int // ReceiveWindow is negative where the kernel does not say it, before Linux 6.2
 	LastSent, LastReceived    time.Duration
 	RTT                       time.Duration
 }
@@ -149,6 +149,9 @@ func (s *State) attribute(kind uint16, value []byte) {
 		s.RTT = time.Duration(word(68)) * time.Microsecond
 		s.TotalRetransmits = uint64(word(100))
 		s.BytesAcked, s.BytesReceived = long(120), long(128)
-		s.SendWindow, s.ReceiveWindow = int(word(228)), int(word(232))
+		s.SendWindow, s.ReceiveWindow = int(word(228)), -1
+		if len(value) >= 236 {
+			s.ReceiveWindow = int(word(232))
+		}
 	}
 }

@@ -216,7 +216,6 @@ func (p *Part) deleteEntries() error {
 // after a second without a packet, and lets the server speak after two.
 func masqueraded(p *Part) error {
 	front := p.draw(3)
-	words := p.tables([]string{"iptables-nft", "iptables-legacy"}[front%2])
 	all := p.serve(p.server, p.local(p.port), func(conn net.Conn) {
 		buffer := make([]byte, 64)
 		if n, err := conn.Read(buffer); err == nil {
@@ -229,10 +228,11 @@ func masqueraded(p *Part) error {
 			}
 		}
 	})
-	if front == 2 {
+	if front == 0 {
 		all = errors.Join(all, p.router.feed(fmt.Sprintf("table %s out { chain c { type nat hook postrouting priority 100; %s daddr %s masquerade; }; }",
 			p.word(), p.word(), p.to), "nft", "-f", "-"))
 	} else {
+		words := p.tables([]string{"iptables-nft", "iptables-legacy"}[front-1])
 		all = errors.Join(all, p.router.run(words, "-w", "-t", "nat", "-A", "POSTROUTING", "-d", p.to.String(), "-j", "MASQUERADE"))
 	}
 	return errors.Join(all, p.router.set("net.netfilter.nf_conntrack_tcp_timeout_established", "1"))

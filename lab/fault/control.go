@@ -301,7 +301,7 @@ func askLate(ctx context.Context, p *Part) {
 			return
 		}
 		p.saw(p.exchange(ctx, conn, 10))
-		idle := rest(ctx, time.Second)
+		idle := rest(ctx, 1300*time.Millisecond)
 		conn.Write(make([]byte, 300))
 		select {
 		case p.asked <- struct{}{}:
@@ -318,7 +318,7 @@ func askLate(ctx context.Context, p *Part) {
 
 var controls = []*Fault{
 	{Name: "path-mtu-works", Number: "02c", Says: "The way is narrower than the links, and the client is told and sends smaller packets.",
-		Seen: []Outcome{OK}, induce: serving(narrow), send: bigCalls},
+		Seen: []Outcome{OK}, induce: serving(narrowWay), send: bigCalls},
 	{Name: "healthy", Says: "Pages, names, a long connection, a slow reader, a client that gives up: nothing is wrong.",
 		Seen: []Outcome{OK}, induce: serving(), send: waiting},
 	{Name: "healthy-calls", Says: "Connections and datagrams, small and large, that all succeed.",

@@ -53,6 +53,8 @@ func (d *diagnosis) benign() {
 			e.by = "benign" // redirects: nobody needs them, and translation drops its own
 		case e.Kind == Drop && strings.HasPrefix(e.Location, "unix_"), e.Kind == Drop && strings.HasPrefix(e.Location, "netlink_"):
 			e.by = "benign"
+		case e.Kind == Drop && e.Reason == "NOT_SPECIFIED" && strings.HasPrefix(e.Location, "icmpv6_rcv"):
+			e.by = "benign" // a message that was heard; its end is called so up to Linux 6.1 at least
 		case e.Kind == Drop && strings.HasPrefix(e.Location, "ping_rcv"):
 			e.by = "benign" // an answer to ping; programs with a raw socket have got it besides
 		case e.Kind == Drop && strings.Contains(e.Location, "packet_rcv"):
@@ -61,6 +63,8 @@ func (d *diagnosis) benign() {
 			e.by = "benign"
 		case e.Kind == Drop && e.Location == "tcp_v4_rcv" && e.Reason == "NOT_SPECIFIED", e.Kind == Drop && e.Location == "tcp_v6_rcv" && e.Reason == "NOT_SPECIFIED":
 			e.by = "benign" // of TIME-WAIT
+		case e.Kind == Drop && e.Reason == "NOT_SPECIFIED" && strings.HasPrefix(e.Location, "tcp_rcv_state_process"):
+			e.by = "benign" // of connections that end; later kernels say TCP_RESET, TCP_CLOSE and the like
 		}
 	}
 }

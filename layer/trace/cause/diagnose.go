@@ -296,7 +296,7 @@ const (
 
 	flagFIN, flagSYN, flagRST, flagACK = 1, 2, 4, 16
 
-	tcpEstablished, tcpSynSent, tcpSynReceived, tcpClose, tcpListen, tcpNewSynReceived = 1, 2, 3, 7, 10, 12
+	tcpEstablished, tcpSynSent, tcpSynReceived, tcpClose, tcpCloseWait, tcpListen, tcpNewSynReceived = 1, 2, 3, 7, 8, 10, 12
 
 	neighIncomplete, neighFailed, neighPermanent = 0x01, 0x20, 0x80
 

@@ -20,9 +20,38 @@ type Evidence struct {
 	// Missing are the signals that this kernel, or the rights of the process, do not
 	// give, and why: "icmp_send: no such tracepoint".
 	Missing []string
+	// Passages are how long packets took that were asked for and went on; none where none
+	// were asked for.
+	Passages []Passage
 	// Lost are events of which no example was kept; all are counted.
 	Lost uint64
 }
+
+// Passage is how long packets took from one place to the next, of those that were seen at
+// both.
+type Passage struct {
+	From, To Spot
+	Packets  uint64
+	// Mean and Longest are of the time between.
+	Mean, Longest time.Duration
+}
+
+// Spot is where a packet was seen.
+type Spot struct {
+	Space uint32 // inode of the network namespace
+	Index int    // of the device
+	Point Point
+}
+
+// Point is what a packet does at a device.
+type Point string
+
+// The points, and the tracepoint of each.
+const (
+	Came   Point = "came"   // netif_receive_skb
+	Queued Point = "queued" // net_dev_queue
+	Left   Point = "left"   // net_dev_start_xmit
+)
 
 // Service is an address and a port of one.
 type Service struct {
@@ -265,7 +294,7 @@ type Socket struct {
 	MSS, PathMTU              int
 	TotalRetransmits          uint64
 	BytesAcked, BytesReceived uint64
-	ReceiveWindow, SendWindow int
+	ReceiveWindow, SendWindow int // ReceiveWindow is negative where the kernel does not say it, before Linux 6.2
 	LastSent, LastReceived    time.Duration
 	RTT                       time.Duration
 }

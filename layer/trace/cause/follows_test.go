@@ -33,11 +33,22 @@ func pair(idle bool, to string) *Evidence {
 // A receiver is stalled if nothing moves between two looks, wherever its sender believes
 // it to be; one that is slow is not.
 func TestStalled(t *testing.T) {
+	older := func(probing bool) *Evidence { // a kernel that does not say the receiver's window
+		e := pair(true, "10.2.0.2:8080")
+		e.Spaces[0].After.Sockets[0].Probing = probing
+		e.Spaces[1].After.Sockets[0].ReceiveWindow = -1
+		return e
+	}
+	ended := pair(true, "10.2.0.2:8080")
+	ended.Spaces[1].After.Sockets[0].State, ended.Spaces[1].After.Sockets[0].ReceiveQueue = tcpCloseWait, 1
 	for _, row := range []struct {
 		name string
 		e    *Evidence
 		want []string
 	}{
+		{"on an older kernel", older(true), []string{"receiver-stalled server"}},
+		{"on an older kernel, whose sender does not wait for it", older(false), nil},
+		{"nothing is unread but the end", ended, nil},
 		{"nothing moves", pair(true, "10.2.0.2:8080"), []string{"receiver-stalled server"}},
 		{"behind a translated address", pair(true, "10.96.0.1:80"), []string{"receiver-stalled server"}},
 		{"a slow reader", pair(false, "10.2.0.2:8080"), nil},

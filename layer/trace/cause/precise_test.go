@@ -23,6 +23,7 @@ func precise() []handwritten {
 			e.Spaces[0].After.Sockets = []Socket{{Protocol: protoTCP, State: tcpEstablished, Retransmits: 5,
 				Local: netip.MustParseAddrPort("192.0.2.1:40000"), Remote: netip.MustParseAddrPort("192.0.2.2:80")}}
 		})},
+		{"a message about a packet that was too big, and was heard", "", heard()},
 		{"a port that forwards", "", Evidence{Spaces: []*Space{space(func(s *Space) {
 			s.After.Links = append(s.After.Links, Link{Index: 3, Name: "br0", Kind: "bridge", Up: true, Carrier: true})
 			s.After.Links[0].Master, s.After.Links[0].PortState = 3, "forwarding"
@@ -56,6 +57,19 @@ func closedBehind(crossed bool) Evidence {
 	told.Tuple.Destination = netip.MustParseAddrPort("10.96.0.1:80")
 	client := space(func(s *Space) { s.Inode, s.Name, s.Addrs = 2, "client", []Addr{addr("192.0.2.1/24")} })
 	return Evidence{Spaces: []*Space{space(nil), client}, Events: []Event{sent, told}}
+}
+
+// heard is discovery of the path MTU on a kernel that tells the end of each message of
+// ICMPv6 as a drop.
+func heard() Evidence {
+	big, told := drop("PKT_TOO_BIG", "ip6_forward", 3), drop("NOT_SPECIFIED", "icmpv6_rcv", 3)
+	big.Tuple.Source, big.Tuple.Destination = netip.MustParseAddrPort("[2001:db8::1]:40000"), netip.MustParseAddrPort("[2001:db8:1::1]:80")
+	told.Tuple = Tuple{Protocol: protoICMP6, EtherType: etherIP6, ICMPType: 2, Source: netip.MustParseAddrPort("[2001:db8::9]:0"), Destination: netip.MustParseAddrPort("[2001:db8::1]:0")}
+	s := space(func(s *Space) {
+		s.Addrs = []Addr{addr("2001:db8::1/64")}
+		s.After.Counters = map[string]uint64{"Icmp6InPktTooBigs": 3}
+	})
+	return Evidence{Spaces: []*Space{s}, Events: []Event{big, told}}
 }
 
 // filled is a queue that has dropped 80 of 1080 packets of TCP, and what is changed.

@@ -247,15 +247,27 @@ func (d *diagnosis) stalled() {
 			}
 			waits := o.SendQueue > 0 && o.Probing && o.Backoff >= mostProbes && o.Retransmits < mostProbes
 			switch {
-			case o.ReceiveQueue > 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
+			case o.unread() > 0 && o.ReceiveWindow >= 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
 				d.stallAt(s, o)
 			case waits:
-				if _, receiver := d.farEnd(s, o); receiver == nil {
+				switch r, receiver := d.farEnd(s, o); {
+				case receiver == nil:
 					d.stall(s, o, s, nil)
+				case receiver.ReceiveWindow < 0 && receiver.unread() > 0:
+					d.stall(s, o, r, receiver)
 				}
 			}
 		}
 	}
+}
+
+// unread are the bytes that a program has not read; the kernel counts the end of what is
+// said as one.
+func (o *Socket) unread() int {
+	if o.State == tcpCloseWait {
+		return o.ReceiveQueue - 1
+	}
+	return o.ReceiveQueue
 }
 
 // farEnd is the other end of a connection, by the two addresses, or, as somebody on the way
@@ -301,7 +313,7 @@ func (d *diagnosis) stall(s *Space, o *Socket, r *Space, receiver *Socket) {
 	holder := ""
 	if receiver != nil {
 		holder = r.process(receiver.Inode)
-		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.ReceiveQueue, receiver.ReceiveWindow)
+		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.unread(), max(receiver.ReceiveWindow, 0))
 	}
 	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), at, o.Local, s.Name, o.SendQueue)
 	if o.Probing {
