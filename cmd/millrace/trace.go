@@ -198,7 +198,7 @@ func (w *watching) watch(ctx context.Context, spaces []trace.Namespace, chosen [
 		return nil, nil, err
 	}
 	evidence.Missing = append(recording.Missing, evidence.Missing...)
-	evidence.Lost = recording.Lost
+	evidence.Lost, evidence.Passages = recording.Lost, recording.Hops
 	return evidence, reader, nil
 }
 

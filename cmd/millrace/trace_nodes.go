@@ -117,7 +117,7 @@ func readAnswers(all []reply) (answers []answer) {
 // joined makes one report of those of all nodes. A node that did not answer is told
 // among what was not seen; it fails if none did.
 func joined(all []answer) (*traceReport, error) {
-	r := &traceReport{Version: 1, Nodes: []string{}, Namespaces: []string{}, Verdicts: []cause.Verdict{}, Folded: []folded{}, Missing: []string{}}
+	r := &traceReport{Version: 1, Nodes: []string{}, Namespaces: []string{}, Verdicts: []cause.Verdict{}, Times: []stepTime{}, Folded: []folded{}, Missing: []string{}}
 	var kernels []string
 	var failed error
 	for _, a := range all {
@@ -140,6 +140,10 @@ func joined(all []answer) (*traceReport, error) {
 		for _, v := range a.report.Verdicts {
 			v.Where.Node = a.node
 			r.Verdicts = append(r.Verdicts, v)
+		}
+		for _, t := range a.report.Times {
+			t.From.Namespace, t.To.Namespace = on(t.From.Namespace), on(t.To.Namespace)
+			r.Times = append(r.Times, t)
 		}
 		for _, f := range a.report.Folded {
 			f.Namespace = on(f.Namespace)

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/millrace/millrace/layer/trace"
@@ -24,10 +25,34 @@ type traceReport struct {
 	Verdicts   []cause.Verdict `json:"verdicts"`
 	// Others is how many verdicts are about packets that were not asked for.
 	Others int `json:"others"`
+	// Times are how long packets took that were asked for and went on, the longest first.
+	Times []stepTime `json:"times"`
 	// Folded are packets that died as they have to where all is well.
 	Folded  []folded `json:"folded"`
 	Missing []string `json:"missing"`
 	Lost    uint64   `json:"lost"`
+}
+
+// stepTime is how long packets took from one place to the next, where they were seen at
+// both.
+type stepTime struct {
+	From    timeSpot      `json:"from"`
+	To      timeSpot      `json:"to"`
+	Packets uint64        `json:"packets"`
+	Mean    time.Duration `json:"mean_ns"`
+	Longest time.Duration `json:"longest_ns"`
+}
+
+// timeSpot is a device where packets come, are given to its queue, or leave.
+type timeSpot struct {
+	Namespace string      `json:"namespace"`
+	Interface string      `json:"interface"`
+	Point     cause.Point `json:"point"`
+}
+
+func (s timeSpot) String() string {
+	words := map[cause.Point]string{cause.Came: "came by %s", cause.Queued: "queue of %s", cause.Left: "left by %s"}
+	return s.Namespace + ": " + fmt.Sprintf(words[s.Point], s.Interface)
 }
 
 // folded are drops of one reason in one namespace.
@@ -47,6 +72,7 @@ func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, died []cause.Ev
 	for _, s := range e.Spaces {
 		names[s.Inode] = s.Name
 	}
+	r.Times = timesOf(e)
 	for _, s := range spaces {
 		r.Namespaces = append(r.Namespaces, s.Name)
 	}
@@ -67,6 +93,32 @@ func newTraceReport(e *cause.Evidence, verdicts []cause.Verdict, died []cause.Ev
 	}
 	return r
 }
+
+// timesOf are the times of the evidence, at devices that are still there.
+func timesOf(e *cause.Evidence) []stepTime {
+	all := []stepTime{}
+	spot := func(of cause.Spot) (at timeSpot, known bool) {
+		for _, s := range e.Spaces {
+			for _, l := range s.After.Links {
+				if s.Inode == of.Space && l.Index == of.Index {
+					return timeSpot{s.Name, l.Name, of.Point}, true
+				}
+			}
+		}
+		return at, false
+	}
+	for _, p := range e.Passages {
+		from, known := spot(p.From)
+		to, too := spot(p.To)
+		if known && too {
+			all = append(all, stepTime{from, to, p.Packets, p.Mean, p.Longest})
+		}
+	}
+	return all
+}
+
+// timesShown is how many are printed.
+const timesShown = 10
 
 // print is the report for people.
 func (r *traceReport) print(w io.Writer) error {
@@ -118,6 +170,13 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("verdicts about other packets: %d; leave FROM, TO and the filter out to see them", r.Others)
 	}
 	out.say("")
+	for i, t := range r.Times {
+		if i == timesShown {
+			out.say("times of %d other steps: -o json", len(r.Times)-timesShown)
+			break
+		}
+		out.say("time  %s -> %s  mean %s, longest %s of %d packets", t.From, t.To, timeText(t.Mean), timeText(t.Longest), t.Packets)
+	}
 	if len(r.Folded) > 0 {
 		out.say("folded: %s, as they die where all is well", r.foldedText())
 	}
@@ -128,6 +187,14 @@ func (r *traceReport) print(w io.Writer) error {
 		out.say("not seen apart: %d events, for which there was no room; they are in the totals", r.Lost)
 	}
 	return out.err
+}
+
+// timeText is a time with three digits or so.
+func timeText(d time.Duration) string {
+	if d < time.Millisecond {
+		return d.Round(100 * time.Nanosecond).String()
+	}
+	return d.Round(10 * time.Microsecond).String()
 }
 
 // stepText is "h2r: in by ra, 10.71.2.0/24 dev rb".

@@ -114,6 +114,45 @@ func TestTraceNamesTheCause(t *testing.T) {
 	}
 }
 
+// Packets that are asked for and well are told by the time that they take.
+func TestTraceTellsTimes(t *testing.T) {
+	w := newWard(t)
+	var listener *net.UDPConn
+	w.must(netns.Do(w.pod, func() (err error) {
+		listener, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(wardPod+":9")))
+		return err
+	}))
+	defer listener.Close()
+	r := w.trace(wardPod + ":9")
+	w.must(netns.Do(w.node, func() error {
+		c, err := net.Dial("udp", wardPod+":9")
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		for range 5 {
+			if _, err := c.Write([]byte("hello")); err != nil {
+				return err
+			}
+			if _, err := listener.Read(make([]byte, 10)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	report, status := r.stop()
+	wire := func(s stepTime) bool {
+		return s.From == timeSpot{w.node, "veth1", cause.Left} && s.To == timeSpot{w.pod, "eth0", cause.Came} && s.Packets == 5 && s.Mean > 0 && s.Mean <= s.Longest
+	}
+	if status != exitOK || !slices.ContainsFunc(report.Times, wire) {
+		t.Errorf("exit status %d: %s", status, r.out.String())
+	}
+	var text bytes.Buffer
+	if err := report.print(&text); err != nil || !strings.Contains(text.String(), "time  "+w.node+": left by veth1 -> "+w.pod+": came by eth0  mean ") {
+		t.Errorf("%v: %s", err, text.String())
+	}
+}
+
 func TestTraceOfAHealthyRunNamesNothing(t *testing.T) {
 	w := newWard(t)
 	var listener net.Listener

@@ -99,7 +99,8 @@ func (p *Picture) Subjects() (all []layer.Subject) {
 // see each connection, and each system call, are for millrace trace alone.
 func lasting() (all []probe) {
 	for _, p := range probes {
-		if p.name != traceProgCall && p.name != traceProgState && p.name != traceProgSocketError { // end sees the ends of connections
+		seldom := append([]string{traceProgCall, traceProgState, traceProgSocketError}, onTheWay...) // end sees the ends of connections
+		if !slices.Contains(seldom, p.name) {
 			all = append(all, p)
 		}
 	}

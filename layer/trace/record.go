@@ -102,7 +102,7 @@ func (s *Session) record() (*Recording, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.readTotals(r, all); err != nil {
+	if err := errors.Join(s.readTotals(r, all), s.readHops(r)); err != nil {
 		return nil, err
 	}
 	slices.SortFunc(all, func(a, b tally) int { return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(b.Count, a.Count)) })
@@ -247,6 +247,37 @@ func readTable(from *ebpf.Map, all []tally) ([]tally, error) {
 		return nil, fmt.Errorf("read events: %w", err)
 	}
 	return all, nil
+}
+
+// points are the words of enum point.
+var points = map[tracePoint]cause.Point{tracePointPOINT_CAME: cause.Came, tracePointPOINT_QUEUED: cause.Queued, tracePointPOINT_LEFT: cause.Left}
+
+// readHops reads how long packets took on their way.
+func (s *Session) readHops(r *Recording) error {
+	from := s.collection.Maps[traceMapHops]
+	if from == nil {
+		return nil // the layer's
+	}
+	var key traceHopKey
+	var h traceHop
+	entries := from.Iterate()
+	for entries.Next(&key, &h) {
+		if h.Count == 0 {
+			continue
+		}
+		r.Hops = append(r.Hops, cause.Passage{
+			From:    cause.Spot{Space: key.From.Netns, Index: int(key.From.Ifindex), Point: points[key.From.Point]},
+			To:      cause.Spot{Space: key.To.Netns, Index: int(key.To.Ifindex), Point: points[key.To.Point]},
+			Packets: h.Count, Mean: time.Duration(h.Total / h.Count), Longest: time.Duration(h.Longest),
+		})
+	}
+	if err := entries.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return fmt.Errorf("read times of packets: %w", err)
+	}
+	slices.SortFunc(r.Hops, func(a, b cause.Passage) int {
+		return cmp.Or(cmp.Compare(b.Longest, a.Longest), cmp.Compare(b.Packets, a.Packets))
+	})
+	return nil
 }
 
 // readTotals reads the totals, and finds what of them is not among the events: what

@@ -195,6 +195,37 @@ struct budget {
 	__u64 used;
 };
 
+/* Where a packet is seen that goes on. */
+enum point {
+	POINT_CAME,   /* it has come by a device */
+	POINT_QUEUED, /* it is given to a device's queue */
+	POINT_LEFT,   /* the device is given it */
+};
+
+struct spot {
+	__u32 netns;
+	__u32 ifindex;
+	enum point point;
+};
+
+/* A packet on its way: where and when it was seen last. */
+struct flight {
+	__u64 at;
+	struct spot spot;
+	__u32 mark;
+};
+
+struct hop_key {
+	struct spot from;
+	struct spot to;
+};
+
+struct hop {
+	__u64 count;
+	__u64 total; /* nanoseconds */
+	__u64 longest;
+};
+
 /* Whom we look at: inodes of network namespaces. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -300,6 +331,22 @@ struct {
 	__type(value, struct storm);
 	__uint(max_entries, 1);
 } storms SEC(".maps");
+
+/* Packets that are asked for and on their way, by their address in memory. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, __u64);
+	__type(value, struct flight);
+	__uint(max_entries, 4096);
+} flights SEC(".maps");
+
+/* How long they took from one place to the next. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct hop_key);
+	__type(value, struct hop);
+	__uint(max_entries, 512);
+} hops SEC(".maps");
 
 /* How connections have ended. */
 enum ending {
@@ -1240,7 +1287,7 @@ int drop(__u64 *ctx)
 }
 
 /* How many times longer nobody had said anything than what is unread has waited. */
-#define SILENCE 32
+#define SILENCE 8
 
 /* has_crossed says that a program closes a connection that was idle, at the moment at which
  * the other end has used it again: nothing was unread before. No program can help that. */
@@ -1513,6 +1560,86 @@ int end(__u64 *ctx)
 		f->longest_rtt = rtt;
 	f->last = bpf_ktime_get_ns();
 	return 0;
+}
+
+/* mark_of tells packets apart that have had the same memory one after the other: by what
+ * of the IP header nobody changes on the way, its length and number, or part of its label. */
+static __always_inline __u32 mark_of(const struct subject *s)
+{
+	__u32 mark = 0;
+
+	bpf_probe_read_kernel(&mark, sizeof(mark), s->skb->head + s->network + 2);
+	return mark;
+}
+
+/* follows says that a packet can have come from one place to the other: into a queue or
+ * out of it only where it is, by a device that it comes from anywhere. */
+static __always_inline bool follows(const struct spot *from, const struct spot *to)
+{
+	if (to->point == POINT_CAME)
+		return from->point == POINT_LEFT;
+	return from->netns == to->netns;
+}
+
+static __always_inline void count_hop(const struct flight *was, const struct flight *is)
+{
+	struct hop_key key = { was->spot, is->spot };
+	struct hop fresh = {}, *h = bpf_map_lookup_elem(&hops, &key);
+	__u64 took = is->at - was->at;
+
+	if (!h) {
+		bpf_map_update_elem(&hops, &key, &fresh, BPF_NOEXIST);
+		h = bpf_map_lookup_elem(&hops, &key);
+		if (!h)
+			return;
+	}
+	__sync_fetch_and_add(&h->count, 1);
+	__sync_fetch_and_add(&h->total, took);
+	if (took > h->longest)
+		h->longest = took;
+}
+
+/* pass notes where and when a packet is that goes on, if it is asked for, and how long it
+ * took from where it was seen before. */
+static __always_inline int pass(struct sk_buff *skb, enum point point)
+{
+	struct subject s = {};
+	__u64 id = (__u64)skb;
+	struct flight now = {}, *was;
+
+	if (!place_packet(&s, skb, 0) || !s.dev)
+		return 0;
+	read_packet(&s, skb);
+	if (!s.key.protocol || !is_asked(&s))
+		return 0;
+	now.at = bpf_ktime_get_ns();
+	now.spot.netns = s.key.netns;
+	now.spot.ifindex = s.key.ifindex;
+	now.spot.point = point;
+	now.mark = mark_of(&s);
+	was = bpf_map_lookup_elem(&flights, &id);
+	if (was && was->mark == now.mark && follows(&was->spot, &now.spot))
+		count_hop(was, &now);
+	bpf_map_update_elem(&flights, &id, &now, BPF_ANY);
+	return 0;
+}
+
+SEC("tp_btf/netif_receive_skb")
+int came(__u64 *ctx)
+{
+	return pass((struct sk_buff *)ctx[0], POINT_CAME);
+}
+
+SEC("tp_btf/net_dev_queue")
+int queued(__u64 *ctx)
+{
+	return pass((struct sk_buff *)ctx[0], POINT_QUEUED);
+}
+
+SEC("tp_btf/net_dev_start_xmit")
+int left(__u64 *ctx)
+{
+	return pass((struct sk_buff *)ctx[0], POINT_LEFT);
 }
 
 /* What a system call was given. */

@@ -91,6 +91,18 @@ type traceExample struct {
 	Header          [128]uint8
 }
 
+type traceFlight struct {
+	_    structs.HostLayout
+	At   uint64
+	Spot struct {
+		_       structs.HostLayout
+		Netns   uint32
+		Ifindex uint32
+		Point   tracePoint
+	}
+	Mark uint32
+}
+
 type traceFlow struct {
 	_           structs.HostLayout
 	Ended       [4]uint64
@@ -118,6 +130,29 @@ type traceFlowKey struct {
 	Zero     uint8
 }
 
+type traceHop struct {
+	_       structs.HostLayout
+	Count   uint64
+	Total   uint64
+	Longest uint64
+}
+
+type traceHopKey struct {
+	_    structs.HostLayout
+	From struct {
+		_       structs.HostLayout
+		Netns   uint32
+		Ifindex uint32
+		Point   tracePoint
+	}
+	To struct {
+		_       structs.HostLayout
+		Netns   uint32
+		Ifindex uint32
+		Point   tracePoint
+	}
+}
+
 type traceKind uint32
 
 const (
@@ -135,6 +170,14 @@ const (
 	traceKindKIND_SYNACK       traceKind = 11
 	traceKindKIND_UDP_FULL     traceKind = 12
 	traceKindKINDS             traceKind = 13
+)
+
+type tracePoint uint32
+
+const (
+	tracePointPOINT_CAME   tracePoint = 0
+	tracePointPOINT_QUEUED tracePoint = 1
+	tracePointPOINT_LEFT   tracePoint = 2
 )
 
 type traceRange struct {
@@ -208,7 +251,9 @@ const (
 	traceMapEnded            = "ended"
 	traceMapEvents           = "events"
 	traceMapExamples         = "examples"
+	traceMapFlights          = "flights"
 	traceMapFlows            = "flows"
+	traceMapHops             = "hops"
 	traceMapRecent           = "recent"
 	traceMapShares           = "shares"
 	traceMapSides            = "sides"
@@ -218,11 +263,14 @@ const (
 	traceMapWanted           = "wanted"
 	traceProgBadChecksum     = "bad_checksum"
 	traceProgCall            = "call"
+	traceProgCame            = "came"
 	traceProgDrop            = "drop"
 	traceProgEnd             = "end"
 	traceProgIcmp            = "icmp"
+	traceProgLeft            = "left"
 	traceProgNeighbour       = "neighbour"
 	traceProgQueueFull       = "queue_full"
+	traceProgQueued          = "queued"
 	traceProgRepeatSynack    = "repeat_synack"
 	traceProgReset           = "reset"
 	traceProgRetransmit      = "retransmit"
@@ -293,11 +341,14 @@ type traceSpecs struct {
 type traceProgramSpecs struct {
 	BadChecksum  *ebpf.ProgramSpec `ebpf:"bad_checksum"`
 	Call         *ebpf.ProgramSpec `ebpf:"call"`
+	Came         *ebpf.ProgramSpec `ebpf:"came"`
 	Drop         *ebpf.ProgramSpec `ebpf:"drop"`
 	End          *ebpf.ProgramSpec `ebpf:"end"`
 	Icmp         *ebpf.ProgramSpec `ebpf:"icmp"`
+	Left         *ebpf.ProgramSpec `ebpf:"left"`
 	Neighbour    *ebpf.ProgramSpec `ebpf:"neighbour"`
 	QueueFull    *ebpf.ProgramSpec `ebpf:"queue_full"`
+	Queued       *ebpf.ProgramSpec `ebpf:"queued"`
 	RepeatSynack *ebpf.ProgramSpec `ebpf:"repeat_synack"`
 	Reset        *ebpf.ProgramSpec `ebpf:"reset"`
 	Retransmit   *ebpf.ProgramSpec `ebpf:"retransmit"`
@@ -316,7 +367,9 @@ type traceMapSpecs struct {
 	Ended    *ebpf.MapSpec `ebpf:"ended"`
 	Events   *ebpf.MapSpec `ebpf:"events"`
 	Examples *ebpf.MapSpec `ebpf:"examples"`
+	Flights  *ebpf.MapSpec `ebpf:"flights"`
 	Flows    *ebpf.MapSpec `ebpf:"flows"`
+	Hops     *ebpf.MapSpec `ebpf:"hops"`
 	Recent   *ebpf.MapSpec `ebpf:"recent"`
 	Shares   *ebpf.MapSpec `ebpf:"shares"`
 	Sides    *ebpf.MapSpec `ebpf:"sides"`
@@ -376,7 +429,9 @@ type traceMaps struct {
 	Ended    *ebpf.Map `ebpf:"ended"`
 	Events   *ebpf.Map `ebpf:"events"`
 	Examples *ebpf.Map `ebpf:"examples"`
+	Flights  *ebpf.Map `ebpf:"flights"`
 	Flows    *ebpf.Map `ebpf:"flows"`
+	Hops     *ebpf.Map `ebpf:"hops"`
 	Recent   *ebpf.Map `ebpf:"recent"`
 	Shares   *ebpf.Map `ebpf:"shares"`
 	Sides    *ebpf.Map `ebpf:"sides"`
@@ -394,7 +449,9 @@ func (m *traceMaps) Close() error {
 		m.Ended,
 		m.Events,
 		m.Examples,
+		m.Flights,
 		m.Flows,
+		m.Hops,
 		m.Recent,
 		m.Shares,
 		m.Sides,
@@ -435,11 +492,14 @@ type traceVariables struct {
 type tracePrograms struct {
 	BadChecksum  *ebpf.Program `ebpf:"bad_checksum"`
 	Call         *ebpf.Program `ebpf:"call"`
+	Came         *ebpf.Program `ebpf:"came"`
 	Drop         *ebpf.Program `ebpf:"drop"`
 	End          *ebpf.Program `ebpf:"end"`
 	Icmp         *ebpf.Program `ebpf:"icmp"`
+	Left         *ebpf.Program `ebpf:"left"`
 	Neighbour    *ebpf.Program `ebpf:"neighbour"`
 	QueueFull    *ebpf.Program `ebpf:"queue_full"`
+	Queued       *ebpf.Program `ebpf:"queued"`
 	RepeatSynack *ebpf.Program `ebpf:"repeat_synack"`
 	Reset        *ebpf.Program `ebpf:"reset"`
 	Retransmit   *ebpf.Program `ebpf:"retransmit"`
@@ -452,11 +512,14 @@ func (p *tracePrograms) Close() error {
 	return _TraceClose(
 		p.BadChecksum,
 		p.Call,
+		p.Came,
 		p.Drop,
 		p.End,
 		p.Icmp,
+		p.Left,
 		p.Neighbour,
 		p.QueueFull,
+		p.Queued,
 		p.RepeatSynack,
 		p.Reset,
 		p.Retransmit,

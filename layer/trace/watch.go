@@ -61,6 +61,9 @@ type Recording struct {
 	Lost uint64
 	// Received are events of which this process got an example of its own.
 	Received uint64
+	// Hops are how long packets that were asked for, and went on, took from one place to the
+	// next where they were seen; where none were asked for there are none.
+	Hops []cause.Passage
 	// Totals are how many events of each kind and reason there were; none is ever lost.
 	Totals []Total
 
@@ -174,7 +177,9 @@ func size(spec *ebpf.CollectionSpec, o *Options) error {
 	spec.Maps[traceMapEvents].MaxEntries = uint32(entries)
 	ends := ends(o)
 	if ends == 0 {
-		spec.Maps[traceMapSides].MaxEntries = 1
+		for _, name := range []string{traceMapSides, traceMapFlights, traceMapHops} {
+			spec.Maps[name].MaxEntries = 1
+		}
 	}
 	if ends > 0 || o.Filter != nil {
 		spec.Maps[traceMapBeside].MaxEntries = uint32(entries)
@@ -375,7 +380,14 @@ var probes = []probe{
 	{traceProgState, "inet_sock_set_state", []string{"sock", "", ""}},
 	{traceProgCall, "sys_exit", []string{"pt_regs", ""}},
 	{traceProgEnd, "inet_sock_set_state", []string{"sock", "", ""}},
+	{traceProgCame, "netif_receive_skb", []string{"sk_buff"}},
+	{traceProgQueued, "net_dev_queue", []string{"sk_buff"}},
+	{traceProgLeft, "net_dev_start_xmit", []string{"sk_buff"}},
 }
+
+// onTheWay are the programs that see packets that are well: each one on this host, so
+// that they are in force only where somebody asks about some.
+var onTheWay = []string{traceProgCame, traceProgQueued, traceProgLeft}
 
 // wanted are the programs that are asked for.
 func wanted(o *Options) []probe {
@@ -383,7 +395,7 @@ func wanted(o *Options) []probe {
 		return lasting()
 	}
 	return slices.DeleteFunc(slices.Clone(probes), func(p probe) bool {
-		return p.name == traceProgCall && !o.Calls || p.name == traceProgEnd
+		return p.name == traceProgCall && !o.Calls || p.name == traceProgEnd || slices.Contains(onTheWay, p.name) && ends(o) == 0
 	})
 }
 
