@@ -27,6 +27,7 @@ upgrading lose no packet. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where po
 path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
 namespaces.`,
 	}, changesHost, func(ctx context.Context, _ []string) error {
+		from.names = at.dns != ""
 		if dryRun {
 			return plan(ctx, s, &at, &from, &proxy)
 		}
@@ -44,6 +45,9 @@ namespaces.`,
 		}
 		layers, err := at.layers()
 		if err != nil {
+			return err
+		}
+		if err := at.removeUnwanted(log); err != nil {
 			return err
 		}
 		// The agent's heap is small and changes in bursts: collecting it more
@@ -64,11 +68,26 @@ namespaces.`,
 	at.flagFlows(c)
 	at.flagConntrack(c)
 	at.flagWire(c)
+	at.flagDNS(c)
 	proxy.flagConfig(c)
 	proxy.flagPorts(c)
 	c.Flags().StringVar(&metrics, "metrics", "127.0.0.1:9470", "address for Prometheus, /livez and /readyz; empty for none")
 	c.Flags().BoolVar(&dryRun, "dry-run", false, "print what would change, change nothing and end")
 	return c
+}
+
+// removeUnwanted takes away what an earlier agent left of a layer that is switched off
+// now.
+func (p *place) removeUnwanted(log *slog.Logger) error {
+	if p.dns != "" {
+		return nil
+	}
+	names := p.names()
+	removed, err := names.Remove()
+	for _, change := range removed {
+		log.Info(change.String(), "layer", names.Name())
+	}
+	return err
 }
 
 func logger(s *settings) *slog.Logger {

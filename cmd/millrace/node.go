@@ -13,6 +13,7 @@ import (
 	"github.com/millrace/millrace/kernel/cpu"
 	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/dns"
 	"github.com/millrace/millrace/layer/service"
 	"github.com/millrace/millrace/layer/trace"
 	"github.com/millrace/millrace/layer/tune"
@@ -27,6 +28,8 @@ type place struct {
 	// service layer's settings.
 	node, path, conntrack string
 	flows                 int
+	// dns is the zone whose names are answered on the node; empty where none is.
+	dns string
 	// wire says that packets from other machines are served, too.
 	wire bool
 	// nodePorts and clusterCIDRs are the service layer's settings of these names; nil
@@ -73,6 +76,11 @@ func (p *place) flagFlows(c *cobra.Command) {
 	c.Flags().IntVar(&p.flows, "flows", service.DefaultFlows, "how many flows of the packet path are remembered at once")
 }
 
+func (p *place) flagDNS(c *cobra.Command) {
+	c.Flags().StringVar(&p.dns, "dns", "",
+		"answer pods' queries for names of the cluster in the kernel: the cluster's domain, such as cluster.local (default: leave them all to the cluster's DNS servers)")
+}
+
 func (p *place) flagProcSys(c *cobra.Command) {
 	c.Flags().StringVar(&p.procSys, "proc-sys", "", "folder through which settings of the node are set (default: "+sysctl.Mounted+" where that is mounted, else /proc/sys)")
 }
@@ -96,21 +104,41 @@ func (p *place) layers() ([]layer.Layer, error) {
 	if p.flows < 0 || p.flows > service.MostFlows {
 		return nil, usage("--flows %d: use 1 to %d", p.flows, service.MostFlows)
 	}
+	return p.wanted()
+}
+
+// wanted are the layers that are switched on.
+func (p *place) wanted() (layers []layer.Layer, err error) {
+	if p.dns == "" {
+		return []layer.Layer{p.service(), p.tune(), p.trace()}, nil
+	}
+	if p.dns, err = dns.ParseZone(p.dns); err != nil {
+		return nil, usage("--dns: %v", err)
+	}
 	return p.pinned(), nil
 }
 
 // pinned are the layers for looking at what outlives the agent and for removing it,
 // which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
-	return []layer.Layer{
-		service.New(service.Settings{
-			Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
-			Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
-			Wire: p.wire, NodePortAddresses: p.nodePorts, NodePortPrimary: p.primary, ClusterCIDRs: p.clusterCIDRs,
-		}),
-		p.tune(),
-		p.trace(),
+	// Names after the services: their program has to be in front of those.
+	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names()}
+}
+
+func (p *place) service() layer.Layer {
+	settings := service.Settings{
+		Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "service"),
+		Node: p.node, Path: service.Path(p.path), Flows: p.flows, Conntrack: service.Conntrack(p.conntrack),
+		Wire: p.wire, NodePortAddresses: p.nodePorts, NodePortPrimary: p.primary, ClusterCIDRs: p.clusterCIDRs,
 	}
+	if p.dns != "" {
+		settings.Seen = dns.DefaultService
+	}
+	return service.New(settings)
+}
+
+func (p *place) names() *dns.Layer {
+	return dns.New(dns.Settings{Zone: p.dns, Pins: filepath.Join(p.pins, "dns")})
 }
 
 func (p *place) trace() *trace.Layer {

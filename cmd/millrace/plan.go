@@ -24,6 +24,7 @@ Reads the manifests or asks the API server once, compares what is asked for with
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
 pinned everything is new.`,
 	}, readsOnly, func(ctx context.Context, _ []string) error {
+		from.names = at.dns != ""
 		return plan(ctx, s, &at, &from, &proxy)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)
@@ -33,6 +34,7 @@ pinned everything is new.`,
 	at.flagPath(c)
 	at.flagConntrack(c)
 	at.flagWire(c)
+	at.flagDNS(c)
 	from.flags(c)
 	proxy.flagConfig(c)
 	return c
@@ -51,18 +53,20 @@ func plan(ctx context.Context, s *settings, at *place, from *wishes, proxy *stan
 	if err != nil {
 		return err
 	}
+	if _, err := at.wanted(); err != nil {
+		return err
+	}
 	snapshot, err := firstSnapshot(ctx, from, at.node)
 	if err != nil {
 		return err
 	}
-	layers := at.pinned()
 	all := []planned{}
-	for _, l := range layers {
-		have, err := l.Look()
+	for _, l := range at.pinned() {
+		changes, err := at.planned(l, snapshot)
 		if err != nil {
 			return err
 		}
-		for _, change := range l.Diff(have, l.Plan(snapshot), snapshot.Complete && snapshot.Unread == 0) {
+		for _, change := range changes {
 			all = append(all, planned{change.Op, l.Name(), change.Subject.Object(), change.Subject.Detail()})
 			if !s.json() {
 				fmt.Println(change)
@@ -85,6 +89,19 @@ func plan(ctx context.Context, s *settings, at *place, from *wishes, proxy *stan
 		}
 	}
 	return errors.Join(err, problemsError(problems))
+}
+
+// planned are the changes of one layer: those that its plan asks for, or its removal
+// where it is switched off.
+func (p *place) planned(l layer.Layer, snapshot *model.Snapshot) (layer.Changes, error) {
+	if p.dns == "" && l.Name() == p.names().Name() {
+		return l.Removal()
+	}
+	have, err := l.Look()
+	if err != nil {
+		return nil, err
+	}
+	return l.Diff(have, l.Plan(snapshot), snapshot.Complete && snapshot.Unread == 0), nil
 }
 
 // firstSnapshot is the first whole picture of a source.

@@ -16,6 +16,8 @@ type wishes struct {
 	source string
 	// servers are addresses of API servers.
 	servers []string
+	// names asks also for the Services that are for DNS alone.
+	names bool
 }
 
 const sourceForms = "dir:PATH, a file or folder of manifests; kube:PATH, the API server that a kubeconfig names; kube: the one of the pod this runs in"
@@ -38,7 +40,7 @@ func (w *wishes) open(node string) (agent.Source, error) {
 	case w.source == "":
 		return nil, usage("--source is missing: say --source dir:PATH or kube:PATH")
 	case kind == "kube" && named:
-		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node}))
+		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node, Names: w.names}))
 	case len(w.servers) > 0:
 		return nil, usage("--api-server goes with --source kube: only")
 	case kind != "dir" || path == "":

@@ -43,9 +43,11 @@ func open(settings Settings) (*datapath, error) {
 	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
 		return nil, err
 	}
-	if n := len(wire(settings.Zone)); n == 0 || n+1 > zoneLimit {
-		return nil, fmt.Errorf("%s: zone %q: use a domain name of at most %d characters, such as cluster.local", act, settings.Zone, zoneLimit-2)
+	zone, err := ParseZone(settings.Zone)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", act, err)
 	}
+	settings.Zone = zone
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
@@ -145,7 +147,7 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 // adapt gives the program its read-only settings.
 func adapt(spec *ebpf.CollectionSpec, settings Settings) error {
 	var word, mask [zoneLimit / 8]uint64
-	zone := append(wire(strings.ToLower(settings.Zone)), 0)
+	zone := append(wire(settings.Zone), 0)
 	for i, b := range zone {
 		word[i/8] |= uint64(b) << (8 * (i % 8))
 		mask[i/8] |= 0xff << (8 * (i % 8))

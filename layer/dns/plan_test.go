@@ -106,6 +106,18 @@ func TestEntries(t *testing.T) {
 	}
 }
 
+func TestZones(t *testing.T) {
+	for text, want := range map[string]string{
+		"cluster.local": "cluster.local", "Cluster.Local.": "cluster.local", "k8s": "k8s", "": "", ".": "", "a..b": "",
+		strings.Repeat("x", 31) + "." + strings.Repeat("y", 30): strings.Repeat("x", 31) + "." + strings.Repeat("y", 30),
+		strings.Repeat("x", 31) + "." + strings.Repeat("y", 31): "", strings.Repeat("x", 64): "",
+	} {
+		if zone, err := ParseZone(text); zone != want || (err == nil) != (want != "") {
+			t.Errorf("%q is read as %q, %v", text, zone, err)
+		}
+	}
+}
+
 // More names than there is room for: the rest is left out, and none is said not to
 // exist.
 func TestCut(t *testing.T) {

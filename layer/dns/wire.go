@@ -2,6 +2,7 @@ package dns
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"strings"
 )
@@ -25,6 +26,16 @@ func wire(name string) []byte {
 		bytes = append(append(bytes, byte(len(label))), label...)
 	}
 	return bytes
+}
+
+// ParseZone reads a cluster's domain, with or without a final dot, in any case. It
+// has at most 62 characters.
+func ParseZone(text string) (string, error) {
+	zone := strings.ToLower(strings.TrimSuffix(text, "."))
+	if n := len(wire(zone)); n == 0 || n+1 > zoneLimit {
+		return "", fmt.Errorf("%q is no zone: use a domain name of at most %d characters, such as cluster.local", text, zoneLimit-2)
+	}
+	return zone, nil
 }
 
 // fits says whether a name can be a key. For those that cannot, others are asked.

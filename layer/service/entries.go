@@ -9,13 +9,16 @@ import (
 )
 
 // place is where a plan is for: which endpoints count may depend on it.
-type place struct{ node, zone string }
+type place struct {
+	node, zone string
+	seen       model.Name
+}
 
 // zoneLabel is the label that says in which zone a Node is.
 const zoneLabel = "topology.kubernetes.io/zone"
 
 func placeOf(settings Settings, snapshot *model.Snapshot) place {
-	at := place{node: settings.Node}
+	at := place{node: settings.Node, seen: settings.Seen}
 	for _, n := range snapshot.Nodes {
 		if n.Name == at.node {
 			at.zone = n.Labels[zoneLabel]

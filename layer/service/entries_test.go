@@ -67,7 +67,7 @@ func (test *rowsTest) run(t *testing.T) {
 	s.Ports[0].Backends = test.endpoints
 	test.change(s)
 	var got []string
-	for _, row := range rowsOf(s, place{"n1", "z1"}) {
+	for _, row := range rowsOf(s, place{node: "n1", zone: "z1"}) {
 		got = append(got, row.text())
 	}
 	if a, b := strings.Join(got, "\n"), strings.Join(test.want, "\n"); a != b {
@@ -285,5 +285,28 @@ func TestWithoutPruningNobodyOutsideIsClosedOut(t *testing.T) {
 	}
 	if changes := l.Diff(have, want, true); len(changes) != 1 {
 		t.Errorf("with pruning there is to do: %v", changes)
+	}
+}
+
+// The Service whose packets have to be seen is served by packets, whatever it or the
+// settings ask for.
+func TestServiceThatIsSeen(t *testing.T) {
+	seen := serviceOf("dns", model.UDP, 53, []string{"10.96.0.10"}, 53, "10.244.0.53")
+	seen.Annotations = map[string]string{PathAnnotation: string(PathSocket)}
+	other := serviceOf("web", model.TCP, 80, []string{"10.96.0.1"}, 80, "10.244.0.1")
+	snapshot := &model.Snapshot{Services: []*model.Service{seen, other}}
+	l := New(Settings{Seen: seen.Name})
+	picture := l.Plan(snapshot).(*Picture)
+	for _, subject := range picture.Subjects() {
+		want := Path("")
+		if row := subject.(*Row); row.Service == seen.Name {
+			want = PathPacket
+		}
+		if row := subject.(*Row); row.Path != want {
+			t.Errorf("%s is served by %q, not %q", row.Object(), row.Path, want)
+		}
+	}
+	if !picture.paths.packets {
+		t.Error("nobody is served by packets")
 	}
 }

@@ -33,6 +33,9 @@ type Settings struct {
 	// Path serves where neither a Service nor a pod asks for one; empty is
 	// PathSocket.
 	Path Path
+	// Seen is the Service that is served by packets whatever it asks for, because
+	// somebody has to see what is sent to it; the zero value is none.
+	Seen model.Name
 	// Conntrack says whether connections between pods are tracked; empty is
 	// ConntrackAuto.
 	Conntrack Conntrack

@@ -56,10 +56,22 @@ func (p *planner) merge(services []*model.Service) (plans []*plan, ordered bool)
 		if run {
 			plans[i], old = old[0], old[1:]
 		} else {
-			plans[i] = &plan{service, demandsOf(service), rowsOf(service, p.at)}
+			plans[i] = planOf(service, p.at)
 		}
 	}
 	return plans, true
+}
+
+// planOf plans one Service. The one whose packets are to be seen is served by packets.
+func planOf(service *model.Service, at place) *plan {
+	made := &plan{service, demandsOf(service), rowsOf(service, at)}
+	if service.Name == at.seen {
+		made.demands.packets = true
+		for _, row := range made.rows {
+			row.Path = PathPacket
+		}
+	}
+	return made
 }
 
 // inNameOrder returns services sorted by name; sources deliver them so.

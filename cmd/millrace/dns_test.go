@@ -1,0 +1,175 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/kernel/netns"
+)
+
+// dnsService is a cluster's DNS Service with one endpoint.
+const dnsService = `
+apiVersion: v1
+kind: Service
+metadata: {name: kube-dns, namespace: kube-system}
+spec: {clusterIP: 10.96.0.10, ports: [{name: dns, port: 53, protocol: UDP}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: kube-dns-1, namespace: kube-system, labels: {kubernetes.io/service-name: kube-dns}}
+addressType: IPv4
+ports: [{name: dns, protocol: UDP, port: 53}]
+endpoints: [{addresses: [10.244.0.53]}]
+`
+
+// pod asks from a network namespace.
+type pod struct{ netns string }
+
+// look asks the cluster's DNS Service for a name, by Go's resolver.
+func (p *pod) look(name string) (string, error) {
+	resolver := net.Resolver{PreferGo: true, Dial: func(_ context.Context, network, _ string) (c net.Conn, err error) {
+		err = netns.Do(p.netns, func() error {
+			c, err = net.Dial(network, "10.96.0.10:53")
+			return err
+		})
+		return c, err
+	}}
+	addresses, err := resolver.LookupHost(context.Background(), name)
+	slices.Sort(addresses)
+	return strings.Join(addresses, " "), err
+}
+
+// serveDNS has a server at an address of the node that knows one answer.
+func (n *node) serveDNS(at, answer string) *atomic.Int64 {
+	n.t.Helper()
+	n.AddAddress(at + "/32")
+	var asked atomic.Int64
+	var c net.PacketConn
+	err := n.Inside(func() (err error) {
+		c, err = net.ListenPacket("udp", at+":53")
+		return err
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { c.Close() })
+	go func() {
+		query := make([]byte, 1500)
+		for {
+			size, from, err := c.ReadFrom(query)
+			if err != nil {
+				return
+			}
+			asked.Add(1)
+			end := 12 + strings.IndexByte(string(query[12:size]), 0) + 5
+			reply := append([]byte{query[0], query[1], 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0}, query[12:end]...)
+			if query[end-3] == 1 { // A
+				reply[7] = 1
+				reply = append(append(reply, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4), netip.MustParseAddr(answer).AsSlice()...)
+			}
+			_, _ = c.WriteTo(reply, from)
+		}
+	}()
+	return &asked
+}
+
+// The life of the layer dns: on, a new Service, the agent killed, off.
+func TestNamesOfANode(t *testing.T) {
+	n := newNode(t)
+	asked := n.serveDNS("10.244.0.53", "192.0.2.53")
+	write(t, filepath.Join(n.manifests, "dns.yaml"), dnsService)
+	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1"))
+	p := &pod{n.pod("10.244.0.7")}
+	looks := func(what, name, want string) {
+		t.Helper()
+		if got, err := p.look(name); got != want {
+			t.Fatalf("%s: %s is %q, %v, not %q\n%s", what, name, got, err, want, n.log.String())
+		}
+	}
+	n.start("--dns", "Cluster.Local.")
+	n.until("the pod's device has the program", func(s agent.Status) bool {
+		return slices.ContainsFunc(s.Layers, func(l agent.LayerStatus) bool { return len(devicesOf(l)["dns_from_pod"]) == 1 })
+	})
+	looks("from the kernel", "web.default.svc.cluster.local.", "10.96.0.1")
+	if _, err := p.look("nosuch.default.svc.cluster.local."); err == nil || !strings.Contains(err.Error(), "no such host") {
+		t.Errorf("a name that does not exist: %v", err)
+	}
+	if asked.Load() > 0 {
+		t.Errorf("the server was asked %d times", asked.Load())
+	}
+	// The Service is served by packets for this, behind the program.
+	looks("by the server", "example.com.", "192.0.2.53")
+
+	begun := time.Now()
+	write(t, filepath.Join(n.manifests, "new.yaml"), web("new", "10.96.0.2", "10.244.0.2"))
+	for got := ""; got != "10.96.0.2"; got, _ = p.look("new.default.svc.cluster.local.") {
+		if time.Since(begun) > 20*time.Second {
+			t.Fatalf("a new Service is not there after %v:\n%s", time.Since(begun), n.log.String())
+		}
+	}
+	t.Logf("a new Service is there %v after its manifest was written", time.Since(begun))
+	n.showsNames()
+
+	stdout, _, status := millrace(t, "plan", "--source", n.source(), "--pins", n.pins, "--dns", "cluster.local")
+	if strings.Contains(stdout, "name ") || status != exitOK {
+		t.Errorf("everything is in force, and plan has %q, exit status %d", stdout, status)
+	}
+	n.kill()
+	for begun, got := time.Now(), ""; got != "192.0.2.53"; time.Sleep(10 * time.Millisecond) {
+		var err error
+		if got, err = p.look("web.default.svc.cluster.local."); err != nil {
+			t.Fatalf("after the agent was killed: %v", err)
+		}
+		if time.Since(begun) > 20*time.Second {
+			t.Fatalf("the agent was killed %v ago, and the answer is still %s", time.Since(begun), got)
+		}
+	}
+	stdout, _, _ = millrace(t, "plan", "--source", n.source(), "--pins", n.pins)
+	if !strings.Contains(stdout, fmt.Sprintf("- pin %s\n", filepath.Join(n.pins, "dns"))) {
+		t.Errorf("the layer is to be off, and plan has %q", stdout)
+	}
+	n.start()
+	looks("switched off", "web.default.svc.cluster.local.", "192.0.2.53")
+	if _, err := os.Stat(filepath.Join(n.pins, "dns")); !os.IsNotExist(err) {
+		t.Errorf("switched off, and the folder is there: %v", err)
+	}
+}
+
+func (n *node) showsNames() {
+	n.t.Helper()
+	stdout, _, _ := millrace(n.t, "show", "names", "--pins", n.pins, "--run", n.run)
+	if words := strings.Fields(stdout); !slices.Contains(words, "web.default.svc.cluster.local") || words[len(words)-1] != "10.96.0.1" {
+		n.t.Errorf("show names: %q", stdout)
+	}
+	stdout, _, _ = millrace(n.t, "show", "names", "KUBE", "--pins", n.pins, "--run", n.run, "-o", "json")
+	var shown struct {
+		Names []struct {
+			Name      string
+			Addresses []string
+		}
+	}
+	if err := json.Unmarshal([]byte(stdout), &shown); err != nil || len(shown.Names) != 1 || shown.Names[0].Name != "kube-dns.kube-system.svc.cluster.local" ||
+		!slices.Equal(shown.Names[0].Addresses, []string{"10.96.0.10"}) {
+		n.t.Errorf("show names KUBE: %q, %v", stdout, err)
+	}
+}
+
+func TestZoneOfTheCommandLine(t *testing.T) {
+	for _, command := range []string{"agent", "plan"} {
+		_, stderr, status := millrace(t, command, "--source", "dir:"+t.TempDir(), "--dns", "a..b")
+		if status != exitUsage || !strings.Contains(stderr, "is no zone") {
+			t.Errorf("%s: exit status %d, %q", command, status, stderr)
+		}
+	}
+}
