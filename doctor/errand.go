@@ -179,6 +179,10 @@ func (w *wire) run(ctx context.Context, e *errand) {
 			e.err = e.wayErr
 			return
 		}
+		if e.way.Local {
+			e.hop = probe.Hop{From: to, Arrived: true}
+			return // it would ask itself
+		}
 		e.hop, e.hopErr = w.hop(ctx, space, to)
 		if e.hopErr != nil {
 			e.unresolved, _ = w.lost(space, e.way, to) // then it is only silent

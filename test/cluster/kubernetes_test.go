@@ -37,6 +37,7 @@ func TestKubernetes(t *testing.T) {
 	t.Run("taint", TestInstalledTakesTheStartupTaintOff)
 	t.Run("trace", TestInstalledTraceNamesTheCause)
 	t.Run("doctor", TestInstalledDoctorOfAllNodes)
+	t.Run("probes", TestInstalledDoctorProbes)
 	t.Run("tune", TestInstalledKeepsSettings)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
