@@ -89,7 +89,7 @@ func examine(ctx context.Context, s *settings, e *examination) error {
 		return err
 	}
 	if e.explain != "" {
-		return report.Explain(os.Stdout, checks[0])
+		return report.Explain(os.Stdout, columns(report.Screen), checks[0])
 	}
 	page, err := newDrawing(e.html) // before it looks: it may take minutes
 	if err != nil {
@@ -222,5 +222,5 @@ func printReport(s *settings, r *report.Report, status int) error {
 		return r.Prometheus(os.Stdout)
 	}
 	codes := map[string]string{"fail": "31", "warn": "33", "info": "36", "skip": "2"}
-	return r.Text(os.Stdout, status, func(status, text string) string { return colour(codes[status], text) })
+	return r.Text(os.Stdout, columns(report.Screen), status, func(status, text string) string { return colour(codes[status], text) })
 }

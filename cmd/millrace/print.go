@@ -8,6 +8,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
 )
 
 // printJSON writes a value for machines, indented.
@@ -53,6 +55,16 @@ func colour(code, text string) string {
 		return text
 	}
 	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+// columns is how wide text may be on standard output: as the terminal, if that is narrower
+// than most, and 60 at least.
+func columns(most int) int {
+	size, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ)
+	if err != nil || size.Col == 0 {
+		return most
+	}
+	return max(60, min(most, int(size.Col)))
 }
 
 func green(text string) string { return colour("32", text) }

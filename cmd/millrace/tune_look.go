@@ -292,7 +292,7 @@ func (t *tuning) print(proposals []knob.Proposal) error {
 		return printJSON(map[string][]knob.Proposal{"proposals": append([]knob.Proposal{}, proposals...)})
 	}
 	if len(proposals) == 0 {
-		fmt.Fprintln(os.Stderr, "no finding of the doctor justifies tuning anything here: --all shows each knob, an ID or --profile what it comes to")
+		fmt.Fprintln(os.Stderr, "nothing to tune: the doctor finds nothing here that a setting of millrace would mend. --all lists every setting; an ID or --profile says what that one would be here, and why")
 	}
 	last := ""
 	for _, p := range proposals {

@@ -62,7 +62,7 @@ func nodes(t *testing.T) *Report {
 // The screen of several nodes is as in testdata; UPDATE_GOLDEN=1 writes it.
 func TestTextOfNodes(t *testing.T) {
 	var out bytes.Buffer
-	if err := nodes(t).Text(&out, 2, func(_, text string) string { return text }); err != nil {
+	if err := nodes(t).Text(&out, Screen, 2, func(_, text string) string { return text }); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join("testdata", "nodes.txt")

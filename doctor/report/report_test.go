@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/millrace/millrace/doctor"
 	testpage "github.com/millrace/millrace/test/page"
@@ -156,7 +157,7 @@ func TestPrometheus(t *testing.T) {
 func TestText(t *testing.T) {
 	var out bytes.Buffer
 	plain := func(_, text string) string { return text }
-	if err := sample().Text(&out, 2, plain); err != nil {
+	if err := sample().Text(&out, Screen, 2, plain); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join("testdata", "screen.txt")
@@ -168,6 +169,28 @@ func TestText(t *testing.T) {
 	want, err := os.ReadFile(path)
 	if err != nil || out.String() != string(want) {
 		t.Errorf("the screen differs (%v):\n%s", err, out.String())
+	}
+}
+
+// On a narrow terminal no line is longer than it, but for a word that is.
+func TestTextOnANarrowTerminal(t *testing.T) {
+	r := sample()
+	r.Header.Unseen = []string{strings.Repeat("a process that this one may not look at ", 4)}
+	r.Header.Known, r.Header.Cluster = 3, "kube:/etc/kubernetes/admin.conf"
+	var wide, narrow bytes.Buffer
+	for columns, out := range map[int]*bytes.Buffer{Screen: &wide, 70: &narrow} {
+		if err := r.Text(out, columns, 2, func(_, text string) string { return text }); err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(out.String()) {
+			line = strings.TrimRight(line, "\n")
+			if columns < Screen && utf8.RuneCountInString(line) > columns && strings.Contains(strings.TrimLeft(strings.Replace(line, "ref", "", 1), " "), " ") {
+				t.Errorf("more than %d columns: %q", columns, line)
+			}
+		}
+	}
+	if got, want := strings.Fields(narrow.String()), strings.Fields(wide.String()); !slices.Equal(got, want) {
+		t.Errorf("it says something else:\n%s", narrow.String())
 	}
 }
 
@@ -203,7 +226,7 @@ func TestSince(t *testing.T) {
 func TestExplain(t *testing.T) {
 	for _, c := range doctor.Checks() {
 		var out bytes.Buffer
-		if err := Explain(&out, c); err != nil {
+		if err := Explain(&out, Screen, c); err != nil {
 			t.Fatal(err)
 		}
 		text := strings.Join(strings.Fields(out.String()), " ")

@@ -5,53 +5,109 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/millrace/millrace/doctor"
 )
 
 const (
-	screen   = 100 // columns
+	// Screen is how wide lines are where no terminal says less, in columns: longer ones are
+	// hard to read.
+	Screen   = 100
 	indent   = 14
-	evidence = 6 // lines of each finding
+	evidence = 6 // of each finding
 )
 
-// Text writes a screen for people: the worst first. Colour is called with the word of a
-// status and the text to be coloured.
-func (r *Report) Text(w io.Writer, exit int, colour func(status, text string) string) error {
-	var b strings.Builder
+// sheet is what a screen's text is written to, in lines of so many columns. On a full
+// screen evidence, head and foot are a line each, however long: somebody searches in them.
+type sheet struct {
+	strings.Builder
+	columns int
+}
+
+// Text writes a screen for people, so many columns wide: the worst first. Colour is
+// called with the word of a status and the text to be coloured.
+func (r *Report) Text(w io.Writer, columns, exit int, colour func(status, text string) string) error {
+	b := &sheet{columns: columns}
 	h := r.Header
-	b.WriteString("millrace doctor")
+	head := []string{"millrace doctor"}
 	switch {
 	case len(h.Nodes) > 0:
-		fmt.Fprintf(&b, "  %d of %s  Linux %s  %s", h.Answered(), count(len(h.Nodes), "node"), h.Kernel, count(h.Namespaces, "network namespace"))
+		head = append(head, fmt.Sprintf("%d of %s", h.Answered(), count(len(h.Nodes), "node")), "Linux "+h.Kernel, count(h.Namespaces, "network namespace"))
 	case h.Namespaces > 0 || h.Cluster == "":
-		fmt.Fprintf(&b, "  node %s  Linux %s  %s", h.Node, h.Kernel, count(h.Namespaces, "network namespace"))
+		head = append(head, "node "+h.Node, "Linux "+h.Kernel, count(h.Namespaces, "network namespace"))
 	}
 	if h.Cluster != "" {
-		fmt.Fprintf(&b, "  cluster %s", h.Cluster)
+		head = append(head, "cluster "+h.Cluster)
 	}
-	fmt.Fprintf(&b, "  %s, %.1f s\n", count(len(r.Results), "check"), h.Seconds)
+	b.row(append(head, fmt.Sprintf("%s, %.1f s", count(len(r.Results), "check"), h.Seconds)))
 	for _, status := range []string{"fail", "warn", "info"} {
 		for _, result := range r.Results {
 			if word(result) == status {
-				r.finding(&b, result, colour(status, fmt.Sprintf(" %-5s %-6s", strings.ToUpper(status), result.ID)))
+				r.finding(b, result, colour(status, fmt.Sprintf(" %-5s %-6s", strings.ToUpper(status), result.ID)))
 			}
 		}
 	}
-	skips(&b, r.Results, colour)
+	skips(b, r.Results, colour)
 	for _, text := range h.Unseen {
-		fmt.Fprintf(&b, " %s %s\n", colour("skip", "not seen    "), text)
+		b.headed(" "+colour("skip", "not seen    "), text)
 	}
 	tally := r.Tally()
+	var foot []string
 	for _, status := range []string{"ok", "info", "warn", "fail", "skip"} {
-		fmt.Fprintf(&b, " %s %d  ", status, tally[status])
+		foot = append(foot, fmt.Sprint(status, " ", tally[status], " "))
 	}
 	if h.Known > 0 {
-		fmt.Fprintf(&b, " known %d  ", h.Known)
+		foot = append(foot, fmt.Sprint("known ", h.Known, " "))
 	}
-	fmt.Fprintf(&b, "      more: --explain ID, -o json      exit %d\n", exit)
+	foot[0] = " " + foot[0]
+	b.row(append(foot, fmt.Sprintf("     more: --explain ID, -o json      exit %d", exit)))
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// row writes parts beside each other, and what does not fit below.
+func (b *sheet) row(parts []string) {
+	line := ""
+	for _, part := range parts {
+		if b.columns < Screen && line != "" && utf8.RuneCountInString(line)+2+utf8.RuneCountInString(part) > b.columns {
+			b.WriteString(strings.TrimRight(line, " ") + "\n")
+			line, part = "", " "+strings.TrimLeft(part, " ")
+		}
+		if line != "" {
+			line += "  "
+		}
+		line += part
+	}
+	b.WriteString(line + "\n")
+}
+
+// hang writes a text behind what its first line begins with; the next lines are so far
+// in. A word that is longer than a line has its own.
+func (b *sheet) hang(first string, in int, text string) {
+	line, empty := first, true
+	for _, word := range strings.Fields(text) {
+		if !empty && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > b.columns {
+			b.WriteString(line + "\n")
+			line = strings.Repeat(" ", in)
+		}
+		line += " " + word
+		empty = false
+	}
+	b.WriteString(line + "\n")
+}
+
+// headed writes a text behind a head that may be coloured, and has no width that could be
+// counted: it takes the indent.
+func (b *sheet) headed(head, text string) {
+	of := &sheet{columns: b.columns}
+	of.hang(strings.Repeat(" ", indent-1), indent-1, text)
+	b.WriteString(head + of.String()[indent-1:])
+}
+
+// says writes a text with its name before it.
+func (b *sheet) says(name, text string) {
+	b.hang(fmt.Sprintf("       %-*s", indent-7, name), indent, text)
 }
 
 func count(n int, what string) string {
@@ -61,8 +117,8 @@ func count(n int, what string) string {
 	return fmt.Sprint(n, " ", what)
 }
 
-func (r *Report) finding(b *strings.Builder, result doctor.Result, head string) {
-	fmt.Fprintf(b, "%s %s\n", head, result.Title)
+func (r *Report) finding(b *sheet, result doctor.Result, head string) {
+	b.headed(head, result.Title)
 	if on := r.Header.on(result); on != "" {
 		fmt.Fprintf(b, "%*s %s\n", indent, "", on)
 	}
@@ -72,31 +128,21 @@ func (r *Report) finding(b *strings.Builder, result doctor.Result, head string) 
 			fmt.Fprintf(b, "%*s and %d more: -o json has all\n", indent, "", len(groups)-i)
 			break
 		}
-		fmt.Fprintf(b, "%*s %-18s %s: %s\n", indent, "", g.scopes(), g.read, g.value)
+		first := fmt.Sprintf("%*s %-18s", indent, "", g.scopes())
+		if b.columns < Screen {
+			b.hang(first, indent+2, g.read+": "+g.value)
+			continue
+		}
+		fmt.Fprintf(b, "%s %s: %s\n", first, g.read, g.value)
 	}
 	for _, p := range parts(result) {
-		wrap(b, p.Name, p.Text)
+		b.says(p.Name, p.Text)
 	}
 }
 
 // parts are what is said of a finding beside its evidence.
 func parts(r doctor.Result) []part {
 	return []part{{"why", r.Effect}, {"fix", r.Fix}, {"undo", r.Undo}, {"ref", r.Source}}
-}
-
-// wrap writes a text in lines of the screen's width; a word that is longer has its own.
-func wrap(b *strings.Builder, name, text string) {
-	line := fmt.Sprintf("       %-*s", indent-7, name)
-	empty := true
-	for _, word := range strings.Fields(text) {
-		if !empty && len(line)+1+len(word) > screen {
-			b.WriteString(line + "\n")
-			line = strings.Repeat(" ", indent)
-		}
-		line += " " + word
-		empty = false
-	}
-	b.WriteString(line + "\n")
 }
 
 // group is the same thing, seen in several namespaces.
@@ -150,24 +196,24 @@ func skipped(results []doctor.Result) (all []*skip) {
 	return all
 }
 
-func skips(b *strings.Builder, results []doctor.Result, colour func(status, text string) string) {
+func skips(b *sheet, results []doctor.Result, colour func(status, text string) string) {
 	for _, s := range skipped(results) {
-		var of strings.Builder
-		wrap(&of, "", strings.Join(s.ids, " "))
+		of := &sheet{columns: b.columns}
+		of.says("", strings.Join(s.ids, " "))
 		b.WriteString(colour("skip", " SKIP  ") + strings.TrimLeft(of.String(), " "))
-		wrap(b, "why", s.why)
+		b.says("why", s.why)
 	}
 }
 
 // Explain writes all that is known of a check, before anything is read.
-func Explain(w io.Writer, c doctor.Check) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s  %s  (%s, %s, in %s)\n", c.ID, c.Title, c.Layer, c.Severity, c.Scope)
+func Explain(w io.Writer, columns int, c doctor.Check) error {
+	b := &sheet{columns: columns}
+	fmt.Fprintf(b, "%s  %s  (%s, %s, in %s)\n", c.ID, c.Title, c.Layer, c.Severity, c.Scope)
 	for _, p := range []part{
 		{"reads", strings.Join(c.Reads, ", ")}, {"when", c.When}, {"why", c.Effect}, {"fix", c.Fix}, {"undo", c.Undo},
 		{"beware", c.Pitfall}, {"ref", c.Source},
 	} {
-		wrap(&b, p.Name, p.Text)
+		b.says(p.Name, p.Text)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
