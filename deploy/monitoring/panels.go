@@ -39,6 +39,9 @@ func (q query) text() string { return strings.ReplaceAll(q.expr, "@", chosen) }
 
 func one(expr, legend string) []query { return []query{{expr, legend}} }
 
+// pair is the legend of what is told by pairs of pods.
+const pair = "{{client_namespace}}/{{client}} -> {{server_namespace}}/{{server}}"
+
 var rows = []row{
 	{"Now", []chart{
 		{counted, "Agents", "Nodes whose agent Prometheus sees.", "short", 4, one(`count(millrace_build_info{@})`, "agents"), 0, nil},
@@ -115,6 +118,16 @@ var rows = []row{
 			one(`sum by (reason) (rate(millrace_events_total{@, layer="trace", reason=~"connection .+"}[$__rate_interval]))`, "{{reason}}"), 0, nil},
 		{lined, "Refused or never answered", "Share of the connections that ended. Between whom: `millrace show flows` on that node.", "percentunit", 12,
 			one(`sum by (instance) (rate(millrace_events_total{@, layer="trace", reason=~"connection refused|connection unanswered"}[10m])) / sum by (instance) (rate(millrace_events_total{@, layer="trace", reason="connection ended"}[10m]))`, "{{instance}}"), 0, nil},
+		{lined, "Bytes between pods", "What the other end acknowledged, as the client's node sees it; the fifteen pairs with the most. A node names 100 pairs, the rest is others.", "Bps", 12,
+			one(`topk(15, sum by (client_namespace, client, server_namespace, server) (rate(millrace_flow_bytes_total{@, seen_by="client"}[$__rate_interval])))`, pair), 0, nil},
+		{lined, "Segments sent again between pods", "Loss on the way, or an end that is too slow. Where: `millrace trace CLIENT SERVER` on that node.", "pps", 12,
+			one(`topk(15, sum by (client_namespace, client, server_namespace, server) (rate(millrace_flow_retransmits_total{@}[$__rate_interval])) > 0)`, pair), 0, nil},
+		{lined, "Connections between pods that failed", "Refused, never answered, or reset by the other end.", "ops", 12,
+			one(`topk(15, sum by (client_namespace, client, server_namespace, server, verdict) (rate(millrace_flow_connections_ended_total{@, verdict!="ok"}[$__rate_interval])) > 0)`, pair+" {{verdict}}"), 0, nil},
+		{lined, "Open connections between pods that do not get on", "unanswered: they wait for the answer to their SYN; retransmitting: or for a window that is zero.", "short", 12,
+			one(`topk(15, sum by (client_namespace, client, server_namespace, server, verdict) (millrace_flow_connections_open{@, verdict!="ok"}) > 0)`, pair+" {{verdict}}"), 0, nil},
+		{lined, "Longest round trip between pods", "Smoothed, of the connections that are open; the fifteen longest.", "s", 12,
+			one(`topk(15, max by (client_namespace, client, server_namespace, server) (millrace_flow_rtt_seconds{@}))`, pair), 0, nil},
 	}},
 	{"Doctor", []chart{
 		{tabled, "What doctor finds", "On all nodes where it runs, whatever is chosen above. `millrace doctor --explain ID` says what a check is about.", "none", 12,
