@@ -71,7 +71,7 @@ func has(fields *metav1.FieldsV1, key string) bool {
 	var set struct {
 		Data map[string]json.RawMessage `json:"f:data"`
 	}
-	if fields == nil || json.Unmarshal(fields.Raw, &set) != nil {
+	if fields == nil || json.Unmarshal(fields.GetRawBytes(), &set) != nil {
 		return false
 	}
 	_, one := set.Data["f:"+key]

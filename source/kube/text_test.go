@@ -16,7 +16,7 @@ import (
 // Who would put back what others write is known by what they leave on their objects.
 func TestOwner(t *testing.T) {
 	applied := func(manager, fields string) []metav1.ManagedFieldsEntry {
-		return []metav1.ManagedFieldsEntry{{Manager: manager, Operation: metav1.ManagedFieldsOperationApply, FieldsV1: &metav1.FieldsV1{Raw: []byte(fields)}}}
+		return []metav1.ManagedFieldsEntry{{Manager: manager, Operation: metav1.ManagedFieldsOperationApply, FieldsV1: metav1.NewFieldsV1(fields)}}
 	}
 	for _, row := range []struct {
 		what       string
@@ -25,7 +25,7 @@ func TestOwner(t *testing.T) {
 	}{
 		{"a person's", metav1.ObjectMeta{Labels: map[string]string{"app": "kube-proxy"}, Annotations: map[string]string{"kubeadm.kubernetes.io/component-config.hash": "sha256:1"}}, "", ""},
 		{"kubeadm's", metav1.ObjectMeta{ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kubeadm", Operation: metav1.ManagedFieldsOperationUpdate,
-			FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:data":{"f:config.conf":{}}}`)}}}}, "", ""},
+			FieldsV1: metav1.NewFieldsV1(`{"f:data":{"f:config.conf":{}}}`)}}}, "", ""},
 		{"Argo CD", metav1.ObjectMeta{Annotations: map[string]string{"argocd.argoproj.io/tracking-id": "net:/ConfigMap:kube-system/kube-proxy"}},
 			"Argo CD (annotation argocd.argoproj.io/tracking-id: net:/ConfigMap:kube-system/kube-proxy)", "in the repository of that application"},
 		{"Flux", metav1.ObjectMeta{Labels: map[string]string{"kustomize.toolkit.fluxcd.io/name": "net"}}, "Flux (label kustomize.toolkit.fluxcd.io/name: net)", "in the repository of that Kustomization"},

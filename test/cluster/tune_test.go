@@ -23,8 +23,8 @@ conntrack:
 nodePortAddresses: null
 `
 
-// tuneBed is an API server with a kube-proxy's ConfigMap, and a node whose kube-proxy runs.
-type tuneBed struct {
+// proxyBed is an API server with a kube-proxy's ConfigMap, and a node whose kube-proxy runs.
+type proxyBed struct {
 	*apiBed
 	run, sysctls string
 }
@@ -32,7 +32,7 @@ type tuneBed struct {
 // What a kube-proxy sets is changed in its ConfigMap, one field and nothing else; put
 // back; left to whoever altered it since, and to who keeps it; and it is said who may not.
 func TestTuneOfARealConfigMap(t *testing.T) {
-	b := &tuneBed{apiBed: newAPIBed(t)}
+	b := &proxyBed{apiBed: newAPIBed(t)}
 	b.run, b.sysctls = filepath.Join(b.folder, "tune"), filepath.Join(b.folder, "sys")
 	b.proxyRuns()
 	b.runsTextOfARealServer()
@@ -71,8 +71,16 @@ func TestTuneOfARealConfigMap(t *testing.T) {
 	b.undoes("- conntrack.min " + n + " -> 1000 (ConfigMap kube-system/kube-proxy, conntrack)\n")
 	b.has(strings.Replace(proxyConfiguration, "mode: nftables", "mode: iptables", 1))
 
-	// What somebody alters is theirs.
+	// A field is set if what kube-proxy makes of it is measured to help.
 	b.write(proxyConfiguration)
+	said, want := b.tune(0, "apply", "conntrack", "--prove", "--rounds", "6"), "~ conntrack.min 1000 -> "+n+" (ConfigMap kube-system/kube-proxy, conntrack)\n"
+	if !strings.HasPrefix(said, "keeps: net.netfilter.nf_conntrack_max 65536 -> "+n+": 20 -> 200 connections") || !strings.HasSuffix(said, want) {
+		t.Errorf("apply --prove:\n%s", said)
+	}
+	b.has(changed)
+	b.undoes("- conntrack.min " + n + " -> 1000 (ConfigMap kube-system/kube-proxy, conntrack)\n")
+
+	// What somebody alters is theirs.
 	b.tune(0, "apply", "conntrack-idle", "conntrack", "PX-04")
 	altered := strings.NewReplacer("min: "+n, "min: 5000").Replace(b.text())
 	b.write(altered)
@@ -87,7 +95,7 @@ func TestTuneOfARealConfigMap(t *testing.T) {
 }
 
 // proxyRuns has a node with settings of a kernel, and a process that is called kube-proxy.
-func (b *tuneBed) proxyRuns() {
+func (b *proxyBed) proxyRuns() {
 	b.t.Helper()
 	program := filepath.Join(b.folder, "kube-proxy")
 	sleep, err := exec.LookPath("sleep")
@@ -105,7 +113,7 @@ func (b *tuneBed) proxyRuns() {
 }
 
 // runsTextOfARealServer runs the test of the package that reads and writes ConfigMaps.
-func (b *tuneBed) runsTextOfARealServer() {
+func (b *proxyBed) runsTextOfARealServer() {
 	b.t.Helper()
 	program := filepath.Join(b.folder, "kube.test")
 	if text, err := exec.Command("go", "-C", "../..", "test", "-c", "-o", program, "./source/kube").CombinedOutput(); err != nil {
@@ -120,7 +128,7 @@ func (b *tuneBed) runsTextOfARealServer() {
 }
 
 // create makes the ConfigMap anew, with more of its metadata.
-func (b *tuneBed) create(metadata string) {
+func (b *proxyBed) create(metadata string) {
 	b.t.Helper()
 	b.want(b.kubectl("", "-n", "kube-system", "delete", "configmap", "kube-proxy", "--ignore-not-found"))
 	data, err := json.Marshal(map[string]string{"config.conf": proxyConfiguration, "kubeconfig.conf": "apiVersion: v1\n"})
@@ -129,7 +137,7 @@ func (b *tuneBed) create(metadata string) {
 }
 
 // object is the ConfigMap as the API server has it.
-func (b *tuneBed) object() (m map[string]any) {
+func (b *proxyBed) object() (m map[string]any) {
 	b.t.Helper()
 	text, err := b.inside(filepath.Join(b.bin, "kubectl"), "--kubeconfig", b.folder+"/admin", "-n", "kube-system", "get", "configmap", "kube-proxy", "-o", "json", "--show-managed-fields").Output()
 	b.want(err)
@@ -137,12 +145,12 @@ func (b *tuneBed) object() (m map[string]any) {
 	return m
 }
 
-func (b *tuneBed) text() string {
+func (b *proxyBed) text() string {
 	b.t.Helper()
 	return b.object()["data"].(map[string]any)["config.conf"].(string)
 }
 
-func (b *tuneBed) has(want string) {
+func (b *proxyBed) has(want string) {
 	b.t.Helper()
 	if got := b.text(); got != want {
 		b.t.Errorf("the ConfigMap has\n%s\nwant\n%s", got, want)
@@ -150,7 +158,7 @@ func (b *tuneBed) has(want string) {
 }
 
 // write is somebody else who changes the configuration.
-func (b *tuneBed) write(text string) {
+func (b *proxyBed) write(text string) {
 	b.t.Helper()
 	patch, err := json.Marshal(map[string]any{"data": map[string]string{"config.conf": text}})
 	b.want(err)
@@ -159,7 +167,7 @@ func (b *tuneBed) write(text string) {
 
 // differsInTextAlone checks that nothing else of the object was changed, and that it is
 // said who did it.
-func (b *tuneBed) differsInTextAlone(before map[string]any) {
+func (b *proxyBed) differsInTextAlone(before map[string]any) {
 	b.t.Helper()
 	after := b.object()
 	if fields := fmt.Sprint(after["metadata"].(map[string]any)["managedFields"]); !strings.Contains(fields, "manager:kubectl-create") || !strings.Contains(fields, "manager:millrace") {
@@ -177,7 +185,7 @@ func (b *tuneBed) differsInTextAlone(before map[string]any) {
 }
 
 // as runs `millrace tune` with somebody's kubeconfig.
-func (b *tuneBed) as(user string, words ...string) (stdout, stderr string, status int) {
+func (b *proxyBed) as(user string, words ...string) (stdout, stderr string, status int) {
 	b.t.Helper()
 	words = append([]string{b.millrace, "tune"}, words...)
 	words = append(words, "--run", b.run, "--proc-sys", b.sysctls)
@@ -187,7 +195,8 @@ func (b *tuneBed) as(user string, words ...string) (stdout, stderr string, statu
 	if user != "" {
 		words = append(words, "--source", "kube:"+b.folder+"/"+user)
 	}
-	c := b.inside(words...)
+	// In the namespace alone: `ip netns exec` would hide the cgroups, which a proof needs.
+	c := exec.Command("nsenter", append([]string{"--net=/run/netns/" + b.space}, words...)...)
 	var out, errs strings.Builder
 	c.Stdout, c.Stderr = &out, &errs
 	if err := c.Run(); err != nil && c.ProcessState == nil {
@@ -196,7 +205,7 @@ func (b *tuneBed) as(user string, words ...string) (stdout, stderr string, statu
 	return out.String(), errs.String(), c.ProcessState.ExitCode()
 }
 
-func (b *tuneBed) tune(want int, words ...string) string {
+func (b *proxyBed) tune(want int, words ...string) string {
 	b.t.Helper()
 	stdout, stderr, status := b.as("admin", words...)
 	if status != want {
@@ -208,7 +217,7 @@ func (b *tuneBed) tune(want int, words ...string) string {
 	return stdout
 }
 
-func (b *tuneBed) refuses(want int, says string, words ...string) {
+func (b *proxyBed) refuses(want int, says string, words ...string) {
 	b.t.Helper()
 	stdout, stderr, status := b.as("admin", words...)
 	if status != want || !strings.Contains(stdout+stderr, says) {
@@ -217,7 +226,7 @@ func (b *tuneBed) refuses(want int, says string, words ...string) {
 }
 
 // undoes all, without being told where the cluster is: that is written down.
-func (b *tuneBed) undoes(want string) {
+func (b *proxyBed) undoes(want string) {
 	b.t.Helper()
 	stdout, stderr, status := b.as("", "undo", "--all")
 	if status != 0 || stdout != want {
@@ -230,7 +239,7 @@ func (b *tuneBed) undoes(want string) {
 
 // isLeftToOthers: what a tool keeps, what may not be read or written, an object that was
 // made anew.
-func (b *tuneBed) isLeftToOthers(n string) {
+func (b *proxyBed) isLeftToOthers(n string) {
 	b.t.Helper()
 	refused := func(user, says string) {
 		b.t.Helper()
