@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/millrace/millrace/agent/rollout"
 	"github.com/millrace/millrace/doctor"
+	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/tune"
 	"github.com/millrace/millrace/layer/tune/knob"
@@ -275,7 +278,15 @@ func (n *keptNode) keepIn(ctx context.Context, a rollout.Asked, knobs []*knob.Kn
 		return p.Node || p.Pod && a.More && (a.Choice.ExistingPods || !slices.Contains(a.Existing, p.Cookie))
 	}
 	chosen := slices.DeleteFunc(slices.Clone(all), func(p tune.Place) bool { return !free(p) && !holds(p, "") })
-	proposals, err := n.planIn(ctx, knob.Ask{Knobs: knobs}, chosen, window)
+	ask := knob.Ask{Knobs: knobs}
+	proposals, err := n.planIn(ctx, ask, chosen, window)
+	if errors.Is(err, fs.ErrNotExist) { // a pod ended when it was looked at
+		chosen = slices.DeleteFunc(chosen, func(p tune.Place) bool {
+			cookie, err := netns.Cookie(p.Path)
+			return err != nil || cookie != p.Cookie
+		})
+		proposals, err = n.planIn(ctx, ask, chosen, window)
+	}
 	if err != nil {
 		return err
 	}
@@ -298,7 +309,11 @@ func tell(kept *tune.Kept, places []tune.Place, o *rollout.Outcome) {
 	o.Held += kept.Held
 	o.Set = append(o.Set, sentences(kept.Set)...)
 	for _, p := range kept.Refused {
-		o.Refused = append(o.Refused, strings.ReplaceAll(fmt.Sprintf("%s of %s is set by %s: %s", p.Setting, p.Space, p.Owner, p.Reason), " is set by : ", " cannot be set: "))
+		why := "is set by " + p.Owner
+		if p.Owner == "" {
+			why = "cannot be set"
+		}
+		o.Refused = append(o.Refused, fmt.Sprintf("%s of %s %s: %s", p.Setting, p.Space, why, p.Reason))
 	}
 	for _, p := range kept.Waiting {
 		o.Waiting = append(o.Waiting, fmt.Sprintf("%s of %s %s -> %s", p.Setting, p.Space, orDash(p.Current), p.Wanted))

@@ -163,13 +163,18 @@ func (k *Keeper) judge(s State, p *knob.Proposal, node bool) Drift {
 	return d
 }
 
-// set the steps of a place.
+// set the steps of a place, unless its pod has ended while it was looked at: its path may
+// be another's by now.
 func (k *Keeper) set(p Place, steps []Step, drifted map[spot]bool, kept *Kept) {
+	cookie, err := netns.Cookie(p.Path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && cookie != p.Cookie {
+		return
+	}
 	done, err := k.ledger.Apply(steps)
+	if errors.Is(err, layer.ErrInUse) {
+		return // a person sets something at this moment: the next time
+	}
 	if err != nil {
-		if _, gone := netns.Cookie(p.Path); p.Path != "" && errors.Is(gone, fs.ErrNotExist) {
-			return // its pod has ended meanwhile
-		}
 		kept.Failed = append(kept.Failed, err)
 		return
 	}

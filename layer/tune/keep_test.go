@@ -27,15 +27,21 @@ func newKept(d *desk) *keptDesk {
 // wish is what a knob proposes for a setting as it is now.
 func (k *keptDesk) wish(p Place, wanted string) knob.Proposal {
 	k.Helper()
-	now, err := at(k.root, p.Path).Read(queueLength)
-	if err != nil {
-		k.Fatal(err)
-	}
+	now := k.value(p)
 	w := knob.Proposal{ID: "accept-queue", Setting: queueLength, Space: p.Name, Current: now, Wanted: wanted, AtLeast: true, Status: knob.Change}
 	if knob.Suits(wanted, now, true) {
 		w.Status = knob.Enough
 	}
 	return w
+}
+
+func (k *keptDesk) value(p Place) string {
+	k.Helper()
+	now, err := at(k.root, p.Path).Read(queueLength)
+	if err != nil {
+		k.Fatal(err)
+	}
+	return now
 }
 
 // keeps a round, and says what it came to: "set 1, held 1, refused 0, waiting 0, failed 0".
@@ -134,7 +140,14 @@ func TestKeeperOfNamespaces(t *testing.T) {
 	if err := netns.Remove(two.Path); err != nil {
 		t.Fatal(err)
 	}
+	stale := two
+	stale.Path = one.Path // a process of the one has the number that the other's had
+	k.all = []Place{one, stale}
+	k.keeps(`set 0, held 2, refused 0, waiting 0, failed 0, drift []`, true, k.wish(one, "8192"), k.wish(stale, "16384"))
 	k.all = k.all[:1]
+	if now := k.value(one); now != "8192" {
+		t.Errorf("what was meant for another is set: %s", now)
+	}
 	k.keeps(`set 0, held 1, refused 0, waiting 0, failed 0, drift []`, false, k.wish(one, "8192"))
 	if held, err := k.Load(); err != nil || len(held) != 1 || held[0].Space != "one" || !held[0].Kept {
 		t.Errorf("it holds %+v, %v", held, err)
