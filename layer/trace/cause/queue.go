@@ -247,14 +247,11 @@ func (d *diagnosis) stalled() {
 			}
 			waits := o.SendQueue > 0 && o.Probing && o.Backoff >= mostProbes && o.Retransmits < mostProbes
 			switch {
-			case o.unread() > 0 && o.ReceiveWindow >= 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
+			case o.unread() > 0 && o.ReceiveWindow < max(o.MSS, 1) && o.LastReceived >= longPause:
 				d.stallAt(s, o)
 			case waits:
-				switch r, receiver := d.farEnd(s, o); {
-				case receiver == nil:
+				if _, receiver := d.farEnd(s, o); receiver == nil {
 					d.stall(s, o, s, nil)
-				case receiver.ReceiveWindow < 0 && receiver.unread() > 0:
-					d.stall(s, o, r, receiver)
 				}
 			}
 		}
@@ -290,10 +287,12 @@ func (d *diagnosis) farEnd(s *Space, o *Socket) (at *Space, other *Socket) {
 	return at, other
 }
 
-// stallAt finds the sender of a receiver that is stalled: one that has more to send.
+// stallAt finds the sender of a receiver that is stalled: one that has more to send. Where
+// the kernel does not say the receiver's window, the sender's picture of it has to do.
 func (d *diagnosis) stallAt(r *Space, o *Socket) {
 	s, sender := d.farEnd(r, o)
 	switch {
+	case o.ReceiveWindow < 0 && (sender == nil || sender.SendWindow >= max(sender.MSS, 1)):
 	case sender != nil && sender.SendQueue > 0:
 		d.stall(s, sender, r, o)
 	case sender == nil && len(d.owners(o.Remote.Addr())) == 0:
