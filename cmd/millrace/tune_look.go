@@ -311,6 +311,9 @@ func (t *tuning) print(proposals []knob.Proposal) error {
 			fmt.Printf("    then     %s\n", p.Then)
 		}
 		if here := p.ID + p.Space; here != last {
+			if p.Status == knob.Change && p.Reason == "" && len(p.Evidence) == 0 {
+				fmt.Println("    because  you may choose it: no finding of the doctor asks for it now; docs/tune.md says what it is good for")
+			}
 			for _, e := range p.Evidence {
 				fmt.Printf("    %s    %s\n", p.Finding, e)
 			}
