@@ -348,7 +348,7 @@ func silentServers(v *view) {
 		case e.err != nil:
 			v.firesAt(e.scope, Warning, e.at(), "%s", reason(e.err))
 		case e.reply.Lost > 0:
-			v.firesAt(e.scope, Info, e.at(), "answered in %s, after %d queries without an answer", millis(e.reply.Took), e.reply.Lost)
+			v.firesAt(e.scope, Info, e.at(), "answered in %s; queries before it that were not: %d", millis(e.reply.Took), e.reply.Lost)
 		}
 		if e.err == nil {
 			answered++

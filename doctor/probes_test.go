@@ -160,7 +160,7 @@ var probesFire = []story{
 	{"PR-05", "a router between neighbours", hops("192.0.2.2", probe.Hop{From: router}, nil), Warn, "192.0.2.254 is in between, and the route by eth0 calls it a neighbour"},
 	{"PR-06", "no answer", replies("udp", "10.244.1.2", probe.Reply{}, errNobody), Fail, "Pod kube-system/coredns-2 | DNS query to 10.244.1.2:53/udp | no answer to 3 queries of 1 s each"},
 	{"PR-06", "not over TCP", replies("tcp", "10.244.1.2", probe.Reply{}, fmt.Errorf("dial: %w", unix.ECONNREFUSED)), Warn, "DNS query to 10.244.1.2:53/tcp | connection refused"},
-	{"PR-06", "the second time", replies("udp", "10.244.1.2", probe.Reply{Code: "NOERROR", Addresses: []netip.Addr{apiAddress}, Lost: 1, Took: time.Millisecond}, nil), Warn, "answered in 1.0 ms, after 1 queries without an answer"},
+	{"PR-06", "the second time", replies("udp", "10.244.1.2", probe.Reply{Code: "NOERROR", Addresses: []netip.Addr{apiAddress}, Lost: 1, Took: time.Millisecond}, nil), Warn, "answered in 1.0 ms; queries before it that were not: 1"},
 	{"PR-07", "the proxy", replies("udp", "10.96.0.10", probe.Reply{}, errNobody), Fail, "Service kube-system/kube-dns | DNS query to 10.96.0.10:53/udp | no answer to 3 queries of 1 s each; asked directly, 2 of its servers answer"},
 	{"PR-07", "from a pod", all(podAsks, replies("udp", "10.96.0.10", probe.Reply{}, errNobody)), Fail, "DNS query to 10.96.0.10:53/udp from Pod kube-system/coredns-1 | no answer"},
 	{"PR-08", "one that lost the API", replies("", "10.244.1.2", probe.Reply{Code: "SERVFAIL"}, nil), Fail, "Pod kube-system/coredns-2 | DNS query to 10.244.1.2:53/udp | kubernetes.default.svc.cluster.local.: SERVFAIL, and not NOERROR 10.96.0.1"},

@@ -240,6 +240,9 @@ func TestDoctorProbesFindFaults(t *testing.T) {
 			n := newTwoNodes(t)
 			fault.inject(n)
 			s, status := n.probe(fault.id)
+			for again := 0; s.Checks[0].Status != string(fault.status) && again < 3; again++ {
+				s, status = n.probe(fault.id) // answers are late on a busy machine
+			}
 			found := s.Checks[0]
 			if found.Status != string(fault.status) || (status == exitFindings) != (fault.status == doctor.Fail) {
 				t.Fatalf("%s, exit status %d, not %s: %+v", found.Status, status, fault.status, found.Evidence)
@@ -264,6 +267,15 @@ func evidenceOf(all []doctor.Evidence) (text string) {
 func TestDoctorProbesOfHealthyNodes(t *testing.T) {
 	n := newTwoNodes(t)
 	s, status := n.probe("probe")
+	unwell := func() (is bool) {
+		for _, c := range s.Checks {
+			is = is || c.Status != "ok"
+		}
+		return is
+	}
+	for again := 0; unwell() && again < 3; again++ {
+		s, status = n.probe("probe") // answers are late on a busy machine
+	}
 	if status != exitOK || len(s.Checks) != 10 {
 		t.Errorf("exit status %d, %d checks", status, len(s.Checks))
 	}
