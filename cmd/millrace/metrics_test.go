@@ -73,6 +73,37 @@ func (n *node) get(address string) (status int, body string) {
 	return response.StatusCode, string(text)
 }
 
+// talk opens a connection between programs of the node, which stays open.
+func (n *node) talk(address string) {
+	n.t.Helper()
+	n.AddAddress(address + "/32")
+	var ends [2]net.Conn
+	err := n.Inside(func() error {
+		server, err := net.Listen("tcp", address+":8080")
+		if err != nil {
+			return err
+		}
+		defer server.Close()
+		if ends[0], err = net.Dial("tcp", address+":8080"); err != nil {
+			return err
+		}
+		ends[1], err = server.Accept()
+		return err
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for i, end := range ends {
+		n.t.Cleanup(func() { end.Close() })
+		if _, err := end.Write([]byte("heard")); err != nil {
+			n.t.Fatal(err)
+		}
+		if _, err := io.ReadFull(ends[1-i], make([]byte, 5)); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+}
+
 // What deploy/monitoring is made for is what a node shows.
 func TestMetricsAreListed(t *testing.T) {
 	n := newNode(t)
@@ -94,7 +125,11 @@ func TestMetricsAreListed(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	n.talk("10.1.0.1")
 	status, shown := n.get("127.0.0.1:9470/metrics")
+	if !strings.Contains(shown, "millrace_flow_rtt_seconds{") {
+		t.Errorf("a connection is open and is not in:\n%s", shown)
+	}
 	if status != http.StatusOK || !strings.Contains(shown, `millrace_drops_total{namespace="",pod="",reason="NO_SOCKET"} `) {
 		t.Fatalf("status %d; a packet died and is not in:\n%s", status, shown)
 	}
