@@ -136,7 +136,7 @@ func (d *diagnosis) downFor(s *Space, e *seen) (place, bool) {
 	if e.Kind == NeighFailed || e.unresolved() {
 		return d.downBetween(s, e, to)
 	}
-	if e.Reason == "NOT_SPECIFIED" && e.Location != "ip_error" && !strings.HasPrefix(e.Location, "ip6_") {
+	if e.Reason == "NOT_SPECIFIED" && e.Location != "ip_error" && !strings.HasPrefix(e.Location, "ip6_") && !strings.HasPrefix(e.Location, "inet6_csk_xmit") {
 		return place{}, false
 	}
 	// The route is gone with the device: it led where the device's addresses are.

@@ -24,6 +24,8 @@ func precise() []handwritten {
 				Local: netip.MustParseAddrPort("192.0.2.1:40000"), Remote: netip.MustParseAddrPort("192.0.2.2:80")}}
 		})},
 		{"a message about a packet that was too big, and was heard", "", heard()},
+		{"an open connection of IPv6 whose device went down", LinkDown, routeless(false)},
+		{"an open connection of IPv6 whose route has gone", NoRoute, routeless(true)},
 		{"a port that forwards", "", Evidence{Spaces: []*Space{space(func(s *Space) {
 			s.After.Links = append(s.After.Links, Link{Index: 3, Name: "br0", Kind: "bridge", Up: true, Carrier: true})
 			s.After.Links[0].Master, s.After.Links[0].PortState = 3, "forwarding"
@@ -70,6 +72,19 @@ func heard() Evidence {
 		s.After.Counters = map[string]uint64{"Icmp6InPktTooBigs": 3}
 	})
 	return Evidence{Spaces: []*Space{s}, Events: []Event{big, told}}
+}
+
+// routeless is an open connection of IPv6 that has lost its route.
+func routeless(up bool) Evidence {
+	e, sent := drop("NOT_SPECIFIED", "inet6_csk_xmit", 3), again()
+	e.Device, e.Index = "", 0
+	e.Tuple.Source, e.Tuple.Destination = netip.MustParseAddrPort("[2001:db8::1]:40000"), netip.MustParseAddrPort("[2001:db8:1::1]:80")
+	sent.Tuple = e.Tuple
+	s := space(func(s *Space) {
+		s.Addrs = []Addr{addr("2001:db8::1/64")}
+		s.After.Links[0].Up, s.After.Links[0].Carrier = up, up
+	})
+	return Evidence{Spaces: []*Space{s}, Events: []Event{e, sent}, Paths: []Path{{Space: 1, Source: e.Tuple.Source.Addr(), Destination: e.Tuple.Destination.Addr(), Errno: eNETUNREACH}}}
 }
 
 // filled is a queue that has dropped 80 of 1080 packets of TCP, and what is changed.

@@ -16,7 +16,8 @@ func routed(e *seen) bool {
 	if e.Reason != "NOT_SPECIFIED" && e.Reason != "" && e.Reason != "IP_INHDR" {
 		return false
 	}
-	for _, prefix := range []string{"ip_error", "dst_discard", "ip6_pkt_", "ip6_forward", "ip_forward", "ip6_input", "ip_rcv_finish", "ip6_rcv_finish"} {
+	for _, prefix := range []string{"ip_error", "dst_discard", "ip6_pkt_", "ip6_forward", "ip_forward", "ip6_input", "ip_rcv_finish", "ip6_rcv_finish",
+		"inet6_csk_xmit"} { // the last is of an open connection, whose route has gone
 		if strings.HasPrefix(e.Location, prefix) {
 			return true
 		}
