@@ -127,7 +127,7 @@ func decide(proposals []knob.Proposal, known map[comparison]*tried, why map[comp
 		switch k := best[b]; {
 		case k != nil && k.Outcome == helps:
 		case k != nil && k.Outcome == stays:
-			p.Status, p.Reason = knob.Enough, "it does nothing that can be measured: kept as it was: "+k.Ratio.String()
+			p.Status, p.Reason = knob.Enough, "there is no difference beyond noise (more --rounds see smaller ones): kept as it was: "+k.Ratio.String()
 		case k != nil:
 			p.Status, p.Reason = knob.Unknown, fmt.Sprintf("it harms nothing (%s), and no load here shows what it is for: %s", k.Ratio, without(p))
 		case failed[b] != nil:

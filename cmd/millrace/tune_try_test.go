@@ -62,7 +62,7 @@ func TestTuneApplyProves(t *testing.T) {
 	file := w.article("# ten settings that make your node fly", "; by somebody", somaxconn+" = 4096", datagrams+"=1048576", "-net/netfilter/nf_conntrack_max = "+limit,
 		"net.ipv4.tcp_tw_reuse = 1", "net.core.busy_read = 50", "kernel.pid_max = 1")
 	w.wants(exitUsage, "say --prove, and those that help here are set", "apply", "--profile", file, "--proc-sys", root)
-	stdout, stderr, status := w.tune("apply", "--profile", file, "--prove", "--rounds", "6", "--proc-sys", root, "-o", "json")
+	stdout, stderr, status := w.tune("apply", "--profile", file, "--prove", "--rounds", "9", "--proc-sys", root, "-o", "json")
 	var all struct {
 		Changes []struct{ Op, Object, Detail string }
 		Refused []string
@@ -127,7 +127,7 @@ func TestTuneApplyRejectsAHarmfulProfile(t *testing.T) {
 func TestTuneApplyProvesAFinding(t *testing.T) {
 	w := newWorkshop(t)
 	w.fullQueue(w.pod)
-	printed, stderr, status := w.tune("apply", "HS-04", "--netns", w.pod, "--prove", "--rounds", "6")
+	printed, stderr, status := w.tune("apply", "HS-04", "--netns", w.pod, "--prove", "--rounds", "9")
 	t.Log(printed)
 	if status != exitFindings || !strings.HasPrefix(printed, "keeps: net.core.somaxconn 4096 -> 8192: 4097 -> ") || !strings.HasSuffix(printed, "~ net.core.somaxconn 4096 -> 8192 (namespace pod, accept-queue)\n") || !strings.Contains(stderr, "still seen: HS-04") {
 		t.Errorf("exit status %d, %q, %q", status, printed, stderr)
