@@ -84,7 +84,7 @@ func All() []Known {
 		{PortInUse, "a program wants a certain local port that somebody else has",
 			"EADDRINUSE from bind() for the same port again and again; who has it (sock_diag)"},
 		{QdiscFull, "a device's queue is full, or its rate used up",
-			"reasons QDISC_*, and FULL_RING of tun devices; the queueing discipline's counters; the device is up. TCP that fills a queue to find its rate does not count, unless it loses more than one of eight, or a connection does not come about or stands still"},
+			"reasons QDISC_*, and FULL_RING of tun devices; the queueing discipline's counters; the device is up. TCP that fills a queue to find its rate does not count, unless it loses more than one of five, or a connection does not come about or stands still"},
 		{TCDrop, "an eBPF program, or another filter, of tc drops",
 			"reasons TC_INGRESS and TC_EGRESS; what is attached to the device"},
 		{XDPDrop, "an XDP program drops",
