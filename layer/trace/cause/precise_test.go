@@ -15,6 +15,11 @@ func precise() []handwritten {
 		{"closed with data unread behind a translated address", ClosedUnread, closedBehind(false)},
 		{"an idle connection that is closed when it is used again", "", closedBehind(true)},
 		{"TCP that fills a queue", "", filled(func(*Evidence) {})},
+		{"what is said to neighbours is lost in it, too", "", filled(func(e *Evidence) {
+			report := e.Events[0]
+			report.Count, report.Tuple = 1, Tuple{Protocol: protoICMP6, EtherType: etherIP6, ICMPType: 143}
+			e.Events = append(e.Events, report)
+		})},
 		{"datagrams that fill it, too", QdiscFull, filled(func(e *Evidence) { e.Events[0].Tuple.Protocol = protoUDP })},
 		{"connections that do not come about for it", QdiscFull, filled(func(e *Evidence) { e.Events[0].Tuple.TCPFlags = flagSYN })},
 		{"a queue that drops one of two", QdiscFull, filled(func(e *Evidence) { e.Spaces[0].After.Links[0].Qdiscs[0].Packets = 160 })},

@@ -64,7 +64,8 @@ const mostLost = 5
 
 // fills says that TCP has filled a queue and been told so by a loss, which is how it finds
 // its rate (RFC 5681, 3.1): only segments of connections that go on died, few of all, and
-// nobody waited long for it. A queue that loses packets by itself (netem) is not meant.
+// nobody waited long for it; beside them at most what is said again by itself. A queue that
+// loses packets by itself (netem) is not meant.
 func (d *diagnosis) fills(s *Space, e *seen) bool {
 	l := s.link(e.Device)
 	if l == nil || e.Reason == "FULL_RING" {
@@ -72,6 +73,9 @@ func (d *diagnosis) fills(s *Space, e *seen) bool {
 	}
 	for _, o := range d.events {
 		if o.Kind != Drop || o.Space != e.Space || o.Device != e.Device || o.Reason != e.Reason {
+			continue
+		}
+		if ofLink(o.Tuple) {
 			continue
 		}
 		if o.Tuple.Protocol != protoTCP || o.Tuple.TCPFlags&flagSYN != 0 || d.starved(o.Tuple) {
@@ -89,6 +93,14 @@ func (d *diagnosis) fills(s *Space, e *seen) bool {
 		}
 	}
 	return sent >= lost*mostLost
+}
+
+// ofLink says that a packet is one that the kernel sends to its neighbours, and again by
+// itself: ARP, IGMP, MLD (RFC 2710, RFC 3810), or neighbour discovery (RFC 4861).
+func ofLink(t Tuple) bool {
+	const igmp = 2
+	return t.EtherType == etherARP || t.Protocol == igmp ||
+		t.Protocol == protoICMP6 && (t.ICMPType >= 130 && t.ICMPType <= 137 || t.ICMPType == 143)
 }
 
 // starved says that a connection sends the same again and again and does not get on.
