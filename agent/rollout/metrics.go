@@ -40,10 +40,11 @@ func newMetrics() *metrics {
 		phase:    gauges("millrace_tune_rollout", "1 for what becomes of the choice here: set, waiting, stopped.", "state"),
 		answers:  gauge("millrace_tune_api_server_answers", "0 if the API server was asked in the last round and has not answered: nothing new is set then."),
 		rounds:   counters("millrace_tune_rounds_total", "Rounds of looking and setting, by how they ended: done, failed.", "result"),
-		last:     gauge("millrace_tune_last_round_timestamp_seconds", "When a round was last done."),
+		last:     gauge("millrace_tune_last_round_timestamp_seconds", "When a round was last done, or when the process started, before the first."),
 	}
 	m.registry.MustRegister(m.settings, m.drift, m.drifts, m.phase, m.answers, m.rounds, m.last,
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
+	m.last.SetToCurrentTime() // 0 would be a round of 1970
 	return m
 }
 

@@ -393,6 +393,23 @@ func TestEventsAreFew(t *testing.T) {
 	}
 }
 
+// A process that has just started has not been idle since 1970.
+func TestTheFirstRoundIsNotLate(t *testing.T) {
+	families, err := newMetrics().registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() == "millrace_tune_last_round_timestamp_seconds" {
+			if at := time.Unix(int64(family.Metric[0].GetGauge().GetValue()), 0); time.Since(at) > time.Hour {
+				t.Errorf("the last round was at %s", at)
+			}
+			return
+		}
+	}
+	t.Error("it does not say when the last round was")
+}
+
 // What Prometheus reads.
 func TestMetrics(t *testing.T) {
 	f := newFleet(t, 1, "jit")
