@@ -77,6 +77,10 @@ type Standing struct {
 	Why     string
 	// Silent says that the trial's node has not renewed it for too long.
 	Silent bool
+	// Went says that its last round did what it should: a trial is renewed only then.
+	// Failure is why it did not, if it is known.
+	Went    bool
+	Failure string
 }
 
 // Decision is what becomes of a trial.
@@ -120,8 +124,12 @@ func Decide(t Trial, s Standing, soak time.Duration, now time.Time) Decision {
 	case t.Node == s.Node && s.Verdict == Good:
 		t.Phase, t.Since, t.Renewed = Spreading, now, now
 		return Decision{t, true, ""}
+	case t.Node == s.Node && s.Silent && s.Failure != "":
+		return stop(s.Node + ": its rounds fail: " + s.Failure)
 	case t.Node == s.Node:
-		t.Renewed = now
+		if s.Went {
+			t.Renewed = now
+		}
 		return Decision{t, true, ""}
 	case s.Silent:
 		return stop(t.Node + ", which tried it, is silent")

@@ -21,7 +21,7 @@ type Event struct {
 
 const (
 	// apart is the least time between two Events of a reason with other words, and again
-	// that between two counts of the same. There are nine reasons.
+	// that between two counts of the same. There are ten reasons.
 	apart = time.Minute
 	again = 10 * time.Minute
 	// longest is less than what an Event's message may have, 1,024 bytes

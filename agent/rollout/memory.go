@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -20,13 +21,24 @@ type memory struct {
 	// Began is which trial of it this is, Begun when it began here; zero if it did not.
 	Began time.Time `json:"began"`
 	Begun time.Time `json:"begun"`
-	// Before is what was found wrong before, Held which knobs were kept.
+	// Before is what was found wrong before, Held what was kept.
 	Before map[string]string `json:"before,omitempty"`
-	Held   []string          `json:"held,omitempty"`
+	Held   []Spot            `json:"had,omitempty"`
 	// Suspect says that something was found worse once.
 	Suspect bool    `json:"suspect,omitempty"`
 	Verdict Verdict `json:"verdict,omitempty"`
 	Why     string  `json:"why,omitempty"`
+	// earlier is what is remembered of the choice that began here last, until this one has.
+	earlier *memory
+}
+
+// added is what of all that is kept now came with the choice. What was kept before did
+// not, and no more what pods that started since have of the same knobs.
+func (m *memory) added(now []Spot) []Spot {
+	return slices.DeleteFunc(slices.Clone(now), func(s Spot) bool {
+		started := !slices.Contains(m.Existing, s.Cookie)
+		return slices.ContainsFunc(m.Held, func(h Spot) bool { return h == s || started && h.Knob == s.Knob })
+	})
 }
 
 const memoryName = "rollout.json"

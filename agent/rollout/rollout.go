@@ -23,10 +23,19 @@ type Node interface {
 	Keep(ctx context.Context, a Asked) (*Outcome, error)
 	// Findings are what is wrong on the node now: a sentence for each check.
 	Findings(ctx context.Context) (map[string]string, error)
-	// Holds are the knobs of which something is kept; LetGo puts back what is kept of some,
-	// and says what it did.
-	Holds() ([]string, error)
-	LetGo(ids []string) ([]string, error)
+	// Holds is what is kept; LetGo puts some of it back, and says what it did, also beside
+	// an error. What it could not put back is still held.
+	Holds() ([]Spot, error)
+	LetGo(spots []Spot) ([]string, error)
+}
+
+// Spot is a setting that is kept.
+type Spot struct {
+	// Cookie is of the network namespace it is in.
+	Cookie  uint64 `json:"netns"`
+	Setting string `json:"setting"`
+	// Knob is the ID of the one that it is of.
+	Knob string `json:"knob"`
 }
 
 // Asked is what a round is to do.
@@ -104,10 +113,15 @@ type keeping struct {
 	now     func() time.Time
 	// wanted is what the cluster has chosen; empty while it has not answered.
 	wanted string
-	// renewed is what the trial's node said last, and heard when that was seen here.
+	// renewed is what the trial's node said last, and heard when that was seen here, or
+	// when it could not have been.
 	renewed, heard time.Time
-	ended          atomic.Int64 // the last round, in Unix nanoseconds
-	done           atomic.Bool
+	// went says that the last round did what it should, and failure why it did not; both
+	// are empty before the first.
+	went    bool
+	failure string
+	ended   atomic.Int64 // the last round, in Unix nanoseconds
+	done    atomic.Bool
 }
 
 // Run keeps what is chosen until ctx ends. What is set stays. It returns layer.ErrInUse
@@ -174,6 +188,21 @@ func (k *keeping) hangs() bool {
 // round looks, sets what may be set, and says what came of it.
 func (k *keeping) round(ctx context.Context) error {
 	defer func() { k.ended.Store(k.now().UnixNano()) }()
+	err := k.tryRound(ctx)
+	if ctx.Err() != nil {
+		return err // it was told to stop
+	}
+	k.went, k.failure = err == nil, ""
+	if err == nil {
+		k.teller.over("TuneRoundFailed")
+		return nil
+	}
+	k.failure = err.Error()
+	k.teller.tell(ctx, "TuneRoundFailed", true, "a round failed, and the next one tries again: "+k.failure)
+	return err
+}
+
+func (k *keeping) tryRound(ctx context.Context) error {
 	d := k.decide(ctx)
 	k.metrics.rollout(d)
 	if d.May {
@@ -217,13 +246,14 @@ func (k *keeping) decide(ctx context.Context) *Decision {
 func (k *keeping) consult(ctx context.Context) (*Decision, error) {
 	t, c, first, labelled, err := k.Cluster.Read(ctx)
 	if err != nil {
+		k.heard = k.now() // who cannot hear does not know who is silent
 		return nil, err
 	}
 	k.wanted = c.String()
 	if !t.Renewed.Equal(k.renewed) {
 		k.renewed, k.heard = t.Renewed, k.now()
 	}
-	s := Standing{Node: k.Name, Choice: c.String(), First: first, Labelled: labelled, Silent: k.now().Sub(k.heard) > k.soak()+grace}
+	s := Standing{Node: k.Name, Choice: c.String(), First: first, Labelled: labelled, Went: k.went, Failure: k.failure, Silent: k.now().Sub(k.heard) > k.soak()+grace}
 	if k.memory.Choice.String() == s.Choice && k.memory.Began.Equal(t.Began) {
 		s.Verdict, s.Why = k.memory.Verdict, k.memory.Why
 	}
@@ -250,7 +280,11 @@ func (k *keeping) hasEarlier() bool {
 // one may be set.
 func (k *keeping) choose(c Choice) {
 	if k.memory.Choice.String() != c.String() {
-		k.memory = &memory{Boot: k.memory.Boot, Choice: c}
+		earlier := k.memory
+		if earlier.Begun.IsZero() {
+			earlier = earlier.earlier
+		}
+		k.memory = &memory{Boot: k.memory.Boot, Choice: c, earlier: earlier}
 	}
 }
 
@@ -273,15 +307,18 @@ func (k *keeping) begin(ctx context.Context, d *Decision) error {
 	if !m.Begun.IsZero() && m.Began.Equal(d.Trial.Began) {
 		return nil
 	}
-	next := &memory{Boot: m.Boot, Choice: m.Choice, Existing: m.Existing, Began: d.Trial.Began, Begun: k.now()}
+	next := &memory{Boot: m.Boot, Choice: m.Choice, Existing: m.Existing, Held: m.Held, Began: d.Trial.Began, Begun: k.now()}
 	var err error
-	if m.Begun.IsZero() {
+	if m.Begun.IsZero() { // it is not the same again
+		if err := k.withdraw(m); err != nil {
+			return err
+		}
 		if next.Existing, err = k.Node.Pods(); err != nil {
 			return err
 		}
-	}
-	if next.Held, err = k.Node.Holds(); err != nil {
-		return err
+		if next.Held, err = k.Node.Holds(); err != nil {
+			return err
+		}
 	}
 	if k.Cluster == nil {
 		next.Verdict = Good // nobody waits for it
@@ -295,9 +332,33 @@ func (k *keeping) begin(ctx context.Context, d *Decision) error {
 	return nil
 }
 
+// withdraw puts back what pods that ran already have by a consent that a new choice does
+// not give any more.
+func (k *keeping) withdraw(m *memory) error {
+	if m.earlier == nil || !m.earlier.Choice.ExistingPods || m.Choice.ExistingPods {
+		return nil
+	}
+	now, err := k.Node.Holds()
+	if err != nil {
+		return err
+	}
+	given := slices.DeleteFunc(m.earlier.added(now), func(s Spot) bool { return !slices.Contains(m.earlier.Existing, s.Cookie) })
+	if len(given) == 0 {
+		return nil
+	}
+	lines, err := k.Node.LetGo(given)
+	for _, line := range lines {
+		k.Log.Info(line)
+	}
+	return err
+}
+
 // judge says after a time whether all is well here, and puts back what is new if not.
 func (k *keeping) judge(ctx context.Context, o *Outcome, d *Decision) error {
 	m := k.memory
+	if m.Verdict == Bad {
+		return k.putBack(ctx) // what could not be put back before
+	}
 	if !d.May || m.Verdict != "" || k.now().Sub(m.Begun) < k.soak() {
 		return nil
 	}
@@ -315,17 +376,26 @@ func (k *keeping) judge(ctx context.Context, o *Outcome, d *Decision) error {
 		m.Suspect = true
 	default:
 		m.Verdict, m.Why = Bad, worse
-		now, err := k.Node.Holds()
-		if err != nil {
-			return err
-		}
-		lines, err := k.Node.LetGo(slices.DeleteFunc(now, func(id string) bool { return slices.Contains(m.Held, id) }))
-		if err != nil {
-			return err
-		}
-		k.teller.tell(ctx, "TunePutBack", true, append([]string{"put back, because " + worse}, lines...)...)
+		return errors.Join(m.save(k.Folder), k.putBack(ctx))
 	}
 	return m.save(k.Folder)
+}
+
+// putBack what is new with a choice that was found bad here, if it still is held.
+func (k *keeping) putBack(ctx context.Context) error {
+	now, err := k.Node.Holds()
+	if err != nil {
+		return err
+	}
+	added := k.memory.added(now)
+	if len(added) == 0 {
+		return nil
+	}
+	lines, err := k.Node.LetGo(added)
+	if len(lines) > 0 {
+		k.teller.tell(ctx, "TunePutBack", true, append([]string{"put back, because " + k.memory.Why}, lines...)...)
+	}
+	return err
 }
 
 // worse is what is wrong here and was not before; empty if nothing is.

@@ -64,18 +64,33 @@ func (s *seen) Say(_ context.Context, e Event) (string, error) {
 
 // machine is a node whose settings are kept: it has what is chosen, or it has not.
 type machine struct {
-	has, found []string
-	asked      Asked
-	drift      []Drift
-	err        error
+	has   []Spot
+	found []string
+	asked Asked
+	drift []Drift
+	// err is of rounds, stuck of what is to be put back.
+	err, stuck error
 }
 
-func (m *machine) Pods() ([]uint64, error) { return []uint64{7}, nil }
+// The network namespaces of a machine, and of a pod that runs there.
+const (
+	theNode = 1
+	thePod  = 7
+)
+
+func (m *machine) Pods() ([]uint64, error) { return []uint64{thePod}, nil }
 
 func (m *machine) Keep(_ context.Context, a Asked) (*Outcome, error) {
 	m.asked = a
 	if a.More && m.err == nil {
-		m.has = slices.Clone(a.Choice.Words)
+		var has []Spot
+		for _, word := range a.Choice.Words {
+			has = append(has, Spot{theNode, word, word})
+			if pod := (Spot{thePod, word, word}); a.Choice.ExistingPods || slices.Contains(m.has, pod) {
+				has = append(has, pod)
+			}
+		}
+		m.has = has
 	}
 	return &Outcome{Held: len(m.has), Drift: m.drift}, m.err
 }
@@ -88,11 +103,14 @@ func (m *machine) Findings(context.Context) (map[string]string, error) {
 	return found, nil
 }
 
-func (m *machine) Holds() ([]string, error) { return slices.Clone(m.has), nil }
+func (m *machine) Holds() ([]Spot, error) { return slices.Clone(m.has), nil }
 
-func (m *machine) LetGo(ids []string) ([]string, error) {
-	m.has = slices.DeleteFunc(m.has, func(id string) bool { return slices.Contains(ids, id) })
-	return []string{"- " + strings.Join(ids, " ")}, nil
+func (m *machine) LetGo(spots []Spot) ([]string, error) {
+	if m.stuck != nil {
+		return nil, m.stuck
+	}
+	m.has = slices.DeleteFunc(m.has, func(s Spot) bool { return slices.Contains(spots, s) })
+	return []string{fmt.Sprintf("- %v", spots)}, nil
 }
 
 // fleet is nodes of a cluster with one clock.
@@ -136,7 +154,7 @@ func (f *fleet) rounds(n int) {
 			if f.off[i] {
 				continue
 			}
-			if err := k.round(f.Context()); err != nil && f.machines[i].err == nil {
+			if err := k.round(f.Context()); err != nil && f.machines[i].err == nil && f.machines[i].stuck == nil {
 				f.Fatal(err)
 			}
 		}
@@ -255,6 +273,73 @@ func TestABadNodeStopsIt(t *testing.T) {
 	f.wants(5, Spreading, "")
 }
 
+// What could not be put back at once is put back later, also by a process that starts then.
+func TestAPutBackIsTriedAgain(t *testing.T) {
+	f := newFleet(t, 2, "jit")
+	f.rounds(1)
+	f.machines[0].found, f.machines[0].stuck = []string{"HS-14"}, layer.ErrInUse
+	f.rounds(8)
+	f.wants(1, Stopped, "n0 TuneRoundFailed: a round failed, and the next one tries again: "+layer.ErrInUse.Error())
+	f.nodes[0] = f.process(0, f.nodes[0].Folder)
+	f.rounds(2)
+	f.wants(1, Stopped, "")
+	f.machines[0].stuck = nil
+	f.rounds(1)
+	f.wants(0, Stopped, "n0 TunePutBack: put back, because HS-14 is found since: it is bad (and 1 more)")
+}
+
+// A choice that differs by its pods only is put back in these pods only, if it is bad there
+// or if they are not to have it any more.
+func TestPodsThatHadNothing(t *testing.T) {
+	inNode, inPod := Spot{theNode, "jit", "jit"}, Spot{thePod, "jit", "jit"}
+	f := newFleet(t, 1, "jit")
+	has := func(want ...Spot) {
+		t.Helper()
+		if !slices.Equal(f.machines[0].has, want) {
+			t.Errorf("it has %v, not %v", f.machines[0].has, want)
+		}
+	}
+	f.rounds(10)
+	has(inNode)
+	f.choice.ExistingPods = true
+	f.rounds(1)
+	has(inNode, inPod)
+	f.machines[0].found = []string{"HS-14"}
+	f.rounds(8)
+	f.wants(1, Stopped, "n0 TunePutBack")
+	has(inNode)
+	f.machines[0].found, f.trial.Phase = nil, ""
+	f.rounds(10)
+	f.wants(1, Spreading, "")
+	has(inNode, inPod)
+	f.choice.ExistingPods = false
+	f.rounds(1)
+	has(inNode)
+}
+
+// A trial on a node whose rounds fail comes to an end; one that failed for a moment goes on.
+func TestATrialWhoseRoundsFail(t *testing.T) {
+	f := newFleet(t, 1, "jit")
+	f.rounds(1)
+	f.machines[0].err = errors.New("the ledger is not to be read")
+	f.rounds(4)
+	f.machines[0].err = nil
+	f.rounds(3)
+	f.wants(1, Spreading, "n0 TuneRoundFailed: a round failed, and the next one tries again: the ledger is not to be read")
+	f.choice.Words = []string{"rps"}
+	f.machines[0].err = errors.New("the ledger is not to be read")
+	f.rounds(9)
+	f.wants(1, Stopped, "TuneStopped: rps is not set on further nodes: n0: its rounds fail: the ledger is not to be read")
+
+	f = newFleet(t, 2, "jit")
+	f.machines[0].err = errors.New("the ledger is not to be read")
+	f.nodes[0], f.nodes[1] = f.nodes[1], f.nodes[0]
+	f.machines[0], f.machines[1] = f.machines[1], f.machines[0]
+	f.nodes[1].round(t.Context()) // begins
+	f.rounds(9)
+	f.wants(0, Stopped, "TuneStopped: jit is not set on further nodes: n0, which tried it, is silent")
+}
+
 // A node that is bad later stops it for those that have not begun, and for nobody else.
 func TestABadNodeStopsItLater(t *testing.T) {
 	f := newFleet(t, 80, "jit")
@@ -316,6 +401,10 @@ func TestWithoutTheAPIServer(t *testing.T) {
 		}
 	}
 	f.down = nil
+	if err := f.nodes[1].round(t.Context()); err != nil { // before the one that tries it
+		t.Fatal(err)
+	}
+	f.wants(1, Trying, "")
 	f.rounds(60)
 	f.wants(3, Spreading, "TuneUnknown: it is not known what is chosen, and nothing new is set: no API server answers")
 }

@@ -125,6 +125,9 @@ type keptNode struct {
 	*tuning
 	keeper *tune.Keeper
 	mu     sync.Mutex // of the keeper: pods that start are seen to while a round looks
+	// known are the pods that rounds look at; others have started since, and are seen to at
+	// once.
+	known map[uint64]bool
 }
 
 // knobs are those that words name, each a profile or something of a knob.
@@ -191,16 +194,22 @@ func (n *keptNode) Keep(ctx context.Context, a rollout.Asked) (*rollout.Outcome,
 	if len(knobs) == 0 {
 		return o, n.rest(ctx)
 	}
+	known := all
+	if a.More {
+		if known, err = n.knownOf(a, all); err != nil {
+			return nil, err
+		}
+	}
 	var fresh rollout.Outcome
 	looked := make(chan struct{})
 	seen := make(chan struct{})
 	go func() {
 		defer close(seen)
 		if a.More {
-			n.seeToNewPods(ctx, a, knobs, all, looked, &fresh)
+			n.seeToNewPods(ctx, a, knobs, looked, &fresh)
 		}
 	}()
-	err = n.keepIn(ctx, a, knobs, all, n.window, o)
+	err = n.keepIn(ctx, a, knobs, known, n.window, o)
 	close(looked)
 	<-seen
 	o.Held += fresh.Held
@@ -222,8 +231,8 @@ func (n *keptNode) letGoOthers(knobs []*knob.Knob) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	held = slices.DeleteFunc(held, func(id string) bool {
-		return slices.ContainsFunc(knobs, func(k *knob.Knob) bool { return k.ID == id })
+	held = slices.DeleteFunc(held, func(s rollout.Spot) bool {
+		return slices.ContainsFunc(knobs, func(k *knob.Knob) bool { return k.ID == s.Knob })
 	})
 	if len(held) == 0 {
 		return nil, nil
@@ -231,36 +240,64 @@ func (n *keptNode) letGoOthers(knobs []*knob.Knob) ([]string, error) {
 	return n.LetGo(held)
 }
 
-// seeToNewPods sets in pods that start what is chosen, until looked is closed.
-func (n *keptNode) seeToNewPods(ctx context.Context, a rollout.Asked, knobs []*knob.Knob, known []tune.Place, looked <-chan struct{}, o *rollout.Outcome) {
+// knownOf are the places that a round looks at: the node, pods that were there when the
+// choice began, and those that were seen to. What runs of the others is new.
+func (n *keptNode) knownOf(a rollout.Asked, all []tune.Place) (known []tune.Place, err error) {
+	held, err := n.Holds()
+	if err != nil {
+		return nil, err
+	}
+	before := n.known
+	n.known = map[uint64]bool{}
+	for _, p := range all {
+		if !p.Pod || before[p.Cookie] || slices.Contains(a.Existing, p.Cookie) || slices.ContainsFunc(held, func(s rollout.Spot) bool { return s.Cookie == p.Cookie }) {
+			n.known[p.Cookie] = true
+			known = append(known, p)
+		}
+	}
+	return known, nil
+}
+
+// seeToNewPods sets in pods that start what is chosen, until looked is closed. What fails
+// is tried again, and told if it still fails then.
+func (n *keptNode) seeToNewPods(ctx context.Context, a rollout.Asked, knobs []*knob.Knob, looked <-chan struct{}, o *rollout.Outcome) {
 	again := time.NewTicker(min(newPods, n.window/2))
 	defer again.Stop()
 	for {
+		failed := n.seeToThoseNow(ctx, a, knobs, o)
 		select {
 		case <-looked:
+			o.Failed = append(o.Failed, failed...)
 			return
 		case <-ctx.Done():
 			return
 		case <-again.C:
 		}
-		all, err := n.places()
-		if err != nil {
-			o.Failed = append(o.Failed, err.Error())
-			return
-		}
-		started := slices.DeleteFunc(all, func(p tune.Place) bool {
-			return !p.Pod || slices.ContainsFunc(known, func(k tune.Place) bool { return k.Cookie == p.Cookie })
-		})
-		if len(started) == 0 {
-			continue
-		}
-		known = append(slices.Clip(known), started...)
-		var one rollout.Outcome
-		if err := n.keepIn(ctx, a, knobs, started, 0, &one); err != nil {
-			continue // the next round sees to it
-		}
-		o.Held, o.Set = o.Held+one.Held, append(o.Set, one.Set...)
 	}
+}
+
+// seeToThoseNow sees to the pods that are not known yet, and says what failed.
+func (n *keptNode) seeToThoseNow(ctx context.Context, a rollout.Asked, knobs []*knob.Knob, o *rollout.Outcome) (failed []string) {
+	all, err := n.places()
+	if err != nil {
+		return []string{err.Error()}
+	}
+	started := slices.DeleteFunc(all, func(p tune.Place) bool { return !p.Pod || n.known[p.Cookie] })
+	if len(started) == 0 {
+		return nil
+	}
+	var one rollout.Outcome
+	if err := n.keepIn(ctx, a, knobs, started, 0, &one); err != nil {
+		return []string{err.Error()}
+	}
+	o.Held, o.Set = o.Held+one.Held, append(o.Set, one.Set...)
+	if len(one.Failed) > 0 {
+		return one.Failed
+	}
+	for _, p := range started {
+		n.known[p.Cookie] = true
+	}
+	return nil
 }
 
 // keepIn looks at those of the places that may be set, and keeps them.
@@ -369,12 +406,22 @@ func (n *keptNode) Findings(ctx context.Context) (map[string]string, error) {
 }
 
 // Holds implements rollout.Node.
-func (n *keptNode) Holds() ([]string, error) { return n.keeper.Holds() }
+func (n *keptNode) Holds() (spots []rollout.Spot, err error) {
+	held, err := n.keeper.Holds()
+	for _, h := range held {
+		spots = append(spots, spotOf(&h))
+	}
+	return spots, err
+}
+
+func spotOf(h *tune.Held) rollout.Spot {
+	return rollout.Spot{Cookie: h.Cookie, Setting: h.Setting, Knob: h.ID}
+}
 
 // LetGo implements rollout.Node.
-func (n *keptNode) LetGo(ids []string) ([]string, error) {
+func (n *keptNode) LetGo(spots []rollout.Spot) ([]string, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	done, err := n.keeper.LetGo(ids)
+	done, err := n.keeper.LetGo(func(h *tune.Held) bool { return slices.Contains(spots, spotOf(h)) })
 	return sentences(done), err
 }

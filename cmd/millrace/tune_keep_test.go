@@ -157,6 +157,24 @@ func TestTuneKeep(t *testing.T) {
 	}
 }
 
+// A pod that started while nobody looked does not wait until a round is over.
+func TestTuneKeepSeesToPodsAtOnce(t *testing.T) {
+	w := newWorkshop(t)
+	w.podIs("old")
+	k := w.keep("conntrack-idle", "--metrics", "")
+	k.becomes(w.node, established, "86400")
+	k.stop()
+	fresh := w.anotherPod("new-1")
+	k = w.keep("conntrack-idle", "--metrics", "", "--for", "1h")
+	k.becomes(fresh, established, "86400")
+	k.becomes(w.anotherPod("new-2"), established, "86400")
+	k.stop()
+	if w.value(w.pod, established) != "432000" {
+		t.Error("a pod that ran already was set")
+	}
+	w.wants(exitOK, "- "+established, "undo", "--all")
+}
+
 // What is not chosen any more is put back; what a person has set stays.
 func TestTuneKeepLetsGo(t *testing.T) {
 	const backlog = "net.ipv4.tcp_max_syn_backlog"

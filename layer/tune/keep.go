@@ -187,19 +187,13 @@ func (k *Keeper) set(p Place, steps []Step, drifted map[spot]bool, kept *Kept) {
 	}
 }
 
-// Holds are the knobs of which something is kept.
-func (k *Keeper) Holds() (ids []string, err error) {
+// Holds is what is kept, in the order in which it was set.
+func (k *Keeper) Holds() ([]Held, error) {
 	all, err := k.ledger.Load()
-	for _, h := range all {
-		if h.Kept && !slices.Contains(ids, h.ID) {
-			ids = append(ids, h.ID)
-		}
-	}
-	return ids, err
+	return slices.DeleteFunc(all, func(h Held) bool { return !h.Kept }), err
 }
 
-// LetGo puts back what is kept of these knobs, as Ledger.Undo does; what people have set
-// stays.
-func (k *Keeper) LetGo(ids []string) (layer.Changes, error) {
-	return k.ledger.undo(func(h *Held) bool { return h.Kept && slices.Contains(ids, h.ID) }, false)
+// LetGo puts back which of what is kept, as Ledger.Undo does; what people have set stays.
+func (k *Keeper) LetGo(which func(*Held) bool) (layer.Changes, error) {
+	return k.ledger.undo(func(h *Held) bool { return h.Kept && which(h) }, false)
 }

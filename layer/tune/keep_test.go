@@ -2,7 +2,6 @@ package tune
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,10 +87,10 @@ func TestKeeper(t *testing.T) {
 	k.wants("node " + queueLength + " 100")
 	k.Keeper = NewKeeper(k.Ledger)
 	k.keeps(`set 1, held 1, refused 0, waiting 0, failed 0, drift ["node 100"]`, true, k.wish(node, "4096"))
-	if ids, err := k.Holds(); err != nil || !slices.Equal(ids, []string{"accept-queue"}) {
-		t.Errorf("it holds %q, %v", ids, err)
+	if held, err := k.Holds(); err != nil || len(held) != 1 || held[0].ID != "accept-queue" || held[0].Setting != queueLength {
+		t.Errorf("it holds %+v, %v", held, err)
 	}
-	if changes, err := k.LetGo([]string{"accept-queue"}); err != nil || len(changes) != 1 {
+	if changes, err := k.LetGo(func(h *Held) bool { return h.Setting == queueLength }); err != nil || len(changes) != 1 {
 		t.Errorf("%v, %v", changes, err)
 	}
 	k.wants("node " + queueLength + " 100")
@@ -123,7 +122,7 @@ func TestKeeperLeavesOwners(t *testing.T) {
 	}
 	other := knob.Proposal{ID: "conntrack", Setting: mostTracked, Space: "node", Status: knob.Owned, Current: "65536"}
 	k.keeps(`set 0, held 0, refused 1, waiting 0, failed 0, drift ["node 100 ask who wrote it"]`, true, theirs, other)
-	if _, err := k.LetGo([]string{"accept-queue", "syn-backlog"}); err != nil {
+	if _, err := k.LetGo(func(*Held) bool { return true }); err != nil {
 		t.Error(err)
 	}
 	k.wants("node " + queueLength + " 100, node " + synLength + " 2048")
