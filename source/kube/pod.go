@@ -103,17 +103,22 @@ func (e *Errand) Manifest() []byte {
 func (e *Errand) Run(ctx context.Context, settings Settings) (out []byte, status int, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.Patience, fmt.Errorf("it has not ended in %s", e.Patience))
 	defer cancel()
+	unsure := false // a server may have made it, and has not said so
 	err = askEach(settings, "make pod "+e.Name()+" on node "+e.Node, func(at *server) (decided bool, err error) {
 		ctx, cancel := context.WithTimeout(ctx, agentsPatience) // others may have to admit it
 		defer cancel()
 		err = at.client.Post().AbsPath("/api/v1/namespaces", ErrandNamespace, "pods").MaxRetries(0).
 			SetHeader("Content-Type", runtime.ContentTypeJSON).Body(e.Manifest()).Do(ctx).Error()
+		if unsure && apierrors.IsAlreadyExists(err) {
+			return true, nil // another server made it: nobody else knows its name
+		}
+		unsure = unsure || !answered(err)
 		return answered(err), err
 	})
 	if apierrors.IsForbidden(err) {
-		return nil, 0, fmt.Errorf("%w: it takes the verb create for pods in %s, and that this namespace admits pods of the level privileged (label pod-security.kubernetes.io/enforce, or the policies of who else decides)", err, ErrandNamespace)
+		err = fmt.Errorf("%w: it takes the verb create for pods in %s, and that this namespace admits pods of the level privileged (label pod-security.kubernetes.io/enforce, or the policies of who else decides)", err, ErrandNamespace)
 	}
-	if refused := apierrors.APIStatus(nil); errors.As(err, &refused) && refused.Status().Code/100 == 4 {
+	if refused := apierrors.APIStatus(nil); !unsure && errors.As(err, &refused) && refused.Status().Code/100 == 4 {
 		return nil, 0, err // it was not made
 	}
 	defer func() { err = errors.Join(err, e.remove(context.WithoutCancel(ctx), settings)) }()
@@ -206,9 +211,9 @@ func look(p *corev1.Pod) (status int, ended bool, why string) {
 
 // remove deletes the pod; that it is gone is success.
 func (e *Errand) remove(ctx context.Context, settings Settings) error {
-	ctx, cancel := context.WithTimeout(ctx, errandCleaning)
-	defer cancel()
 	err := askEach(settings, "delete pod "+e.Name(), func(at *server) (decided bool, err error) {
+		ctx, cancel := context.WithTimeout(ctx, errandCleaning)
+		defer cancel()
 		err = at.client.Delete().AbsPath("/api/v1/namespaces", ErrandNamespace, "pods", e.name).MaxRetries(0).Do(ctx).Error()
 		return answered(err), err
 	})

@@ -46,6 +46,8 @@ func (s *podServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.URL.Path == folder && r.Method == "POST" && s.refuses.Code != 0:
 		refuse(int(s.refuses.Code), s.refuses.Reason, s.refuses.Message)
+	case r.URL.Path == folder && r.Method == "POST" && s.there:
+		refuse(409, metav1.StatusReasonAlreadyExists, "it is there")
 	case r.URL.Path == folder && r.Method == "POST":
 		body, _ := io.ReadAll(r.Body)
 		if err := json.Unmarshal(body, &s.made); err != nil {
@@ -103,7 +105,7 @@ func TestErrand(t *testing.T) {
 		{what: "the kubelet refuses", server: &podServer{becomes: func(int) corev1.PodStatus {
 			return corev1.PodStatus{Phase: corev1.PodFailed, Reason: "OutOfpods", Message: "too many"}
 		}}, says: "it ended as Failed: OutOfpods too many"},
-		{what: "its time is over", server: &podServer{becomes: func(int) corev1.PodStatus { return waits("ContainerCreating", "") }}, patience: 1500 * time.Millisecond, says: "it has not ended in 1.5s; its phase is Pending, ContainerCreating"},
+		{what: "its time is over", server: &podServer{becomes: func(int) corev1.PodStatus { return waits("ContainerCreating", "") }}, patience: 5 * time.Second, says: "it has not ended in 5s; its phase is Pending, ContainerCreating"},
 		{what: "admission", server: &podServer{refuses: metav1.Status{Code: 403, Reason: metav1.StatusReasonForbidden, Message: `violates PodSecurity "baseline:latest"`}},
 			says: `violates PodSecurity "baseline:latest": it takes the verb create for pods in kube-system, and that this namespace admits pods of the level privileged`},
 		{what: "a wrong name", server: &podServer{refuses: metav1.Status{Code: 422, Reason: metav1.StatusReasonInvalid, Message: "image: Invalid value"}}, says: "image: Invalid value"},
@@ -132,6 +134,59 @@ func TestErrand(t *testing.T) {
 				t.Errorf("deleted: %v: %q", deleted, row.server.did)
 			}
 		})
+	}
+}
+
+// A pod that one server made without saying so is not left because another refuses: where
+// that says it is there, it is used.
+func TestErrandThatWasMadeUnheard(t *testing.T) {
+	for _, row := range []struct {
+		refuses metav1.Status
+		says    string
+	}{
+		{},
+		{metav1.Status{Code: 403, Reason: metav1.StatusReasonForbidden, Message: "not you"}, "not you: it takes the verb create"},
+		{metav1.Status{Code: 401, Reason: metav1.StatusReasonUnauthorized, Message: "who are you?"}, "who are you?"},
+	} {
+		s := &podServer{becomes: func(int) corev1.PodStatus { return ended(2) }}
+		mute := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == "POST" {
+				s.ServeHTTP(httptest.NewRecorder(), r)
+				s.mu.Lock()
+				s.refuses = row.refuses // of the next
+				s.mu.Unlock()
+			}
+			panic(http.ErrAbortHandler)
+		}))
+		defer mute.Close()
+		web := httptest.NewServer(s)
+		defer web.Close()
+		_, status, err := NewErrand("n1", "x", nil, time.Minute).Run(t.Context(), Settings{Kubeconfig: kubeconfig(t, "http://192.0.2.1"), Servers: []string{mute.URL, web.URL}})
+		if row.says == "" && (err != nil || status != 2) {
+			t.Errorf("it is there: %v, status %d", err, status)
+		}
+		if row.says != "" && (err == nil || !strings.Contains(err.Error(), row.says)) {
+			t.Errorf("%v; it does not say %q", err, row.says)
+		}
+		if s.made.Name == "" || s.there {
+			t.Errorf("after %q the pod %q is there: %v; asked for was %q", row.says, s.made.Name, s.there, s.did)
+		}
+	}
+}
+
+// A server that does not answer takes no time from the next to delete the pod.
+func TestErrandIsDeletedByTheSecondServer(t *testing.T) {
+	t.Parallel() // it waits for most of its time
+	s, e := &podServer{there: true}, NewErrand("n1", "x", nil, time.Minute)
+	s.made.Name = e.name
+	done := make(chan struct{})
+	mute := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-done }))
+	defer mute.Close()
+	defer close(done)
+	web := httptest.NewServer(s)
+	defer web.Close()
+	if err := e.remove(t.Context(), Settings{Kubeconfig: kubeconfig(t, "http://192.0.2.1"), Servers: []string{mute.URL, web.URL}}); err != nil || s.there {
+		t.Errorf("%v; the pod is there: %v", err, s.there)
 	}
 }
 
