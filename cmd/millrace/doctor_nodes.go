@@ -56,14 +56,10 @@ func (e *examination) there(ctx context.Context, checks []doctor.Check, progress
 	command := e.command(checks)
 	compared := slices.ContainsFunc(checks, func(c doctor.Check) bool { return c.Scope == doctor.Among })
 	var answers []report.Answer
-	var failed error
 	for _, r := range each(targets, func(t target) reply { return e.ask(ctx, at, t, command) }) {
 		a := report.Answer{Node: r.node, Err: r.err}
 		if r.err == nil {
 			a.Report, a.Err = report.Read(fromBrace(r.out))
-		}
-		if a.Err != nil {
-			failed = errors.Join(failed, fmt.Errorf("node %s: %w", a.Node, a.Err))
 		}
 		answers = append(answers, a)
 	}
@@ -72,6 +68,10 @@ func (e *examination) there(ctx context.Context, checks []doctor.Check, progress
 	}
 	r := report.Join(answers, cluster, compared)
 	if r.Header.Answered() == 0 {
+		var failed error
+		for _, n := range r.Header.Nodes { // Join has made them fit for a terminal
+			failed = errors.Join(failed, fmt.Errorf("node %s: %s", n.Name, n.Error))
+		}
 		return nil, &failure{exitIncomplete, failed}
 	}
 	return r, nil

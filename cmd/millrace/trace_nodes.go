@@ -122,8 +122,9 @@ func joined(all []answer) (*traceReport, error) {
 	var failed error
 	for _, a := range all {
 		if a.err != nil {
-			failed = errors.Join(failed, fmt.Errorf("node %s: %w", a.node, a.err))
-			r.Missing = append(r.Missing, fmt.Sprintf("node %s: %v", a.node, a.err))
+			why := fmt.Sprintf("node %s: %s", a.node, visible(strings.ReplaceAll(a.err.Error(), "\n", "; ")))
+			failed = errors.Join(failed, errors.New(why))
+			r.Missing = append(r.Missing, why)
 			continue
 		}
 		on := func(name string) string { return a.node + ": " + name }

@@ -34,11 +34,14 @@ func TestJoinedNodes(t *testing.T) {
 		t.Errorf("verdicts %+v, folded %+v", r.Verdicts, r.Folded)
 	}
 	var text strings.Builder
-	if err := r.print(&text); err != nil || !strings.Contains(text.String(), "node n3: pod a") || !strings.Contains(text.String(), "not seen: node n2: pod is gone") {
+	r.Kernel += "\x1b[2J"
+	r.Folded[0].Namespace += "\x1b[2J"
+	r.Times = []stepTime{{From: timeSpot{Namespace: "\x1b[2J"}}}
+	if err := r.print(&text); err != nil || !strings.Contains(text.String(), "node n3: pod a") || !strings.Contains(text.String(), "not seen: node n2: pod is gone") || strings.Contains(text.String(), "\x1b[2J") {
 		t.Errorf("%v: %s", err, text.String())
 	}
 	var failed *failure
-	if _, err := joined([]answer{{"n2", nil, errors.New("pod is gone")}}); !errors.As(err, &failed) || failed.status != exitIncomplete || !strings.Contains(err.Error(), "node n2: pod is gone") {
+	if _, err := joined([]answer{{"n2", nil, errors.New("pod is gone\n\x1b[2J")}}); !errors.As(err, &failed) || failed.status != exitIncomplete || err.Error() != "node n2: pod is gone; ?[2J" {
 		t.Errorf("nobody answers: %v", err)
 	}
 }

@@ -123,7 +123,7 @@ const timesShown = 10
 // print is the report for people.
 func (r *traceReport) print(w io.Writer) error {
 	out := &lines{w: w}
-	out.say("millrace trace  node %s  kernel %s  namespaces %d  window %.1f s", r.Node, r.Kernel, len(r.Namespaces), r.WindowSeconds)
+	out.say("millrace trace  node %s  kernel %s  namespaces %d  window %.1f s", r.Node, visible(r.Kernel), len(r.Namespaces), r.WindowSeconds)
 	for _, v := range r.Verdicts {
 		out.say("")
 		where := v.Where.Namespace
@@ -175,10 +175,10 @@ func (r *traceReport) print(w io.Writer) error {
 			out.say("times of %d other steps: -o json", len(r.Times)-timesShown)
 			break
 		}
-		out.say("time  %s -> %s  mean %s, longest %s of %d packets", t.From, t.To, timeText(t.Mean), timeText(t.Longest), t.Packets)
+		out.say("time  %s -> %s  mean %s, longest %s of %d packets", visible(t.From.String()), visible(t.To.String()), timeText(t.Mean), timeText(t.Longest), t.Packets)
 	}
 	if len(r.Folded) > 0 {
-		out.say("folded: %s, as they die where all is well", r.foldedText())
+		out.say("folded: %s, as they die where all is well", visible(r.foldedText()))
 	}
 	for _, m := range r.Missing {
 		out.say("not seen: %s", visible(m))

@@ -47,7 +47,9 @@ func Read(from io.Reader) (*Report, error) {
 		if at := slices.IndexFunc(all, func(k doctor.Check) bool { return k.ID == c.ID }); at >= 0 {
 			told = &all[at]
 		}
-		r.Results = append(r.Results, doctor.Result{Check: told, Status: c.Status, Severity: c.Severity, Evidence: c.Evidence, Fix: c.Fix, Undo: c.Undo})
+		result := doctor.Result{Check: told, Evidence: c.Evidence, Fix: c.Fix, Undo: c.Undo}
+		// Its status is judged here: others count on a finding to have evidence.
+		r.Results = append(r.Results, result.Without(func(doctor.Evidence) bool { return false }))
 	}
 	return r, nil
 }
@@ -68,6 +70,7 @@ func (h *Header) clean() {
 }
 
 func (c *check) clean() {
+	c.Severity = known(c.Severity)
 	for _, text := range []*string{&c.ID, &c.Title, &c.Layer, &c.Effect, &c.Source, &c.Fix, &c.Undo, &c.Pitfall} {
 		*text = doctor.Harmless(*text)
 	}
@@ -76,8 +79,22 @@ func (c *check) clean() {
 		for _, text := range []*string{&e.Node, &e.Scope, &e.Read, &e.Value} {
 			*text = doctor.Harmless(*text)
 		}
+		if e.Severity != "" {
+			e.Severity = known(e.Severity)
+		}
 	}
 }
+
+// known is a severity of this version; what it does not know is a warning.
+func known(s doctor.Severity) doctor.Severity {
+	if _, err := doctor.ParseSeverity(string(s)); err != nil {
+		return doctor.Warning
+	}
+	return s
+}
+
+// why is an error, with what another machine has said, fit for a terminal and one line.
+func why(err error) string { return doctor.Harmless(strings.ReplaceAll(err.Error(), "\n", "; ")) }
 
 // Join makes one report of what nodes have said and of what is said of their cluster's
 // objects, with the same finding of several as one. Only what is found in comparing them
@@ -92,8 +109,8 @@ func Join(nodes []Answer, cluster *Report, compared bool) *Report {
 	var ids, kernels, texts []string
 	for _, a := range nodes {
 		if a.Err != nil {
-			h.Nodes = append(h.Nodes, Node{Name: a.Node, Error: a.Err.Error()})
-			h.Unseen = append(h.Unseen, fmt.Sprintf("node %s: %v", a.Node, a.Err))
+			h.Nodes = append(h.Nodes, Node{Name: a.Node, Error: why(a.Err)})
+			h.Unseen = append(h.Unseen, fmt.Sprintf("node %s: %s", a.Node, why(a.Err)))
 			continue
 		}
 		from := a.Report.Header

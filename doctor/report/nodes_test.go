@@ -41,7 +41,7 @@ func nodes(t *testing.T) *Report {
 		}
 		all = append(all, Answer{Node: name, Report: read})
 	}
-	all = append(all, Answer{Node: "d", Err: errors.New("no agent of millrace runs there")})
+	all = append(all, Answer{Node: "d", Err: errors.New("no agent of millrace runs there\n\x1b[2Jat all")})
 	checks := doctor.Checks()
 	var served *doctor.Check
 	for i := range checks {
@@ -108,7 +108,7 @@ func TestJoinNodes(t *testing.T) {
 	if err := r.JSON(&out); err != nil {
 		t.Fatal(err)
 	}
-	if strings.Contains(out.String(), `\u001b`) {
+	if strings.Contains(out.String(), `\u001b`) || r.Header.Nodes[3].Error != "no agent of millrace runs there; ?[2Jat all" {
 		t.Error("what a node says is told as it stands")
 	}
 	again, err := Read(&out)
@@ -124,7 +124,7 @@ func TestFormsOfNodes(t *testing.T) {
 		form  func(*bytes.Buffer) error
 		wants []string
 	}{
-		{func(b *bytes.Buffer) error { return r.JSON(b) }, []string{`"format": 2`, `"node": "b"`, `"error": "no agent of millrace runs there"`, `"title": "`, `"pitfall": "`}},
+		{func(b *bytes.Buffer) error { return r.JSON(b) }, []string{`"format": 2`, `"node": "b"`, `"error": "no agent of millrace runs there; `, `"title": "`, `"pitfall": "`}},
 		{func(b *bytes.Buffer) error { return r.JUnit(b) }, []string{"b: pod a: TcpExt.ListenOverflows: 7 in 2.0 s", "c: MTU of cni0: 1500; 2 of 3 nodes have 1450"}},
 		{func(b *bytes.Buffer) error { return r.SARIF(b) }, []string{`"name": "a"`, `"name": "c"`, `"name": "kube:config"`}},
 		{func(b *bytes.Buffer) error { return r.Prometheus(b) }, []string{`millrace_doctor_node_answered{node="d"} 0`, `millrace_doctor_found_on{id="CN-25",layer="plugin",severity="warning",node="c"} 1`}},
@@ -188,5 +188,29 @@ func TestReadWhatIsNoReport(t *testing.T) {
 	}
 	if r, err := Read(bytes.NewReader(text)); err != nil || r.Results[0].Title != "of a later version" {
 		t.Errorf("%v", err)
+	}
+}
+
+// A node that says it has found something, and shows nothing, takes nothing from what the
+// others say; a severity that is none is a warning.
+func TestJoinWhatNodesMakeUp(t *testing.T) {
+	var all []Answer
+	for node, says := range map[string]string{
+		"a": `{"id":"CT-01","status":"fail","severity":"critical","evidence":[]}`,
+		"b": `{"id":"CT-01","status":"ok","evidence":[{"scope":"node","read":"x","value":"y","severity":"critical"}]}`,
+		"c": `{"id":"ZZ-99","status":"fail","severity":"\u001b[2J","evidence":[{"severity":"\u001b[2J"}]}`,
+	} {
+		r, err := Read(strings.NewReader(`{"header":{"format":2},"checks":[` + says + `]}`))
+		all = append(all, Answer{Node: node, Report: r, Err: err})
+	}
+	r := Join(all, &Report{}, false)
+	if len(r.Results) != 2 || r.Header.Answered() != 3 {
+		t.Fatalf("%+v", r)
+	}
+	if one := r.Results[0]; one.Status != doctor.Fail || r.Header.on(one) != "1 of 3 nodes: b" {
+		t.Errorf("%s is %s on %s", one.ID, one.Status, r.Header.on(one))
+	}
+	if one := r.Results[1]; one.Status != doctor.Warn || one.Severity != doctor.Warning || one.Check.Severity != doctor.Warning {
+		t.Errorf("%s is %s, %q, %q", one.ID, one.Status, one.Severity, one.Check.Severity)
 	}
 }
