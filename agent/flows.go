@@ -23,9 +23,13 @@ const (
 	pairsMost = 100
 	// pairsKnown bounds those that are counted apart, to be named when they come to matter.
 	pairsKnown = 10_000
-	// flowsRest is the least time between two readings of the sockets that are open; a
-	// socket takes two microseconds.
+	// flowsRest is the least time between two readings of the sockets that are open, which
+	// take two microseconds each. What has ended is taken in then only, too: a connection
+	// that ends between is either.
 	flowsRest = 10 * time.Second
+	// flowsLate is for how many readings a connection may be missing that has ended between
+	// what has ended was read and what is open: the next one has it.
+	flowsLate = 2
 	// flowsHalf is when what a pair has done counts half as much for whether it is named.
 	flowsHalf = 10 * time.Minute
 )
@@ -76,15 +80,18 @@ type flowNow struct {
 	rtt                    time.Duration
 }
 
+// flowMark is the most that was counted of a flow, and how many readings have had less.
+type flowMark struct {
+	layer.Flow
+	late int
+}
+
 // flows adds up TCP connections by pairs.
 type flows struct {
 	mu     sync.Mutex
-	before map[flowKey]layer.Flow
+	before map[flowKey]flowMark
 	pairs  map[pair]*pairFlow
-	// open are the connections that were open when sockets were read last.
-	open  map[flowKey]*flowNow
-	read  time.Time
-	added time.Time
+	added  time.Time
 	// now is the clock, sockets reads those that are open; tests have others.
 	now     func() time.Time
 	sockets func([]*model.Pod) map[flowKey]*flowNow
@@ -92,33 +99,33 @@ type flows struct {
 
 func newFlows(of *spaces) *flows {
 	return &flows{
-		before: map[flowKey]layer.Flow{}, pairs: map[pair]*pairFlow{}, now: time.Now,
+		before: map[flowKey]flowMark{}, pairs: map[pair]*pairFlow{}, now: time.Now,
 		sockets: func(pods []*model.Pod) map[flowKey]*flowNow { return openFlows(of.paths(pods)) },
 	}
 }
 
-// add takes in what has ended, and what is open, and gives the pairs that are named and
-// those of all others, which are two: as clients and as servers see them.
+// add takes in what has ended, and what is open then, and gives the pairs that are named
+// and those of all others, which are two: as clients and as servers see them. Soon after
+// the last time it gives the same again.
 func (f *flows) add(ended []layer.Flow, of *model.Snapshot) []*pairFlow {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	now := f.now()
-	if now.Sub(f.read) >= flowsRest {
-		f.open, f.read = f.sockets(of.Pods), now
+	if now.Sub(f.added) < flowsRest {
+		return f.shown()
 	}
 	f.fade(now)
 	names := ownersOf(of)
 	come := map[pair]*pairFlow{} // since the last time
-	before := map[flowKey]layer.Flow{}
-	for key, one := range f.current(ended) {
+	all := current(ended, f.sockets(of.Pods))
+	for key, one := range all {
 		of := pair{names.of(key.client), names.of(key.server.Addr()), key.ofClient}
 		if come[of] == nil {
 			come[of] = &pairFlow{pair: of}
 		}
-		come[of].take(one, f.before[key])
-		before[key] = one.Flow
+		come[of].take(one, f.before[key].Flow)
 	}
-	f.before = before
+	f.mark(all)
 	for of, p := range f.pairs {
 		p.open, p.opening, p.stalled, p.rtt = 0, 0, 0, 0
 		if come[of] == nil && p.trouble+p.activity < 1 && !p.named && p.client != othersPod {
@@ -139,13 +146,38 @@ func (f *flows) add(ended []layer.Flow, of *model.Snapshot) []*pairFlow {
 	return f.shown()
 }
 
+// mark keeps the most that was counted of each flow.
+func (f *flows) mark(all map[flowKey]*flowNow) {
+	before := map[flowKey]flowMark{}
+	for key, one := range all {
+		before[key] = f.before[key].next(one.Flow)
+	}
+	for key, was := range f.before {
+		if all[key] == nil && was.Ended == 0 && was.late < flowsLate {
+			before[key] = was.next(layer.Flow{})
+		}
+	}
+	f.before = before
+}
+
+// next is the mark with another reading. Where fewer have ended than before the kernel has
+// forgotten them, and counts from the beginning.
+func (m flowMark) next(now layer.Flow) flowMark {
+	less := now.Sent < m.Sent || now.Received < m.Received || now.Retransmits < m.Retransmits
+	if !less || now.Ended < m.Ended || m.late == flowsLate {
+		return flowMark{Flow: now}
+	}
+	now.Sent, now.Received, now.Retransmits = max(now.Sent, m.Sent), max(now.Received, m.Received), max(now.Retransmits, m.Retransmits)
+	return flowMark{now, m.late + 1}
+}
+
 // current are what has ended and what is open, together.
-func (f *flows) current(ended []layer.Flow) map[flowKey]*flowNow {
+func current(ended []layer.Flow, open map[flowKey]*flowNow) map[flowKey]*flowNow {
 	all := map[flowKey]*flowNow{}
 	for _, one := range ended {
 		all[flowKey{one.Space, one.Client, one.Server, one.OfClient}] = &flowNow{Flow: one}
 	}
-	for key, one := range f.open {
+	for key, one := range open {
 		sum := all[key]
 		if sum == nil {
 			sum = &flowNow{}

@@ -116,6 +116,58 @@ func TestFlowsThatAreOpen(t *testing.T) {
 	}
 }
 
+// A connection that ends is counted once, whenever it does so: between two of those who ask
+// within a moment, and between what has ended is read and what is open. What the kernel
+// forgets is counted from the beginning.
+func TestFlowsThatEndMeanwhile(t *testing.T) {
+	const size = 1 << 30
+	key := flowKey{7, townPod(0), netip.MustParseAddrPort("10.2.0.9:5432"), true}
+	type reading struct {
+		after       time.Duration
+		ended, sent uint64 // of those that have ended
+		open        uint64 // what the one that is open has sent
+		want        uint64
+	}
+	for what, readings := range map[string][]reading{
+		"between two who ask": {
+			{0, 0, 0, size, size}, {time.Second, 1, size, 0, size}, {flowsRest, 1, size, 0, size},
+		},
+		"while it is read, the first": {
+			{0, 0, 0, size, size}, {flowsRest, 0, 0, 0, size}, {flowsRest, 1, size, 0, size}, {flowsRest, 1, size + 5, 0, size + 5},
+		},
+		"while it is read, not the first": {
+			{0, 3, 100, size, size + 100}, {flowsRest, 3, 100, 0, size + 100}, {flowsRest, 4, 100 + size, 7, size + 107},
+		},
+		"forgotten": {
+			{0, 3, 100, 0, 100}, {flowsRest, 1, 20, 0, 100}, {flowsRest, 2, 30, 0, 110},
+		},
+		"never told": { // the kernel had no room for it
+			{0, 3, 100, size, size + 100}, {flowsRest, 3, 100, 0, size + 100}, {flowsRest, 3, 100, 0, size + 100},
+			{flowsRest, 3, 100, 0, size + 100}, {flowsRest, 4, 150, 0, size + 150},
+		},
+	} {
+		clock := time.Unix(1000, 0)
+		f := newFlows(newSpaces())
+		f.now = func() time.Time { return clock }
+		for i, r := range readings {
+			clock = clock.Add(r.after)
+			f.sockets = func([]*model.Pod) map[flowKey]*flowNow {
+				if r.open == 0 {
+					return nil
+				}
+				return map[flowKey]*flowNow{key: {Flow: layer.Flow{Sent: r.open}, open: 1}}
+			}
+			ended := []layer.Flow{{Space: 7, Client: key.client, Server: key.server, OfClient: true, Ended: r.ended, Sent: r.sent}}
+			if r.ended == 0 {
+				ended = []layer.Flow{{}}
+			}
+			if _, one, _ := sum(f.add(ended, town(1)), "shop/web-0"); one.sent != r.want {
+				t.Errorf("%s, reading %d: %d sent, not %d", what, i, one.sent, r.want)
+			}
+		}
+	}
+}
+
 // What this process has open is found, at both ends, and Prometheus gets it.
 func TestOpenFlowsOfThisProcess(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
