@@ -103,6 +103,9 @@ func TestInstalledKeepsSettings(t *testing.T) {
 		try("delete", "pod", "tuned-old", "tuned-new", "--ignore-not-found")
 		try("-n", "kube-system", "delete", "configmap", "millrace-tune", "--ignore-not-found")
 		try("delete", "-f", filepath.Join(root, millraceTune), "--ignore-not-found", "--wait")
+		for _, n := range allNodes() { // what docs/tune.md says is left
+			on(t, n, "rm -rf /run/millrace/tune")
+		}
 	})
 	all := allNodes()
 	first, other := all[1], all[0]
