@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,8 @@ import (
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/tune"
+	"github.com/millrace/millrace/layer/tune/knob"
 	"github.com/millrace/millrace/test/metrics"
 )
 
@@ -239,4 +242,37 @@ func TestChoiceOfAConfigMap(t *testing.T) {
 func inNode(w *workshop, args ...string) (stdout, stderr string, status int) {
 	w.must(netns.Do(w.node, func() error { stdout, stderr, status = finish(w.t, product(args...)); return nil }))
 	return stdout, stderr, status
+}
+
+// What a person has set is theirs for `tune keep`, and for nobody else; what is kept is not.
+func TestTuneKeepKnowsWhoseItIs(t *testing.T) {
+	node := tune.Place{Name: "node", Cookie: 7}
+	for _, row := range []struct {
+		kept, keeps bool
+		want        knob.Holding
+	}{
+		{false, false, knob.Holding{}},
+		{false, true, knob.Holding{Theirs: true}},
+		{true, false, knob.Holding{}},
+		{true, true, knob.Holding{Again: true}},
+	} {
+		w := &tuning{at: place{run: filepath.Join(t.TempDir(), "tune"), procSys: t.TempDir()}, keeps: row.keeps}
+		folder := filepath.Join(w.at.procSys, "net", "core")
+		if err := os.MkdirAll(folder, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(folder, "somaxconn"), "128\n")
+		step := tune.Step{ID: "accept-queue", Place: node, Setting: somaxconn, From: "128", To: "8192", Kept: row.kept}
+		if _, err := w.ledger().Apply([]tune.Step{step}); err != nil {
+			t.Fatal(err)
+		}
+		space := &knob.Space{Name: "node", Held: map[string]knob.Holding{}}
+		if err := w.holdings(&knob.Facts{Spaces: []*knob.Space{space}}, []tune.Place{node}); err != nil {
+			t.Fatal(err)
+		}
+		row.want.Owner, row.want.Wrote, row.want.Ours = "accept-queue", "8192", true
+		if got := space.Held[somaxconn]; got != row.want {
+			t.Errorf("set by tune keep %t, for tune keep %t: %+v, want %+v", row.kept, row.keeps, got, row.want)
+		}
+	}
 }

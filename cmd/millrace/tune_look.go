@@ -264,7 +264,7 @@ func (t *tuning) holdings(facts *knob.Facts, chosen []tune.Place) error {
 	for i, p := range chosen {
 		for _, h := range held {
 			if h.Cookie == p.Cookie && h.Wrote != "" {
-				facts.Spaces[i].Held[h.Setting] = knob.Holding{Owner: h.ID, Wrote: h.Wrote, Ours: true, Again: h.Kept && t.keeps}
+				facts.Spaces[i].Held[h.Setting] = knob.Holding{Owner: h.ID, Wrote: h.Wrote, Ours: true, Again: h.Kept && t.keeps, Theirs: !h.Kept && t.keeps}
 			}
 		}
 	}

@@ -169,8 +169,8 @@ type Space struct {
 type Holding struct {
 	Owner, Wrote string
 	// Ours says that it was this tool; Again, that it sets it again whatever somebody else
-	// has made of it.
-	Ours, Again bool
+	// has made of it; Theirs, that a person said so to it, and it is not for who plans now.
+	Ours, Again, Theirs bool
 }
 
 // Gear is a network device, as far as it can be tuned.

@@ -142,6 +142,10 @@ func TestOwners(t *testing.T) {
 			s.Values[somaxconn] = "100"
 			s.Held[somaxconn] = Holding{Owner: "accept-queue", Wrote: "4096", Ours: true}
 		}, "somebody unknown: millrace tune had set it to 4096, and somebody has set it to 100 since: find out who, or let go of it: millrace tune undo accept-queue"},
+		{"accept-queue", func(_ *Facts, s *Space) {
+			s.Values[somaxconn], s.Accepted = "8192", 9000
+			s.Held[somaxconn] = Holding{Owner: "accept-queue", Wrote: "8192", Ours: true, Theirs: true}
+		}, "somebody with `millrace tune apply`: it was set to 8192 by hand, and is not kept: ask them, or let go of it: millrace tune undo accept-queue"},
 		{"accept-queue", func(_ *Facts, s *Space) { s.Values[somaxconn] = "100" }, "somebody unknown: a new namespace has 4096, so that somebody has set this to 100 (a script or a person): ask them, or put it back first"},
 		{"accept-queue", func(_ *Facts, s *Space) { s.Values[somaxconn], s.Node, s.Pod = "100", false, true }, "somebody unknown: a new namespace has 4096, so that somebody has set this to 100 (the pod's securityContext.sysctls, the CNI plug-in tuning, or a process in it): ask them, or put it back first"},
 		{"rps", func(_ *Facts, s *Space) { s.Values["eth0/rx-0/rps_cpus"] = "2" }, "somebody unknown: a new device has 0, so that the driver, a script or a person has set this to 2: ask them, or put it back first"},

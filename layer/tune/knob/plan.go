@@ -238,6 +238,9 @@ func (v *view) owner(w wish, current string) (owner, ask string) {
 	case is && held.Wrote != current && !held.Again:
 		return "somebody unknown", fmt.Sprintf("millrace tune had set it to %s, and somebody has set it to %s since: find out who, or let go of it: millrace tune undo %s", held.Wrote, current, v.k.ID)
 	}
+	if held.Theirs {
+		return "somebody with `millrace tune apply`", fmt.Sprintf("it was set to %s by hand, and is not kept: ask them, or let go of it: millrace tune undo %s", held.Wrote, held.Owner)
+	}
 	if v.k.Scope == Proxy {
 		if v.m.Proxy.Owner != "" {
 			return v.m.Proxy.Owner, fmt.Sprintf("it would put back what is set here: change %s to %s %s", w.setting, w.value, v.m.Proxy.Where)
