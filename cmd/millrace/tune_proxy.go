@@ -45,24 +45,20 @@ func (p *proxyStore) read() error {
 	if p.text != nil {
 		homes = [][3]string{{p.text.Namespace, p.text.Name, p.text.Key}}
 	}
-	var first error
+	var absent error // of the first home: the others are less usual
 	for _, home := range homes {
 		text, err := kube.ReadText(p.ctx, p.settings, home[0], home[1], home[2])
-		if err == nil {
+		switch {
+		case err == nil:
 			p.text = text
 			return nil
-		}
-		if first == nil {
-			first = err
-		}
-		if !kube.Absent(err) {
-			break
+		case !kube.Absent(err):
+			return err // it may be there
+		case absent == nil:
+			absent = err
 		}
 	}
-	if kube.Absent(first) {
-		return fmt.Errorf("%w: this cluster has no kube-proxy, or it has its configuration elsewhere: change it there", first)
-	}
-	return first
+	return fmt.Errorf("%w: this cluster has no kube-proxy, or it has its configuration elsewhere: change it there", absent)
 }
 
 // Number implements tune.Store.
@@ -213,16 +209,19 @@ func (t *tuning) proxy(ctx context.Context, checks []doctor.Check) ([]tune.Place
 // stays.
 func (t *tuning) applySteps(ctx context.Context, all []tune.Step) (done layer.Changes, err error) {
 	var here, there []tune.Step
-	ids := []string{}
 	for _, s := range all {
 		if s.Place.Path == t.from.way() && t.from.source != "" {
-			there, ids = append(there, s), append(ids, s.ID)
+			there = append(there, s)
 		} else {
 			here = append(here, s)
 		}
 	}
 	objects := t.objects(ctx)
+	var before []tune.Held
 	if len(there) > 0 {
+		if before, err = objects.Load(); err != nil {
+			return nil, err
+		}
 		if _, err := objects.Apply(there); err != nil {
 			return nil, err
 		}
@@ -230,8 +229,7 @@ func (t *tuning) applySteps(ctx context.Context, all []tune.Step) (done layer.Ch
 	if len(here) > 0 {
 		if _, err := t.ledger().Apply(here); err != nil {
 			if len(there) > 0 {
-				_, back := objects.Undo(ids, false)
-				err = errors.Join(err, back)
+				err = errors.Join(err, objects.TakeBack(there, before))
 			}
 			return nil, err
 		}

@@ -27,8 +27,8 @@ import (
 // more. Two ledgers of one folder exclude each other.
 type Ledger struct {
 	folder, root string
-	// file is the name of what is written, home what a setting goes with: "its namespace".
-	file, home string
+	// file is the name of what is written.
+	file string
 	// boot tells what was set from what a later boot has begun without; empty for what
 	// outlives them.
 	boot func() (string, error)
@@ -48,7 +48,7 @@ type Ledger struct {
 // empty is what sysctl.Find finds. Places are called when a namespace is not where it
 // was. It touches nothing.
 func NewLedger(folder, root string, places func() ([]Place, error)) *Ledger {
-	l := &Ledger{folder: folder, root: root, file: ledgerName, home: "its namespace", boot: thisBoot, places: places, now: time.Now}
+	l := &Ledger{folder: folder, root: root, file: ledgerName, boot: thisBoot, places: places, now: time.Now}
 	l.open = func(path string) host { return at(root, path) }
 	l.save, l.where = l.write, l.find
 	return l
@@ -66,18 +66,27 @@ type Store interface {
 	Write(name, value string) (string, error)
 }
 
+// errAnother is of a way that leads to another object than the one that was set. Whether
+// that one has gone cannot be told from a kubeconfig that leads elsewhere by now.
+var errAnother = errors.New("this leads to another cluster now, or its object was made anew or has gone")
+
 // NewLedgerOf is a ledger of objects of clusters, beside one of a host: what it holds
-// outlives boots. Open gives the Store that a Place's path leads to.
+// outlives boots, and stays held while its object is not found. Open gives the Store that
+// a Place's path leads to.
 func NewLedgerOf(folder string, open func(path string) Store) *Ledger {
-	l := &Ledger{folder: folder, file: objectsName, home: "its object", now: time.Now,
+	l := &Ledger{folder: folder, file: objectsName, now: time.Now,
 		boot: func() (string, error) { return "", nil }}
 	l.open = func(path string) host { return open(path) }
 	l.where = func(h *Held) (string, bool, error) {
 		n, err := open(h.Path).Number()
-		if errors.Is(err, fs.ErrNotExist) {
-			return "", false, nil
+		if errors.Is(err, fs.ErrNotExist) || err == nil && n != h.Cookie {
+			err = fmt.Errorf("%w: what was set stays written down: name its cluster with --source kube:KUBECONFIG; if its object has gone for good, undo the rest and remove %s",
+				errAnother, filepath.Join(folder, objectsName))
 		}
-		return h.Path, err == nil && n == h.Cookie, err
+		if err != nil {
+			return "", false, fmt.Errorf("%s, set by way of %s: %w", h.object(), strings.TrimSpace(h.Path), err)
+		}
+		return h.Path, true, nil
 	}
 	l.save = l.write
 	return l
@@ -219,6 +228,11 @@ func (s *Step) Detail() string {
 	return fmt.Sprintf("%s -> %s (%s, %s)", orNothing(s.From), orNothing(s.To), s.Place.Name, s.ID)
 }
 
+// held is what is written down of it before it is set, without the value and the time.
+func (s *Step) held() Held {
+	return Held{ID: s.ID, Space: s.Place.Name, Path: s.Place.Path, Cookie: s.Place.Cookie, Setting: s.Setting, Kept: s.Kept}
+}
+
 func orNothing(value string) string {
 	if value == "" {
 		return "nothing"
@@ -259,11 +273,46 @@ func (l *Ledger) Apply(steps []Step) (layer.Changes, error) {
 			l.leave()
 			return nil, err
 		}
-		at := slices.IndexFunc(next, Held{Cookie: s.Place.Cookie, Setting: s.Setting}.same)
-		next[at].Wrote = got
+		next[slices.IndexFunc(next, s.held().same)].Wrote = got
 		done = append(done, layer.Change{Op: layer.Alter, Subject: s})
 	}
 	return done, l.save(next)
+}
+
+// TakeBack makes what Apply has just set what it was before these steps, which an earlier
+// one may have set, and holds of it what was held then: before is what Load returned.
+// What a process leaves that is killed is undone as after one in Apply. It returns layer.ErrInUse while another process applies or undoes.
+func (l *Ledger) TakeBack(steps []Step, before []Held) error {
+	lock, err := l.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	held, err := l.Load()
+	if err != nil {
+		return err
+	}
+	for i := range steps {
+		if at := slices.IndexFunc(held, steps[i].held().same); at >= 0 {
+			held[at].Wrote = "" // until it is known again
+		}
+	}
+	if err = l.save(held); err == nil {
+		err = l.back(steps)
+	}
+	if err != nil {
+		return err
+	}
+	for i := range steps {
+		is := steps[i].held().same
+		held = slices.DeleteFunc(held, is)
+		if at := slices.IndexFunc(before, is); at >= 0 {
+			held = append(held, before[at])
+		}
+	}
+	err = l.save(held)
+	l.leave()
+	return err
 }
 
 // intend is the ledger with the steps before they are taken. Each must be as it was when
@@ -279,7 +328,8 @@ func (l *Ledger) intend(held []Held, steps []Step) ([]Held, error) {
 		if value != s.From {
 			return nil, fmt.Errorf("%s: %s was %q when this was planned, and is %q now: somebody else sets it; plan again", s.Place.Name, s.Setting, s.From, value)
 		}
-		h := Held{s.ID, s.Place.Name, s.Place.Path, s.Place.Cookie, s.Setting, value, "", l.now(), s.Kept}
+		h := s.held()
+		h.Before, h.Since = value, l.now()
 		if at := slices.IndexFunc(next, h.same); at >= 0 {
 			if next[at].Wrote == value {
 				h.Before = next[at].Before // of before the first time
@@ -327,6 +377,8 @@ func (l *Ledger) settled() (settled []Held, err error) {
 		switch l.settle(&h) {
 		case known:
 			settled = append(settled, h)
+		case elsewhere:
+			settled = append(settled, h) // its own cluster tells
 		case failed:
 			return nil, fmt.Errorf("%s: it cannot be seen what became of it when an earlier process was killed: millrace tune undo %s", h.object(), h.ID)
 		}
@@ -339,6 +391,7 @@ type settling byte
 const (
 	known settling = iota
 	notSet
+	elsewhere
 	failed
 )
 
@@ -349,6 +402,8 @@ func (l *Ledger) settle(h *Held) settling {
 	}
 	path, there, err := l.where(h)
 	switch {
+	case errors.Is(err, errAnother):
+		return elsewhere
 	case err != nil:
 		return failed
 	case !there:
@@ -411,7 +466,7 @@ func (l *Ledger) Status() (all []State, err error) {
 		case err != nil:
 			s.Drift, s.Unread = err.Error(), true
 		case !there:
-			s.Drift, s.Gone = l.home+" has gone, and it with that", true
+			s.Drift, s.Gone = "its namespace has gone, and it with that", true
 		default:
 			l.drift(&s, path)
 		}
@@ -528,7 +583,7 @@ func (l *Ledger) putBack(h Held, dry bool) (*undoing, error) {
 		return nil, err
 	}
 	if !there {
-		u.note = "has gone with " + l.home
+		u.note = "has gone with its namespace"
 		return u, nil
 	}
 	value, err := l.open(path).Read(h.Setting)

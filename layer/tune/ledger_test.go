@@ -540,7 +540,8 @@ func (b *board) Write(name, value string) (string, error) {
 }
 
 // Of an object of a cluster all holds that holds of a host, but that it outlives boots;
-// one that was made anew is not ours.
+// where another is found, in another cluster or made anew, it stays as it is, and so does
+// what is written down.
 func TestLedgerOfObjects(t *testing.T) {
 	b := &board{7, map[string]string{"conntrack.min": "null", "mode": "ipvs"}, nil}
 	folder := filepath.Join(t.TempDir(), "tune")
@@ -574,13 +575,32 @@ func TestLedgerOfObjects(t *testing.T) {
 		t.Errorf("%v", b.fields)
 	}
 	d.apply(step)
-	b.number = 8
-	if states, err := d.Status(); err != nil || len(states) != 1 || states[0].Drift != "its object has gone, and it with that" {
-		t.Errorf("%+v, %v", states, err)
+	first, another := b.fields, map[string]string{"conntrack.min": "524288"}
+	says := "conntrack.min of ConfigMap kube-system/kube-proxy, set by way of kube:: this leads to another cluster now, or its object was made anew or has gone: " +
+		"what was set stays written down: name its cluster with --source kube:KUBECONFIG; if its object has gone for good, undo the rest and remove " + filepath.Join(folder, objectsName)
+	for _, elsewhere := range []map[string]string{another, nil} { // nil: there is none of that name
+		b.number, b.fields = 8, elsewhere
+		if states, err := d.Status(); err != nil || len(states) != 1 || states[0].Drift != says || states[0].Gone || states[0].Before != "null" {
+			t.Errorf("%+v, %v", states, err)
+		}
+		for _, dry := range []bool{true, false} {
+			if done, err := d.Undo(nil, dry); err == nil || err.Error() != says || len(done) > 0 {
+				t.Errorf("undo: %v, %v; want %s", done, err, says)
+			}
+		}
 	}
-	d.undoes("- conntrack.min has gone with its object (ConfigMap kube-system/kube-proxy, conntrack)")
-	if b.fields["conntrack.min"] != "524288" {
-		t.Errorf("that of another object was changed: %v", b.fields)
+	// What is set in that cluster meanwhile is put back by itself.
+	b.fields = another
+	there := step
+	there.Place.Cookie, there.From, there.To = 8, "524288", "1048576"
+	d.apply(there)
+	if done, err := d.Undo([]string{"conntrack"}, false); err == nil || err.Error() != says || len(done) != 1 || another["conntrack.min"] != "524288" {
+		t.Errorf("%v, %v: %v", done, err, another)
+	}
+	b.number, b.fields = 7, first
+	d.undoes("- conntrack.min 524288 -> null (ConfigMap kube-system/kube-proxy, conntrack)")
+	if b.fields["conntrack.min"] != "null" || another["conntrack.min"] != "524288" {
+		t.Errorf("%v; that of another object: %v", b.fields, another)
 	}
 	// A process is killed between what it writes down and what it writes.
 	b.number, b.fields["conntrack.min"] = 7, "null"
@@ -601,9 +621,68 @@ func TestLedgerOfObjects(t *testing.T) {
 			b.fields["conntrack.min"], want = "524288", "- conntrack.min 524288 -> null (ConfigMap kube-system/kube-proxy, conntrack)"
 		}
 		d = open()
+		// What became of it is its own cluster's to tell; others are set meanwhile.
+		b.number, b.fields, first = 8, another, b.fields
+		d.apply(there)
+		if done, err := d.Undo(nil, false); err == nil || len(done) != 1 {
+			t.Errorf("%v, %v", done, err)
+		}
+		b.number, b.fields = 7, first
 		d.undoes(want)
 		if b.fields["conntrack.min"] != "null" {
 			t.Errorf("%v", b.fields)
 		}
+	}
+}
+
+// What an earlier step has set is set again when a later one is taken back, and is held
+// with what was before it; what is set beside stays.
+func TestLedgerTakesStepsBack(t *testing.T) {
+	d := newDesk(t)
+	node := d.all[0]
+	d.apply(d.to(node, "accept-queue", queueLength, "4096"), d.to(node, "local-ports", ports, "20000 60999"))
+	before, err := d.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	steps := []Step{d.to(node, "accept-queue", queueLength, "8192"), d.to(node, "syn-backlog", synLength, "2048")}
+	d.apply(steps...)
+	if err := d.TakeBack(steps, before); err != nil {
+		t.Fatal(err)
+	}
+	d.wants("node net.core.somaxconn 4096, node net.ipv4.ip_local_port_range 20000 60999")
+	after, err := d.Load()
+	byName := func(a, b Held) int { return strings.Compare(a.Setting, b.Setting) }
+	slices.SortFunc(before, byName)
+	slices.SortFunc(after, byName)
+	if err != nil || fmt.Sprint(after) != fmt.Sprint(before) {
+		t.Errorf("held:\n%+v, %v\nwant\n%+v", after, err, before)
+	}
+	d.undoes("- net.core.somaxconn 4096 -> 128 (node, accept-queue)", "- net.ipv4.ip_local_port_range 20000 60999 -> 32768 60999 (node, local-ports)")
+	d.wants("")
+	// Killed before any step, all is undone.
+	killed := 0
+	for before := 1; ; before++ {
+		d.apply(d.to(node, "accept-queue", queueLength, "4096"))
+		first, err := d.Load()
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps = []Step{d.to(node, "accept-queue", queueLength, "8192"), d.to(node, "syn-backlog", synLength, "2048")}
+		d.apply(steps...)
+		gone := len(d.ends(before, func(l *Ledger) { err = l.TakeBack(steps, first) })) < before
+		if _, failed := d.Undo(nil, false); failed != nil || gone && err != nil {
+			t.Fatalf("killed before step %d: %v, %v", before, failed, err)
+		}
+		if got := d.is(); got != "" {
+			t.Fatalf("killed before step %d, undone: %s", before, got)
+		}
+		if gone {
+			break
+		}
+		killed++
+	}
+	if killed != 8 {
+		t.Errorf("killed before %d steps, not before each of 2 settings and 2 writings down", killed)
 	}
 }

@@ -44,16 +44,25 @@ func TestSet(t *testing.T) {
 			t.Errorf("%s: put back: %v\n%s\nwant\n%s", row.what, err, back, row.text)
 		}
 	}
-	// A value that is not written at all becomes null when it is put back, which is the same.
-	for text, want := range map[string]string{
-		"conntrack:\n  min:\n  maxPerCore: 1\n":      "conntrack:\n  min: 5\n  maxPerCore: 1\n",
-		"conntrack:\n  min: # of what\n":             "conntrack:\n  min: 5 # of what\n",
-		"conntrack: null # none\n":                   "conntrack: {min: 5} # none\n",
-		"conntrack:\nmode: ipvs\n":                   "conntrack: {min: 5}\nmode: ipvs\n",
-		"conntrack: {\"min\": 7, \"maxPerCore\": 0}": "conntrack: {\"min\": 5, \"maxPerCore\": 0}",
+	// A value that is not written at all becomes null when it is put back, and a mapping
+	// without one is empty then, which is the same to a kube-proxy.
+	for _, row := range []struct{ text, want, back string }{
+		{"conntrack:\n  min:\n  maxPerCore: 1\n", "conntrack:\n  min: 5\n  maxPerCore: 1\n", "conntrack:\n  min: null\n  maxPerCore: 1\n"},
+		{"conntrack:\n  min: # of what\n", "conntrack:\n  min: 5 # of what\n", "conntrack:\n  min: null # of what\n"},
+		{"conntrack: null # none\n", "conntrack: {min: 5} # none\n", "conntrack: {} # none\n"},
+		{"conntrack:\nmode: ipvs\n", "conntrack: {min: 5}\nmode: ipvs\n", "conntrack: {}\nmode: ipvs\n"},
+		{`conntrack: {"min": 7, "maxPerCore": 0}`, `conntrack: {"min": 5, "maxPerCore": 0}`, `conntrack: {"min": 7, "maxPerCore": 0}`},
 	} {
-		if got, err := Set([]byte(config+text), "conntrack.min", "5"); err != nil || string(got) != config+want {
-			t.Errorf("%q: %v\n%s", text, err, got)
+		was, err := Value([]byte(config+row.text), "conntrack.min")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := Set([]byte(config+row.text), "conntrack.min", "5")
+		if err != nil || string(got) != config+row.want {
+			t.Errorf("%q: %v\n%s", row.text, err, got)
+		}
+		if back, err := Set(got, "conntrack.min", was); err != nil || string(back) != config+row.back {
+			t.Errorf("%q: put back: %v\n%s\nwant\n%s", row.text, err, back, row.back)
 		}
 	}
 }

@@ -275,6 +275,6 @@ func (b *proxyBed) isLeftToOthers(n string) {
 	b.has(proxyConfiguration)
 	b.tune(0, "apply", "conntrack")
 	b.create("")
-	b.undoes("- conntrack.min has gone with its object (ConfigMap kube-system/kube-proxy, conntrack)\n")
+	b.refuses(1, "this leads to another cluster now, or its object was made anew or has gone: what was set stays written down", "undo", "--all")
 	b.has(proxyConfiguration)
 }
