@@ -58,6 +58,7 @@ enum {
 
 /* struct __sk_buff.pkt_type (linux/if_packet.h). */
 enum {
+	PACKET_HOST = 0,
 	PACKET_OTHERHOST = 3,
 };
 

@@ -160,6 +160,9 @@ type Service struct {
 	// Endpoints are those that the names of a headless Service lead to, whatever their
 	// ports, sorted by address, no two equal; nil for other Services.
 	Endpoints []Endpoint
+	// More says that the names of a headless Service lead to more than Endpoints: to host
+	// names, or to further addresses of an endpoint.
+	More bool
 	// ExternalIPs are addresses of others that lead here (spec.externalIPs).
 	ExternalIPs []netip.Addr
 	// LoadBalancerIPs are the addresses that a load balancer serves and that nodes

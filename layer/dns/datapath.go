@@ -1,6 +1,7 @@
 package dns
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -154,7 +155,7 @@ func adapt(spec *ebpf.CollectionSpec, settings Settings) error {
 	}
 	for name, value := range map[string]any{
 		datapathVarZoneWord: word, datapathVarZoneMask: mask, datapathVarZoneLength: uint32(len(zone)),
-		datapathVarTtl: settings.ttl(), datapathVarSilence: uint64(silence),
+		datapathVarTtl: settings.ttl(), datapathVarSilence: uint64(cmp.Or(settings.silence, mostSilence)),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s of the dns program: %w", name, err)

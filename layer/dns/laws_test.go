@@ -101,7 +101,7 @@ func laws(t *testing.T) {
 }
 
 // hamlet is a node with one pod, in a bed. The pod has a route to all else by its
-// veth.
+// veth. The agent may be silent for an hour: the machine may be busy.
 type hamlet struct {
 	*layertest.Bed
 	t        *testing.T
@@ -116,7 +116,7 @@ func newHamlet(t *testing.T) *hamlet {
 	t.Cleanup(func() { must(t, netns.Remove(h.pod)) })
 	pins := filepath.Join(h.BPF, "millrace", "dns")
 	must(t, os.Mkdir(filepath.Dir(pins), 0o700))
-	h.settings = Settings{Zone: "cluster.local", Netns: h.NetNS, Pins: pins}
+	h.settings = Settings{Zone: "cluster.local", Netns: h.NetNS, Pins: pins, silence: time.Hour}
 	nodeMAC, podMAC := net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.HardwareAddr{2, 0, 0, 0, 0, 2}
 	node, err := link.Open(h.NetNS)
 	must(t, err)
@@ -141,6 +141,29 @@ func newHamlet(t *testing.T) *hamlet {
 		must(t, node.Neigh(h.device, own.Addr(), podMAC))
 	}
 	return h
+}
+
+// bridged makes the pod's veth a port of a bridge, which is the pod's gateway then.
+func (h *hamlet) bridged() {
+	h.t.Helper()
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 9} // not that of its port, which it would take
+	node, err := link.Open(h.NetNS)
+	must(h.t, err)
+	defer node.Close()
+	bridge, err := node.Bridge("cni0")
+	must(h.t, err)
+	must(h.t, h.Inside(func() error {
+		return netlink.LinkSetHardwareAddr(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: bridge}}, mac)
+	}))
+	must(h.t, node.Join(bridge, h.device))
+	pod, err := link.Open(h.pod)
+	must(h.t, err)
+	defer pod.Close()
+	eth0, err := pod.Index("eth0")
+	must(h.t, err)
+	for _, via := range []string{"169.254.1.1", "fe80::1"} {
+		must(h.t, pod.Neigh(eth0, netip.MustParseAddr(via), mac))
+	}
 }
 
 // look asks the DNS Service from the pod.

@@ -33,6 +33,8 @@ type Settings struct {
 	// Pins is the folder in a bpf file system for maps and links; it is the layer's
 	// alone.
 	Pins string
+	// silence is how long the agent may be silent; 0 is mostSilence. Tests choose it.
+	silence time.Duration
 }
 
 // DefaultService is the name that the DNS Service has in nearly all clusters, whatever
@@ -43,8 +45,8 @@ const (
 	// DefaultTTL is that of CoreDNS' kubernetes plugin
 	// (https://coredns.io/plugins/kubernetes/).
 	DefaultTTL = 5 * time.Second
-	// silence is how long the agent may be silent before every query is passed up.
-	silence = 2 * time.Second
+	// mostSilence is how long the agent may be silent before every query is passed up.
+	mostSilence = 2 * time.Second
 	// beatEvery is how often it says that it is there.
 	beatEvery = 500 * time.Millisecond
 	// batch is how many names are written at once.

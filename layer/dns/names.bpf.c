@@ -570,13 +570,22 @@ static __always_inline bool send(struct __sk_buff *skb, const struct datagram *d
 	       !bpf_skb_store_bytes(skb, d->udp + UDP_HEADER, desk->said, length, 0) && turn_round(skb, d, length);
 }
 
+/* make_ours says that the packet is for who gets it. A query to the address of a bridge is
+ * one for another host at the bridge's port, and bpf_redirect_peer let it remain so before
+ * Linux 6.15, so that the pod dropped the answer. */
+static __always_inline bool make_ours(struct __sk_buff *skb)
+{
+	return !bpf_skb_change_type(skb, PACKET_HOST);
+}
+
 /* is_heard says whether the agent was there a moment ago. */
 static __always_inline bool is_heard(const struct authority *authority)
 {
 	return bpf_ktime_get_boot_ns() - authority->beat < silence;
 }
 
-/* decide says what is to become of the question on the desk. */
+/* decide says what is to become of the question on the desk, and what the name leads to,
+ * if it is in names. */
 static __always_inline enum outcome decide(struct desk *desk, const struct authority *authority, struct addresses **of)
 {
 	const struct question *q = &desk->question;
@@ -585,15 +594,21 @@ static __always_inline enum outcome decide(struct desk *desk, const struct autho
 		return OUTCOME_LEFT;
 	struct addresses *found = find_name(desk, 0, q->below);
 
+	*of = found;
 	if (found && found->kind != NAME_HAS)
 		return OUTCOME_LEFT;
-	if (found && (q->type == TYPE_A ? found->ip4_count : found->ip6_count)) {
-		*of = found;
+	if (found && (q->type == TYPE_A ? found->ip4_count : found->ip6_count))
 		return OUTCOME_ANSWERED;
-	}
 	if (!authority->whole)
 		return OUTCOME_UNSURE;
 	return found ? OUTCOME_NODATA : absent(desk, q);
+}
+
+/* is_same says whether what was read is still that of the name looked up: the memory of an
+ * entry that is replaced may at once be another name's (since Linux 6.1). */
+static __always_inline bool is_same(const struct desk *desk, const struct addresses *of)
+{
+	return bpf_map_lookup_elem(&names, &desk->name) == of;
 }
 
 SEC("tc")
@@ -621,9 +636,11 @@ int dns_from_pod(struct __sk_buff *skb)
 		return pass(outcome);
 	__u32 length = write_answer(skb, d.udp + UDP_HEADER, desk, outcome, of, authority->serial);
 
+	if (of && !is_same(desk, of))
+		return pass(OUTCOME_LEFT);
 	if (!length || bpf_skb_change_tail(skb, d.udp + UDP_HEADER + length, 0))
 		return pass(OUTCOME_NOT_PLAIN); /* nothing is written yet */
-	if (!send(skb, &d, desk, length)) {
+	if (!send(skb, &d, desk, length) || !make_ours(skb)) {
 		count(OUTCOME_LOST);
 		return TC_ACT_SHOT;
 	}

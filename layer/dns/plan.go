@@ -139,6 +139,8 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 	return changes
 }
 
+// diffNames leaves a name to others that may be gone, where nobody knows: what it leads to
+// may be somebody else's by now.
 func diffNames(have, want *Picture, prune bool) layer.Changes {
 	var changes layer.Changes
 	for name, row := range want.names {
@@ -150,8 +152,12 @@ func diffNames(have, want *Picture, prune bool) layer.Changes {
 		}
 	}
 	for name, row := range have.names {
-		if want.names[name] == nil && prune {
+		switch {
+		case want.names[name] != nil:
+		case prune:
 			changes = append(changes, layer.Change{Op: layer.Remove, Subject: row})
+		case !row.Left:
+			changes = append(changes, layer.Change{Op: layer.Alter, Subject: &Row{Name: name, Left: true, zone: row.zone}})
 		}
 	}
 	slices.SortFunc(changes, func(a, b layer.Change) int {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/net/dns/dnsmessage"
@@ -374,7 +375,16 @@ func TestWhenNotToSpeak(t *testing.T) {
 			}
 		}
 	}
+	gone := town()
+	gone.Unread = 1
+	gone.Services = slices.DeleteFunc(gone.Services, func(s *model.Service) bool { return s.Name.Name == "web" })
+	if p.apply(gone); p.ask(web) != "left" {
+		t.Errorf("the Service is gone, or the one that could not be read: %s", p.ask(web))
+	}
 	p.apply(town())
+	if got := p.ask(web); got != "10.96.0.20" {
+		t.Errorf("the Service is there again: %s", got)
+	}
 	if got := p.ask(nosuch); got != "nxdomain" {
 		t.Errorf("all is known: %s", got)
 	}
@@ -382,6 +392,54 @@ func TestWhenNotToSpeak(t *testing.T) {
 	before := p.count(datapathOutcomeOUTCOME_STALE)
 	if verdict, _ := p.run(datagramOf(client4, dns4, web)); verdict != passed || p.count(datapathOutcomeOUTCOME_STALE) != before+1 {
 		t.Errorf("the agent is silent: verdict %d", int32(verdict))
+	}
+}
+
+// An answer is of the name that was asked for, though the agent writes names meanwhile.
+func TestNamesAreWrittenMeanwhile(t *testing.T) {
+	p := load(t, town())
+	names := p.layer.tables.names
+	var keys []datapathName
+	var entries []datapathAddresses
+	for _, name := range []string{"web.shop.svc", "four.shop.svc"} {
+		keys, entries = append(keys, keyOf(name)), append(entries, entryOf(p.mirror.rows[name]))
+	}
+	stop, done := make(chan struct{}), make(chan int)
+	go func() {
+		written := 0
+		for {
+			select {
+			case <-stop:
+				done <- written
+				return
+			default:
+			}
+			if errs := names.Put(keys, entries); errs != nil {
+				t.Error(errs)
+			}
+			written++
+		}
+	}()
+	query := datagramOf(client4, dns4, asking(t, "web.shop.svc.cluster.local.", dnsmessage.TypeA, false))
+	web := netip.MustParseAddr("10.96.0.20").AsSlice()
+	answered, wrong := 0, 0
+	for begun := time.Now(); time.Since(begun) < time.Second; {
+		verdict, after := p.run(query)
+		if verdict == passed {
+			if !bytes.Equal(after, query) {
+				t.Fatalf("passed up, but not as it came: %x", after)
+			}
+			continue
+		}
+		answered++
+		if !bytes.HasSuffix(after, web) {
+			wrong++
+		}
+	}
+	close(stop)
+	t.Logf("%d answers, names written %d times, %d queries left to others", answered, <-done, p.count(datapathOutcomeOUTCOME_LEFT))
+	if wrong > 0 || answered == 0 {
+		t.Errorf("%d of %d answers are another name's", wrong, answered)
 	}
 }
 

@@ -213,10 +213,12 @@ func (p *loaded) apply(snapshot *model.Snapshot) {
 	}
 	want := p.layer.Plan(snapshot).(*Picture)
 	want.ports = false
-	if _, _, err := p.layer.Apply(have, want, p.layer.Diff(have, want, true)); err != nil {
+	prune := snapshot.Complete && snapshot.Unread == 0
+	now, _, err := p.layer.Apply(have, want, p.layer.Diff(have, want, prune))
+	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.mirror = &mirror{zone: "cluster.local", rows: want.names, whole: want.whole}
+	p.mirror = &mirror{zone: "cluster.local", rows: now.(*Picture).names, whole: want.whole}
 	p.serial = want.serial
 }
 

@@ -32,6 +32,26 @@ func TestEndpointsOfAHeadlessService(t *testing.T) {
 	shows("ready in another slice", "[{10.1.0.1 db-0 true} {10.1.0.2  true}]")
 	set(t, c, change(one, func(s *discoveryv1.EndpointSlice) { s.Endpoints[0].Hostname = nil }))
 	shows("without a host name", "[{10.1.0.1  true} {10.1.0.2  true}]")
+	more := func(about string, want bool) {
+		t.Helper()
+		if got := c.Snapshot().Services[0].More; got != want {
+			t.Errorf("%s: the names lead to more: %v", about, got)
+		}
+	}
+	more("addresses alone", false)
+	set(t, c, change(slice80("db-2", "db", "10.1.0.2"), func(s *discoveryv1.EndpointSlice) { s.Endpoints[0].Addresses = []string{"10.1.0.2", "10.1.0.3"} }))
+	more("two addresses of one endpoint", true)
+	set(t, c, slice80("db-2", "db", "10.1.0.2"))
+	more("one address again", false)
+	names := change(slice80("db-3", "db", "db.example.com"), func(s *discoveryv1.EndpointSlice) { s.AddressType = discoveryv1.AddressTypeFQDN })
+	set(t, c, names)
+	more("a host name", true)
+	shows("a host name is no address", "[{10.1.0.1  true} {10.1.0.2  true}]")
 	set(t, c, service("db", "10.0.0.1", 5432))
 	shows("headless no more", "[]")
+	more("headless no more", false)
+	set(t, c, headless)
+	more("headless again", true)
+	c.Delete(KeyOf("EndpointSlice", "", "db-3"))
+	more("no host name any more", false)
 }

@@ -111,7 +111,7 @@ func sameValue(a, b any) bool {
 		return ok && reflect.DeepEqual(join(a, nil), join(b, nil))
 	case *slice:
 		b, ok := b.(*slice)
-		return ok && a.service == b.service && slices.Equal(a.ports, b.ports) && slices.Equal(a.endpoints, b.endpoints) && maps.Equal(a.hostnames, b.hostnames)
+		return ok && a.service == b.service && a.more == b.more && slices.Equal(a.ports, b.ports) && slices.Equal(a.endpoints, b.endpoints) && maps.Equal(a.hostnames, b.hostnames)
 	}
 	return reflect.DeepEqual(a, b)
 }

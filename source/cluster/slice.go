@@ -24,6 +24,8 @@ type slice struct {
 	endpoints []model.Backend
 	// hostnames are those of endpoints that have one; nil where none has.
 	hostnames map[netip.Addr]string
+	// more says that there are host names or further addresses, which DNS alone knows.
+	more bool
 	// next and previous are other slices of the Service in force.
 	next, previous *Object
 }
@@ -34,8 +36,8 @@ type slicePort struct {
 	port     uint16
 }
 
-// slice reads an EndpointSlice, nil for one of another proxy's Service, and for
-// one of host names: those are for DNS, no packet can be sent to them.
+// slice reads an EndpointSlice, nil for one of another proxy's Service. Of one of host
+// names is kept that there are some: those are for DNS, no packet can be sent to them.
 func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
 	if _, ok := obj.Labels[serviceProxyName]; ok {
 		return nil
@@ -43,6 +45,9 @@ func (r *reader) slice(obj *discoveryv1.EndpointSlice) *slice {
 	switch obj.AddressType {
 	case discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6:
 	case discoveryv1.AddressTypeFQDN:
+		if service := obj.Labels[discoveryv1.LabelServiceName]; service != "" && len(obj.Endpoints) > 0 {
+			return &slice{service: service, more: true}
+		}
 		return nil
 	default:
 		r.fault("addressType", "unknown address type %q: use IPv4, IPv6 or FQDN", clip(string(obj.AddressType)))
@@ -116,6 +121,7 @@ func (r *reader) endpoint(s *slice, number uint16, i int, from *discoveryv1.Endp
 		r.fault(field, "%s is not of the slice's addressType, %s: move it to a slice of its own family", addr, family)
 		return
 	}
+	s.more = s.more || len(from.Addresses) > 1
 	b := model.Backend{Address: netip.AddrPortFrom(addr, number)}
 	b.Ready, b.Serving, b.Terminating = conditions(&from.Conditions)
 	if from.NodeName != nil {
@@ -185,7 +191,7 @@ func conditions(c *discoveryv1.EndpointConditions) (ready, serving, terminating 
 func join(base *model.Service, from []*Object) *model.Service {
 	s := *base
 	s.Ports = slices.Clone(base.Ports)
-	s.Endpoints = nil
+	s.Endpoints, s.More = nil, false
 	if s.Type == model.ExternalName {
 		return &s
 	}
@@ -194,6 +200,7 @@ func join(base *model.Service, from []*Object) *model.Service {
 	}
 	if s.Headless {
 		s.Endpoints = endpoints(from)
+		s.More = slices.ContainsFunc(from, func(o *Object) bool { return o.value.(*slice).more })
 	}
 	return &s
 }

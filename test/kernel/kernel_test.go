@@ -28,6 +28,7 @@ var packages = []struct {
 }{
 	{"layer/service", serviceFlags(), serviceTests},
 	{"layer/trace", traceFlags(), traceTests},
+	{"layer/dns", []string{"-test.run=^(" + strings.Join(dnsTests, "|") + ")$"}, dnsTests},
 	{"lab", labFlags(), labTests},
 }
 
@@ -38,6 +39,10 @@ var traceTests = []string{"TestEveryProgramSeesItsEvent", "TestExamplesAreWhole"
 func traceFlags() []string {
 	return []string{"-test.run=^(" + strings.Join(traceTests, "|") + ")$"}
 }
+
+// dnsTests are that the program is accepted and answers, also pods behind a bridge, that
+// it does not mix names up, and the laws.
+var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestLaws"}
 
 // serviceTests are what of the data path is always tested there: that every
 // program is accepted, both paths, and the laws.
