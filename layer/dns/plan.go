@@ -69,6 +69,9 @@ func rowsOf(s *model.Service) []*Row {
 		return nil // no query can ask for it
 	}
 	if s.Headless && s.Type != model.ExternalName {
+		if s.More {
+			return []*Row{leftTo(name)}
+		}
 		return headlessRows(name, s.Endpoints)
 	}
 	if s.Type == model.ExternalName || len(s.ClusterIPs) == 0 || len(s.Ports) == 0 {

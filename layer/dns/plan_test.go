@@ -67,6 +67,10 @@ func clusterOf(t *testing.T, text string) *model.Snapshot {
 			s.Services = append(s.Services, named(namespace, name, words[2:]...))
 		case "headless":
 			s.Services = append(s.Services, headless(namespace, name, words[2:]...))
+		case "more":
+			elsewhere := headless(namespace, name, words[2:]...)
+			elsewhere.More = true
+			s.Services = append(s.Services, elsewhere)
 		case "external":
 			outside := named(namespace, name)
 			outside.Type = model.ExternalName
