@@ -18,7 +18,7 @@ const alwaysExamples = 4
 // alwaysMaps are used where it is watched all the time, pinnedMaps stay with the programs
 // of the layer.
 var (
-	alwaysMaps = []string{traceMapRecent, traceMapShares, traceMapFlows}
+	alwaysMaps = []string{traceMapRecent, traceMapShares, traceMapFlows, traceMapServers}
 	pinnedMaps = []string{traceMapEvents, traceMapTotals, traceMapRecent, traceMapTurns, traceMapShares, traceMapFlows, traceMapEnded, traceMapStorms}
 )
 

@@ -2,6 +2,7 @@ package trace
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -131,6 +132,47 @@ func TestConnectionsThatEnd(t *testing.T) {
 	}
 	if !whole() || r.FlowsLost > 0 {
 		t.Errorf("%+v, lost %d", r.Flows, r.FlowsLost)
+	}
+	_, err := s.Stop()
+	w.must(err)
+}
+
+// Which end is the server is known by who accepted, whatever the ports are, and also when
+// nobody listens there any more.
+func TestServerOfAConnectionThatEnds(t *testing.T) {
+	w := newTown(t)
+	s := w.always()
+	client, server := w.inode(w.client), w.inode(w.server)
+	for i, at := range []uint16{80, 50051} {
+		to := netip.AddrPortFrom(netip.MustParseAddr(server4), at)
+		for _, from := range []int{20_000 + i, 60_000 + i} {
+			var listener net.Listener
+			w.inServer(func() (err error) { listener, err = net.Listen("tcp", to.String()); return err })
+			var near net.Conn
+			w.inClient(func() (err error) {
+				near, err = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(client4), Port: from}}).Dial("tcp", to.String())
+				return err
+			})
+			far, err := listener.Accept()
+			w.must(err)
+			w.must(errors.Join(listener.Close(), near.Close(), far.Close()))
+		}
+		for patience := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			r, err := s.record()
+			w.must(err)
+			ended := map[bool]uint64{}
+			for _, f := range r.Flows {
+				if f.Server == to && f.Client == netip.MustParseAddr(client4) && f.Space == map[bool]uint32{true: client, false: server}[f.OfClient] {
+					ended[f.OfClient] += f.Ended
+				}
+			}
+			if ended[true] == 2 && ended[false] == 2 {
+				break
+			}
+			if time.Now().After(patience) {
+				t.Fatalf("of two connections to %v %d have ended at the client, %d at the server: %+v", to, ended[true], ended[false], r.Flows)
+			}
+		}
 	}
 	_, err := s.Stop()
 	w.must(err)

@@ -187,7 +187,7 @@ struct flow {
 struct storm {
 	struct event_key key;
 	__u64 count;
-	__u64 turns; /* grows by two when they are put there; odd meanwhile */
+	__u64 turns; /* grows by two when they are put there, or the kind is another; odd meanwhile */
 };
 
 struct budget {
@@ -206,6 +206,13 @@ struct spot {
 	__u32 netns;
 	__u32 ifindex;
 	enum point point;
+};
+
+/* A port at which a namespace has accepted a connection. */
+struct server_key {
+	__u32 netns;
+	__be16 port;
+	__u16 zero;
 };
 
 /* A packet on its way: where and when it was seen last. */
@@ -324,6 +331,15 @@ struct {
 	__type(value, struct flow);
 	__uint(max_entries, 8192);
 } flows SEC(".maps");
+
+/* Ports of servers: a connection of such a port is one that was accepted there. A listener
+ * that has gone leaves it, for its connections end later. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct server_key);
+	__type(value, __u8);
+	__uint(max_entries, 8192);
+} servers SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -910,7 +926,11 @@ static __always_inline void count_total(const struct event_key *key)
 	__u32 at = key->kind * REASONS + reason;
 	__u64 *count = bpf_map_lookup_elem(&totals, &at);
 
-	if (count)
+	if (!count)
+		return;
+	if (key->kind == KIND_RETRANSMIT || key->kind == KIND_FULL)
+		__sync_fetch_and_add(count, 1); /* two programs count these, and one may interrupt the other */
+	else
 		*count += 1;
 }
 
@@ -1165,6 +1185,16 @@ static __always_inline void settle(struct storm *storm)
 	storm->turns++;
 }
 
+/* begin lets what comes be compared with another kind of event. */
+static __always_inline void begin(struct storm *storm, const struct event_key *key)
+{
+	storm->turns++;
+	barrier();
+	storm->key = *key;
+	barrier();
+	storm->turns++;
+}
+
 /* is_storm says that events of a kind may be counted as a storm: what storms_on tells by
  * a header without options or extensions. */
 static __always_inline bool is_storm(const struct event_key *key)
@@ -1282,7 +1312,7 @@ int drop(__u64 *ctx)
 	if (!note(ctx, &s, KIND_DROP, true) && packets && s.asked && affordable(KIND_DROP, bpf_ktime_get_ns()))
 		show(ctx, &s, KIND_DROP, false);
 	if (counts && s.often && is_storm(&s.key))
-		storm->key = s.key;
+		begin(storm, &s.key);
 	return 0;
 }
 
@@ -1509,8 +1539,30 @@ static __always_inline void count_ending(enum ending how)
 		__sync_fetch_and_add(count, 1);
 }
 
+/* accept notes that connections come to a port. */
+static __always_inline void accept(const struct sock *sk)
+{
+	struct subject s = {};
+	__u8 known = 1;
+
+	if (sk->sk_protocol != IPPROTO_TCP || !read_socket(&s, sk))
+		return;
+	struct server_key key = { .netns = s.key.netns, .port = s.source_port };
+
+	if (!bpf_map_lookup_elem(&servers, &key))
+		bpf_map_update_elem(&servers, &key, &known, BPF_ANY);
+}
+
+/* is_server says that an end is the one that did not open the connection. */
+static __always_inline bool is_server(const struct subject *s, __u8 state)
+{
+	struct server_key key = { .netns = s->key.netns, .port = s->source_port };
+
+	return state == STATE_SYN_RECV || (state != STATE_SYN_SENT && bpf_map_lookup_elem(&servers, &key));
+}
+
 /* A TCP connection has ended. Its numbers are read then, which costs nothing while it
- * lasts. */
+ * lasts but that its port is noted if it was accepted. */
 SEC("tp_btf/inet_sock_set_state")
 int end(__u64 *ctx)
 {
@@ -1520,6 +1572,8 @@ int end(__u64 *ctx)
 	struct flow fresh = {}, *f;
 	struct subject s = {};
 
+	if (sk && before == STATE_SYN_RECV && after == STATE_ESTABLISHED)
+		accept(sk);
 	if (after != STATE_CLOSE || before == STATE_LISTEN || before == STATE_CLOSE || !sk)
 		return 0;
 	if (sk->sk_protocol != IPPROTO_TCP || !read_socket(&s, sk))
@@ -1530,12 +1584,10 @@ int end(__u64 *ctx)
 	count_ending(ENDING_ANY);
 	if (how)
 		count_ending(how);
-	s.key.protocol = IPPROTO_TCP;
-	port_of_service(&s, before);
-	key.of_client = !(s.key.flags & FLAG_SOURCE);
+	key.of_client = !is_server(&s, before);
 	key.client = key.of_client ? s.key.source : s.key.destination;
 	key.server = key.of_client ? s.key.destination : s.key.source;
-	key.port = s.key.port;
+	key.port = key.of_client ? s.destination_port : s.source_port;
 	key.netns = s.key.netns;
 	f = bpf_map_lookup_elem(&flows, &key);
 	if (!f) {
@@ -1563,21 +1615,32 @@ int end(__u64 *ctx)
 }
 
 /* mark_of tells packets apart that have had the same memory one after the other: by what
- * of the IP header nobody changes on the way, its length and number, or part of its label. */
+ * nobody changes on the way. Of the IP header that is its length and number, or part of its
+ * label, which all packets of a flow may have in common; of TCP where its data and its
+ * acknowledgement stand, of ICMP the number of a question. UDP has its data alone: its
+ * checksum may be filled in by the device. */
 static __always_inline __u32 mark_of(const struct subject *s)
 {
-	__u32 mark = 0;
+	const unsigned char *head = s->skb->head;
+	__u32 at = s->network + (s->key.ethertype == ETHERTYPE_IP6 ? 40 : 20);
+	__u32 mark = 0, word[2] = {};
 
-	bpf_probe_read_kernel(&mark, sizeof(mark), s->skb->head + s->network + 2);
-	return mark;
+	bpf_probe_read_kernel(&mark, sizeof(mark), head + s->network + 2);
+	at += s->key.protocol == IPPROTO_UDP ? 8 : 4;
+	if (at + sizeof(word) <= s->skb->tail)
+		bpf_probe_read_kernel(word, sizeof(word), head + at);
+	return ((mark * 31) + word[0]) * 31 + word[1];
 }
 
 /* follows says that a packet can have come from one place to the other: into a queue or
- * out of it only where it is, by a device that it comes from anywhere. */
+ * out of it only where it is, by a device that it comes from anywhere. A queue that it was
+ * in or has left by this device it meets again only when TCP sends it once more. */
 static __always_inline bool follows(const struct spot *from, const struct spot *to)
 {
 	if (to->point == POINT_CAME)
 		return from->point == POINT_LEFT;
+	if (to->point == POINT_QUEUED && from->point != POINT_CAME && from->ifindex == to->ifindex)
+		return false;
 	return from->netns == to->netns;
 }
 

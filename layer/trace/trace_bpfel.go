@@ -189,6 +189,13 @@ type traceRange struct {
 	}
 }
 
+type traceServerKey struct {
+	_     structs.HostLayout
+	Netns uint32
+	Port  uint16
+	Zero  uint16
+}
+
 type traceShareKey struct {
 	_      structs.HostLayout
 	Netns  uint32
@@ -255,6 +262,7 @@ const (
 	traceMapFlows            = "flows"
 	traceMapHops             = "hops"
 	traceMapRecent           = "recent"
+	traceMapServers          = "servers"
 	traceMapShares           = "shares"
 	traceMapSides            = "sides"
 	traceMapStorms           = "storms"
@@ -371,6 +379,7 @@ type traceMapSpecs struct {
 	Flows    *ebpf.MapSpec `ebpf:"flows"`
 	Hops     *ebpf.MapSpec `ebpf:"hops"`
 	Recent   *ebpf.MapSpec `ebpf:"recent"`
+	Servers  *ebpf.MapSpec `ebpf:"servers"`
 	Shares   *ebpf.MapSpec `ebpf:"shares"`
 	Sides    *ebpf.MapSpec `ebpf:"sides"`
 	Storms   *ebpf.MapSpec `ebpf:"storms"`
@@ -433,6 +442,7 @@ type traceMaps struct {
 	Flows    *ebpf.Map `ebpf:"flows"`
 	Hops     *ebpf.Map `ebpf:"hops"`
 	Recent   *ebpf.Map `ebpf:"recent"`
+	Servers  *ebpf.Map `ebpf:"servers"`
 	Shares   *ebpf.Map `ebpf:"shares"`
 	Sides    *ebpf.Map `ebpf:"sides"`
 	Storms   *ebpf.Map `ebpf:"storms"`
@@ -453,6 +463,7 @@ func (m *traceMaps) Close() error {
 		m.Flows,
 		m.Hops,
 		m.Recent,
+		m.Servers,
 		m.Shares,
 		m.Sides,
 		m.Storms,
