@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
@@ -392,6 +393,32 @@ func TestWhenNotToSpeak(t *testing.T) {
 	before := p.count(datapathOutcomeOUTCOME_STALE)
 	if verdict, _ := p.run(datagramOf(client4, dns4, web)); verdict != passed || p.count(datapathOutcomeOUTCOME_STALE) != before+1 {
 		t.Errorf("the agent is silent: verdict %d", int32(verdict))
+	}
+}
+
+// An answer is for who gets it, though the query was for another host: a bridge. Kernels
+// that do not scrub it would drop it in the pod. The program says the packet's type here
+// instead of giving it back.
+func TestAnswersAreForThePod(t *testing.T) {
+	const ifindex, packetType = 40, 4 // offsets in struct __sk_buff (linux/bpf.h)
+	p := load(t, town(), func(spec *ebpf.CollectionSpec) {
+		all := spec.Programs[datapathProgDnsFromPod].Instructions
+		call := slices.IndexFunc(all, func(in asm.Instruction) bool {
+			return in.IsBuiltinCall() && in.Constant == int64(asm.FnRedirectPeer)
+		})
+		read := call - 1
+		for read > 0 && (all[read].Dst != asm.R1 || !all[read].OpCode.Class().IsLoad() || all[read].Offset != ifindex) {
+			read--
+		}
+		if call < 0 || read <= call-5 {
+			t.Fatal("the program does not give the answer to the peer of its own device")
+		}
+		all[read].Offset = packetType
+		all[call] = asm.Mov.Reg(asm.R0, asm.R1).WithMetadata(all[call].Metadata)
+	})
+	query := asking(t, "web.shop.svc.cluster.local.", dnsmessage.TypeA, false)
+	if verdict, _ := p.run(datagramOf(client4, dns4, query)); verdict != unix.PACKET_HOST {
+		t.Errorf("the answer is of packet type %d, not %d", int32(verdict), unix.PACKET_HOST)
 	}
 }
 

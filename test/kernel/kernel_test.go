@@ -41,8 +41,8 @@ func traceFlags() []string {
 }
 
 // dnsTests are that the program is accepted and answers, also pods behind a bridge, that
-// it does not mix names up, and the laws.
-var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestLaws"}
+// it does not mix names up, that another takes over, and that without it others answer.
+var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestAnotherLayout", "TestFailOpen"}
 
 // serviceTests are what of the data path is always tested there: that every
 // program is accepted, both paths, and the laws.
