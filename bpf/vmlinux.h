@@ -30,8 +30,10 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_LRU_PERCPU_HASH = 10,
 	BPF_MAP_TYPE_LPM_TRIE = 11,
+	BPF_MAP_TYPE_SOCKMAP = 15,
 	BPF_MAP_TYPE_QUEUE = 22,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
+	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
 enum {
@@ -46,6 +48,11 @@ enum {
 
 enum {
 	BPF_SK_STORAGE_GET_F_CREATE = 1,
+};
+
+/* bpf_redirect() and bpf_clone_redirect(). */
+enum {
+	BPF_F_INGRESS = 1,
 };
 
 /* What a tc program answers (linux/pkt_cls.h): TC_ACT_UNSPEC, which tcx calls
@@ -66,8 +73,29 @@ enum {
 enum {
 	BPF_F_PSEUDO_HDR = 1 << 4,
 	BPF_F_MARK_MANGLED_0 = 1 << 5,
+	BPF_F_ADJ_ROOM_FIXED_GSO = 1 << 0,
+	BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 = 1 << 1,
+	BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 = 1 << 2,
+	BPF_F_ADJ_ROOM_ENCAP_L4_UDP = 1 << 4,
 	BPF_F_ADJ_ROOM_NO_CSUM_RESET = 1 << 5,
+	BPF_F_ADJ_ROOM_ENCAP_L2_ETH = 1 << 6,
+	BPF_F_ADJ_ROOM_DECAP_L3_IPV4 = 1 << 7, /* since Linux 6.3, as the next */
+	BPF_F_ADJ_ROOM_DECAP_L3_IPV6 = 1 << 8,
 	BPF_ADJ_ROOM_MAC = 1,
+};
+
+/* bpf_skb_adjust_room(): so long is the link-layer header inside. */
+#define BPF_F_ADJ_ROOM_ENCAP_L2(length) ((__u64)(length) << 56)
+
+/* bpf_csum_level(). */
+enum {
+	BPF_CSUM_LEVEL_DEC = 2,
+};
+
+/* bpf_redirect_neigh(): the next hop. */
+struct bpf_redir_neigh {
+	__u32 nh_family;
+	__be32 next_hop[4]; /* IPv4 in the first */
 };
 
 struct bpf_spin_lock {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strings"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -165,4 +166,21 @@ func walkEach(m *ebpf.Map, f func(key, value []byte) error) error {
 		return fmt.Errorf("read map %s: %w", m.String(), err)
 	}
 	return nil
+}
+
+// Words are the values of an enum below count, in order, in lower case and without the
+// prefix: "no_backend" for REASON_NO_BACKEND. They are read from the object's BTF, so that
+// metrics have the words of the program.
+func Words(types *btf.Spec, name, prefix string, count int) ([]string, error) {
+	var enum *btf.Enum
+	if err := types.TypeByName(name, &enum); err != nil {
+		return nil, fmt.Errorf("read enum %s: %w", name, err)
+	}
+	words := make([]string, count)
+	for _, value := range enum.Values {
+		if value.Value < uint64(count) {
+			words[value.Value] = strings.ToLower(strings.TrimPrefix(value.Name, prefix))
+		}
+	}
+	return words, nil
 }

@@ -45,6 +45,9 @@ type Device struct {
 	// DefaultRoute says that a default route leaves by it.
 	DefaultRoute bool
 	Addresses    []netip.Addr
+	// MAC is its hardware address, Alias the text that somebody gave it.
+	MAC   net.HardwareAddr
+	Alias string
 }
 
 // layer3 are the names of such types of devices (linux/if_arp.h).
@@ -87,7 +90,7 @@ func (n *Net) Devices() ([]Device, error) {
 		attrs := l.Attrs()
 		devices[i] = Device{Index: attrs.Index, Name: attrs.Name, Kind: l.Type(), PeerElsewhere: attrs.NetNsID >= 0, PeerNamespace: attrs.NetNsID,
 			MTU: attrs.MTU, Up: attrs.Flags&net.FlagUp != 0, Peer: attrs.ParentIndex,
-			Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether", Layer3: slices.Contains(layer3, attrs.EncapType)}
+			MAC: attrs.HardwareAddr, Alias: attrs.Alias, Master: attrs.MasterIndex, Ethernet: attrs.EncapType == "ether", Layer3: slices.Contains(layer3, attrs.EncapType)}
 		switch l := l.(type) {
 		case *netlink.Device:
 			devices[i].Kind = ""

@@ -83,6 +83,10 @@ type Veth struct {
 	Name string
 	// MAC is its hardware address; nil lets the kernel choose.
 	MAC net.HardwareAddr
+	// MTU is the longest packet of both ends in bytes; 0 is the kernel's default.
+	MTU int
+	// Alias is a text of at most 255 bytes that the near end carries (ip-link(8)).
+	Alias string
 	// Peer is the far end's name, PeerMAC its hardware address, PeerNamespace
 	// the path its namespace is bound to.
 	Peer          string
@@ -98,7 +102,7 @@ func (n *Net) Veth(v Veth) (int, error) {
 	}
 	defer unix.Close(fd)
 	near := attrs(v.Name)
-	near.HardwareAddr = v.MAC
+	near.HardwareAddr, near.MTU = v.MAC, v.MTU
 	pair := &netlink.Veth{
 		LinkAttrs:        near,
 		PeerName:         v.Peer,
@@ -108,7 +112,15 @@ func (n *Net) Veth(v Veth) (int, error) {
 	if err := n.handle.LinkAdd(pair); err != nil {
 		return 0, fmt.Errorf("add veth %s: %w", v.Name, err)
 	}
-	return n.Index(v.Name)
+	index, err := n.Index(v.Name)
+	if err != nil || v.Alias == "" {
+		return index, err
+	}
+	// A message of its own: the kernel does not heed it when it makes a device.
+	if err := n.handle.LinkSetAlias(byIndex(index), v.Alias); err != nil {
+		return 0, fmt.Errorf("add veth %s: set its alias: %w", v.Name, err)
+	}
+	return index, nil
 }
 
 // Up sets a link up.
@@ -167,19 +179,77 @@ type Route struct {
 	Via netip.Addr
 	// Link is the index of the link to leave by.
 	Link int
+	// Source is the address that the namespace's own packets have which leave by it;
+	// the zero value lets the kernel choose.
+	Source netip.Addr
+	// Protocol says who made it (rtnetlink(7), rtm_protocol); 0 is an administrator.
+	Protocol int
 }
 
-// Route adds a route.
-func (n *Net) Route(r Route) error {
-	route := &netlink.Route{LinkIndex: r.Link, Dst: ipNet(r.To.Masked())}
+// asNetlink is the route as rtnetlink has it.
+func (r Route) asNetlink() *netlink.Route {
+	route := &netlink.Route{LinkIndex: r.Link, Dst: ipNet(r.To.Masked()), Protocol: netlink.RouteProtocol(r.Protocol)}
+	if r.Source.IsValid() {
+		route.Src = r.Source.AsSlice()
+	}
 	if r.Via.IsValid() {
 		route.Gw = r.Via.AsSlice()
 		route.Flags = int(netlink.FLAG_ONLINK)
 	} else {
 		route.Scope = netlink.SCOPE_LINK
 	}
-	if err := n.handle.RouteAdd(route); err != nil {
+	return route
+}
+
+// Route adds a route.
+func (n *Net) Route(r Route) error {
+	if err := n.handle.RouteAdd(r.asNetlink()); err != nil {
 		return fmt.Errorf("add route %s via %s on link %d: %w", r.To, r.Via, r.Link, err)
+	}
+	return nil
+}
+
+// SetRoute adds a route, or puts it in the place of one that leads to the same range.
+func (n *Net) SetRoute(r Route) error {
+	if err := n.handle.RouteReplace(r.asNetlink()); err != nil {
+		return fmt.Errorf("set route %s on link %d: %w", r.To, r.Link, err)
+	}
+	return nil
+}
+
+// Routes lists the unicast routes of the main table that one protocol has made.
+func (n *Net) Routes(protocol int) ([]Route, error) {
+	filter := &netlink.Route{Protocol: netlink.RouteProtocol(protocol)}
+	found, err := whole("routes", func() ([]netlink.Route, error) {
+		return n.handle.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_PROTOCOL)
+	})
+	var routes []Route
+	for _, r := range found {
+		to, ok := prefix(r.Dst)
+		if !ok || r.Type != unix.RTN_UNICAST {
+			continue
+		}
+		via, _ := netip.AddrFromSlice(r.Gw)
+		source, _ := netip.AddrFromSlice(r.Src)
+		routes = append(routes, Route{To: to, Via: via.Unmap(), Link: r.LinkIndex, Source: source.Unmap(), Protocol: protocol})
+	}
+	return routes, err
+}
+
+// DeleteRoute removes a route; one that does not exist is no error.
+func (n *Net) DeleteRoute(r Route) error {
+	if err := n.handle.RouteDel(r.asNetlink()); err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove route %s from link %d: %w", r.To, r.Link, err)
+	}
+	return nil
+}
+
+// NoLinkLocal keeps the kernel from giving a link an IPv6 address of its own when it is
+// set up (RFC 4862, 5.3).
+func (n *Net) NoLinkLocal(index int) error {
+	const none = 1 // IN6_ADDR_GEN_MODE_NONE of linux/if_link.h
+	if err := n.handle.LinkSetIP6AddrGenMode(byIndex(index), none); err != nil {
+		return fmt.Errorf("keep link %d without a link-local address: %w", index, err)
 	}
 	return nil
 }
@@ -202,6 +272,18 @@ func (n *Net) Neigh(index int, addr netip.Addr, mac net.HardwareAddr) error {
 		return fmt.Errorf("add neighbour %s on link %d: %w", addr, index, err)
 	}
 	return nil
+}
+
+// Neighs lists, of one link, whose hardware addresses somebody has said for good.
+func (n *Net) Neighs(index int) (map[netip.Addr]net.HardwareAddr, error) {
+	found, err := whole("neighbours", func() ([]netlink.Neigh, error) { return n.handle.NeighList(index, netlink.FAMILY_ALL) })
+	permanent := map[netip.Addr]net.HardwareAddr{}
+	for _, neigh := range found {
+		if addr, ok := netip.AddrFromSlice(neigh.IP); ok && neigh.State&netlink.NUD_PERMANENT != 0 {
+			permanent[addr.Unmap()] = neigh.HardwareAddr
+		}
+	}
+	return permanent, err
 }
 
 // InUse lists the ranges that the namespace's addresses and routes of both

@@ -260,3 +260,61 @@ func TestCounters(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// What a pair is made with, and routes that know who made them.
+func TestRoutesOfOneProtocol(t *testing.T) {
+	const ours = 109
+	path, left := namespace(t, "left")
+	rightPath, _ := namespace(t, "right")
+	near, err := left.Veth(Veth{Name: "near", MAC: leftMAC, MTU: 1400, Alias: "of a pod", Peer: "far", PeerNamespace: rightPath})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := left.NoLinkLocal(near); err != nil {
+		t.Fatal(err)
+	}
+	setUp(t, left, near, "192.0.2.1/32", "2001:db8::1/128")
+	var want []Route
+	for _, r := range []Route{
+		{To: netip.MustParsePrefix("10.1.0.7/32"), Link: near, Source: netip.MustParseAddr("192.0.2.1"), Protocol: ours},
+		{To: netip.MustParsePrefix("fd00::7/128"), Link: near, Source: netip.MustParseAddr("2001:db8::1"), Protocol: ours},
+	} {
+		for range 2 {
+			if err := left.SetRoute(r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want = append(want, r)
+	}
+	if err := left.Route(Route{To: netip.MustParsePrefix("10.2.0.0/24"), Link: near}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := left.Routes(ours); err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v, not %v", got, err, want)
+	}
+	if err := left.Neigh(near, netip.MustParseAddr("10.1.0.7"), rightMAC); err != nil {
+		t.Fatal(err)
+	}
+	if neighs, err := left.Neighs(near); err != nil || neighs[netip.MustParseAddr("10.1.0.7")].String() != rightMAC.String() {
+		t.Error(neighs, err)
+	}
+	devices, err := left.Devices()
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := slices.IndexFunc(devices, func(d Device) bool { return d.Index == near })
+	if d := devices[at]; d.Alias != "of a pod" || d.MTU != 1400 || d.MAC.String() != leftMAC.String() {
+		t.Errorf("%+v", d)
+	}
+	if slices.ContainsFunc(devices[at].Addresses, netip.Addr.IsLinkLocalUnicast) {
+		t.Errorf("in %s: %v", path, devices[at].Addresses)
+	}
+	for range 2 {
+		if err := left.DeleteRoute(want[0]); err != nil {
+			t.Error(err)
+		}
+	}
+	if got, err := left.Routes(ours); err != nil || len(got) != 1 {
+		t.Error(got, err)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 )
@@ -69,6 +70,9 @@ func Check(act string, capabilities ...string) error {
 }
 
 func effective() (uint64, error) {
+	// The file is of this thread, and empty once that has ended: the goroutine has to stay.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	file, err := os.Open("/proc/thread-self/status")
 	if err != nil {
 		return 0, fmt.Errorf("read capabilities: %w", err)

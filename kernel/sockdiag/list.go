@@ -69,6 +69,17 @@ func Walk(protocol uint8, f func(State)) error {
 	return nil
 }
 
+// Ports are those at which somebody listens for TCP connections in the calling thread's
+// network namespace, at any address.
+func Ports() (map[uint16]bool, error) {
+	ports := map[uint16]bool{}
+	err := walk(unix.IPPROTO_TCP, 1<<stateListen, 0, func(s State) { ports[s.Local.Port()] = true })
+	if err != nil {
+		return nil, fmt.Errorf("list TCP ports that listen: %w", err)
+	}
+	return ports, nil
+}
+
 func unmapped(a netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 }

@@ -82,6 +82,9 @@ func TestWalk(t *testing.T) {
 				return err
 			}
 		}
+		if ports, err := Ports(); err != nil || len(ports) != 1 || !ports[80] {
+			t.Errorf("ports that listen: %v, %v, want 80 alone", ports, err)
+		}
 		for _, what := range []string{"listener", "unread", "client", "datagrams"} {
 			if !seen[what] {
 				t.Errorf("%s: not as it is: %v", what, seen)

@@ -134,7 +134,7 @@ func explain(name string, err error) error {
 	case errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(name, conntrackSettings):
 		return fmt.Errorf("%w: the module %s is not loaded, so that no connections are tracked", ErrAbsent, conntrackModule)
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: its module is not loaded, or it was built without it", ErrAbsent)
+		return fmt.Errorf("%w here: its module is not loaded, it was built without it, or the setting is the whole machine's, which only its first network namespace shows", ErrAbsent)
 	case errors.Is(err, unix.EROFS):
 		return ErrReadOnly
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ERANGE):

@@ -182,6 +182,14 @@ func forgotten(p *Part) error {
 
 // forget opens connections, lets the router forget them, and goes on.
 func forget(ctx context.Context, p *Part) {
+	afterOne(ctx, p, func(conn net.Conn) {
+		p.wrong(p.router.do(func() error { return p.deleteEntries() }))
+		p.saw(p.exchange(ctx, conn, 10))
+	})
+}
+
+// afterOne opens connections, asks for one answer on each, and goes on with those that got it.
+func afterOne(ctx context.Context, p *Part, then func(net.Conn)) {
 	every(ctx, p.attempts, 50*time.Millisecond, func() {
 		conn, err := p.connect(ctx, "tcp")
 		if err != nil {
@@ -193,8 +201,7 @@ func forget(ctx context.Context, p *Part) {
 			p.saw(outcome)
 			return
 		}
-		p.wrong(p.router.do(func() error { return p.deleteEntries() }))
-		p.saw(p.exchange(ctx, conn, 10))
+		then(conn)
 	})
 }
 
@@ -240,21 +247,11 @@ func masqueraded(p *Part) error {
 
 // waitForNews keeps connections on which the server is to speak, and does not.
 func waitForNews(ctx context.Context, p *Part) {
-	every(ctx, p.attempts, 50*time.Millisecond, func() {
-		conn, err := p.connect(ctx, "tcp")
-		if err != nil {
-			p.saw(outcomeOf(err, Timeout))
-			return
-		}
-		p.atEnd(func() { conn.Close() })
-		if outcome := p.exchange(ctx, conn, 10); outcome != OK {
-			p.saw(outcome)
-			return
-		}
+	afterOne(ctx, p, func(conn net.Conn) {
 		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 		defer stop()
 		conn.SetDeadline(time.Now().Add(3 * time.Second))
-		_, err = conn.Read(make([]byte, 16))
+		_, err := conn.Read(make([]byte, 16))
 		p.saw(outcomeOf(err, Hang))
 	})
 }

@@ -1,12 +1,15 @@
 package fault
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -165,6 +168,53 @@ func signed(p *Part) error {
 	return errors.Join(err, refused)
 }
 
+// pingless sets the server not to answer pings.
+func pingless(p *Part) error {
+	p.blame(p.server)
+	if p.six {
+		return p.server.set("net.ipv6.icmp.echo_ignore_all", "1")
+	}
+	return p.server.set("net.ipv4.icmp_echo_ignore_all", "1")
+}
+
+// pings are echo requests (RFC 792, RFC 4443), as ping(8) sends them.
+func pings(ctx context.Context, p *Part) {
+	network, request, reply := "ip4:icmp", byte(8), byte(0)
+	if p.six {
+		network, request, reply = "ip6:ipv6-icmp", 128, 129
+	}
+	var number atomic.Uint32
+	every(ctx, p.attempts, 100*time.Millisecond, func() {
+		var conn net.PacketConn
+		err := p.client.do(func() (err error) { conn, err = net.ListenPacket(network, p.from.String()); return err })
+		if err != nil {
+			p.wrong(fmt.Errorf("make a socket for pings in %s: %w", p.client.name, err))
+			return
+		}
+		defer conn.Close()
+		message := []byte{request, 0, 0, 0, 0x6d, 0x72, 0, byte(number.Add(1))}
+		if !p.six { // by IPv6 the kernel does it
+			binary.BigEndian.PutUint16(message[2:], ^sum(0, message))
+		}
+		if _, err := conn.WriteTo(message, &net.IPAddr{IP: p.to.AsSlice()}); err != nil {
+			p.saw(outcomeOf(err, Silent))
+			return
+		}
+		conn.SetReadDeadline(time.Now().Add(answerTime))
+		for answer := make([]byte, 64); ; {
+			n, _, err := conn.ReadFrom(answer)
+			if err != nil {
+				p.saw(outcomeOf(err, Silent))
+				return
+			}
+			if n >= 8 && answer[0] == reply && bytes.Equal(answer[4:8], message[4:8]) {
+				p.saw(OK)
+				return
+			}
+		}
+	})
+}
+
 // fewPorts leaves the client a handful of ports.
 func fewPorts(p *Part) error {
 	p.blame(p.client)
@@ -205,6 +255,8 @@ var socketFaults = []*Fault{
 		Causes: []string{"socket-filter-drop"}, Seen: []Outcome{Silent}, induce: filtered, send: questions},
 	{Name: "tcp-signature", Says: "A server of TCP wants its packets signed, and the client does not sign them.",
 		Causes: []string{"tcp-signature"}, Seen: []Outcome{Timeout}, induce: signed, send: calls},
+	{Name: "ping-ignored", Says: "A host is set not to answer pings.",
+		Causes: []string{"ping-ignored"}, Seen: []Outcome{Silent}, induce: pingless, send: pings},
 	{Name: "zero-window", once: true, behind: true, Number: "30", Says: "A server does not read: its window is closed, and the sender waits.",
 		Causes: []string{"receiver-stalled"}, Seen: []Outcome{Hang}, induce: stalled, send: push},
 }

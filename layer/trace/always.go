@@ -101,6 +101,14 @@ func (s *Session) readShares(r *Recording) error {
 	if err := s.addStormShares(r, shares); err != nil {
 		return err
 	}
+	s.reachedMu.Lock()
+	reached := make(map[traceShareKey]uint64, len(shares))
+	for key, at := range shares {
+		r.Shares[at].Count = max(r.Shares[at].Count, s.reachedShares[key])
+		reached[key] = r.Shares[at].Count
+	}
+	s.reachedShares = reached
+	s.reachedMu.Unlock()
 	slices.SortFunc(r.Shares, func(a, b Share) int {
 		return cmp.Or(cmp.Compare(a.Space, b.Space), cmp.Compare(a.Reason, b.Reason))
 	})
@@ -119,16 +127,17 @@ func (s *Session) addStormShares(r *Recording, shares map[traceShareKey]int) err
 		if storm.Key.Location == 0 || !known {
 			continue
 		}
-		var counts []uint64
-		waiting, err := s.whileStill(func() error { return s.collection.Maps[traceMapShares].Lookup(key, &counts) },
-			func(of *traceEventKey) bool { return of.Netns == key.Netns && of.Reason == key.Reason })
+		count, err := s.whileStill(func() (counts []uint64, err error) {
+			err = s.collection.Maps[traceMapShares].Lookup(key, &counts)
+			return counts, err
+		}, func(of *traceEventKey) bool { return of.Netns == key.Netns && of.Reason == key.Reason })
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("read drops by namespace: %w", err)
 		}
-		r.Shares[at].Count = max(r.Shares[at].Count, sumOf(counts)+waiting)
+		r.Shares[at].Count = max(r.Shares[at].Count, count)
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -130,16 +131,40 @@ func (s *Session) record() (*Recording, error) {
 	return r, nil
 }
 
-// readCounts reads the events of all processors.
+// readCounts reads the events of all processors. No count is lower than it was before: what
+// waits on a processor may be put into the tables after those were read, and then it is in
+// neither.
 func (s *Session) readCounts() (all []tally, err error) {
+	beside := math.MaxInt // where the events of the second table begin
 	for _, name := range []string{traceMapEvents, traceMapBeside} {
 		if from := s.collection.Maps[name]; from != nil {
+			if name == traceMapBeside {
+				beside = len(all)
+			}
 			if all, err = readTable(from, all); err != nil {
 				return nil, err
 			}
 		}
 	}
-	return s.addStorms(all)
+	if all, err = s.addStorms(all); err != nil {
+		return nil, err
+	}
+	s.reachedMu.Lock()
+	defer s.reachedMu.Unlock()
+	reached := make(map[place]uint64, len(all))
+	for i := range all {
+		at := place{all[i].key, i >= beside}
+		all[i].Count = max(all[i].Count, s.reached[at])
+		reached[at] = all[i].Count
+	}
+	s.reached = reached
+	return all, nil
+}
+
+// place is an event in one of the two tables.
+type place struct {
+	key    traceEventKey
+	beside bool
 }
 
 // addStorms adds to the events what is not in the tables yet.
@@ -158,15 +183,13 @@ func (s *Session) addStorms(all []tally) ([]tally, error) {
 		if at < 0 {
 			continue // it was pushed out: the totals have it
 		}
-		var inTable uint64
-		waiting, err := s.whileStill(func() error {
+		count, err := s.whileStill(func() (counts []uint64, err error) {
 			var values []traceEvent
-			err := s.collection.Maps[traceMapEvents].Lookup(storm.Key, &values)
-			inTable = 0
+			err = s.collection.Maps[traceMapEvents].Lookup(storm.Key, &values)
 			for _, v := range values {
-				inTable += v.Count
+				counts = append(counts, v.Count)
 			}
-			return err
+			return counts, err
 		}, func(key *traceEventKey) bool { return *key == storm.Key })
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			continue
@@ -174,43 +197,51 @@ func (s *Session) addStorms(all []tally) ([]tally, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read events: %w", err)
 		}
-		all[at].Count = max(all[at].Count, inTable+waiting)
+		all[at].Count = max(all[at].Count, count)
 	}
 	return all, nil
 }
 
 // stillTries is how often it is tried to read a table between two moments at which a
-// storm is put there: each 64 packets of it, on each processor.
+// storm is put there: each 64 packets of it, on each processor by itself.
 const stillTries = 16
 
-// whileStill reads a table, with what of these keys waits to be put there: neither twice
-// nor not at all, so that no count ever goes back.
-func (s *Session) whileStill(read func() error, of func(*traceEventKey) bool) (waiting uint64, err error) {
-	for range stillTries {
+// whileStill sums up a table's counts of all processors, with what of these keys waits to
+// be put there: of each processor never twice, and not at all only where a storm is put
+// there all the time.
+func (s *Session) whileStill(read func() ([]uint64, error), of func(*traceEventKey) bool) (uint64, error) {
+	var whole []uint64
+	done := map[int]bool{} // processors
+	for try := 0; try == 0 || try < stillTries && len(done) < len(whole); try++ {
 		before, err := s.readStorms()
 		if err != nil {
 			return 0, err
 		}
-		if err := read(); err != nil {
+		counts, err := read()
+		if err != nil {
 			return 0, err
 		}
 		after, err := s.readStorms()
 		if err != nil {
 			return 0, err
 		}
-		still := true
-		waiting = 0
-		for i := range after {
-			if of(&after[i].Key) {
-				waiting += after[i].Count
-			}
-			still = still && before[i].Turns == after[i].Turns && after[i].Turns%2 == 0
+		if whole == nil {
+			whole = make([]uint64, len(counts))
 		}
-		if still {
-			break
+		for i, count := range counts {
+			if done[i] {
+				continue
+			}
+			if before[i].Turns == after[i].Turns && after[i].Turns%2 == 0 {
+				done[i] = true
+			}
+			whole[i] = count
+			if of(&after[i].Key) {
+				whole[i] += after[i].Count
+			}
 		}
 	}
-	return waiting, nil
+	return sumOf(whole), nil
 }
 
 // readStorms reads what each processor has met again and again.

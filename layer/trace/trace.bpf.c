@@ -1272,6 +1272,20 @@ static __always_inline void read_sender(struct subject *s, struct sk_buff *skb)
 	s->skb = 0; /* its bytes are no packet yet */
 }
 
+#define TCP_CLOSE 7 /* the state of every socket that has none of its own (net/tcp_states.h) */
+
+/* is_trial says that a program was run with the packet (BPF_PROG_TEST_RUN), which is freed as
+ * if it were lost then. The kernel gives it a socket without a protocol, as nobody else has
+ * of these families. */
+static __always_inline bool is_trial(const struct sk_buff *skb)
+{
+	const struct sock *sk = skb->sk;
+
+	return sk && sk->__sk_common.skc_state == TCP_CLOSE && !sk->sk_protocol &&
+	       (sk->__sk_common.skc_family == AF_INET || sk->__sk_common.skc_family == AF_INET6 ||
+		!sk->__sk_common.skc_family);
+}
+
 /* A packet died. */
 SEC("tp_btf/kfree_skb")
 int drop(__u64 *ctx)
@@ -1282,7 +1296,7 @@ int drop(__u64 *ctx)
 	__u32 zero = 0, reason = drop_reason == 2 ? ctx[2] : 0;
 
 	storm = bpf_map_lookup_elem(&storms, &zero);
-	if (!storm)
+	if (!storm || is_trial(skb))
 		return 0;
 	if (counts && storms_on(storm, skb, ctx[1], reason))
 		return 0;

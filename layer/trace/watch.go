@@ -117,6 +117,10 @@ type Session struct {
 	unread   uint64
 	received uint64
 
+	reachedMu     sync.Mutex // for what follows: how far counts were when they were read last
+	reached       map[place]uint64
+	reachedShares map[traceShareKey]uint64
+
 	// Of the goroutine that reads, until done.
 	packets func(Packet)
 	met     func(space, cookie uint32)

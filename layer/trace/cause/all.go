@@ -101,6 +101,8 @@ func All() []Known {
 			"reason NO_SOCKET for an answer, while a socket waits for another address: a server of datagrams that sends from the wrong one, or a translation that is not undone on the way back"},
 		{IPv6Off, "packets of IPv6 come by a device on which it is off",
 			"reason IPV6DISABLED for packets that are missed, or for questions for a neighbour that is not found; disable_ipv6, or an MTU below 1280"},
+		{PingIgnored, "a host is set not to answer pings",
+			"net.ipv4.icmp_echo_ignore_all, net.ipv6.icmp.echo_ignore_all; pings came, and no answer was sent"},
 		{TCPSignature, "the two ends of a TCP connection do not agree about its signature",
 			"reasons TCP_MD5* and TCP_AO*, which the receiver drops for (RFC 2385, RFC 5925); no message is sent"},
 		{IPsecPolicy, "a policy of IPsec does not let packets through",

@@ -76,7 +76,7 @@ func judgeFor(e *Evidence, asked func(*Event) bool) *diagnosis {
 		(*diagnosis).sourceChecks, (*diagnosis).wrongMAC, (*diagnosis).sameMAC, (*diagnosis).downLinks,
 		(*diagnosis).vxlan, (*diagnosis).hops, (*diagnosis).routes, (*diagnosis).neighbours,
 		(*diagnosis).qdiscs, (*diagnosis).queues, (*diagnosis).memory,
-		(*diagnosis).acceptQueues, (*diagnosis).policies, (*diagnosis).signatures, (*diagnosis).otherAnswers, (*diagnosis).forgotten, (*diagnosis).noListener,
+		(*diagnosis).acceptQueues, (*diagnosis).pings, (*diagnosis).policies, (*diagnosis).signatures, (*diagnosis).otherAnswers, (*diagnosis).forgotten, (*diagnosis).noListener,
 		(*diagnosis).noRouteBack, (*diagnosis).synQueues,
 		(*diagnosis).closedUnread, (*diagnosis).stalled, (*diagnosis).localPorts, (*diagnosis).portInUse, (*diagnosis).portsTaken,
 		(*diagnosis).fragments, (*diagnosis).fragmentsOfTunnels,

@@ -39,6 +39,8 @@ func TestStalled(t *testing.T) {
 		e.Spaces[1].After.Sockets[0].ReceiveWindow = -1
 		return e
 	}
+	full := older(60000) // the buffer became smaller than what had been offered
+	full.Spaces[1].After.Sockets[0].ReceiveBuffer, full.Spaces[1].After.Sockets[0].Drops = 16384, 27
 	ended := pair(true, "10.2.0.2:8080")
 	ended.Spaces[1].After.Sockets[0].State, ended.Spaces[1].After.Sockets[0].ReceiveQueue = tcpCloseWait, 1
 	for _, row := range []struct {
@@ -48,6 +50,7 @@ func TestStalled(t *testing.T) {
 	}{
 		{"on an older kernel", older(0), []string{"receiver-stalled server"}},
 		{"on an older kernel, whose sender may send", older(60000), nil},
+		{"on an older kernel, which throws away what comes", full, []string{"receiver-stalled server"}},
 		{"nothing is unread but the end", ended, nil},
 		{"nothing moves", pair(true, "10.2.0.2:8080"), []string{"receiver-stalled server"}},
 		{"behind a translated address", pair(true, "10.96.0.1:80"), []string{"receiver-stalled server"}},

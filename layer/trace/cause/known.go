@@ -45,6 +45,7 @@ const (
 	SocketFilterDrop   = "socket-filter-drop"
 	OtherAnswer        = "answer-from-other-address"
 	IPv6Off            = "ipv6-off"
+	PingIgnored        = "ping-ignored"
 	TCPSignature       = "tcp-signature"
 	IPsecPolicy        = "ipsec-policy-drop"
 	BridgePortBlocked  = "bridge-port-blocked"

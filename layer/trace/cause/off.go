@@ -67,6 +67,32 @@ func (d *diagnosis) soughtBy(e *seen) netip.Addr {
 	return netip.Addr{}
 }
 
+// pings: a host is set not to answer pings, and is asked some. That may be meant so; who
+// pings it cannot tell it from a host that is not there.
+func (d *diagnosis) pings() {
+	const fewest = 2
+	for _, s := range d.Spaces {
+		for _, of := range []struct{ family, setting, asked, answered string }{
+			{"IPv4", "net.ipv4.icmp_echo_ignore_all", "Icmp.InEchos", "Icmp.OutEchoReps"},
+			{"IPv6", "net.ipv6.icmp.echo_ignore_all", "Icmp6InEchos", "Icmp6OutEchoReplies"},
+		} {
+			n := s.rose(of.asked)
+			if s.Settings[of.setting] != "1" || n < fewest || s.rose(of.answered) > 0 {
+				continue
+			}
+			v, _ := d.verdict(PingIgnored, s, of.family, nil)
+			v.Where.Hook, v.Confidence = "icmp", Medium
+			v.Title = fmt.Sprintf("%s is set not to answer pings of %s: %s, none answered", s.Name, of.family, times(n, "came", "came"))
+			v.saw("%s = 1", of.setting)
+			v.saw("%s +%d, %s +0 in %s", of.asked, n, of.answered, s.Name)
+			v.isNot("%s: the pings arrive", FirewallDrop)
+			v.isNot("%s: a host that is asked is there", NeighbourMissing)
+			v.Fix, v.Undo = s.in("sysctl -w %s=0", of.setting), s.in("sysctl -w %s=1", of.setting)
+			v.Owner = "sysctl: somebody may want it so"
+		}
+	}
+}
+
 // policies: a policy of IPsec lets packets not through, or wants them encrypted.
 func (d *diagnosis) policies() {
 	for _, e := range d.open(Drop) {

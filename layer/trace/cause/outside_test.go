@@ -32,6 +32,10 @@ func outside() []handwritten {
 	}
 	return []handwritten{
 		{"a password of BGP", TCPSignature, one(nil, drop("TCP_MD5NOTFOUND", "tcp_v4_rcv", 5), again())},
+		{"a host that is pinged in vain", PingIgnored, Evidence{Spaces: []*Space{space(func(s *Space) {
+			s.Settings["net.ipv4.icmp_echo_ignore_all"] = "1"
+			s.After.Counters = map[string]uint64{"Icmp.InEchos": 3}
+		})}}},
 		{"a bridge's port that takes less", MTUExceedsPeer, one(nil, narrow)},
 		{"a program that does not read from its tun", QdiscFull, one(nil, ring)},
 		{"a port that somebody has", PortInUse, one(nil, inUse)},

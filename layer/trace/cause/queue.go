@@ -300,12 +300,18 @@ func (d *diagnosis) farEnd(s *Space, o *Socket) (at *Space, other *Socket) {
 	return at, other
 }
 
+// isFull says that a socket throws away what comes, for nobody reads. It does so where its
+// buffer was made smaller than what it had offered: a window is never taken back (RFC 9293,
+// 3.8.6), so that the sender goes on, and does not learn of it.
+func (o *Socket) isFull() bool { return o.Drops > 0 && 2*o.unread() >= o.ReceiveBuffer }
+
 // stallAt finds the sender of a receiver that is stalled: one that has more to send. Where
-// the kernel does not say the receiver's window, the sender's picture of it has to do.
+// the kernel does not say the receiver's window (before Linux 6.2), the sender's picture of
+// it, or a full buffer, has to do.
 func (d *diagnosis) stallAt(r *Space, o *Socket) {
 	s, sender := d.farEnd(r, o)
 	switch {
-	case o.ReceiveWindow < 0 && (sender == nil || sender.SendWindow >= max(sender.MSS, 1)):
+	case o.ReceiveWindow < 0 && !o.isFull() && (sender == nil || sender.SendWindow >= max(sender.MSS, 1)):
 	case sender != nil && sender.SendQueue > 0:
 		d.stall(s, sender, r, o)
 	case sender == nil && len(d.owners(o.Remote.Addr())) == 0:
@@ -322,17 +328,28 @@ func (d *diagnosis) stall(s *Space, o *Socket, r *Space, receiver *Socket) {
 	v, _ := d.verdict(ReceiverStalled, r, at.String(), nil)
 	v.Where.Hook = "socket"
 	v.Tuple = &Ends{Protocol: "tcp", Source: o.Local, Destination: o.Remote}
-	holder := ""
-	if receiver != nil {
-		holder = r.process(receiver.Inode)
+	holder, room := "", "the window is zero"
+	switch {
+	case receiver == nil:
+	case receiver.ReceiveWindow < 0 && receiver.isFull():
+		room = "its buffer is full"
+		v.saw("the receiver's socket in %s has %d bytes that nobody reads in a buffer of %d, and threw %d packets away (sock_diag)", r.Name, receiver.unread(), receiver.ReceiveBuffer, receiver.Drops)
+	default:
 		v.saw("the receiver's socket in %s has %d bytes that nobody reads, window %d (sock_diag)", r.Name, receiver.unread(), max(receiver.ReceiveWindow, 0))
 	}
-	v.Title = fmt.Sprintf("%s at %s does not read: the window is zero, and the sender %s in %s waits with %d bytes", orProgram(holder), at, o.Local, s.Name, o.SendQueue)
+	if receiver != nil {
+		holder = r.process(receiver.Inode)
+	}
+	v.Title = fmt.Sprintf("%s at %s does not read: %s, and the sender %s in %s waits with %d bytes", orProgram(holder), at, room, o.Local, s.Name, o.SendQueue)
 	if o.Probing {
 		v.saw("the sender's socket waits for the window to open: timer persist, backoff %d, window %d (ss -tnoi)", o.Backoff, o.SendWindow)
 	}
 	v.saw("TcpExt.TCPWinProbe +%d in %s, TCPToZeroWindowAdv +%d in %s", s.rose("TcpExt.TCPWinProbe"), s.Name, r.rose("TcpExt.TCPToZeroWindowAdv"), r.Name)
-	v.isNot("lost packets: its probes are answered, with a window of zero")
+	if o.Probing {
+		v.isNot("lost packets: its probes are answered, with a window of zero")
+	} else {
+		v.isNot("packets lost on the way: they come to the receiver's socket, which has no room for them")
+	}
 	v.Owner = orProgram(holder)
 	v.Fix = "see why the program does not read"
 	if receiver != nil {
