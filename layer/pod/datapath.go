@@ -1,0 +1,490 @@
+package pod
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	bpflink "github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/kernel/nft"
+	"github.com/millrace/millrace/layer"
+)
+
+// pinnedMaps outlive the process.
+var pinnedMaps = []string{datapathMapHomes, datapathMapGates, datapathMapCrossings}
+
+// linkPrefix is of the pins of links; the index of the device follows.
+const linkPrefix = "link_" + datapathProgPodFromPod + "_"
+
+// datapath is what the layer has in eBPF. It implements shortcuts.
+type datapath struct {
+	settings Settings
+	maps     map[string]*ebpf.Map
+	program  *ebpf.Program
+	links    map[int]bpflink.Link // by the index of the device
+	words    []string             // of enum crossing
+	rules    *nft.Net
+}
+
+var errNoTCX = errors.New("packets between pods take no shortcuts: tcx needs Linux 6.6")
+
+// haveTCX finds out by asking for the tcx programs of the loopback device, which
+// every namespace has.
+func haveTCX() bool {
+	_, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
+	return err == nil
+}
+
+// openDatapath takes over what an earlier process left, or makes it anew. The error is
+// errNoTCX where the kernel is too old: then packets go by the stack.
+func openDatapath(settings Settings) (*datapath, error) {
+	if !haveTCX() {
+		return nil, errNoTCX
+	}
+	if err := need.Check("open the pod layer's shortcuts", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
+		return nil, err
+	}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, links: map[int]bpflink.Link{}, rules: nft.In(settings.Netns)}
+	err := os.MkdirAll(settings.Pins, 0o700)
+	if err == nil {
+		err = d.load()
+	}
+	if err == nil {
+		err = d.restore()
+	}
+	if err == nil {
+		err = d.openLinks()
+	}
+	if err != nil {
+		d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// load loads the program over the maps that an earlier process left. Where those are
+// another version's, it makes new ones: until they are filled packets go by the stack.
+func (d *datapath) load() error {
+	spec, err := loadDatapath()
+	if err != nil {
+		return fmt.Errorf("read embedded programs: %w", err)
+	}
+	if d.words, err = crossingNames(spec); err != nil {
+		return err
+	}
+	for _, name := range pinnedMaps {
+		m, err := ebpf.LoadPinnedMap(d.pin(name), nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		if spec.Maps[name].Compatible(m) != nil {
+			m.Close()
+			continue
+		}
+		d.maps[name] = m
+	}
+	loaded, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
+	if err != nil {
+		return fmt.Errorf("load the pod program: %w", err)
+	}
+	defer loaded.Close()
+	for _, name := range pinnedMaps {
+		if d.maps[name] == nil {
+			d.maps[name] = loaded.DetachMap(name)
+		}
+	}
+	d.program = loaded.DetachProgram(datapathProgPodFromPod)
+	return nil
+}
+
+// lookAtPins reads what is in force by the pinned maps; where there are none, nothing is.
+func lookAtPins(folder string) (sights, error) {
+	d := &datapath{maps: map[string]*ebpf.Map{}}
+	defer d.close()
+	spec, err := loadDatapath()
+	if err != nil {
+		return sights{}, fmt.Errorf("read embedded programs: %w", err)
+	}
+	for _, name := range []string{datapathMapHomes, datapathMapGates} {
+		path := filepath.Join(folder, name)
+		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) || folder == "" {
+			return sights{}, nil
+		}
+		if err != nil {
+			return sights{}, fmt.Errorf("read pinned map %s: %w", path, err)
+		}
+		d.maps[name] = m
+		if m.ValueSize() != spec.Maps[name].ValueSize {
+			return sights{}, fmt.Errorf("map %s is another version's: use the millrace that made it", path)
+		}
+	}
+	s := sights{homes: map[netip.Addr]datapathHome{}}
+	return s, d.readMaps(&s)
+}
+
+// readMaps reads whether shortcuts are open, and where they lead.
+func (d *datapath) readMaps(s *sights) error {
+	var gate uint32
+	if err := d.maps[datapathMapGates].Lookup(uint32(0), &gate); err != nil {
+		return fmt.Errorf("read %s: %w", datapathMapGates, err)
+	}
+	s.open = gate != 0
+	all, err := bpfmap.New[datapathAddress, datapathHome](d.maps[datapathMapHomes]).All()
+	for addr, home := range all {
+		s.homes[fromAddress(addr)] = home
+	}
+	return err
+}
+
+func (d *datapath) pin(name string) string { return filepath.Join(d.settings.Pins, name) }
+func (d *datapath) pinOf(device int) string {
+	return d.pin(linkPrefix + strconv.Itoa(device))
+}
+
+// openLinks has the program run wherever that of an earlier process does.
+func (d *datapath) openLinks() error {
+	found, err := os.ReadDir(d.settings.Pins)
+	if err != nil {
+		return fmt.Errorf("read pin folder: %w", err)
+	}
+	for _, entry := range found {
+		index, ok := strings.CutPrefix(entry.Name(), linkPrefix)
+		device, err := strconv.Atoi(index)
+		if !ok || err != nil {
+			continue
+		}
+		l, err := bpflink.LoadPinnedLink(d.pin(entry.Name()), nil)
+		if err != nil {
+			return fmt.Errorf("open pinned link %s: %w", entry.Name(), err)
+		}
+		d.links[device] = l
+		if !isAlive(l, device) {
+			if err := d.detach(device); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := l.Update(d.program); err != nil {
+			return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgPodFromPod, device, err)
+		}
+	}
+	return nil
+}
+
+// isAlive says whether a link is in force at its device.
+func isAlive(l bpflink.Link, device int) bool {
+	info, err := l.Info()
+	return err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == device
+}
+
+// inNetns runs f where the devices are.
+func (d *datapath) inNetns(f func() error) error { return netns.In(d.settings.Netns, f) }
+
+// look implements shortcuts.
+func (d *datapath) look(devices []int, ranges []netip.Prefix) (sights, error) {
+	s := sights{there: true, homes: map[netip.Addr]datapathHome{}, attached: map[int]bool{}, watched: map[int]bool{}, filtered: map[int]bool{}, lost: d.lost()}
+	if err := d.readMaps(&s); err != nil || devices == nil {
+		return s, err
+	}
+	rules, err := d.rules.Tracking()
+	if s.why = whyClosed(rules, ranges); err != nil {
+		s.why = "packets between pods take no shortcuts: whether somebody's rules need to see them cannot be read: " + err.Error()
+	}
+	for device, l := range d.links {
+		s.attached[device] = isAlive(l, device)
+		if !slices.Contains(devices, device) {
+			_ = d.detach(device) // it has gone
+			delete(s.attached, device)
+		}
+	}
+	return s, d.inNetns(func() error { return findOthers(devices, s) })
+}
+
+// findOthers says of which devices somebody else looks at packets.
+func findOthers(devices []int, s sights) error {
+	for _, device := range devices {
+		found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: device, Attach: ebpf.AttachTCXEgress})
+		if err == nil && len(found.Programs) > 0 {
+			s.watched[device] = true
+		}
+	}
+	qdiscs, err := netlink.QdiscList(nil)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("list queues: %w", err)
+	}
+	for _, q := range qdiscs {
+		switch device := q.Attrs().LinkIndex; q.Type() {
+		case "noqueue":
+		case "clsact", "ingress":
+			s.filtered[device], s.watched[device] = true, true
+		default: // a limit of what the pod gets, for one
+			s.watched[device] = true
+		}
+	}
+	return nil
+}
+
+// attach implements shortcuts: behind the programs that translate.
+func (d *datapath) attach(device int) error {
+	if l := d.links[device]; l != nil {
+		if isAlive(l, device) {
+			return nil
+		}
+		if err := d.detach(device); err != nil {
+			return err
+		}
+	}
+	var made bpflink.Link
+	err := d.inNetns(func() (err error) {
+		made, err = bpflink.AttachTCX(bpflink.TCXOptions{Interface: device, Program: d.program, Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Tail()})
+		return err
+	})
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOLINK) {
+		return nil // the pod has gone
+	}
+	if err != nil {
+		return fmt.Errorf("attach %s: %w", datapathProgPodFromPod, err)
+	}
+	d.links[device] = made
+	return d.keep(device)
+}
+
+// keep makes sure that an attachment outlives the process.
+func (d *datapath) keep(device int) error {
+	path := d.pinOf(device)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a device before it
+		return fmt.Errorf("remove pin %s: %w", path, err)
+	}
+	_ = d.links[device].Unpin() // it may remember a pin that somebody removed
+	if err := d.links[device].Pin(path); err != nil {
+		return fmt.Errorf("pin %s: %w", path, err)
+	}
+	return nil
+}
+
+// detach implements shortcuts.
+func (d *datapath) detach(device int) error {
+	l := d.links[device]
+	if l == nil {
+		return nil
+	}
+	delete(d.links, device)
+	_ = l.Detach()
+	l.Close()
+	return removePin(d.pinOf(device))
+}
+
+func removePin(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pin %s: %w", path, err)
+	}
+	return nil
+}
+
+// put implements shortcuts.
+func (d *datapath) put(addr netip.Addr, home datapathHome) error {
+	if err := d.maps[datapathMapHomes].Put(addressOf(addr), home); err != nil {
+		return fmt.Errorf("write where %s is: %w", addr, err)
+	}
+	return nil
+}
+
+// forget implements shortcuts.
+func (d *datapath) forget(addr netip.Addr) (device int, err error) {
+	var home datapathHome
+	if err = d.maps[datapathMapHomes].Lookup(addressOf(addr), &home); err == nil {
+		err = d.maps[datapathMapHomes].Delete(addressOf(addr))
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return 0, fmt.Errorf("forget where %s is: %w", addr, err)
+	}
+	return int(home.Device), nil
+}
+
+// open implements shortcuts.
+func (d *datapath) open(yes bool) error {
+	var gate uint32
+	if yes {
+		gate = 1
+	}
+	if err := d.maps[datapathMapGates].Put(uint32(0), gate); err != nil {
+		return fmt.Errorf("write %s: %w", datapathMapGates, err)
+	}
+	return nil
+}
+
+// isPinned says whether a map's pin leads to this very map.
+func (d *datapath) isPinned(name string) bool {
+	pinned, err := ebpf.LoadPinnedMap(d.pin(name), nil)
+	if err != nil {
+		return false
+	}
+	defer pinned.Close()
+	there, err1 := pinned.Info()
+	here, err2 := d.maps[name].Info()
+	if err1 != nil || err2 != nil {
+		return false
+	}
+	thereID, _ := there.ID()
+	hereID, _ := here.ID()
+	return thereID == hereID
+}
+
+func (d *datapath) lost() (gone []lost) {
+	for _, name := range pinnedMaps {
+		if !d.isPinned(name) {
+			gone = append(gone, lost("pin "+name))
+		}
+	}
+	for _, device := range slices.Sorted(maps.Keys(d.links)) {
+		if _, err := os.Lstat(d.pinOf(device)); err != nil && isAlive(d.links[device], device) {
+			gone = append(gone, lost(fmt.Sprintf("pin %s%d", linkPrefix, device)))
+		}
+	}
+	return gone
+}
+
+// restore implements shortcuts.
+func (d *datapath) restore() error {
+	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
+		return fmt.Errorf("make pin folder: %w", err)
+	}
+	var failures []error
+	for _, name := range pinnedMaps {
+		if d.isPinned(name) {
+			continue
+		}
+		copied, err := d.maps[name].Clone() // a clone knows nothing of earlier pins
+		if err == nil {
+			err = errors.Join(removePin(d.pin(name)), copied.Pin(d.pin(name)))
+			copied.Close()
+		}
+		if err != nil {
+			failures = append(failures, fmt.Errorf("pin map %s: %w", name, err))
+		}
+	}
+	for device := range d.links {
+		if _, err := os.Lstat(d.pinOf(device)); err != nil {
+			failures = append(failures, d.keep(device))
+		}
+	}
+	return errors.Join(failures...)
+}
+
+// describe implements shortcuts.
+func (d *datapath) describe(to *layer.Description) error {
+	homes := d.maps[datapathMapHomes]
+	all, err := bpfmap.New[datapathAddress, datapathHome](homes).All()
+	if err != nil {
+		return err
+	}
+	to.Maps = append(to.Maps, layer.Map{Name: datapathMapHomes, Entries: len(all), Capacity: int(homes.MaxEntries()), Bytes: bpfmap.Bytes(homes)})
+	for _, device := range slices.Sorted(maps.Keys(d.links)) {
+		info, err := d.links[device].Info()
+		if err != nil || !isAlive(d.links[device], device) {
+			continue
+		}
+		name := fmt.Sprintf("device %d", device)
+		to.Programs = append(to.Programs, layer.Program{Name: datapathProgPodFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + name, Device: name, Link: uint32(info.ID)})
+	}
+	for i, name := range d.words {
+		var perCPU []uint64
+		if err := d.maps[datapathMapCrossings].Lookup(uint32(i), &perCPU); err != nil {
+			return fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			to.Reasons[name] += n
+		}
+	}
+	return nil
+}
+
+// crossingNames reads the words of `enum crossing` from the object's BTF, in order.
+func crossingNames(spec *ebpf.CollectionSpec) ([]string, error) {
+	var enum *btf.Enum
+	if err := spec.Types.TypeByName("crossing", &enum); err != nil {
+		return nil, fmt.Errorf("read enum crossing: %w", err)
+	}
+	names := make([]string, datapathCrossingCROSSING_COUNT)
+	for _, value := range enum.Values {
+		if value.Value < uint64(len(names)) {
+			names[value.Value] = strings.ToLower(strings.TrimPrefix(value.Name, "CROSSING_"))
+		}
+	}
+	return names, nil
+}
+
+func (d *datapath) close() {
+	for _, m := range d.maps {
+		m.Close()
+	}
+	for _, l := range d.links {
+		l.Close()
+	}
+	if d.program != nil {
+		d.program.Close()
+	}
+}
+
+// pinRemoval lists what is pinned: links first, so that no program runs on maps that are
+// going, the folder last if it is empty then.
+func pinRemoval(folder string) (layer.Changes, error) {
+	found, err := os.ReadDir(folder)
+	if folder == "" || errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read pin folder: %w", err)
+	}
+	var changes layer.Changes
+	for _, links := range []bool{true, false} {
+		for _, entry := range found {
+			isLink := strings.HasPrefix(entry.Name(), linkPrefix)
+			if isLink == links && (isLink || slices.Contains(pinnedMaps, entry.Name())) {
+				changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(filepath.Join(folder, entry.Name()))})
+			}
+		}
+	}
+	if len(changes) == len(found) {
+		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(folder)})
+	}
+	return changes, nil
+}
+
+// pinned is a path below the pin folder, or the folder itself.
+type pinned string
+
+// Object implements layer.Subject.
+func (p pinned) Object() string { return "pin " + string(p) }
+
+// Detail implements layer.Subject.
+func (p pinned) Detail() string { return "" }
+
+func (p pinned) remove() error {
+	if strings.HasPrefix(filepath.Base(string(p)), linkPrefix) {
+		if attached, err := bpflink.LoadPinnedLink(string(p), nil); err == nil {
+			_ = attached.Detach()
+			attached.Close()
+		}
+	}
+	return removePin(string(p))
+}

@@ -1,0 +1,145 @@
+package pod
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// plan is what the cluster says: which ranges this node has for its pods, in its order.
+func plan(settings Settings, snapshot *model.Snapshot) *Picture {
+	picture := &Picture{}
+	for _, node := range snapshot.Nodes {
+		if node.Name != settings.Node {
+			continue
+		}
+		for _, r := range node.PodCIDRs {
+			picture.ranges = append(picture.ranges, r.Masked())
+		}
+		picture.node = node.Addresses
+	}
+	return picture
+}
+
+// diff says what leads from have to want. What has happened to pods is known, however
+// little is known of the cluster.
+func diff(have, want *Picture, prune bool) layer.Changes {
+	var changes layer.Changes
+	add := func(op layer.Op, subject layer.Subject) {
+		changes = append(changes, layer.Change{Op: op, Subject: subject})
+	}
+	for _, r := range want.ranges {
+		if !slices.Contains(have.ranges, r) {
+			add(layer.Add, podRange(r))
+		}
+	}
+	for _, r := range have.ranges {
+		if prune && !slices.Contains(want.ranges, r) {
+			add(layer.Remove, podRange(r))
+		}
+	}
+	for _, pod := range have.pods {
+		switch pod.state {
+		case unknown:
+			add(layer.Add, pod)
+		case torn:
+			add(layer.Alter, pod)
+		case gone:
+			add(layer.Remove, pod)
+		}
+	}
+	return append(changes, diffShortcuts(have)...)
+}
+
+// judge says what is to be done about each pod: those that are written down, and those
+// that the kernel alone knows.
+func judge(book []*Pod, found facts) (pods []*Pod) {
+	known := map[string]bool{}
+	for _, pod := range book {
+		known[pod.Device] = true
+		d, there := found.devices[pod.Device]
+		pod.Index, pod.mtu, pod.state = d.index, d.mtu, whole
+		switch {
+		case !there:
+			pod.state = gone
+		case !found.leads(pod):
+			pod.state = torn
+		}
+		pods = append(pods, pod)
+	}
+	for name, d := range found.devices {
+		lease, ours := leaseOf(d.alias)
+		if known[name] || !ours || deviceName(lease.Key) != name {
+			continue
+		}
+		lease.Addresses = found.addressesOf(d.index)
+		if len(lease.Addresses) > 0 { // else it was begun and never used
+			pods = append(pods, &Pod{Lease: lease, Device: name, Index: d.index, mtu: d.mtu, state: unknown})
+		}
+	}
+	return pods
+}
+
+// facts are what the kernel says of pods and of the node.
+type facts struct {
+	// devices are those whose names are like ours.
+	devices map[string]device
+	// routes are ours, by the address that they lead to.
+	routes map[netip.Addr]route
+	// own are the node's addresses.
+	own []netip.Addr
+	// mtu is that of the node's way out, in bytes.
+	mtu int
+}
+
+type device struct {
+	index int
+	alias string
+	up    bool
+	mtu   int // in bytes
+}
+
+type route struct {
+	device int
+	source netip.Addr
+}
+
+// leads says whether the kernel knows the way to all addresses of a pod.
+func (f facts) leads(pod *Pod) bool {
+	for _, addr := range pod.Addresses {
+		if f.routes[addr].device != pod.Index {
+			return false
+		}
+	}
+	return f.devices[pod.Device].up
+}
+
+// addressesOf are those to which routes lead by a device, IPv4 first.
+func (f facts) addressesOf(device int) (all []netip.Addr) {
+	for addr, r := range f.routes {
+		if r.device == device {
+			all = append(all, addr)
+		}
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return all
+}
+
+// sources are the node's own addresses, as the cluster knows them, that packets of the
+// node to its pods have: at most one of each family.
+func sources(node, own []netip.Addr) (chosen []netip.Addr) {
+	var families [2]bool
+	for _, addr := range node {
+		family := 0
+		if addr = addr.Unmap(); addr.Is6() {
+			family = 1
+		}
+		if !families[family] && slices.Contains(own, addr) {
+			families[family] = true
+			chosen = append(chosen, addr)
+		}
+	}
+	return chosen
+}

@@ -1,0 +1,311 @@
+package route
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/layer"
+)
+
+// pinnedMaps outlive the process; nothing else is in the object.
+var pinnedMaps = []string{datapathMapRemotes, datapathMapVteps, datapathMapPorts, datapathMapOutcomes}
+
+// datapath is what the layer has in the kernel. It implements host.
+type datapath struct {
+	settings Settings
+	maps     map[string]*ebpf.Map
+	programs map[string]*ebpf.Program
+	// adopted says that the maps are those that an earlier process left. Where they are
+	// not, its programs serve until settle.
+	adopted  bool
+	settled  bool
+	tcx      bool
+	attached map[hook]attachment
+	outcomes []string
+	lock     *os.File
+}
+
+// open takes over what an earlier process left, or makes it anew.
+func open(settings Settings) (*datapath, error) {
+	const act = "open the route layer"
+	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
+		return nil, err
+	}
+	if settings.VNI >= 1<<24 {
+		return nil, fmt.Errorf("%s: network number %d: use 1 to %d", act, settings.VNI, 1<<24-1)
+	}
+	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
+		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
+	}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attachment{}, tcx: haveTCX()}
+	if err := d.open(); err != nil {
+		d.close()
+		return nil, fmt.Errorf("%s: %w", act, err)
+	}
+	return d, nil
+}
+
+func (d *datapath) open() (err error) {
+	if d.lock, err = layer.Lock("pin folder", d.settings.Pins); err != nil {
+		return err
+	}
+	spec, err := loadDatapath()
+	if err != nil {
+		return fmt.Errorf("read embedded programs: %w", err)
+	}
+	if d.outcomes, err = outcomeNames(spec); err != nil {
+		return err
+	}
+	if err := d.adopt(spec); err != nil {
+		return err
+	}
+	if err := d.load(spec); err != nil {
+		return err
+	}
+	if err := d.openAttachments(); err != nil {
+		return err
+	}
+	if d.adopted || len(d.attached) == 0 {
+		return d.settle()
+	}
+	return nil
+}
+
+// adopt opens the maps that an earlier process left, if it was of the same layout. A
+// change of what a field means has to change its size, or its map's name.
+func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
+	found := map[string]*ebpf.Map{}
+	for _, name := range pinnedMaps {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
+		if err == nil && spec.Maps[name].Compatible(m) != nil {
+			m.Close()
+			m, err = nil, fs.ErrNotExist
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			closeMaps(found)
+			return nil
+		}
+		if err != nil {
+			closeMaps(found)
+			return fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		found[name] = m
+	}
+	d.maps, d.adopted = found, true
+	return nil
+}
+
+// sameLayout says whether maps are as this version's.
+func sameLayout(opened map[string]*ebpf.Map) error {
+	spec, err := loadDatapath()
+	if err != nil {
+		return err
+	}
+	for name, m := range opened {
+		if m.KeySize() != spec.Maps[name].KeySize || m.ValueSize() != spec.Maps[name].ValueSize {
+			return fmt.Errorf("map %s is another version's: use the millrace that made it", name)
+		}
+	}
+	return nil
+}
+
+// load loads the programs over the maps that are there and makes the others.
+func (d *datapath) load(spec *ebpf.CollectionSpec) error {
+	for name, value := range map[string]any{
+		datapathVarPort: bits.ReverseBytes16(d.settings.port()), datapathVarVni: bits.ReverseBytes32(d.settings.vni() << 8), datapathVarToPeer: d.settings.Peer,
+		datapathVarCanRelabel: d.tcx, // which is younger
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s of the route programs: %w", name, err)
+		}
+	}
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
+	if err != nil {
+		return loadError(err)
+	}
+	defer collection.Close()
+	for _, name := range pinnedMaps {
+		if d.maps[name] == nil {
+			d.maps[name] = collection.Maps[name]
+			delete(collection.Maps, name) // ours now
+		}
+	}
+	for name, program := range collection.Programs {
+		d.programs[name] = program
+		delete(collection.Programs, name)
+	}
+	return nil
+}
+
+// loadError turns a failed load into what the user can do about it.
+func loadError(err error) error {
+	const act = "load the route programs"
+	var refused *ebpf.VerifierError
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}}
+	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
+		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for them (%v)", err), Since: "Linux 5.15 with CONFIG_BPF_SYSCALL"}
+	}
+	return fmt.Errorf("%s: %w", act, err)
+}
+
+// settle puts the programs in force where an earlier process' are, and pins the maps.
+// Calling it again does nothing.
+func (d *datapath) settle() error {
+	if d.settled {
+		return nil
+	}
+	if err := d.pinMaps(); err != nil {
+		return err
+	}
+	for at, a := range d.attached {
+		if err := a.run(d.programs[at.program]); err != nil {
+			if a.alive() {
+				return fmt.Errorf("switch %s at device %d to the new program: %w", at.program, at.device, err)
+			}
+			_ = a.detach() // its device has gone
+			delete(d.attached, at)
+		}
+	}
+	if !d.adopted { // the map of ports is new
+		for at := range d.attached {
+			if err := d.notePort(at, true); err != nil {
+				return err
+			}
+		}
+	}
+	d.settled = true
+	return nil
+}
+
+// pinMaps pins the maps that are not pinned yet, over those that are.
+func (d *datapath) pinMaps() error {
+	for _, name := range pinnedMaps {
+		if d.isPinned(name) {
+			continue
+		}
+		path := filepath.Join(d.settings.Pins, name)
+		copied, err := d.maps[name].Clone() // a clone knows nothing of earlier pins
+		if err == nil {
+			_ = os.Remove(path + nextSuffix)
+			err = copied.Pin(path + nextSuffix)
+			copied.Close()
+		}
+		if err == nil {
+			err = os.Rename(path+nextSuffix, path)
+		}
+		if err != nil {
+			return fmt.Errorf("pin map %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+// nextSuffix is of a pin that is about to become the one without.
+const nextSuffix = "_next"
+
+// isPinned says whether a map's pin leads to this very map.
+func (d *datapath) isPinned(name string) bool {
+	pinned, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
+	if err != nil {
+		return false
+	}
+	defer pinned.Close()
+	there, err1 := pinned.Info()
+	here, err2 := d.maps[name].Info()
+	if err1 != nil || err2 != nil {
+		return false
+	}
+	thereID, _ := there.ID()
+	hereID, _ := here.ID()
+	return thereID == hereID
+}
+
+// lost implements host.
+func (d *datapath) lost() (gone []lost) {
+	if !d.settled {
+		return nil
+	}
+	for _, name := range pinnedMaps {
+		if !d.isPinned(name) {
+			gone = append(gone, lost("pin "+name))
+		}
+	}
+	for _, at := range d.hooks() {
+		if a := d.attached[at]; a.alive() && !a.kept() {
+			gone = append(gone, lost("pin "+at.pin()))
+		}
+	}
+	return gone
+}
+
+// restore implements host.
+func (d *datapath) restore() error {
+	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
+		return fmt.Errorf("make pin folder: %w", err)
+	}
+	failures := []error{d.pinMaps()}
+	for _, a := range d.attached {
+		failures = append(failures, a.keep())
+	}
+	return errors.Join(failures...)
+}
+
+// describe implements host.
+func (d *datapath) describe(to *layer.Description) error {
+	if !d.tcx {
+		to.Degraded = append(to.Degraded, "packets are seen by clsact filters: tcx needs Linux 6.6")
+	}
+	remotes := d.maps[datapathMapRemotes]
+	to.Maps = append(to.Maps, layer.Map{Name: datapathMapRemotes, Entries: to.Objects, Capacity: int(remotes.MaxEntries()), Bytes: bpfmap.Bytes(remotes)})
+	for _, at := range d.hooks() {
+		if a := d.attached[at]; a.alive() {
+			to.Programs = append(to.Programs, layer.Program{Name: at.program, Hook: at.attach().String() + " " + a.name(), Device: a.name(), Link: a.id()})
+		}
+	}
+	to.Reasons = make(map[string]uint64, len(d.outcomes))
+	for i, name := range d.outcomes {
+		var perCPU []uint64
+		if err := d.maps[datapathMapOutcomes].Lookup(uint32(i), &perCPU); err != nil {
+			return fmt.Errorf("read counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			to.Reasons[name] += n
+		}
+	}
+	return nil
+}
+
+// outcomeNames are the words of `enum outcome`, in order.
+func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
+	return bpfmap.Words(spec.Types, "outcome", "OUTCOME_", int(datapathOutcomeOUTCOME_COUNT))
+}
+
+func (d *datapath) close() {
+	closeMaps(d.maps)
+	for _, a := range d.attached {
+		a.close()
+	}
+	for _, program := range d.programs {
+		program.Close()
+	}
+	if d.lock != nil {
+		d.lock.Close()
+	}
+}
+
+func closeMaps(maps map[string]*ebpf.Map) {
+	for _, m := range maps {
+		m.Close()
+	}
+}

@@ -1,0 +1,35 @@
+// Package route brings packets to the pods of other nodes.
+//
+// For each range of another node's pods it chooses the best way, and says why: direct,
+// a plain route, where the node is on the same segment; else VXLAN (RFC 7348). VXLAN is
+// written and read by eBPF programs at tc: no packet between pods goes through a vxlan
+// device, and large packets stay whole (GSO). On the wire it is the kernel's, so the other
+// end may be a plain node.
+//
+// A vxlan device of the kernel, "millrace", is there all the same: by it goes what the
+// node's own stack sends to pods elsewhere, and what it is to see of what comes. It has
+// the first address of each of the node's pod ranges, its programs write whom frames are
+// for, and it learns nothing. The hardware address is made of the node's first address
+// (IPv4 before IPv6), so that nodes need not tell each other.
+//
+// A packet that is too long is left to the stack, which tells the sender (ICMP). Between
+// two hops the packet inside loses one hop at each node, as it would without VXLAN.
+// Congestion bits follow RFC 6040, normal mode; the class of service is copied outwards.
+// UDP checksums are 0 outside, over IPv6 as RFC 6935 allows: a plain node there needs
+// udp6zerocsumrx. Packets of our network from addresses that are no node's are dropped.
+//
+// What it writes in the kernel: routes with protocol number 110 and metric 110, so that
+// others' to the same range win; the device; four maps, and a program and a link for each
+// pod's veth and each uplink (before Linux 6.6 clsact filters), pinned in a folder of its
+// own. What goes by the programs passes no forwarding rules of the host.
+//
+// What it costs: 53 bytes and the kernel's overhead for each range; each packet of a pod
+// is looked up once.
+//
+// Off means gone: Remove takes routes, device, links, maps and the folder away.
+//
+// Not here yet: a probe that the fabric carries pod addresses on a segment (use ModeVXLAN
+// in clouds), policy routing (only the main table is read), masquerading, learned routes,
+// uplinks without Ethernet headers, outer packets in fragments but by the kernel's device.
+// No command opens this layer yet.
+package route

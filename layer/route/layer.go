@@ -1,0 +1,482 @@
+package route
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// Settings are where the layer works, and how nodes speak to each other. Those but Node
+// have to be the same on all nodes.
+type Settings struct {
+	// Node is this node's name in the cluster.
+	Node string
+	// Mode says which ways may be taken; empty is ModeAuto.
+	Mode Mode
+	// Port is the UDP port of VXLAN, VNI the network's number, 1 to 1<<24-1; 0 are
+	// DefaultPort and DefaultVNI.
+	Port uint16
+	VNI  uint32
+	// Device is the name of the vxlan device; empty is DefaultDevice.
+	Device string
+	// Peer hands packets to pods past the node's ends of their veths: only where nothing
+	// has to run there, as the service layer's packet path does.
+	Peer bool
+	// Netns is the path of the node's network namespace; empty for this process's own.
+	Netns string
+	// Pins is the folder in a bpf file system for maps and links; it is the layer's
+	// alone.
+	Pins string
+}
+
+// Mode says which ways to other nodes may be taken.
+type Mode string
+
+const (
+	// ModeAuto is direct to nodes on the same segment, and VXLAN to all others.
+	ModeAuto Mode = "auto"
+	// ModeVXLAN is VXLAN to all: for fabrics that drop packets of addresses that they did
+	// not give out, as most clouds' do.
+	ModeVXLAN Mode = "vxlan"
+)
+
+const (
+	// DefaultPort is IANA's (RFC 7348, 8.1); flannel's is 8472.
+	DefaultPort = 4789
+	// DefaultVNI is flannel's
+	// (https://github.com/flannel-io/flannel/blob/master/Documentation/backends.md).
+	DefaultVNI = 1
+	// DefaultDevice is the name of the vxlan device.
+	DefaultDevice = "millrace"
+	// Protocol is the layer's number in routes (rtm_protocol of rtnetlink(7)): it is nobody's in
+	// iproute2's rt_protos, and not that of layer/pod, which would take the routes for its own.
+	Protocol = 110
+	// metric lets routes of others to the same range win.
+	metric = 110
+)
+
+func (s Settings) port() uint16   { return cmp.Or(s.Port, DefaultPort) }
+func (s Settings) vni() uint32    { return cmp.Or(s.VNI, DefaultVNI) }
+func (s Settings) device() string { return cmp.Or(s.Device, DefaultDevice) }
+
+// Layer is the route layer. It implements layer.Layer.
+type Layer struct {
+	settings Settings
+	host     host
+	tables   tables
+
+	mu   sync.Mutex // guards what follows
+	rows int
+	left []string
+}
+
+// tables are the maps with their types.
+type tables struct {
+	remotes bpfmap.Table[datapathRange, datapathRemote]
+	vteps   bpfmap.Table[datapathAddress, datapathVtep]
+}
+
+// host is what the layer needs of the kernel beside its tables.
+type host interface {
+	// facts are read anew; ports are the devices at which programs may be.
+	facts() (facts, error)
+	ports(facts) ([]port, error)
+	attach(port) error
+	detach(port) error
+	// device reads the vxlan device, nil if there is none; makeDevice makes it so and
+	// returns its index.
+	device() (*device, error)
+	makeDevice(*device) (int, error)
+	dropDevice() error
+	// routes are the layer's, with To, Via and index; index is the vxlan device's where
+	// packets go in VXLAN.
+	routes() ([]*Row, error)
+	makeRoute(row *Row, device int) error
+	dropRoute(*Row) error
+	// lost lists what somebody took away; restore brings it back.
+	lost() []lost
+	restore() error
+	settle() error
+	describe(*layer.Description) error
+	close()
+}
+
+var _ layer.Layer = (*Layer)(nil)
+
+// New makes the layer. It touches nothing before Open.
+func New(settings Settings) *Layer { return &Layer{settings: settings} }
+
+// Name implements layer.Layer.
+func (l *Layer) Name() string { return "route" }
+
+// Plan implements layer.Layer: whose pods are where. The ways there depend on the host,
+// and Diff chooses them.
+func (l *Layer) Plan(snapshot *model.Snapshot) layer.Picture { return plan(l.settings, snapshot) }
+
+// Diff implements layer.Layer.
+func (l *Layer) Diff(have, want layer.Picture, prune bool) layer.Changes {
+	return diff(l.settings, have.(*Picture), want.(*Picture), prune)
+}
+
+// Open implements layer.Layer. It needs CAP_BPF and CAP_NET_ADMIN; errors are
+// *need.Privilege, *need.Feature or name the object and the cause.
+func (l *Layer) Open() error {
+	d, err := open(l.settings)
+	if err != nil {
+		return err
+	}
+	l.host, l.tables = d, tablesOf(d.maps)
+	return nil
+}
+
+func tablesOf(maps map[string]*ebpf.Map) tables {
+	return tables{
+		remotes: bpfmap.New[datapathRange, datapathRemote](maps[datapathMapRemotes]),
+		vteps:   bpfmap.New[datapathAddress, datapathVtep](maps[datapathMapVteps]),
+	}
+}
+
+// Read implements layer.Layer.
+func (l *Layer) Read() (layer.Picture, error) {
+	picture, err := read(l.host, l.tables)
+	if err != nil {
+		return nil, err
+	}
+	picture.lost = l.host.lost()
+	return l.Refresh(picture)
+}
+
+// read puts together what routes, maps and devices say.
+func read(h host, t tables) (*Picture, error) {
+	picture := newPicture()
+	var err error
+	if picture.device, err = h.device(); err != nil {
+		return nil, err
+	}
+	vteps, err := t.vteps.All()
+	if err != nil {
+		return nil, err
+	}
+	for key, entry := range vteps {
+		switch a := fromAddress(key); {
+		case entry.Device == 0:
+			picture.vteps[a] = true
+		case picture.device != nil && int(entry.Device) == picture.device.index && entry.Mac == picture.device.MAC:
+			picture.device.VTEPs = append(picture.device.VTEPs, a)
+		}
+	}
+	remotes, err := t.remotes.All()
+	if err != nil {
+		return nil, err
+	}
+	for key, entry := range remotes {
+		row := rowOf(key, entry)
+		row.torn = true // until its route is found
+		picture.rows[row.To] = row
+	}
+	routes, err := h.routes()
+	for _, route := range routes {
+		row := picture.rows[route.To]
+		if row != nil && picture.device != nil && route.index == picture.device.index {
+			row.torn = row.ownMAC != picture.device.MAC
+			continue
+		}
+		route.torn = row != nil // an entry that is not to be there
+		route.Direct = true
+		picture.rows[route.To] = route
+	}
+	return picture, err
+}
+
+// Refresh implements layer.Layer: routes of others, devices and their addresses.
+func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
+	picture := have.(*Picture)
+	var err error
+	if picture.facts, err = l.host.facts(); err != nil {
+		return nil, err
+	}
+	if picture.ports, err = l.host.ports(picture.facts); err != nil {
+		return nil, err
+	}
+	for _, row := range picture.rows {
+		row.Device = cmp.Or(picture.facts.devices[row.index].name, row.Device)
+	}
+	return picture, nil
+}
+
+// Watch implements layer.Layer: devices and addresses come and go. That a route of
+// somebody else changed is found once a minute.
+func (l *Layer) Watch(ctx context.Context, changed func()) error {
+	err := link.Watch(ctx, l.settings.Netns, changed)
+	if err != nil {
+		changed()
+		<-ctx.Done()
+	}
+	return err
+}
+
+// Look implements layer.Layer: it reads the pinned maps, the routes and the device. A pin
+// folder that does not exist is an empty picture.
+func (l *Layer) Look() (layer.Picture, error) {
+	opened := map[string]*ebpf.Map{}
+	defer closeMaps(opened)
+	for _, name := range []string{datapathMapRemotes, datapathMapVteps} {
+		path := filepath.Join(l.settings.Pins, name)
+		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) {
+			return newPicture(), nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
+		}
+		opened[name] = m
+	}
+	if err := sameLayout(opened); err != nil {
+		return nil, fmt.Errorf("read the routes in %s: %w", l.settings.Pins, err)
+	}
+	d := &datapath{settings: l.settings}
+	picture, err := read(d, tablesOf(opened))
+	if err != nil {
+		return nil, err
+	}
+	picture.facts, err = d.facts()
+	for _, row := range picture.rows {
+		row.Device = picture.facts.devices[row.index].name
+	}
+	return picture, err
+}
+
+// Apply implements layer.Layer. The result is have, altered.
+func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
+	picture, wished := have.(*Picture), want.(*Picture).wish
+	var failures []error
+	var done layer.Changes
+	restored := false
+	for _, change := range changes {
+		var err error
+		if _, gone := change.Subject.(lost); gone && !restored {
+			err = l.host.restore()
+			restored = err == nil
+		} else if !gone {
+			err = l.carryOut(picture, change)
+		}
+		if err != nil {
+			failures = append(failures, fmt.Errorf("%c %s: %w", change.Op, change.Subject.Object(), err))
+			continue
+		}
+		picture.note(change)
+		done = append(done, change)
+	}
+	if wished != nil {
+		picture.left = resolve(l.settings, wished, picture.facts).left
+	}
+	l.mu.Lock()
+	l.rows, l.left = len(picture.rows), picture.left
+	l.mu.Unlock()
+	return picture, done, errors.Join(failures...)
+}
+
+func (l *Layer) carryOut(have *Picture, change layer.Change) error {
+	gone := change.Op == layer.Remove
+	switch s := change.Subject.(type) {
+	case *device:
+		if gone {
+			return l.dropDevice(s)
+		}
+		return l.makeDevice(have, s)
+	case vtep:
+		key := []datapathAddress{addressOf(netip.Addr(s))}
+		if gone {
+			return errors.Join(l.tables.vteps.Delete(key)...)
+		}
+		return errors.Join(l.tables.vteps.Put(key, []datapathVtep{{}})...)
+	case *Row:
+		if gone {
+			return l.dropRow(s)
+		}
+		return l.makeRow(have, s)
+	case port:
+		if gone {
+			return l.host.detach(s)
+		}
+		return l.host.attach(s)
+	}
+	return fmt.Errorf("%s: unknown", change.Subject.Object())
+}
+
+// makeDevice makes the device, and then says that packets to this node are for it.
+func (l *Layer) makeDevice(have *Picture, d *device) error {
+	index, err := l.host.makeDevice(d)
+	if err != nil {
+		return err
+	}
+	d.index = index
+	var failures []error
+	for _, a := range d.VTEPs {
+		entry := datapathVtep{Device: uint32(index), Mac: d.MAC}
+		failures = append(failures, l.tables.vteps.Put([]datapathAddress{addressOf(a)}, []datapathVtep{entry})...)
+	}
+	if have.device != nil {
+		for _, a := range have.device.VTEPs {
+			if !slices.Contains(d.VTEPs, a) {
+				failures = append(failures, l.tables.vteps.Delete([]datapathAddress{addressOf(a)})...)
+			}
+		}
+	}
+	return errors.Join(failures...)
+}
+
+func (l *Layer) dropDevice(d *device) error {
+	var failures []error
+	for _, a := range d.VTEPs {
+		failures = append(failures, l.tables.vteps.Delete([]datapathAddress{addressOf(a)})...)
+	}
+	return errors.Join(append(failures, l.host.dropDevice())...)
+}
+
+// makeRow writes the entry before the route that leads to it; of a way that is direct now,
+// the route first.
+func (l *Layer) makeRow(have *Picture, row *Row) error {
+	index := 0
+	if !row.Direct {
+		if have.device == nil {
+			return errors.New("its vxlan device is not there")
+		}
+		index = have.device.index
+		entry := entryOf(row, have.device)
+		if err := errors.Join(l.tables.remotes.Put([]datapathRange{rangeOf(row.To)}, []datapathRemote{entry})...); err != nil {
+			return err
+		}
+	}
+	if err := l.host.makeRoute(row, index); err != nil {
+		return err
+	}
+	if row.Direct {
+		return errors.Join(l.tables.remotes.Delete([]datapathRange{rangeOf(row.To)})...)
+	}
+	return nil
+}
+
+func (l *Layer) dropRow(row *Row) error {
+	return errors.Join(append(l.tables.remotes.Delete([]datapathRange{rangeOf(row.To)}), l.host.dropRoute(row))...)
+}
+
+// Settle implements layer.Layer.
+func (l *Layer) Settle() error { return l.host.settle() }
+
+// Describe implements layer.Layer.
+func (l *Layer) Describe() (layer.Description, error) {
+	d := layer.Description{Name: l.Name()}
+	if l.host == nil {
+		return d, nil // not open
+	}
+	l.mu.Lock()
+	d.Objects, d.Degraded = l.rows, append(d.Degraded, l.left...)
+	l.mu.Unlock()
+	d.Settings = map[string]string{"mode": string(cmp.Or(l.settings.Mode, ModeAuto)), "port": fmt.Sprint(l.settings.port()), "vni": fmt.Sprint(l.settings.vni())}
+	return d, l.host.describe(&d)
+}
+
+// Close implements layer.Layer.
+func (l *Layer) Close() error {
+	if l.host != nil {
+		l.host.close()
+		l.host = nil
+	}
+	return nil
+}
+
+// Leave implements layer.Layer: routes serve all connections or none.
+func (l *Layer) Leave() (layer.Changes, error) { return nil, nil }
+
+// Left implements layer.Layer.
+func (l *Layer) Left() (int, error) { return 0, nil }
+
+// Removal implements layer.Layer.
+func (l *Layer) Removal() (layer.Changes, error) { return removal(l.settings) }
+
+// Remove implements layer.Layer. It returns layer.ErrInUse while a process has the
+// layer open, this one too.
+func (l *Layer) Remove() (layer.Changes, error) {
+	changes, err := l.Removal()
+	if err != nil || len(changes) == 0 {
+		return nil, err
+	}
+	if _, err := os.Stat(l.settings.Pins); err == nil {
+		lock, err := layer.Lock("pin folder", l.settings.Pins)
+		if err != nil {
+			return nil, err
+		}
+		defer lock.Close()
+	}
+	var done layer.Changes
+	var failures []error
+	for _, change := range changes {
+		if err := change.Subject.(remover).remove(); err != nil {
+			failures = append(failures, err)
+			continue
+		}
+		done = append(done, change)
+	}
+	return done, errors.Join(failures...)
+}
+
+// addressOf is the kernel's form of an address: both families in 16 bytes.
+func addressOf(addr netip.Addr) datapathAddress {
+	bytes := addr.As16()
+	var a datapathAddress
+	for i := range a.Word {
+		a.Word[i] = binary.LittleEndian.Uint32(bytes[4*i:])
+	}
+	return a
+}
+
+func fromAddress(a datapathAddress) netip.Addr {
+	var bytes [16]byte
+	for i, word := range a.Word {
+		binary.LittleEndian.PutUint32(bytes[4*i:], word)
+	}
+	return netip.AddrFrom16(bytes).Unmap()
+}
+
+// rangeOf is the kernel's form of a range: that of IPv4 is 96 bits longer.
+func rangeOf(p netip.Prefix) datapathRange {
+	return datapathRange{Length: uint32(p.Bits() + 128 - p.Addr().BitLen()), Address: addressOf(p.Masked().Addr())}
+}
+
+func fromRange(r datapathRange) netip.Prefix {
+	addr := fromAddress(r.Address)
+	return netip.PrefixFrom(addr, int(r.Length)-128+addr.BitLen())
+}
+
+// entryOf is what the programs know of a way.
+func entryOf(row *Row, d *device) datapathRemote {
+	entry := datapathRemote{Vtep: addressOf(row.Via), Local: addressOf(row.Local), Uplink: uint32(row.index), Mtu: uint16(min(row.MTU, 0xffff)), Mac: row.MAC, OwnMac: d.MAC}
+	if row.Via.Is4() {
+		entry.Ip4 = 1
+	}
+	if row.Near {
+		entry.Near = 1
+	}
+	return entry
+}
+
+// rowOf is the way that an entry was made of.
+func rowOf(key datapathRange, entry datapathRemote) *Row {
+	return &Row{To: fromRange(key), Via: fromAddress(entry.Vtep), Local: fromAddress(entry.Local), index: int(entry.Uplink), MTU: int(entry.Mtu), MAC: entry.Mac, Near: entry.Near != 0, ownMAC: entry.OwnMac}
+}

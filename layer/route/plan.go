@@ -1,0 +1,339 @@
+package route
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// What VXLAN adds to a packet, in bytes: outer IP header, UDP, VXLAN and the inner
+// Ethernet header (RFC 7348, 5).
+const (
+	overhead4 = 20 + 8 + 8 + 14
+	overhead6 = 40 + 8 + 8 + 14
+)
+
+// leastMTU is the smallest that IPv6 works with (RFC 8200, 5).
+const leastMTU = 1280
+
+// facts are what a plan has to know of this host.
+type facts struct {
+	hops    []hop // routes of the main table that are not the layer's
+	devices map[int]fact
+}
+
+// fact is a device that packets to other nodes may leave by.
+type fact struct {
+	name     string
+	mtu      int
+	ethernet bool
+}
+
+// hop is one way out of one route.
+type hop struct {
+	to     netip.Prefix
+	via    netip.Addr // the zero value where what is in the range are neighbours
+	device int
+	metric int
+}
+
+// way is how packets to an address leave the host: by the longest range, then by the
+// smallest metric, as the kernel decides without rules.
+func (f facts) way(to netip.Addr) (best hop, found bool) {
+	for _, h := range f.hops {
+		if !h.to.Contains(to) || f.devices[h.device].name == "" {
+			continue
+		}
+		better := cmp.Or(cmp.Compare(h.to.Bits(), best.to.Bits()), cmp.Compare(best.metric, h.metric))
+		if !found || better > 0 {
+			best, found = h, true
+		}
+	}
+	return best, found
+}
+
+// peer is a node, as far as routes to its pods depend on it.
+type peer struct {
+	name      string
+	addresses []netip.Addr
+	ranges    []netip.Prefix
+}
+
+// wish is what a cluster asks of the layer.
+type wish struct {
+	own   peer
+	peers []peer
+}
+
+// plan reads a Snapshot. As long as this node is not in it, nobody knows where its own pods
+// are, and all stays as it is.
+func plan(settings Settings, snapshot *model.Snapshot) *Picture {
+	picture := newPicture()
+	w := &wish{}
+	for _, n := range snapshot.Nodes {
+		p := peer{name: n.Name, addresses: usable(n.Addresses), ranges: slices.Clone(n.PodCIDRs)}
+		slices.SortFunc(p.ranges, netip.Prefix.Compare)
+		if n.Name == settings.Node {
+			w.own = p
+		} else {
+			w.peers = append(w.peers, p)
+		}
+	}
+	slices.SortFunc(w.peers, func(a, b peer) int { return cmp.Compare(a.name, b.name) })
+	if w.own.name != "" {
+		picture.wish = w
+	}
+	return picture
+}
+
+// usable are the addresses that others can send to, IPv4 first: over it VXLAN is shorter
+// and needs no receiver that takes UDP without a checksum over IPv6.
+func usable(all []netip.Addr) (some []netip.Addr) {
+	for _, a := range all {
+		if a = a.Unmap(); a.IsGlobalUnicast() {
+			some = append(some, a)
+		}
+	}
+	slices.SortStableFunc(some, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
+	return some
+}
+
+// macOf is the hardware address of a node's vxlan device: of its first address, so that
+// nodes need not tell each other. It is a locally administered one (IEEE 802, 8.4).
+func macOf(addresses []netip.Addr) (mac [6]byte) {
+	if len(addresses) == 0 {
+		return mac
+	}
+	mac = [6]byte{0x02, 'm'}
+	bytes := addresses[0].AsSlice()
+	sum := uint32(2166136261) // FNV-1a, http://www.isthe.com/chongo/tech/comp/fnv/
+	for _, b := range bytes {
+		sum = (sum ^ uint32(b)) * 16777619
+	}
+	copy(mac[2:], []byte{byte(sum >> 24), byte(sum >> 16), byte(sum >> 8), byte(sum)})
+	if len(bytes) == 4 {
+		copy(mac[2:], bytes)
+	}
+	return mac
+}
+
+// resolve makes of a wish what is to be in the kernel of a host.
+func resolve(settings Settings, w *wish, f facts) *Picture {
+	p := newPicture()
+	mtu := 0
+	for _, n := range w.peers {
+		for _, to := range n.ranges {
+			row, why := choose(settings, w.own, n, to, f)
+			if row == nil {
+				p.left = append(p.left, fmt.Sprintf("no route to %s of node %s: %s", to, n.name, why))
+				continue
+			}
+			if p.rows[to] != nil {
+				p.left = append(p.left, fmt.Sprintf("no route to %s of node %s: node %s has the same range", to, n.name, p.rows[to].Node))
+				continue
+			}
+			p.rows[to] = row
+			if !row.Direct && (mtu == 0 || row.MTU < mtu) {
+				mtu = row.MTU
+			}
+		}
+	}
+	for _, row := range p.rows {
+		if row.Direct {
+			continue
+		}
+		row.MTU = mtu // there is one device, and so one MTU, for all
+		for _, n := range w.peers {
+			if n.name == row.Node {
+				p.addVTEPs(n.addresses)
+			}
+		}
+	}
+	if mtu > 0 {
+		p.device = &device{Name: settings.device(), VNI: settings.vni(), Port: settings.port(), MTU: mtu, MAC: macOf(w.own.addresses), VTEPs: w.own.addresses}
+		for _, own := range w.own.ranges {
+			p.device.Addresses = append(p.device.Addresses, own.Masked().Addr())
+		}
+	}
+	return p
+}
+
+func (p *Picture) addVTEPs(addresses []netip.Addr) {
+	for _, a := range addresses {
+		p.vteps[a] = true
+	}
+}
+
+// choose finds the best way to a range of another node, or says why there is none.
+func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row, why string) {
+	why = "it has no address that this node has a route to"
+	if settings.Mode != ModeVXLAN {
+		if row := direct(n, to, f); row != nil {
+			return row, ""
+		}
+	}
+	for _, vtep := range n.addresses {
+		h, found := f.way(vtep)
+		if !found {
+			continue
+		}
+		local, at := sameFamily(own.addresses, vtep), f.devices[h.device]
+		over := overhead4
+		if vtep.Is6() {
+			over = overhead6
+		}
+		switch {
+		case !local.IsValid():
+			why = fmt.Sprintf("this node has no address from which it could send to %s", vtep)
+		case !at.ethernet:
+			why = fmt.Sprintf("packets to %s leave by %s, which has no Ethernet headers", vtep, at.name)
+		case at.mtu-over < leastMTU:
+			why = fmt.Sprintf("packets to %s leave by %s, whose MTU of %d leaves less than %d inside", vtep, at.name, at.mtu, leastMTU)
+		default:
+			row := &Row{To: to, Node: n.name, Via: vtep, Local: local, Device: at.name, index: h.device, MTU: at.mtu - over,
+				MAC: macOf(n.addresses), Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}
+			if row.Near {
+				row.Why = "as the setting asks"
+				if settings.Mode != ModeVXLAN {
+					row.Why = fmt.Sprintf("no address for %s on the same segment", family(to.Addr()))
+				}
+			}
+			return row, ""
+		}
+	}
+	return nil, why
+}
+
+// direct is the way to a node on the same segment; nil if it is not on one.
+func direct(n peer, to netip.Prefix, f facts) *Row {
+	for _, via := range n.addresses {
+		h, found := f.way(via)
+		if !found || h.via.IsValid() || via.BitLen() != to.Addr().BitLen() || !f.devices[h.device].ethernet {
+			continue
+		}
+		at := f.devices[h.device]
+		return &Row{To: to, Node: n.name, Direct: true, Via: via, Device: at.name, index: h.device, Why: "it is on the same segment"}
+	}
+	return nil
+}
+
+func sameFamily(all []netip.Addr, as netip.Addr) netip.Addr {
+	for _, a := range all {
+		if a.BitLen() == as.BitLen() {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+func family(a netip.Addr) string {
+	if a.Is4() {
+		return "IPv4"
+	}
+	return "IPv6"
+}
+
+// diff says what leads from have to want: what a route stands on before it, and in the
+// other order away.
+func diff(settings Settings, have, want *Picture, prune bool) layer.Changes {
+	var changes layer.Changes
+	note := func(op layer.Op, subject layer.Subject) {
+		changes = append(changes, layer.Change{Op: op, Subject: subject})
+	}
+	for _, what := range have.lost {
+		note(layer.Add, what)
+	}
+	if want.wish == nil {
+		return changes
+	}
+	aim := resolve(settings, want.wish, have.facts)
+	there := have.rows
+	switch {
+	case aim.device == nil:
+	case have.device == nil:
+		note(layer.Add, aim.device)
+	case !have.device.equal(aim.device):
+		note(layer.Alter, aim.device)
+	}
+	for _, a := range sortedAddresses(aim.vteps) {
+		if !have.vteps[a] {
+			note(layer.Add, vtep(a))
+		}
+	}
+	// Programs before routes: what takes packets out has to be there when the others send.
+	ports, unwanted := wantedPorts(have, aim, prune)
+	for _, p := range ports {
+		note(layer.Add, p)
+	}
+	for _, to := range sortedRanges(aim.rows) {
+		switch old := there[to]; {
+		case old == nil:
+			note(layer.Add, aim.rows[to])
+		case !old.equal(aim.rows[to]) || !old.Direct && have.device != nil && aim.device != nil && !have.device.same(aim.device):
+			note(layer.Alter, aim.rows[to])
+		}
+	}
+	if !prune {
+		return changes
+	}
+	for _, to := range sortedRanges(there) {
+		if aim.rows[to] == nil {
+			note(layer.Remove, there[to])
+		}
+	}
+	for _, p := range unwanted {
+		note(layer.Remove, p)
+	}
+	for _, a := range sortedAddresses(have.vteps) {
+		if !aim.vteps[a] {
+			note(layer.Remove, vtep(a))
+		}
+	}
+	if have.device != nil && aim.device == nil {
+		note(layer.Remove, have.device)
+	}
+	return changes
+}
+
+// wantedPorts are the devices whose programs are missing, and those that have one too
+// many.
+func wantedPorts(have, aim *Picture, prune bool) (missing, unwanted []port) {
+	wires := map[int]bool{}
+	for _, row := range aim.rows {
+		if !row.Direct {
+			wires[row.index] = true
+		}
+	}
+	if !prune { // what is not known to be away may still come by them
+		for _, row := range have.rows {
+			wires[row.index] = wires[row.index] || !row.Direct
+		}
+	}
+	tunnelled := aim.device != nil || have.device != nil && !prune
+	for _, p := range have.ports {
+		wanted := tunnelled && p.pod && !wires[p.Index]
+		if !p.ofPod {
+			wanted = tunnelled && wires[p.Index]
+		}
+		switch {
+		case wanted && !p.attached:
+			missing = append(missing, p)
+		case !wanted && p.attached:
+			unwanted = append(unwanted, p)
+		}
+	}
+	return missing, unwanted
+}
+
+func sortedRanges(rows map[netip.Prefix]*Row) []netip.Prefix {
+	return slices.SortedFunc(maps.Keys(rows), netip.Prefix.Compare)
+}
+
+func sortedAddresses(set map[netip.Addr]bool) []netip.Addr {
+	return slices.SortedFunc(maps.Keys(set), netip.Addr.Compare)
+}

@@ -1,0 +1,624 @@
+//go:build ignore
+
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/* VXLAN (RFC 7348) written at tc: what pods send to pods of other nodes is put into a
+ * packet to that node, and what comes from there is taken out, without a vxlan device on
+ * the way and without cutting large packets up (GSO).
+ *
+ *   pod -> route_from_pod -> uplink ~~~ uplink -> route_from_wire -> pod
+ *
+ * The node has a vxlan device of the kernel all the same. By it goes what the stack itself
+ * sends to other nodes' pods (route_to_remote), and what the stack is to see of what
+ * comes: what is for the node, for pods without a neighbour entry, and whatever these
+ * programs do not understand.
+ */
+#include "../../bpf/packet.h"
+
+/* A range of addresses; length is in bits, of 128. */
+struct range {
+	__u32 length;
+	struct address address;
+};
+
+/* The way to another node. */
+struct remote {
+	struct address vtep;  /* where it takes packets, ... */
+	struct address local; /* ... and from where they come */
+	__u32 uplink;         /* the device by which they go */
+	__u16 mtu;            /* the longest packet inside, in bytes */
+	__u8 ip4;             /* the packet outside is IPv4 */
+	__u8 near;            /* vtep is a neighbour there; otherwise the node's routes are asked */
+	__u8 mac[6];          /* that of its vxlan device, ... */
+	__u8 own_mac[6];      /* ... and of ours */
+};
+
+/* By the ranges of their pods. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct range);
+	__type(value, struct remote);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} remotes SEC(".maps");
+
+/* An address at which packets are taken. */
+struct vtep {
+	__u32 device; /* our vxlan device; 0: it is another node's */
+	__u8 mac[6];  /* the device's */
+	__u8 zero[2];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct address);
+	__type(value, struct vtep);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} vteps SEC(".maps");
+
+/* The node's ends of pods' veths, by their indices. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, __u8);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} ports SEC(".maps");
+
+/* What became of packets. The names in metrics are read from this enum's BTF, in lower
+ * case and without the prefix. */
+enum outcome {
+	OUTCOME_SENT,        /* of a pod, put into VXLAN */
+	OUTCOME_SENT_STACK,  /* of the node's stack, put into VXLAN */
+	OUTCOME_TAKEN,       /* taken out of VXLAN and given to a pod */
+	OUTCOME_TAKEN_STACK, /* taken out of VXLAN and given to the node's stack */
+	OUTCOME_TOO_BIG,     /* left to the stack, which says so to the sender */
+	OUTCOME_EXPIRED,     /* likewise: it has made too many hops */
+	OUTCOME_STRANGER,    /* dropped: it comes from no node of the cluster */
+	OUTCOME_CONGESTED,   /* dropped: a router met congestion, and the packet cannot say so (RFC 6040, 4.2) */
+	OUTCOME_UNWRITABLE,  /* left to the stack: the kernel refused to change the packet */
+	OUTCOME_COUNT,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, enum outcome);
+	__type(value, __u64);
+	__uint(max_entries, OUTCOME_COUNT);
+} outcomes SEC(".maps");
+
+/* The UDP port of VXLAN, in network order, and the network's number in the upper 24 bits. */
+const volatile __be16 port = 0;
+const volatile __be32 vni = 0;
+/* Nothing has to run at the node's ends of pods' veths. */
+const volatile bool to_peer = false;
+/* The kernel can be told that the family of a packet changes (Linux 6.3). */
+const volatile bool can_relabel = false;
+
+#define UDP_HEADER   8
+#define VXLAN_FLAGS  0x08  /* the network's number is valid; nothing else is asked (RFC 7348, 5) */
+#define OUTER_HOPS   64    /* IP_DEFAULT_TTL, as the kernel's vxlan */
+#define FIRST_SOURCE 49152 /* source ports are 49152 to 65535 (RFC 7348, 5) */
+#define ECN          0x03
+#define ECN_ECT1     0x01
+#define ECN_ECT0     0x02
+#define ECN_CE       0x03
+
+struct udp_header {
+	__be16 source_port;
+	__be16 destination_port;
+	__be16 length;
+	__u16 checksum;
+};
+
+struct ethernet {
+	__u8 destination[6];
+	__u8 source[6];
+	__be16 type;
+};
+
+struct vxlan_header {
+	__be32 flags;
+	__be32 vni;
+};
+
+#define INSIDE_LENGTH (UDP_HEADER + (int)sizeof(struct vxlan_header) + ETHERNET_LENGTH)
+#define ROOM4         ((int)sizeof(struct ip4_header) + INSIDE_LENGTH)
+#define ROOM6         ((int)sizeof(struct ip6_header) + INSIDE_LENGTH)
+
+static __always_inline void count(enum outcome outcome)
+{
+	__u64 *n = bpf_map_lookup_elem(&outcomes, &outcome);
+
+	if (n)
+		(*n)++;
+}
+
+static __always_inline int finish(enum outcome outcome, int verdict)
+{
+	count(outcome);
+	return verdict;
+}
+
+static __always_inline __be16 to_be16(__u16 value)
+{
+	return __builtin_bswap16(value);
+}
+
+/* What is known of the packet inside. */
+struct inner {
+	struct address source;
+	struct address destination;
+	__u32 at;     /* offset of its IP header */
+	__u16 header; /* length of that */
+	__u8 protocol;
+	__u8 tos;
+	__u8 hops;
+	bool ip4;
+};
+
+/* read_inner reads the IP header at an offset. False for what is no IP, and for what the
+ * linear part does not have. */
+static __always_inline bool read_inner(struct __sk_buff *skb, __u32 at, __be16 type, struct inner *in)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	in->at = at;
+	if (type == __builtin_bswap16(ETHERTYPE_IP4)) {
+		const struct ip4_header *ip = data + at;
+
+		if ((const void *)(ip + 1) > end || ip->version_length >> 4 != 4)
+			return false;
+		in->ip4 = true;
+		in->header = (ip->version_length & 0x0f) * 4;
+		in->source = address_from_ip4(ip->source);
+		in->destination = address_from_ip4(ip->destination);
+		in->protocol = ip->protocol;
+		in->tos = ip->tos;
+		in->hops = ip->ttl;
+		return true;
+	}
+	if (type == __builtin_bswap16(ETHERTYPE_IP6)) {
+		const struct ip6_header *ip = data + at;
+		const __u8 *first = (const void *)ip;
+
+		if ((const void *)(ip + 1) > end || first[0] >> 4 != 6)
+			return false;
+		in->ip4 = false;
+		in->header = sizeof(*ip);
+		in->source = ip->source;
+		in->destination = ip->destination;
+		in->protocol = ip->next;
+		in->tos = first[0] << 4 | first[1] >> 4;
+		in->hops = ip->hops;
+		return true;
+	}
+	return false;
+}
+
+/* fits says whether each packet that a large one will be cut into is short enough. */
+static __always_inline bool fits(struct __sk_buff *skb, const struct inner *in, __u32 mtu)
+{
+	__u32 header = in->header;
+	__u8 offset;
+
+	if (skb->len - ETHERNET_LENGTH <= mtu)
+		return true;
+	if (!skb->gso_size)
+		return false;
+	if (in->protocol == IPPROTO_UDP)
+		return header + UDP_HEADER + skb->gso_size <= mtu;
+	if (in->protocol != IPPROTO_TCP || bpf_skb_load_bytes(skb, in->at + header + 12, &offset, 1))
+		return false;
+	return header + (offset >> 4) * 4 + skb->gso_size <= mtu;
+}
+
+/* hop takes one hop off the packet inside, as a router does (RFC 1812, 5.3.1). */
+static __always_inline bool hop(struct __sk_buff *skb, const struct inner *in)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (in->at > HEADERS_LIMIT)
+		return false;
+	if (in->ip4) {
+		struct ip4_header *ip = data + in->at;
+
+		if ((void *)(ip + 1) > end)
+			return false;
+		__u32 sum = ip->checksum + __builtin_bswap16(0x0100); /* RFC 1141 */
+
+		ip->checksum = sum + (sum >= 0xffff);
+		ip->ttl--;
+		return true;
+	}
+	struct ip6_header *ip = data + in->at;
+
+	if ((void *)(ip + 1) > end)
+		return false;
+	ip->hops--;
+	return true;
+}
+
+/* mark makes the congestion bits of the packet inside others. */
+static __always_inline bool mark(struct __sk_buff *skb, const struct inner *in, __u8 ecn)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u8 tos = (in->tos & ~ECN) | ecn;
+
+	if (in->at > HEADERS_LIMIT)
+		return false;
+	if (in->ip4) {
+		struct ip4_header *ip = data + in->at;
+
+		if ((void *)(ip + 1) > end)
+			return false;
+		/* RFC 1624; the byte is the second of its word */
+		__u32 sum = (__u16)~ip->checksum + (__u16)~__builtin_bswap16(ip->tos) + __builtin_bswap16(tos);
+
+		sum = (sum & 0xffff) + (sum >> 16);
+		sum = (sum & 0xffff) + (sum >> 16);
+		ip->checksum = ~sum;
+		ip->tos = tos;
+		return true;
+	}
+	__u8 *ip = data + in->at;
+
+	if ((void *)(ip + sizeof(struct ip6_header)) > end)
+		return false;
+	ip[1] = (ip[1] & 0x0f) | tos << 4;
+	return true;
+}
+
+/* source_port is the same for all packets of a flow inside, so that the network between
+ * spreads flows and not packets. */
+static __always_inline __be16 source_port(struct __sk_buff *skb)
+{
+	__u32 hash = bpf_get_hash_recalc(skb);
+
+	hash ^= hash << 16; /* as udp_flow_src_port() */
+	return to_be16(FIRST_SOURCE + (hash >> 18));
+}
+
+/* write_inside writes what follows the outer IP header. A UDP checksum of 0 says that
+ * there is none: over IPv4 as RFC 7348 asks, over IPv6 as RFC 6935 allows for tunnels. */
+static __always_inline bool write_inside(struct __sk_buff *skb, __u32 at, const struct remote *to, __u16 length,
+					 __be16 source, bool ip4)
+{
+	struct udp_header *udp = (void *)(long)skb->data + at;
+	struct vxlan_header *vxlan = (void *)(udp + 1);
+	struct ethernet *frame = (void *)(vxlan + 1);
+
+	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
+		return false;
+	udp->source_port = source;
+	udp->destination_port = port;
+	udp->length = to_be16(length);
+	udp->checksum = 0;
+	vxlan->flags = VXLAN_FLAGS;
+	vxlan->vni = vni;
+	__builtin_memcpy(frame->destination, to->mac, 6);
+	__builtin_memcpy(frame->source, to->own_mac, 6);
+	frame->type = ip4 ? to_be16(ETHERTYPE_IP4) : to_be16(ETHERTYPE_IP6);
+	return true;
+}
+
+/* short_length is a length for a header: 0 for packets that are longer than it can say,
+ * which are cut up later and get their own. */
+static __always_inline __u16 short_length(__u32 length)
+{
+	return length > 0xffff ? 0 : length;
+}
+
+static __always_inline bool wrap4(struct __sk_buff *skb, const struct remote *to, const struct inner *in)
+{
+	__u32 length = skb->len - ETHERNET_LENGTH + ROOM4;
+	__be16 source = source_port(skb);
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+		      BPF_F_ADJ_ROOM_ENCAP_L2_ETH | BPF_F_ADJ_ROOM_ENCAP_L2(ETHERNET_LENGTH);
+
+	if (bpf_skb_adjust_room(skb, ROOM4, BPF_ADJ_ROOM_MAC, flags))
+		return false;
+	struct ethernet *frame = (void *)(long)skb->data;
+	struct ip4_header *ip = (void *)(frame + 1);
+
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return false;
+	frame->type = to_be16(ETHERTYPE_IP4);
+	ip->version_length = 0x45;
+	ip->tos = in->tos;
+	ip->length = to_be16(short_length(length));
+	ip->id = bpf_get_prandom_u32(); /* it may be fragmented (RFC 6864, 4.1) */
+	ip->fragment = 0;
+	ip->ttl = OUTER_HOPS;
+	ip->protocol = IPPROTO_UDP;
+	ip->source = to->local.word[3];
+	ip->destination = to->vtep.word[3];
+	__u32 sum = __builtin_bswap16(0x4500 | in->tos) + (__u32)ip->length + ip->id +
+		    __builtin_bswap16(OUTER_HOPS << 8 | IPPROTO_UDP);
+
+	sum += (ip->source & 0xffff) + (ip->source >> 16);
+	sum += (ip->destination & 0xffff) + (ip->destination >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	ip->checksum = ~sum;
+	return write_inside(skb, ETHERNET_LENGTH + sizeof(*ip), to, short_length(length - sizeof(*ip)), source,
+			    in->ip4);
+}
+
+static __always_inline bool wrap6(struct __sk_buff *skb, const struct remote *to, const struct inner *in)
+{
+	__u32 length = skb->len - ETHERNET_LENGTH + INSIDE_LENGTH;
+	__be16 source = source_port(skb);
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+		      BPF_F_ADJ_ROOM_ENCAP_L2_ETH | BPF_F_ADJ_ROOM_ENCAP_L2(ETHERNET_LENGTH);
+
+	if (bpf_skb_adjust_room(skb, ROOM6, BPF_ADJ_ROOM_MAC, flags))
+		return false;
+	struct ethernet *frame = (void *)(long)skb->data;
+	struct ip6_header *ip = (void *)(frame + 1);
+
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return false;
+	frame->type = to_be16(ETHERTYPE_IP6);
+	ip->version_class_flow = __builtin_bswap32(0x60000000 | in->tos << 20);
+	ip->length = to_be16(short_length(length));
+	ip->next = IPPROTO_UDP;
+	ip->hops = OUTER_HOPS;
+	ip->source = to->local;
+	ip->destination = to->vtep;
+	return write_inside(skb, ETHERNET_LENGTH + sizeof(*ip), to, short_length(length), source, in->ip4);
+}
+
+/* send puts the packet into one to the other node, and gives that to the uplink. The
+ * congestion bits outside are those inside (RFC 6040, 4.1, normal mode), and so is the
+ * class of service (RFC 2983, 3). */
+static __always_inline int send(struct __sk_buff *skb, const struct remote *to, const struct inner *in,
+				enum outcome outcome)
+{
+	if (to->ip4 ? !wrap4(skb, to, in) : !wrap6(skb, to, in))
+		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
+	count(outcome);
+	if (!to->near)
+		return bpf_redirect_neigh(to->uplink, 0, 0, 0);
+	struct bpf_redir_neigh hop = { .nh_family = AF_INET6 };
+
+	__builtin_memcpy(hop.next_hop, &to->vtep, sizeof(hop.next_hop));
+	if (to->ip4) {
+		hop.nh_family = AF_INET;
+		hop.next_hop[0] = to->vtep.word[3];
+	}
+	return bpf_redirect_neigh(to->uplink, &hop, sizeof(hop), 0);
+}
+
+static __always_inline const struct remote *remote_of(const struct inner *in)
+{
+	struct range key = { .length = 128, .address = in->destination };
+
+	return bpf_map_lookup_elem(&remotes, &key);
+}
+
+SEC("tcx/ingress")
+int route_from_pod(struct __sk_buff *skb)
+{
+	const struct remote *to;
+	struct inner in;
+
+	if (!read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
+		return TC_ACT_UNSPEC;
+	to = remote_of(&in);
+	if (!to)
+		return TC_ACT_UNSPEC;
+	if (in.hops <= 1)
+		return finish(OUTCOME_EXPIRED, TC_ACT_UNSPEC);
+	if (!fits(skb, &in, to->mtu))
+		return finish(OUTCOME_TOO_BIG, TC_ACT_UNSPEC);
+	if (!hop(skb, &in))
+		return TC_ACT_UNSPEC;
+	return send(skb, to, &in, OUTCOME_SENT);
+}
+
+/* What the stack sends to other nodes' pods leaves by our vxlan device; it has seen to
+ * lengths and hops. */
+SEC("tcx/egress")
+int route_to_remote(struct __sk_buff *skb)
+{
+	const struct remote *to;
+	struct inner in;
+
+	if (!read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
+		return TC_ACT_UNSPEC;
+	to = remote_of(&in);
+	if (!to)
+		return TC_ACT_UNSPEC;
+	return send(skb, to, &in, OUTCOME_SENT_STACK);
+}
+
+/* A packet of VXLAN. */
+struct outer {
+	struct address source;
+	struct address destination;
+	__u32 inner; /* offset of the packet inside */
+	__u8 tos;
+	bool ip4;
+	__u8 mac[6]; /* whom the frame inside is for */
+	__be16 type; /* what that holds */
+};
+
+/* is_vxlan says whether a UDP header is followed by a packet of our network. What the
+ * linear part does not have is brought there. */
+static __always_inline bool is_vxlan(struct __sk_buff *skb, __u32 at, struct outer *out)
+{
+	__u32 need = at + INSIDE_LENGTH + sizeof(struct ip4_header);
+
+	if (skb->len < need)
+		return false;
+	if ((void *)(long)skb->data + need > (void *)(long)skb->data_end &&
+	    bpf_skb_pull_data(skb, skb->len < READ_AHEAD ? skb->len : READ_AHEAD))
+		return false;
+	const struct udp_header *udp = (void *)(long)skb->data + at;
+	const struct vxlan_header *vxlan = (const void *)(udp + 1);
+	const struct ethernet *frame = (const void *)(vxlan + 1);
+
+	if ((const void *)(frame + 1) > (void *)(long)skb->data_end || (vxlan->flags & 0xff) != VXLAN_FLAGS ||
+	    vxlan->vni != vni)
+		return false;
+	__builtin_memcpy(out->mac, frame->destination, 6);
+	out->type = frame->type;
+	out->inner = at + INSIDE_LENGTH;
+	return true;
+}
+
+/* read_outer says whether a packet is one of our network: few instructions for all that
+ * is not to its port. Fragments are put together by the stack. */
+static __always_inline bool read_outer(struct __sk_buff *skb, struct outer *out)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	const struct udp_header *udp;
+
+	if (skb->protocol == __builtin_bswap16(ETHERTYPE_IP4)) {
+		const struct ip4_header *ip = data + ETHERNET_LENGTH;
+
+		udp = (const void *)(ip + 1);
+		if ((const void *)(udp + 1) > end || ip->version_length != 0x45 || ip->protocol != IPPROTO_UDP ||
+		    udp->destination_port != port ||
+		    from_be16(ip->fragment) & (IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET))
+			return false;
+		out->ip4 = true;
+		out->source = address_from_ip4(ip->source);
+		out->destination = address_from_ip4(ip->destination);
+		out->tos = ip->tos;
+		return is_vxlan(skb, ETHERNET_LENGTH + sizeof(*ip), out);
+	}
+	if (skb->protocol == __builtin_bswap16(ETHERTYPE_IP6)) {
+		const struct ip6_header *ip = data + ETHERNET_LENGTH;
+		const __u8 *first = (const void *)ip;
+
+		udp = (const void *)(ip + 1);
+		if ((const void *)(udp + 1) > end || first[0] >> 4 != 6 || ip->next != IPPROTO_UDP ||
+		    udp->destination_port != port)
+			return false;
+		out->ip4 = false;
+		out->source = ip->source;
+		out->destination = ip->destination;
+		out->tos = first[0] << 4 | first[1] >> 4;
+		return is_vxlan(skb, ETHERNET_LENGTH + sizeof(*ip), out);
+	}
+	return false;
+}
+
+/* congestion brings what routers have said outside to the packet inside (RFC 6040, 4.2,
+ * figure 4). False if that cannot be. */
+static __always_inline bool congestion(struct __sk_buff *skb, const struct outer *out, const struct inner *in)
+{
+	__u8 outside = out->tos & ECN, inside = in->tos & ECN;
+
+	if (outside == ECN_CE)
+		return inside && (inside == ECN_CE || mark(skb, in, ECN_CE));
+	if (outside == ECN_ECT1 && inside == ECN_ECT0)
+		return mark(skb, in, ECN_ECT1);
+	return true;
+}
+
+/* unwrap takes away what is outside; the Ethernet header stays. The checksum that the
+ * device has verified was the outer one. */
+static __always_inline bool unwrap(struct __sk_buff *skb, const struct outer *out, const struct inner *in,
+				   const __u8 *source, const __u8 *destination)
+{
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	long refused;
+
+	if (can_relabel)
+		flags |= in->ip4 ? BPF_F_ADJ_ROOM_DECAP_L3_IPV4 : BPF_F_ADJ_ROOM_DECAP_L3_IPV6;
+	if (out->ip4)
+		refused = bpf_skb_adjust_room(skb, -ROOM4, BPF_ADJ_ROOM_MAC, flags);
+	else
+		refused = bpf_skb_adjust_room(skb, -ROOM6, BPF_ADJ_ROOM_MAC, flags);
+	if (refused)
+		return false;
+	bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
+	struct ethernet *frame = (void *)(long)skb->data;
+
+	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
+		return false;
+	__builtin_memcpy(frame->destination, destination, 6);
+	__builtin_memcpy(frame->source, source, 6);
+	frame->type = out->type;
+	return true;
+}
+
+/* way_to asks the node's routes and neighbours for the pod that a packet is for. The
+ * length is asked for here, or the kernel would take that with what is outside. */
+static __always_inline bool way_to(struct __sk_buff *skb, const struct inner *in, __u32 device,
+				   struct bpf_fib_lookup *way)
+{
+	__builtin_memset(way, 0, sizeof(*way));
+	way->ifindex = device;
+	way->l4_protocol = in->protocol;
+	way->tot_len = skb->gso_size ? 1 : skb->len - in->at;
+	if (in->ip4) {
+		way->family = AF_INET;
+		way->source[0] = in->source.word[3];
+		way->destination[0] = in->destination.word[3];
+	} else {
+		way->family = AF_INET6;
+		__builtin_memcpy(way->source, &in->source, sizeof(way->source));
+		__builtin_memcpy(way->destination, &in->destination, sizeof(way->destination));
+	}
+	return bpf_fib_lookup(skb, way, sizeof(*way), 0) == BPF_FIB_LKUP_RET_SUCCESS &&
+	       bpf_map_lookup_elem(&ports, &way->ifindex);
+}
+
+/* to_stack gives the packet to the node's stack, as if it had come by our vxlan device,
+ * which learns the family from the frame. */
+static __always_inline int to_stack(struct __sk_buff *skb, const struct outer *out, const struct inner *in,
+				    const struct vtep *here)
+{
+	__u32 device = here->device;
+
+	if (!unwrap(skb, out, in, out->mac, here->mac))
+		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
+	return finish(OUTCOME_TAKEN_STACK, bpf_redirect(device, BPF_F_INGRESS));
+}
+
+static __always_inline bool same_mac(const __u8 *a, const __u8 *b)
+{
+	bool same = true;
+
+#pragma unroll
+	for (int i = 0; i < 6; i++)
+		same &= a[i] == b[i];
+	return same;
+}
+
+SEC("tcx/ingress")
+int route_from_wire(struct __sk_buff *skb)
+{
+	const struct vtep *here, *there;
+	struct bpf_fib_lookup way;
+	struct outer out;
+	struct inner in;
+
+	if (!read_outer(skb, &out))
+		return TC_ACT_UNSPEC;
+	here = bpf_map_lookup_elem(&vteps, &out.destination);
+	if (!here || !here->device || !same_mac(out.mac, here->mac))
+		return TC_ACT_UNSPEC;
+	there = bpf_map_lookup_elem(&vteps, &out.source);
+	if (!there || there->device)
+		return finish(OUTCOME_STRANGER, TC_ACT_SHOT);
+	if (!read_inner(skb, out.inner, out.type, &in))
+		return TC_ACT_UNSPEC;
+	if (!congestion(skb, &out, &in))
+		return finish(OUTCOME_CONGESTED, TC_ACT_SHOT);
+	if (in.hops <= 1 || (!can_relabel && out.ip4 != in.ip4) || !way_to(skb, &in, here->device, &way))
+		return to_stack(skb, &out, &in, here);
+	if (!hop(skb, &in) || !unwrap(skb, &out, &in, way.smac, way.dmac))
+		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
+	count(OUTCOME_TAKEN);
+	if (!to_peer)
+		return bpf_redirect(way.ifindex, 0);
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(way.ifindex, 0);
+}
+
+char __license[] SEC("license") = "Dual MIT/GPL";
