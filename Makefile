@@ -41,7 +41,7 @@ build: ## bin/millrace for this machine; needs Go only
 	go build -ldflags '-X main.version=$(VERSION)' -o bin/millrace ./cmd/millrace
 
 test: ## everything CI runs; installs what it needs; needs root
-	@test/needs root go check bench kernel
+	@test/needs root go check bench dns kernel
 	@$(MAKE) --no-print-directory build
 	@test/check
 	@test/kernel/fetch
@@ -98,11 +98,11 @@ test-cluster: ## on a real Kubernetes with millrace: its project's conformance t
 	@$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH)
 	MILLRACE_CLUSTER=1 $(TESTS) -C test/cluster -- -count=1 -timeout 40m ./...
 
-long: ## what takes too long for CI: large labs, all of the lab on Debian's kernel, data races, fuzzing; needs root
-	@test/needs root go race bench kernel
+long: ## what takes too long for CI: a million names beside CoreDNS, large labs, all of the lab on Debian's kernel, data races, fuzzing; needs root
+	@test/needs root go race bench dns kernel
 	@test/kernel/fetch
 	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -- -count=1 -p 1 -timeout 60m ./...
-	CGO_ENABLED=1 $(TESTS) -- -race -count=1 -p 1 -vet off -timeout 20m ./agent ./lab ./source/... ./layer/...
+	CGO_ENABLED=1 $(TESTS) -- -race -count=1 -p 1 -vet off -timeout 20m ./agent/... ./lab ./source/... ./layer/...
 	@test/fuzz $(FUZZTIME)
 
 image: $(ARCHITECTURES:%=binary-%) ## dist/millrace-image.tar, and the manifests that name it (IMAGE=, ARCHITECTURES=); needs Go only

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/agent/healthcheck"
+	"github.com/millrace/millrace/agent/resolver"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -24,7 +25,7 @@ type Source interface {
 	Run(ctx context.Context, deliver func(*model.Snapshot)) error
 }
 
-// Config is what an agent needs. All but Metrics, KubeProxy and Served must be set.
+// Config is what an agent needs. All but Metrics, KubeProxy, Served and Queries must be set.
 type Config struct {
 	// Node is this node's name in the cluster.
 	Node string
@@ -43,7 +44,9 @@ type Config struct {
 	// Served is called once Services are in the kernel for the first time, beside the
 	// agent; nil for nothing. Its context ends with the agent.
 	Served func(context.Context)
-	Log    *slog.Logger
+	// Queries are the last DNS queries that were handed to the agent; nil where none are.
+	Queries func() []resolver.Query
+	Log     *slog.Logger
 	// Started is when the process began, for the time to attach.
 	Started time.Time
 }

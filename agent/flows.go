@@ -353,12 +353,7 @@ func openFlows(of map[uint32]string) map[flowKey]*flowNow {
 // addOpen adds those of the calling thread's namespace. An end at whose port somebody
 // listens is the server's.
 func addOpen(all map[flowKey]*flowNow, inode uint32) error {
-	listening := map[uint16]bool{}
-	err := sockdiag.Walk(unix.IPPROTO_TCP, func(s sockdiag.State) {
-		if s.State == unix.BPF_TCP_LISTEN {
-			listening[s.Local.Port()] = true
-		}
-	})
+	listening, err := sockdiag.Ports()
 	if err != nil {
 		return err
 	}

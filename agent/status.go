@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/millrace/millrace/agent/resolver"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -211,6 +212,13 @@ func (l *listeners) serve(a *Agent) {
 	mux.HandleFunc("GET /pods", func(w http.ResponseWriter, _ *http.Request) {
 		answerEach(w, a.picture().Pods, podOfInterest)
 	})
+	mux.HandleFunc("GET /queries", func(w http.ResponseWriter, _ *http.Request) {
+		var recent []resolver.Query
+		if a.config.Queries != nil {
+			recent = a.config.Queries()
+		}
+		answerEach(w, recent, func(q resolver.Query) resolver.Query { return q })
+	})
 	mux.HandleFunc("GET /nodes", func(w http.ResponseWriter, _ *http.Request) {
 		answerEach(w, a.picture().Nodes, func(n *model.Node) *model.Node { return n })
 	})
@@ -290,8 +298,8 @@ func (a *Agent) wanted(name string) []layer.Subject {
 const askPatience = 5 * time.Second
 
 // Ask reads from the agent of a run folder: path is "/status" (into a *Status),
-// "/wanted/LAYER" (into a slice of the layer's subjects), or "/pods" and "/nodes"
-// (into slices of model's; a pod has no labels and ports then, and of annotations
+// "/wanted/LAYER" (into a slice of the layer's subjects), "/queries" (into a slice of
+// resolver.Query), or "/pods" and "/nodes" (into slices of model's; a pod has no labels and ports then, and of annotations
 // those of millrace.io).
 func Ask(ctx context.Context, folder, path string, into any) error {
 	ctx, cancel := context.WithTimeout(ctx, askPatience)

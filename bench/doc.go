@@ -62,6 +62,18 @@
 // kube-proxy would use. What takes many minutes to load (variant.most) is left out
 // unless Options.AllSizes asks for it.
 //
+// # Names
+//
+// DNS has one node and a pod for each variant, each with its resolv.conf; the servers and
+// the layer under test are on that node. Its clients are processes of this program, and a
+// small one in C (getaddrinfo.c) for the resolvers of C libraries. Servers end with the
+// process that watches them, and that with the benchmark.
+//
+// # Between nodes
+//
+// Path has two nodes for each variant, joined by a veth that stands for the wire, with the
+// client's pod on one and the server's on the other. Both processes stay on one core.
+//
 // # What it writes, what it costs
 //
 // Namespaces bound below /run/millrace/bench/PID, cgroups below

@@ -13,7 +13,7 @@ var DefaultOperations = []string{Connection, Request}
 
 // warmUp is how often a slice does the operation before it counts: that brings
 // the variant's code and tables back into the caches.
-var warmUp = map[string]int{Connection: 20, Request: 50}
+var warmUp = map[string]int{Connection: 20, Request: 50, Datagram: 2}
 
 // MetricP50 is the name of the median time of an operation.
 func MetricP50(operation string) string { return operation + " p50" }

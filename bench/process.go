@@ -28,6 +28,8 @@ type process struct {
 	out     *os.File
 	lines   *bufio.Reader
 	stderr  bytes.Buffer
+	// first is what it said when it was ready.
+	first outcome
 }
 
 // startWorker starts a worker in a namespace and a cgroup and waits until it is
@@ -37,7 +39,8 @@ func startWorker(ctx context.Context, what string, worker []string, namespace, g
 	if err := p.start(ctx, worker, namespace, group, args); err != nil {
 		return nil, fmt.Errorf("start %s: %w", what, err)
 	}
-	if _, err := p.answer(patience); err != nil {
+	var err error
+	if p.first, err = p.answer(patience); err != nil {
 		p.stop()
 		return nil, err
 	}
@@ -77,10 +80,15 @@ func (p *process) tell(do command) (outcome, error) {
 	if err != nil {
 		return outcome{}, fmt.Errorf("tell %s: %w", p.what, err)
 	}
+	return p.say(line, time.Duration(do.Nanoseconds))
+}
+
+// say sends a line and waits for the outcome of what takes so long.
+func (p *process) say(line []byte, takes time.Duration) (outcome, error) {
 	if _, err := p.in.Write(append(line, '\n')); err != nil {
 		return outcome{}, p.died(err)
 	}
-	return p.answer(time.Duration(do.Nanoseconds) + patience)
+	return p.answer(takes + patience)
 }
 
 func (p *process) answer(within time.Duration) (outcome, error) {

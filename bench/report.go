@@ -14,6 +14,22 @@ type Report struct {
 	Skipped []Skipped `json:"skipped"`
 	// Warnings are sentences that a reader must know before using a number.
 	Warnings []string `json:"warnings"`
+	// Goals are ratios that somebody has set a bound for.
+	Goals []Goal `json:"goals,omitempty"`
+}
+
+// Goal is what a ratio of two variants is to be.
+type Goal struct {
+	Variant string `json:"variant"`
+	To      string `json:"to"`
+	Metric  string `json:"metric"`
+	// Bound is the most that the ratio is to be; with AtLeast the least.
+	Bound   float64 `json:"bound"`
+	AtLeast bool    `json:"at_least"`
+	Ratio   *Ratio  `json:"ratio"`
+	// Met says that the median of the ratios keeps to it; of paths, the upper end of the
+	// interval.
+	Met bool `json:"met"`
 }
 
 // Header says where and how the rows came about.

@@ -196,7 +196,8 @@ func processExists(name string) bool {
 	return err == nil && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
 }
 
-// removeRun unbinds the namespaces below a run's folder and removes it. It goes
+// removeRun unbinds the namespaces below a run's folder and removes it, with the
+// configurations (*.conf) of what it started. It goes
 // by the layout and never removes a tree: a bind mount might hang in it.
 func removeRun(folder string) error {
 	namespaces := filepath.Join(folder, "netns")
@@ -209,7 +210,11 @@ func removeRun(folder string) error {
 			return err
 		}
 	}
-	for _, path := range []string{namespaces, folder} {
+	written, err := filepath.Glob(filepath.Join(folder, "*.conf"))
+	if err != nil {
+		return fmt.Errorf("remove run %s: %w", folder, err)
+	}
+	for _, path := range append(written, namespaces, folder) {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove run %s: %w", folder, err)
 		}

@@ -12,7 +12,7 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
-// session is one run of Services.
+// session is one run of Services, or of Path.
 type session struct {
 	Options
 	run    *run
@@ -49,7 +49,7 @@ func (c *cell) String() string {
 }
 
 func (s *session) progress(format string, args ...any) {
-	fmt.Fprintf(s.Progress, "bench services: "+format+"\n", args...)
+	fmt.Fprintf(s.Progress, "bench "+s.report.Header.Benchmark+": "+format+"\n", args...)
 }
 
 // prepare makes all beds, and all stay until the end: those with few Services

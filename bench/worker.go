@@ -61,6 +61,10 @@ type outcome struct {
 	CPU int64 `json:"cpu"`
 	// Backend is the address that answered, where that was asked.
 	Backend string `json:"backend,omitempty"`
+	// Took is how long all of it took, in nanoseconds, and Pid the process that a worker
+	// started; both of DNS.
+	Took int64 `json:"took,omitempty"`
+	Pid  int   `json:"pid,omitempty"`
 }
 
 // WorkerMain is the process of the load generator: a client or a server that
@@ -72,6 +76,9 @@ type outcome struct {
 // scheduler takes no part while it measures.
 func WorkerMain(args []string) int {
 	runtime.LockOSThread()
+	if main := dnsWorkers[slices.Concat(args, []string{""})[0]]; main != nil {
+		return main(args[1:])
+	}
 	debug.SetGCPercent(-1) // nothing is allocated while measuring; a cycle would only disturb
 	flags := flag.NewFlagSet("bench-worker", flag.ContinueOnError)
 	listen := flags.String("listen", "", "serve on this address; without it be the client")
@@ -154,6 +161,8 @@ func (c *client) perform(do command) outcome {
 		return c.measureConnections(do)
 	case Request:
 		return c.measureRequests(do)
+	case Datagram:
+		return c.measureDatagrams(do)
 	}
 	return c.name(do)
 }
@@ -375,6 +384,9 @@ func serve(listen string) error {
 	listener, err := listenOn(address)
 	if err != nil {
 		return fmt.Errorf("listen on %s: %w", address, err)
+	}
+	if err := sink(address); err != nil {
+		return fmt.Errorf("listen on %s over UDP: %w", address, err)
 	}
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin) // ends with the benchmark

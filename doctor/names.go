@@ -273,21 +273,85 @@ func fewServers(v *view) {
 	if !ok {
 		return
 	}
-	cores := 0.0
+	cores, need := wantedServers(nodes)
+	if len(ready) < need {
+		v.fires(Warning, Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, need)
+		v.scaledBy(need)
+	} else {
+		v.sees(Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, need)
+	}
+}
+
+// wantedServers is how many DNS servers nodes want, and how many cores these have: the
+// larger of one for each 256 cores and one for each 16 nodes, at least two where there are
+// several nodes (linear mode with preventSinglePointFailure of
+// https://github.com/kubernetes-sigs/cluster-proportional-autoscaler#linear-mode).
+func wantedServers(nodes []node) (cores float64, need int) {
 	for _, n := range nodes {
 		count, _ := n.Status.Capacity["cpu"].quantity()
 		cores += count
 	}
-	need := int(max(math.Ceil(cores/coresPerReplica), math.Ceil(float64(len(nodes))/nodesPerReplica)))
+	need = int(max(math.Ceil(cores/coresPerReplica), math.Ceil(float64(len(nodes))/nodesPerReplica), 1))
 	if len(nodes) > 1 {
 		need = max(need, 2)
 	}
-	if len(ready) < max(need, 1) {
-		v.fires(Warning, Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, max(need, 1))
-		v.scaledBy(max(need, 1))
-	} else {
-		v.sees(Pods, "%d DNS pods are ready; %d nodes with %.0f cores want %d", len(ready), len(nodes), cores, need)
+	return cores, need
+}
+
+// NameServers is how many DNS servers a cluster wants.
+type NameServers struct {
+	// Namespace and Deployment are where they are.
+	Namespace  string `json:"namespace"`
+	Deployment string `json:"deployment"`
+	// Replicas are asked for, Ready are those that serve, and Wanted is what the formula of
+	// wantedServers comes to for so many nodes and cores.
+	Replicas int     `json:"replicas"`
+	Ready    int     `json:"ready"`
+	Wanted   int     `json:"wanted"`
+	Nodes    int     `json:"nodes"`
+	Cores    float64 `json:"cores"`
+	// ScaledBy is who sets their number and would put it back, "" for nobody; Fix is how it
+	// is told to have more.
+	ScaledBy string `json:"scaled_by,omitempty"`
+	Fix      string `json:"fix,omitempty"`
+}
+
+// NameServersCheck is the check about the number of DNS servers: what it reads of a cluster is
+// what Cluster.NameServers needs.
+func NameServersCheck() Check {
+	return namesChecks[slices.IndexFunc(namesChecks, func(c Check) bool { return c.ID == "DN-02" })]
+}
+
+// NameServers is how many DNS servers the cluster wants. The error says what could not be read,
+// or that it is not clear which Deployment has them.
+func (c *Cluster) NameServers() (NameServers, error) {
+	check := NameServersCheck()
+	v := &view{Space: &Space{}, facts: (&Facts{}).With(c), check: &check}
+	ready, nodes, ok := v.dnsPods()
+	deployments, there := list[workload](v, Deployments)
+	if !ok || !there {
+		return NameServers{}, fmt.Errorf("find the DNS servers: %s: %s", v.unread[0].Read, v.unread[0].Value)
 	}
+	var found []workload
+	for _, d := range deployments {
+		if d.Metadata.Namespace == "kube-system" && d.Spec.Template.Metadata.Labels["k8s-app"] == "kube-dns" {
+			found = append(found, d)
+		}
+	}
+	if len(found) != 1 {
+		return NameServers{}, fmt.Errorf("find the DNS servers: %d Deployments in kube-system have pods with the label k8s-app: kube-dns, not one", len(found))
+	}
+	n := NameServers{Namespace: "kube-system", Deployment: found[0].Metadata.Name, Replicas: 1, Ready: len(ready), Nodes: len(nodes)}
+	if found[0].Spec.Replicas != nil {
+		n.Replicas = *found[0].Spec.Replicas
+	}
+	n.Cores, n.Wanted = wantedServers(nodes)
+	if all, ok := v.scalers(n.Wanted); !ok {
+		return n, fmt.Errorf("find who scales the DNS servers: %s: %s", v.unread[0].Read, v.unread[0].Value)
+	} else if len(all) > 0 {
+		n.ScaledBy, n.Fix = all[0].name, all[0].fix
+	}
+	return n, nil
 }
 
 func manyQueries(v *view) {

@@ -103,6 +103,8 @@ type Snapshot struct {
 	Named bool
 	// Others are the Services of other proxies. They have names, and nothing else here.
 	Others []Name
+	// DNS is how the cluster's DNS servers are configured; nil where that is not known.
+	DNS *DNS
 
 	// Ignored counts objects of kinds that nobody here reads, by kind.
 	Ignored map[string]int
@@ -158,8 +160,11 @@ type Service struct {
 	IPv4, IPv6 bool
 	Ports      []ServicePort
 	// Endpoints are those that the names of a headless Service lead to, whatever their
-	// ports, sorted by address, no two equal; nil for other Services.
+	// ports, sorted by address and host name, no two equal; nil for other Services.
 	Endpoints []Endpoint
+	// External is the name that one of type ExternalName is another one for
+	// (spec.externalName); empty for other Services.
+	External string
 	// More says that the names of a headless Service lead to more than Endpoints: to host
 	// names, or to further addresses of an endpoint.
 	More bool

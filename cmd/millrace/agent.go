@@ -5,10 +5,13 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/agent/resolver"
 )
 
 func agentCommand(s *settings) *cobra.Command {
@@ -18,15 +21,22 @@ func agentCommand(s *settings) *cobra.Command {
 	var dryRun bool
 	var proxy standIn
 	c := command(&cobra.Command{
-		Use:   "agent --source dir:PATH|kube:PATH|kube:",
+		Use:   "agent [pods] --source dir:PATH|kube:PATH|kube:",
+		Args:  cobra.ArbitraryArgs,
 		Short: "Keep this node's kernel as the cluster asks",
 		Long: `
 Runs until it is stopped. What it has put into the kernel stays in force
 without it, and the next agent takes it over: stopping, restarting and
-upgrading lose no packet. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
+upgrading lose no packet. With the word pods it gives the node's pods their
+network, too: it answers the CNI plugin, which is this program as a container
+runtime starts it. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
 path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
-namespaces.`,
-	}, changesHost, func(ctx context.Context, _ []string) error {
+namespaces; with --dns CAP_SYS_PTRACE, to read their search lists; with pods
+CAP_SYS_ADMIN.`,
+	}, changesHost, func(ctx context.Context, args []string) error {
+		if err := at.also(args); err != nil {
+			return err
+		}
 		from.names = at.dns != ""
 		if dryRun {
 			return plan(ctx, s, &at, &from, &proxy)
@@ -43,19 +53,27 @@ namespaces.`,
 		if err != nil {
 			return err
 		}
+		if heard, ok := source.(interface{ Heard() time.Time }); ok {
+			at.heard = heard.Heard
+		}
 		layers, err := at.layers()
 		if err != nil {
 			return err
 		}
-		if err := at.removeUnwanted(log); err != nil {
-			return err
+		at.removeUnwanted(log)
+		served := untaint(&from, at.node, log)
+		var queries func() []resolver.Query
+		if answers := answersFor(at.dns, at.heard, layers, log); answers != nil {
+			source = heard{source, answers.resolver.Take}
+			served = both(served, answers.serve)
+			queries = answers.resolver.Recent
 		}
 		// The agent's heap is small and changes in bursts: collecting it more
 		// often keeps the resident set near what is live.
 		debug.SetGCPercent(50)
 		return agent.Run(ctx, agent.Config{
 			Node: at.node, Version: version, Source: source, SourceName: from.source, Layers: layers,
-			RunFolder: at.run, Metrics: metrics, KubeProxy: kubeProxy, Served: untaint(&from, at.node, log), Log: log, Started: started,
+			RunFolder: at.run, Metrics: metrics, KubeProxy: kubeProxy, Served: served, Queries: queries, Log: log, Started: started,
 		})
 	}, exitData, exitUnavailable, exitPrivilege)
 	at.flagCgroup(c)
@@ -76,18 +94,34 @@ namespaces.`,
 	return c
 }
 
+// both does two things at once; the first may be nil.
+func both(one, other func(context.Context)) func(context.Context) {
+	return func(ctx context.Context) {
+		var doing sync.WaitGroup
+		defer doing.Wait()
+		if one != nil {
+			doing.Go(func() { one(ctx) })
+		}
+		other(ctx)
+	}
+}
+
 // removeUnwanted takes away what an earlier agent left of a layer that is switched off
-// now.
-func (p *place) removeUnwanted(log *slog.Logger) error {
-	if p.dns != "" {
-		return nil
+// now. What cannot be taken away keeps nobody from serving the others: it is said, and
+// tried again at the next start.
+func (p *place) removeUnwanted(log *slog.Logger) {
+	for _, l := range p.pinned() {
+		if !p.isOff(l) {
+			continue
+		}
+		removed, err := l.Remove()
+		for _, change := range removed {
+			log.Info(change.String(), "layer", l.Name())
+		}
+		if err != nil {
+			log.Error("a layer that is switched off is still here, in part or whole; it is tried again at the next start", "layer", l.Name(), "error", err)
+		}
 	}
-	names := p.names()
-	removed, err := names.Remove()
-	for _, change := range removed {
-		log.Info(change.String(), "layer", names.Name())
-	}
-	return err
 }
 
 func logger(s *settings) *slog.Logger {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -193,6 +194,28 @@ func TestMalformedManifestLeavesTheRestInForce(t *testing.T) {
 	}
 	if _, stderr, status := millrace(t, "status", "--run", n.run); status != exitFindings || !strings.Contains(stderr, "cannot be used") {
 		t.Errorf("status with a problem: exit status %d, %q", status, stderr)
+	}
+}
+
+// A layer that is off and cannot be removed keeps nobody from serving the others.
+func TestUnwantedLayerThatStays(t *testing.T) {
+	n := newNode(t)
+	stranger := filepath.Join(n.run, "pod", "stranger")
+	if err := os.MkdirAll(filepath.Dir(stranger), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	write(t, stranger, "somebody's")
+	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1"))
+	n.start()
+	if got := n.inForce(); !slices.Equal(got, []string{"10.244.0.1:8080"}) {
+		t.Errorf("in force is %v", got)
+	}
+	n.kill() // its log is whole then
+	if log := n.log.String(); !strings.Contains(log, "level=ERROR") || !strings.Contains(log, "layer=pod") || !strings.Contains(log, filepath.Dir(stranger)+": directory not empty") {
+		t.Errorf("the log does not say what stays, and why:\n%s", log)
+	}
+	if _, err := os.Stat(stranger); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -16,9 +16,11 @@ func benchCommand(s *settings) *cobra.Command {
 		Short: "Measure, side by side, on this machine",
 		Long:  inOwnSpaces + "\n\nMeasures millrace beside what else could do the work.",
 		Args:  cobra.NoArgs,
-		RunE:  func(*cobra.Command, []string) error { return usage("say what to measure: services, program or drops") },
+		RunE: func(*cobra.Command, []string) error {
+			return usage("say what to measure: services, path, program, drops or dns")
+		},
 	}
-	c.AddCommand(benchServicesCommand(s), benchProgramCommand(s), benchDropsCommand(s), benchServeCommand())
+	c.AddCommand(benchServicesCommand(s), benchPathCommand(s), benchProgramCommand(s), benchDropsCommand(s), benchDNSCommand(s), benchServeCommand())
 	return c
 }
 

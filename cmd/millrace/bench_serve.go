@@ -78,7 +78,7 @@ type server struct {
 
 // attachLayer starts the process that serves and waits until it does.
 func attachLayer(variant string, spec bench.AttachSpec) (bench.Attached, error) {
-	s, err := startServer()
+	s, err := startServer(&unix.SysProcAttr{})
 	if err != nil {
 		return bench.Attached{}, fmt.Errorf("start the process that serves: %w", err)
 	}
@@ -96,14 +96,15 @@ func attachLayer(variant string, spec bench.AttachSpec) (bench.Attached, error) 
 	}, nil
 }
 
-func startServer() (*server, error) {
+func startServer(attributes *unix.SysProcAttr, what ...string) (*server, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	s := &server{command: exec.Command(self, "bench", "serve")}
+	s := &server{command: exec.Command(self, append([]string{"bench", "serve"}, what...)...)}
 	s.command.Stderr = &s.said
-	s.command.SysProcAttr = &unix.SysProcAttr{Setpgid: true} // Ctrl-C is for the benchmark
+	attributes.Setpgid = true // Ctrl-C is for the benchmark
+	s.command.SysProcAttr = attributes
 	if s.in, err = s.command.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -164,9 +165,16 @@ func (s *server) close() error {
 
 func benchServeCommand() *cobra.Command {
 	c := command(&cobra.Command{
-		Use:   "serve",
+		Use:   "serve [dns|path]",
 		Short: "The process that serves in a benchmark, which starts it",
-	}, inOwnSpaces, func(context.Context, []string) error {
+		Args:  cobra.MaximumNArgs(1),
+	}, inOwnSpaces, func(ctx context.Context, args []string) error {
+		if len(args) > 0 && args[0] == "path" {
+			return servePath(os.Stdin, os.Stdout)
+		}
+		if len(args) > 0 {
+			return serveNames(ctx, os.Stdin, os.Stdout)
+		}
 		return serveBench(os.Stdin, os.Stdout)
 	})
 	c.Hidden = true

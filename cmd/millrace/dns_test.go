@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,11 +34,11 @@ ports: [{name: dns, protocol: UDP, port: 53}]
 endpoints: [{addresses: [10.244.0.53]}]
 `
 
-// pod asks from a network namespace.
-type pod struct{ netns string }
+// asker asks from a network namespace.
+type asker struct{ netns string }
 
 // look asks the cluster's DNS Service for a name, by Go's resolver.
-func (p *pod) look(name string) (string, error) {
+func (p *asker) look(name string) (string, error) {
 	resolver := net.Resolver{PreferGo: true, Dial: func(_ context.Context, network, _ string) (c net.Conn, err error) {
 		err = netns.Do(p.netns, func() error {
 			c, err = net.Dial(network, "10.96.0.10:53")
@@ -90,7 +91,8 @@ func TestNamesOfANode(t *testing.T) {
 	asked := n.serveDNS("10.244.0.53", "192.0.2.53")
 	write(t, filepath.Join(n.manifests, "dns.yaml"), dnsService)
 	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1"))
-	p := &pod{n.pod("10.244.0.7")}
+	p := &asker{n.pod("10.244.0.7")}
+	p.contain(t, "search default.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n")
 	looks := func(what, name, want string) {
 		t.Helper()
 		if got, err := p.look(name); got != want {
@@ -120,6 +122,8 @@ func TestNamesOfANode(t *testing.T) {
 	}
 	t.Logf("a new Service is there %v after its manifest was written", time.Since(begun))
 	n.showsNames()
+	n.leavesToTheCorefile(p)
+	n.showsSearchList("default.svc.cluster.local svc.cluster.local cluster.local")
 
 	stdout, _, status := millrace(t, "plan", "--source", n.source(), "--pins", n.pins, "--dns", "cluster.local")
 	if strings.Contains(stdout, "name ") || status != exitOK {
@@ -146,10 +150,64 @@ func TestNamesOfANode(t *testing.T) {
 	}
 }
 
+// leavesToTheCorefile: where CoreDNS is told to answer otherwise, it is the one to answer,
+// and status says why.
+func (n *node) leavesToTheCorefile(p *asker) {
+	n.t.Helper()
+	corefile := func(more, want string) {
+		n.t.Helper()
+		write(n.t, filepath.Join(n.manifests, "coredns.yaml"), fmt.Sprintf(
+			"apiVersion: v1\nkind: ConfigMap\nmetadata: {name: coredns, namespace: kube-system}\ndata:\n  Corefile: |\n    . {\n      kubernetes cluster.local\n      %s\n    }\n", more))
+		for begun, got := time.Now(), ""; got != want; got, _ = p.look("web.default.svc.cluster.local.") {
+			if time.Since(begun) > 20*time.Second {
+				n.t.Fatalf("with %q in the Corefile the name is %q, not %q, after %v:\n%s", more, got, want, time.Since(begun), n.log.String())
+			}
+		}
+	}
+	corefile("hosts", "192.0.2.53")
+	n.until("status says why", func(s agent.Status) bool {
+		return slices.ContainsFunc(s.Layers, func(l agent.LayerStatus) bool {
+			return slices.ContainsFunc(l.Degraded, func(why string) bool {
+				return strings.Contains(why, "left to the cluster's DNS servers: Corefile:3: hosts")
+			})
+		})
+	})
+	corefile("cache", "10.96.0.1")
+}
+
+// contain has a process in the pod that sees this text as its resolv.conf, until the test ends.
+func (p *asker) contain(t *testing.T, text string) {
+	t.Helper()
+	conf := filepath.Join(t.TempDir(), "resolv.conf")
+	write(t, conf, text)
+	c := exec.Command("unshare", "--mount", "sh", "-c", `mount --bind "$0" /etc/resolv.conf && exec cat`, conf)
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netns.Do(p.netns, c.Start); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); _ = c.Wait() })
+}
+
+// showsSearchList waits until the pod's list is shown.
+func (n *node) showsSearchList(want string) {
+	n.t.Helper()
+	var stdout string
+	for begun := time.Now(); time.Since(begun) < 30*time.Second; time.Sleep(10 * time.Millisecond) {
+		stdout, _, _ = millrace(n.t, "show", "names", "--pins", n.pins, "--run", n.run)
+		if at := strings.Index(stdout, "SEARCH LIST"); at > 0 && strings.HasSuffix(strings.TrimSpace(stdout[at:]), "5      "+want) {
+			return
+		}
+	}
+	n.t.Errorf("show names has no search list %s:\n%s", want, stdout)
+}
+
 func (n *node) showsNames() {
 	n.t.Helper()
 	stdout, _, _ := millrace(n.t, "show", "names", "--pins", n.pins, "--run", n.run)
-	if words := strings.Fields(stdout); !slices.Contains(words, "web.default.svc.cluster.local") || words[len(words)-1] != "10.96.0.1" {
+	if words := strings.Fields(stdout); !slices.Contains(words, "web.default.svc.cluster.local") || !slices.Contains(words, "10.96.0.1") {
 		n.t.Errorf("show names: %q", stdout)
 	}
 	stdout, _, _ = millrace(n.t, "show", "names", "KUBE", "--pins", n.pins, "--run", n.run, "-o", "json")
@@ -163,6 +221,39 @@ func (n *node) showsNames() {
 		!slices.Equal(shown.Names[0].Addresses, []string{"10.96.0.10"}) {
 		n.t.Errorf("show names KUBE: %q, %v", stdout, err)
 	}
+}
+
+// Where no DNS server is ready, what is known is answered, also when the agent is gone, and
+// nobody waits for a server.
+func TestNamesWithoutServers(t *testing.T) {
+	n := newNode(t)
+	service, _, _ := strings.Cut(dnsService, "---")
+	write(t, filepath.Join(n.manifests, "dns.yaml"), service)
+	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1"))
+	p := &asker{n.pod("10.244.0.7")}
+	n.start("--dns", "cluster.local")
+	n.until("status says that nobody else can answer", func(s agent.Status) bool {
+		return slices.ContainsFunc(s.Layers, func(l agent.LayerStatus) bool {
+			return len(devicesOf(l)["dns_from_pod"]) == 1 && slices.ContainsFunc(l.Degraded, func(why string) bool {
+				return strings.Contains(why, "no endpoint of Service kube-system/kube-dns is ready")
+			})
+		})
+	})
+	looks := func(what string) {
+		t.Helper()
+		begun := time.Now()
+		if got, err := p.look("web.default.svc.cluster.local."); got != "10.96.0.1" || time.Since(begun) > 4*time.Second {
+			t.Errorf("%s: %q, %v, after %v", what, got, err, time.Since(begun))
+		}
+	}
+	looks("the agent is there")
+	_, stderr, _ := millrace(t, "show", "names", "--pins", n.pins, "--run", n.run)
+	if !strings.Contains(stderr, "note: the cluster's DNS servers cannot answer") {
+		t.Errorf("show names says %q", stderr)
+	}
+	n.kill()
+	time.Sleep(3 * time.Second) // longer than it may be silent where others can answer
+	looks("the agent is gone")
 }
 
 func TestZoneOfTheCommandLine(t *testing.T) {

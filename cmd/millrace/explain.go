@@ -51,6 +51,7 @@ Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.`,
 	c.Flags().StringSliceVar(&here.addresses, "node-addresses", nil, "with --source: addresses of the node, beside those of its Node object")
 	c.Flags().StringSliceVar(&here.ranges, "pod-cidrs", nil, "with --source: ranges of the node's pods, beside those of its Node object")
 	from.flagsAs(c, "ask without an agent, for this cluster: "+sourceForms)
+	c.AddCommand(explainDNSCommand(s))
 	return c
 }
 

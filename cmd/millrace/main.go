@@ -22,6 +22,7 @@ import (
 	"github.com/millrace/millrace/kernel/cgroup"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/lab"
+	"github.com/millrace/millrace/layer/pod/cni"
 )
 
 // version is set by the linker (-X main.version=...).
@@ -63,6 +64,11 @@ const (
 var started = time.Now()
 
 func main() {
+	// A container runtime starts a CNI plugin without arguments, once for every pod that
+	// begins or ends.
+	if os.Getenv("CNI_COMMAND") != "" && len(os.Args) == 1 {
+		os.Exit(cni.Main())
+	}
 	// The two processes that the lab and the benchmarks make a great many of
 	// start without the command tree.
 	if len(os.Args) > 1 {

@@ -70,7 +70,7 @@ func TestHelpOfEveryCommand(t *testing.T) {
 	var visit func(*cobra.Command)
 	visit = func(c *cobra.Command) {
 		first, _, _ := strings.Cut(c.Long, "\n")
-		if first != readsOnly && first != changesHost && first != replacesOther && first != tunesHost && first != undoesTune && first != makesPods && first != inOwnSpaces {
+		if first != readsOnly && first != changesHost && first != replacesOther && first != tunesHost && first != undoesTune && first != scalesServers && first != makesPods && first != inOwnSpaces {
 			t.Errorf("%s: the help starts with %q, which is none of the effects", c.CommandPath(), first)
 		}
 		if !c.HasSubCommands() && !strings.Contains(c.Long, "Exit statuses:\n  0   done") {
@@ -79,7 +79,7 @@ func TestHelpOfEveryCommand(t *testing.T) {
 		if c.Short == "" {
 			t.Errorf("%s has no short help", c.CommandPath())
 		}
-		if (first == changesHost || first == replacesOther || first == tunesHost || first == undoesTune || first == makesPods) && !c.HasSubCommands() && c.Flags().Lookup("dry-run") == nil {
+		if (first == changesHost || first == replacesOther || first == tunesHost || first == undoesTune || first == scalesServers || first == makesPods) && !c.HasSubCommands() && c.Flags().Lookup("dry-run") == nil {
 			t.Errorf("%s changes the host and has no --dry-run", c.CommandPath())
 		}
 		c.Flags().VisitAll(func(f *pflag.Flag) { flags[f.Name] = true })
@@ -120,7 +120,7 @@ func TestExitStatuses(t *testing.T) {
 		{[]string{"plan", "--source", "dir:/absent"}, exitData, "/absent: no such file or directory"},
 		{[]string{"plan", "--source", "dir:" + broken, "--pins", "/absent"}, exitData, "spec.ports[0].port"},
 		{[]string{"status", "--run", "/absent"}, exitFailed, "is an agent running?"},
-		{[]string{"show"}, exitUsage, "services, backends, names, settings, flows or drops"},
+		{[]string{"show"}, exitUsage, "services, backends, names, queries, pods, settings, flows or drops"},
 		{[]string{"lab", "status", "--name", "absent"}, exitFailed, `no lab "absent" is up`},
 		{[]string{"lab", "up"}, exitUsage, "-f is missing"},
 		{[]string{"lab", "up", "-f", broken, "--name", "Bad_Name"}, exitUsage, "bad lab name"},

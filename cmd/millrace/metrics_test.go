@@ -53,15 +53,19 @@ func (n *node) startWhole(address string, more ...string) {
 	n.until("the agent is ready", func(s agent.Status) bool { return s.Ready })
 }
 
+// clientIn opens its connections in a network namespace, a new one for each request.
+func clientIn(path string) *http.Client {
+	return &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(_ context.Context, network, address string) (conn net.Conn, err error) {
+			err = netns.Do(path, func() error { conn, err = net.Dial(network, address); return err })
+			return conn, err
+		}}}
+}
+
 // get asks a port of the node.
 func (n *node) get(address string) (status int, body string) {
 	n.t.Helper()
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(_ context.Context, network, address string) (conn net.Conn, err error) {
-			err = n.Inside(func() error { conn, err = net.Dial(network, address); return err })
-			return conn, err
-		}}}
-	response, err := client.Get("http://" + address)
+	response, err := clientIn(n.NetNS).Get("http://" + address)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -108,7 +112,7 @@ func (n *node) talk(address string) {
 func TestMetricsAreListed(t *testing.T) {
 	n := newNode(t)
 	write(t, filepath.Join(n.manifests, "web.yaml"), web("web", "10.96.0.1", "10.244.0.1", "10.244.0.2"))
-	n.startWhole("127.0.0.1:9470", "--kube-proxy-ports")
+	n.startWhole("127.0.0.1:9470", "--kube-proxy-ports", "--dns", "cluster.local")
 	for _, port := range []string{"127.0.0.1:10256/healthz", "127.0.0.1:10256/livez"} {
 		if status, body := n.get(port); status != http.StatusOK {
 			t.Errorf("%s says %d %s", port, status, body)
@@ -136,5 +140,6 @@ func TestMetricsAreListed(t *testing.T) {
 	metrics.Listed(t, "../..", "millrace agent", shown,
 		"reasons millrace_events_total service: "+strings.Join(metrics.Values(shown, "millrace_events_total", "reason", `layer="service"`), ", "),
 		"reasons millrace_events_total trace: "+strings.Join(metrics.Values(shown, "millrace_events_total", "reason", `reason="connection `), ", "),
+		"reasons millrace_events_total dns: "+strings.Join(metrics.Values(shown, "millrace_events_total", "reason", `layer="dns"`), ", "),
 		"reasons millrace_drops_total usual: "+strings.Join(cause.UsualReasons(), ", "))
 }

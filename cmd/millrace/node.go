@@ -5,7 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -14,6 +16,7 @@ import (
 	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/dns"
+	"github.com/millrace/millrace/layer/pod"
 	"github.com/millrace/millrace/layer/service"
 	"github.com/millrace/millrace/layer/trace"
 	"github.com/millrace/millrace/layer/tune"
@@ -28,8 +31,14 @@ type place struct {
 	// service layer's settings.
 	node, path, conntrack string
 	flows                 int
+	// pods says that the node's pods get their network here.
+	pods bool
+	// podLayer is the one that gives it to them, once it is made.
+	podLayer *pod.Layer
 	// dns is the zone whose names are answered on the node; empty where none is.
 	dns string
+	// heard is when the source last knew the cluster; nil is always now.
+	heard func() time.Time
 	// wire says that packets from other machines are served, too.
 	wire bool
 	// nodePorts and clusterCIDRs are the service layer's settings of these names; nil
@@ -109,20 +118,44 @@ func (p *place) layers() ([]layer.Layer, error) {
 
 // wanted are the layers that are switched on.
 func (p *place) wanted() (layers []layer.Layer, err error) {
-	if p.dns == "" {
-		return []layer.Layer{p.service(), p.tune(), p.trace()}, nil
+	if p.dns != "" {
+		if p.dns, err = dns.ParseZone(p.dns); err != nil {
+			return nil, usage("--dns: %v", err)
+		}
 	}
-	if p.dns, err = dns.ParseZone(p.dns); err != nil {
-		return nil, usage("--dns: %v", err)
+	return slices.DeleteFunc(p.pinned(), p.isOff), nil
+}
+
+// isOff says that a layer is not asked for.
+func (p *place) isOff(l layer.Layer) bool {
+	switch l.(type) {
+	case *dns.Layer:
+		return p.dns == ""
+	case *pod.Layer:
+		return !p.pods
 	}
-	return p.pinned(), nil
+	return false
 }
 
 // pinned are the layers for looking at what outlives the agent and for removing it,
 // which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
 	// Names after the services: their program has to be in front of those.
-	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names()}
+	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names(), p.network()}
+}
+
+// podsWord, behind a command, switches the pod layer on.
+const podsWord = "pods"
+
+// also reads which layers are asked for beside those that always are.
+func (p *place) also(args []string) error {
+	for _, word := range args {
+		if word != podsWord {
+			return usage("%q is no layer to switch on: say %s, or nothing", word, podsWord)
+		}
+		p.pods = true
+	}
+	return nil
 }
 
 func (p *place) service() layer.Layer {
@@ -134,11 +167,22 @@ func (p *place) service() layer.Layer {
 	if p.dns != "" {
 		settings.Seen = dns.DefaultService
 	}
+	if p.pods {
+		settings.Claim = p.network().Claim
+	}
 	return service.New(settings)
 }
 
 func (p *place) names() *dns.Layer {
-	return dns.New(dns.Settings{Zone: p.dns, Pins: filepath.Join(p.pins, "dns")})
+	return dns.New(dns.Settings{Zone: p.dns, Pins: filepath.Join(p.pins, "dns"), Heard: p.heard})
+}
+
+// network is always the same: the service layer has to talk to the one in force.
+func (p *place) network() *pod.Layer {
+	if p.podLayer == nil {
+		p.podLayer = pod.New(pod.Settings{Node: p.node, Pins: filepath.Join(p.pins, "pod"), Folder: filepath.Join(p.run, "pod"), Socket: filepath.Join(p.run, "cni.sock")})
+	}
+	return p.podLayer
 }
 
 func (p *place) trace() *trace.Layer {

@@ -17,13 +17,18 @@ func planCommand(s *settings) *cobra.Command {
 	var from wishes
 	var proxy standIn
 	c := command(&cobra.Command{
-		Use:   "plan --source dir:PATH|kube:PATH|kube:",
+		Use:   "plan [pods] --source dir:PATH|kube:PATH|kube:",
+		Args:  cobra.ArbitraryArgs,
 		Short: "What the agent would change in the kernel",
 		Long: `
 Reads the manifests or asks the API server once, compares what is asked for with what is pinned on this
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
-pinned everything is new.`,
-	}, readsOnly, func(ctx context.Context, _ []string) error {
+pinned everything is new. With the word pods it is about an agent that gives the
+node's pods their network, too.`,
+	}, readsOnly, func(ctx context.Context, args []string) error {
+		if err := at.also(args); err != nil {
+			return err
+		}
 		from.names = at.dns != ""
 		return plan(ctx, s, &at, &from, &proxy)
 	}, exitData, exitPrivilege)
@@ -94,7 +99,7 @@ func plan(ctx context.Context, s *settings, at *place, from *wishes, proxy *stan
 // planned are the changes of one layer: those that its plan asks for, or its removal
 // where it is switched off.
 func (p *place) planned(l layer.Layer, snapshot *model.Snapshot) (layer.Changes, error) {
-	if p.dns == "" && l.Name() == p.names().Name() {
+	if p.isOff(l) {
 		return l.Removal()
 	}
 	have, err := l.Look()

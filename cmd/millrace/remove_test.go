@@ -16,7 +16,10 @@ import (
 )
 
 // pod makes a network namespace behind a veth of the node, and returns its path.
-func (n *node) pod(address string) string {
+func (n *node) pod(address string) string { return n.podBehind("veth1", address) }
+
+// podBehind is pod for a device of that name.
+func (n *node) podBehind(device, address string) string {
 	n.t.Helper()
 	must := func(err error) {
 		if err != nil {
@@ -31,7 +34,7 @@ func (n *node) pod(address string) string {
 	must(err)
 	defer outside.Close()
 	gateway, mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.HardwareAddr{2, 0, 0, 0, 0, 2}
-	port, err := outside.Veth(link.Veth{Name: "veth1", MAC: gateway, Peer: "eth0", PeerMAC: mac, PeerNamespace: path})
+	port, err := outside.Veth(link.Veth{Name: device, MAC: gateway, Peer: "eth0", PeerMAC: mac, PeerNamespace: path})
 	must(err)
 	must(outside.Up(port))
 	inside, err := link.Open(path)

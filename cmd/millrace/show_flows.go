@@ -140,12 +140,7 @@ func readFlows(at *place, known *names) (*flowReport, error) {
 
 // addOpen adds the open connections of the calling thread's namespace.
 func addOpen(sums map[pair]*flowSum, namespace string) error {
-	listening := map[uint16]bool{}
-	err := sockdiag.Walk(unix.IPPROTO_TCP, func(s sockdiag.State) {
-		if s.State == unix.BPF_TCP_LISTEN {
-			listening[s.Local.Port()] = true
-		}
-	})
+	listening, err := sockdiag.Ports()
 	if err != nil {
 		return err
 	}

@@ -64,13 +64,14 @@ useless: docs/tune.md.
   millrace tune apply --profile ./article.conf --prove
   millrace tune status                   what is set, and whether it still is so
   millrace tune undo --all
-  millrace tune keep conntrack-idle      runs, and sets it again`,
+  millrace tune keep conntrack-idle      runs, and sets it again
+  millrace tune dns --source kube:       how many DNS servers the cluster wants`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usage("say what to do: plan, apply, undo, status, keep or prove")
+			return usage("say what to do: plan, apply, undo, status, keep, prove or dns")
 		},
 	}
-	c.AddCommand(tunePlanCommand(s), tuneApplyCommand(s), tuneUndoCommand(s), tuneStatusCommand(s), tuneKeepCommand(s), tuneProveCommand(s))
+	c.AddCommand(tunePlanCommand(s), tuneApplyCommand(s), tuneUndoCommand(s), tuneStatusCommand(s), tuneKeepCommand(s), tuneProveCommand(s), tuneDNSCommand(s))
 	return c
 }
 
@@ -309,6 +310,9 @@ func then(proposals []knob.Proposal) (all []string) {
 
 func (t *tuning) undo(ctx context.Context, ids []string) error {
 	for i, id := range ids {
+		if id == serversKnob {
+			continue
+		}
 		k, err := findKnob(id)
 		if err != nil {
 			return err
@@ -317,7 +321,7 @@ func (t *tuning) undo(ctx context.Context, ids []string) error {
 	}
 	var all tuned
 	there, err := t.objects(ctx).Undo(ids, t.dry)
-	if slices.ContainsFunc(there, tune.IsPutBack) {
+	if slices.ContainsFunc(there, func(c layer.Change) bool { return tune.IsPutBack(c) && c.Subject.Object() != serversSetting }) {
 		all.Then = []string{proxyRestart}
 	}
 	done, errHere := t.ledger().Undo(ids, t.dry)

@@ -2,11 +2,8 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,11 +78,7 @@ func (k *keeping) becomes(space, setting, value string) {
 
 // metrics are what Prometheus reads in the node's namespace.
 func (k *keeping) metrics() (text string) {
-	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(_ context.Context, network, address string) (c net.Conn, err error) {
-		err = netns.Do(k.node, func() error { c, err = net.Dial(network, address); return err })
-		return c, err
-	}}}
-	answer, err := client.Get("http://127.0.0.1:9471/metrics")
+	answer, err := clientIn(k.node).Get("http://127.0.0.1:9471/metrics")
 	if err != nil {
 		return err.Error()
 	}

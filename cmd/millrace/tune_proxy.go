@@ -121,13 +121,19 @@ func (t *tuning) objects(ctx context.Context) *tune.Ledger {
 	if folder == tuneFolder {
 		folder = objectsFolder
 	}
-	known := map[string]*proxyStore{}
+	known := map[string]tune.Store{}
 	return tune.NewLedgerOf(folder, func(path string) tune.Store {
+		way, deployment, ofServers := strings.Cut(path, serversWay)
 		from := t.from
 		if from.source == "" {
-			from = wayOf(path)
+			from = wayOf(way)
 		}
-		if known[path] == nil {
+		namespace, name, _ := strings.Cut(deployment, "/")
+		switch {
+		case known[path] != nil:
+		case ofServers:
+			known[path] = &scaleStore{ctx: ctx, settings: from.kube(), namespace: namespace, name: name}
+		default:
 			known[path] = &proxyStore{ctx: ctx, settings: from.kube()}
 		}
 		return known[path]

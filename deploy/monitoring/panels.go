@@ -129,6 +129,19 @@ var rows = []row{
 		{lined, "Longest round trip between pods", "Smoothed, of the connections that are open; the fifteen longest.", "s", 12,
 			one(`topk(15, max by (client_namespace, client, server_namespace, server) (millrace_flow_rtt_seconds{@}))`, pair), 0, nil},
 	}},
+	{"Names", []chart{
+		{lined, "Who answers pods' queries", "Where the agent runs with --dns. In the kernel; by the agent, of what the kernel handed it; by the cluster's DNS servers. Where it does not, all of them go to those, and none is counted.", "reqps", 8, []query{
+			{`sum(rate(millrace_events_total{@, layer="dns", reason=~"answered|nodata|nxdomain|outside|outside_nodata|outside_nxdomain|outside_stale|collapsed"}[$__rate_interval]))`, "kernel"},
+			{`sum(rate(millrace_events_total{@, layer="dns", reason="replied"}[$__rate_interval]))`, "agent"},
+			{`sum(rate(millrace_events_total{@, layer="dns", reason=~"not_plain|not_ours|left|unsure|stale|changed|crowded|back"}[$__rate_interval]))`, "DNS servers"}}, 0, nil},
+		{lined, "Queries by what became of them in the kernel", "docs/dns.md explains each.", "reqps", 8,
+			one(`sum by (reason) (rate(millrace_events_total{@, layer="dns", reason!~"agent_.+|replied|back"}[$__rate_interval])) > 0`, "{{reason}}"), 0, nil},
+		{lined, "Queries by what they came to in the agent", "cache, stale, upstream and cluster are answers; the others go to the cluster's DNS servers.", "reqps", 8,
+			one(`sum by (reason) (rate(millrace_events_total{@, layer="dns", reason=~"agent_.+"}[$__rate_interval])) > 0`, "{{reason}}"), 0, nil},
+		{lined, "Fill of the maps of names", "The fullest node.", "percentunit", 12, one(`max by (map) (millrace_map_entries{@, layer="dns"} / millrace_map_capacity{@, layer="dns"})`, "{{map}}"), 0, nil},
+		{lined, "Answers that were lost", "The kernel could not write them; the pod asks again after 5 s. None is normal.", "short", 12,
+			one(`sum by (instance) (increase(millrace_events_total{@, layer="dns", reason="lost"}[5m])) > 0`, "{{instance}}"), 0, nil},
+	}},
 	{"Doctor", []chart{
 		{tabled, "What doctor finds", "On all nodes where it runs, whatever is chosen above. `millrace doctor --explain ID` says what a check is about.", "none", 12,
 			one(`millrace_doctor_check{status=~"fail|warn"} == 1`, ""), 0, []string{"status", "severity", "id", "layer", "instance"}},

@@ -19,8 +19,12 @@ import (
 	"github.com/millrace/millrace/layer"
 )
 
-// linkPrefix is of the pins of links; the index of the device follows.
-const linkPrefix = "link_" + datapathProgDnsFromPod + "_"
+// linkPrefix is of the pins of links; the index of the device follows. anyLink is of those
+// of every version.
+const (
+	linkPrefix = anyLink + datapathProgDnsFromPod + "_"
+	anyLink    = "link_"
+)
 
 // translator is the program that makes a query to a Service one to an endpoint
 // (layer/service): behind it nobody knows any more what was asked of whom.
@@ -70,7 +74,7 @@ func (d *datapath) devices() ([]device, error) {
 		a := d.attached[one.Index]
 		pod := one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute
 		if pod || a != nil {
-			devices = append(devices, device{Index: one.Index, Name: one.Name, pod: pod, attached: a != nil && a.alive() && a.inFront()})
+			devices = append(devices, device{Index: one.Index, Name: one.Name, pod: pod, attached: a != nil && a.alive() && a.inFront(), space: one.PeerNamespace})
 		}
 	}
 	for index, a := range d.attached {
@@ -376,7 +380,8 @@ type remover interface {
 }
 
 // removal is what Remove would do: filters and links first, so that no program runs on
-// maps that are going, the folder last if it is empty then.
+// maps that are going, the folder last. All that is pinned there goes, also what a later
+// version left: the folder is the layer's alone.
 func removal(settings Settings) (layer.Changes, error) {
 	var changes layer.Changes
 	take := func(subject remover) { changes = append(changes, layer.Change{Op: layer.Remove, Subject: subject}) }
@@ -396,30 +401,15 @@ func removal(settings Settings) (layer.Changes, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read pin folder: %w", err)
 	}
-	ours := 0
 	for _, links := range []bool{true, false} {
 		for _, entry := range found {
-			name := strings.TrimSuffix(entry.Name(), nextSuffix)
-			isLink := strings.HasPrefix(name, linkPrefix)
-			if isLink == links && (isLink || isMap(name)) {
+			if strings.HasPrefix(entry.Name(), anyLink) == links {
 				take(pinned(filepath.Join(settings.Pins, entry.Name())))
-				ours++
 			}
 		}
 	}
-	if ours == len(found) {
-		take(pinned(settings.Pins))
-	}
+	take(pinned(settings.Pins))
 	return changes, nil
-}
-
-func isMap(name string) bool {
-	for _, one := range pinnedMaps {
-		if name == one {
-			return true
-		}
-	}
-	return false
 }
 
 // Object implements layer.Subject: a filter that is to be removed.
@@ -440,7 +430,7 @@ func (p pinned) Object() string { return "pin " + string(p) }
 func (p pinned) Detail() string { return "" }
 
 func (p pinned) remove() error {
-	if strings.HasPrefix(filepath.Base(string(p)), linkPrefix) {
+	if strings.HasPrefix(filepath.Base(string(p)), anyLink) {
 		if attached, err := bpflink.LoadPinnedLink(string(p), nil); err == nil {
 			_ = attached.Detach()
 			attached.Close()

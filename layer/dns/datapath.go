@@ -9,10 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -20,14 +18,21 @@ import (
 	"github.com/millrace/millrace/layer"
 )
 
-// pinnedMaps outlive the process; the others belong to a load of the program.
-var pinnedMaps = []string{datapathMapNames, datapathMapResolvers, datapathMapAuthorities, datapathMapOutcomes}
+// pinnedMaps outlive the process; the others belong to a load of the program. Of those the
+// agent uses ownMaps. Names are pinned last: where they are, Look finds the others.
+var (
+	pinnedMaps = []string{datapathMapResolvers, datapathMapAuthorities, datapathMapOutcomes, datapathMapOutside, datapathMapSearches, datapathMapWaiting, datapathMapNames}
+	ownMaps    = []string{datapathMapAgents, datapathMapCalls, datapathMapPaces}
+)
 
 // datapath is what the layer has in the kernel. It implements host.
 type datapath struct {
 	settings Settings
 	maps     map[string]*ebpf.Map
 	program  *ebpf.Program
+	giveBack *ebpf.Program
+	// lifetime is the program's ttl.
+	lifetime *ebpf.Variable
 	// adopted says that the maps are those that an earlier process left. Where they are
 	// not, its program serves until settle.
 	adopted  bool
@@ -71,6 +76,7 @@ func (d *datapath) open() (err error) {
 	if d.outcomes, err = outcomeNames(spec); err != nil {
 		return err
 	}
+	spec.Maps[datapathMapNames].MaxEntries = uint32(cmp.Or(d.settings.room, leastNames))
 	if err := d.adopt(spec); err != nil {
 		return err
 	}
@@ -92,7 +98,11 @@ func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
 	found := map[string]*ebpf.Map{}
 	for _, name := range pinnedMaps {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
-		if err == nil && spec.Maps[name].Compatible(m) != nil {
+		like := spec.Maps[name].Copy()
+		if err == nil && name == datapathMapNames {
+			like.MaxEntries = m.MaxEntries() // it may have grown
+		}
+		if err == nil && like.Compatible(m) != nil {
 			m.Close()
 			m, err = nil, fs.ErrNotExist
 		}
@@ -107,6 +117,7 @@ func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
 		found[name] = m
 	}
 	d.maps, d.adopted = found, true
+	spec.Maps[datapathMapNames].MaxEntries = found[datapathMapNames].MaxEntries()
 	return nil
 }
 
@@ -134,14 +145,83 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 		return loadError(err)
 	}
 	defer collection.Close()
-	for _, name := range pinnedMaps {
+	for _, name := range append(slices.Clone(pinnedMaps), ownMaps...) {
 		if d.maps[name] == nil {
 			d.maps[name] = collection.Maps[name]
 			delete(collection.Maps, name) // ours now
 		}
 	}
+	d.lifetime = collection.Variables[datapathVarTtl]
 	d.program = collection.Programs[datapathProgDnsFromPod]
+	d.giveBack = collection.Programs[datapathProgDnsGiveBack]
 	delete(collection.Programs, datapathProgDnsFromPod)
+	delete(collection.Programs, datapathProgDnsGiveBack)
+	return nil
+}
+
+// grow implements host: a larger map of names is filled beside the one in force, and then
+// each device is switched over. It is the only writer of names meanwhile. On an error
+// everything is as before.
+func (d *datapath) grow(room int) (take func() error, err error) {
+	spec, err := loadDatapath()
+	if err != nil {
+		return nil, err
+	}
+	ttl, err := d.ttl()
+	if err != nil {
+		return nil, err
+	}
+	spec.Maps[datapathMapNames].MaxEntries = uint32(room)
+	next := &datapath{settings: d.settings, maps: maps.Clone(d.maps)}
+	delete(next.maps, datapathMapNames)
+	if err := next.load(spec); err != nil {
+		return nil, err
+	}
+	next.giveBack.Close() // that one has nothing to do with names
+	old, larger := d.maps[datapathMapNames], next.maps[datapathMapNames]
+	err = errors.Join(next.setTTL(ttl), bpfmap.Copy(old, larger, func(key, value, newKey, newValue []byte) {
+		copy(newKey, key)
+		copy(newValue, value)
+	}))
+	if err == nil && d.settled { // else the program that serves is an earlier process'
+		err = d.switchTo(next.program)
+	}
+	if err != nil {
+		larger.Close()
+		next.program.Close()
+		return nil, err
+	}
+	return func() error {
+		d.program.Close()
+		d.maps, d.program, d.lifetime = next.maps, next.program, next.lifetime
+		old.Close()
+		if !d.settled {
+			return nil
+		}
+		return d.pinMaps()
+	}, nil
+}
+
+// names implements host.
+func (d *datapath) names() *ebpf.Map { return d.maps[datapathMapNames] }
+
+// switchTo puts a program in force at all devices, or at none.
+func (d *datapath) switchTo(program *ebpf.Program) error {
+	var done []attachment
+	for index, a := range d.attached {
+		err := a.run(program)
+		if err == nil {
+			done = append(done, a)
+			continue
+		}
+		if !a.alive() {
+			continue // its device has gone
+		}
+		for _, back := range done {
+			err = errors.Join(err, back.run(d.program))
+		}
+		return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgDnsFromPod, index, err)
+	}
 	return nil
 }
 
@@ -153,10 +233,14 @@ func adapt(spec *ebpf.CollectionSpec, settings Settings) error {
 		word[i/8] |= uint64(b) << (8 * (i % 8))
 		mask[i/8] |= 0xff << (8 * (i % 8))
 	}
-	for name, value := range map[string]any{
+	set := map[string]any{
 		datapathVarZoneWord: word, datapathVarZoneMask: mask, datapathVarZoneLength: uint32(len(zone)),
 		datapathVarTtl: settings.ttl(), datapathVarSilence: uint64(cmp.Or(settings.silence, mostSilence)),
-	} {
+	}
+	if settings.pace > 0 {
+		set[datapathVarPace], set[datapathVarPaceAll] = uint64(settings.pace), uint64(settings.pace)
+	}
+	for name, value := range set {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s of the dns program: %w", name, err)
 		}
@@ -273,16 +357,63 @@ func (d *datapath) restore() error {
 }
 
 // beat implements host.
-func (d *datapath) beat(authority datapathAuthority) error {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return fmt.Errorf("read the time since boot: %w", err)
+func (d *datapath) beat(says words) error {
+	now, err := sinceBoot()
+	if err != nil {
+		return err
 	}
-	authority.Beat = uint64(now.Nano())
+	authority := datapathAuthority{Beat: now, Serial: says.serial, Writes: says.writes}
+	if says.complete {
+		authority.Complete = 1
+	}
+	if says.known > 0 {
+		authority.Known = now + uint64(says.known)
+	}
+	if says.whole > 0 {
+		authority.Whole = now + uint64(says.whole)
+	}
 	if err := d.maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
 		return fmt.Errorf("tell the dns program that the agent is there: %w", err)
 	}
 	return nil
+}
+
+// pause implements host.
+func (d *datapath) pause() error {
+	var authority datapathAuthority
+	if err := d.maps[datapathMapAuthorities].Lookup(uint32(0), &authority); err != nil {
+		return fmt.Errorf("read what the dns program knows of the agent: %w", err)
+	}
+	authority.Whole = 0
+	if err := d.maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
+		return fmt.Errorf("tell the dns program that names are being written: %w", err)
+	}
+	return nil
+}
+
+// ttl implements host.
+func (d *datapath) ttl() (seconds uint32, err error) {
+	if err := d.lifetime.Get(&seconds); err != nil {
+		return 0, fmt.Errorf("read %s of the dns program: %w", datapathVarTtl, err)
+	}
+	return seconds, nil
+}
+
+// setTTL implements host.
+func (d *datapath) setTTL(seconds uint32) error {
+	if err := d.lifetime.Set(seconds); err != nil {
+		return fmt.Errorf("set %s of the dns program: %w", datapathVarTtl, err)
+	}
+	return nil
+}
+
+// sinceBoot is the clock of the program, in nanoseconds: it goes on while the machine sleeps.
+func sinceBoot() (uint64, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, fmt.Errorf("read the time since boot: %w", err)
+	}
+	return uint64(now.Nano()), nil
 }
 
 // describe implements host.
@@ -292,6 +423,8 @@ func (d *datapath) describe(to *layer.Description) error {
 	}
 	names := d.maps[datapathMapNames]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapNames, Entries: to.Objects, Capacity: int(names.MaxEntries()), Bytes: bpfmap.Bytes(names)})
+	outside := d.maps[datapathMapOutside]
+	to.Maps = append(to.Maps, layer.Map{Name: datapathMapOutside, Capacity: int(outside.MaxEntries()), Bytes: bpfmap.Bytes(outside)})
 	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
 		if a := d.attached[index]; a.alive() {
 			to.Programs = append(to.Programs, layer.Program{
@@ -312,19 +445,9 @@ func (d *datapath) describe(to *layer.Description) error {
 	return nil
 }
 
-// outcomeNames reads the words of `enum outcome` from the object's BTF, in order.
+// outcomeNames are the words of `enum outcome`, in order.
 func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
-	var enum *btf.Enum
-	if err := spec.Types.TypeByName("outcome", &enum); err != nil {
-		return nil, fmt.Errorf("read enum outcome: %w", err)
-	}
-	names := make([]string, datapathOutcomeOUTCOME_COUNT)
-	for _, value := range enum.Values {
-		if value.Value < uint64(len(names)) {
-			names[value.Value] = strings.ToLower(strings.TrimPrefix(value.Name, "OUTCOME_"))
-		}
-	}
-	return names, nil
+	return bpfmap.Words(spec.Types, "outcome", "OUTCOME_", int(datapathOutcomeOUTCOME_COUNT))
 }
 
 func (d *datapath) close() {
@@ -332,8 +455,10 @@ func (d *datapath) close() {
 	for _, a := range d.attached {
 		a.close()
 	}
-	if d.program != nil {
-		d.program.Close()
+	for _, program := range []*ebpf.Program{d.program, d.giveBack} {
+		if program != nil {
+			program.Close()
+		}
 	}
 	if d.lock != nil {
 		d.lock.Close()

@@ -23,39 +23,95 @@ type datapathAddresses struct {
 	Kind     datapathNameKind
 	Ip4Count uint8
 	Ip6Count uint8
-	Zero     [2]uint8
+	Longest  uint16
+	Number   uint64
 	Ip4      [8]uint32
 	Ip6      [8]datapathAddress
 }
 
 type datapathAuthority struct {
-	_      structs.HostLayout
-	Beat   uint64
-	Serial uint32
-	Whole  uint8
-	Zero   [3]uint8
+	_        structs.HostLayout
+	Beat     uint64
+	Known    uint64
+	Whole    uint64
+	Writes   uint64
+	Serial   uint32
+	Complete uint32
 }
 
 type datapathDesk struct {
-	_        structs.HostLayout
-	Asked    [256]uint8
-	Said     [576]uint8
-	Lower    [320]uint8
-	Name     datapathName
+	_       structs.HostLayout
+	Asked   [256]uint8
+	Said    [1040]uint8
+	Lower   [320]uint8
+	Now     uint64
+	Writes  uint64
+	Name    datapathName
+	Finding struct {
+		_         structs.HostLayout
+		Number    uint64
+		Ttl       uint32
+		Longest   uint16
+		Outside   uint8
+		IsSettled uint8
+		IsOurs    uint8
+		IsAlias   uint8
+		IsMissing uint8
+		Zero      [5]uint8
+	}
 	Question struct {
+		_      structs.HostLayout
+		Length uint32
+		Name   uint32
+		Type   uint16
+		Edns   uint8
+		Zero   uint8
+	}
+	Candidate struct {
 		_       structs.HostLayout
-		Length  uint32
 		Name    uint32
 		Below   uint32
 		Labels  uint32
 		Last    uint32
 		Service uint32
-		Type    uint16
-		Edns    uint8
-		Zero    uint8
 	}
-	_ [4]byte
 }
+
+type datapathGiven uint32
+
+const (
+	datapathGivenGIVEN         datapathGiven = 0
+	datapathGivenGIVEN_TO_NONE datapathGiven = 1
+	datapathGivenGIVEN_NOWHERE datapathGiven = 2
+	datapathGivenGIVEN_FAILED  datapathGiven = 3
+)
+
+type datapathHanded struct {
+	_      structs.HostLayout
+	Since  uint64
+	Asker  uint32
+	Length uint32
+	Frame  [416]uint8
+}
+
+type datapathKnown struct {
+	_        structs.HostLayout
+	Until    uint64
+	State    datapathKnownState
+	Stale    uint8
+	From     uint8
+	Aliases  uint8
+	Negative uint8
+}
+
+type datapathKnownState uint32
+
+const (
+	datapathKnownStateKNOWN_NOT       datapathKnownState = 0
+	datapathKnownStateKNOWN_ADDRESSES datapathKnownState = 1
+	datapathKnownStateKNOWN_NODATA    datapathKnownState = 2
+	datapathKnownStateKNOWN_ABSENT    datapathKnownState = 3
+)
 
 type datapathName struct {
 	_    structs.HostLayout
@@ -72,33 +128,82 @@ const (
 type datapathOutcome uint32
 
 const (
-	datapathOutcomeOUTCOME_ANSWERED  datapathOutcome = 0
-	datapathOutcomeOUTCOME_NODATA    datapathOutcome = 1
-	datapathOutcomeOUTCOME_NXDOMAIN  datapathOutcome = 2
-	datapathOutcomeOUTCOME_NOT_PLAIN datapathOutcome = 3
-	datapathOutcomeOUTCOME_NOT_OURS  datapathOutcome = 4
-	datapathOutcomeOUTCOME_LEFT      datapathOutcome = 5
-	datapathOutcomeOUTCOME_UNSURE    datapathOutcome = 6
-	datapathOutcomeOUTCOME_STALE     datapathOutcome = 7
-	datapathOutcomeOUTCOME_LOST      datapathOutcome = 8
-	datapathOutcomeOUTCOME_COUNT     datapathOutcome = 9
+	datapathOutcomeOUTCOME_ANSWERED         datapathOutcome = 0
+	datapathOutcomeOUTCOME_NODATA           datapathOutcome = 1
+	datapathOutcomeOUTCOME_NXDOMAIN         datapathOutcome = 2
+	datapathOutcomeOUTCOME_OUTSIDE          datapathOutcome = 3
+	datapathOutcomeOUTCOME_OUTSIDE_NODATA   datapathOutcome = 4
+	datapathOutcomeOUTCOME_OUTSIDE_NXDOMAIN datapathOutcome = 5
+	datapathOutcomeOUTCOME_OUTSIDE_STALE    datapathOutcome = 6
+	datapathOutcomeOUTCOME_COLLAPSED        datapathOutcome = 7
+	datapathOutcomeOUTCOME_NOT_PLAIN        datapathOutcome = 8
+	datapathOutcomeOUTCOME_NOT_OURS         datapathOutcome = 9
+	datapathOutcomeOUTCOME_LEFT             datapathOutcome = 10
+	datapathOutcomeOUTCOME_UNSURE           datapathOutcome = 11
+	datapathOutcomeOUTCOME_STALE            datapathOutcome = 12
+	datapathOutcomeOUTCOME_CHANGED          datapathOutcome = 13
+	datapathOutcomeOUTCOME_LOST             datapathOutcome = 14
+	datapathOutcomeOUTCOME_HANDED           datapathOutcome = 15
+	datapathOutcomeOUTCOME_CROWDED          datapathOutcome = 16
+	datapathOutcomeOUTCOME_REPLIED          datapathOutcome = 17
+	datapathOutcomeOUTCOME_BACK             datapathOutcome = 18
+	datapathOutcomeOUTCOME_COUNT            datapathOutcome = 19
 )
+
+type datapathOutsideName struct {
+	_         structs.HostLayout
+	Known     [2]datapathKnown
+	Since     uint64
+	Asked     uint64
+	Addresses datapathAddresses
+	Record    [18]uint64
+}
+
+type datapathSearchList struct {
+	_      structs.HostLayout
+	Ndots  uint8
+	Count  uint8
+	Zero   [6]uint8
+	Length [8]uint8
+	Suffix [8]datapathSuffix
+}
+
+type datapathSeat struct {
+	_      structs.HostLayout
+	Device uint32
+	Number uint32
+}
+
+type datapathSuffix struct {
+	_    structs.HostLayout
+	Word [8]uint64
+}
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	datapathMapAuthorities = "authorities"
-	datapathMapDesks       = "desks"
-	datapathMapNames       = "names"
-	datapathMapOutcomes    = "outcomes"
-	datapathMapResolvers   = "resolvers"
-	datapathProgDnsFromPod = "dns_from_pod"
-	datapathVarSilence     = "silence"
-	datapathVarTtl         = "ttl"
-	datapathVarZoneLength  = "zone_length"
-	datapathVarZoneMask    = "zone_mask"
-	datapathVarZoneWord    = "zone_word"
+	datapathMapAgents       = "agents"
+	datapathMapAuthorities  = "authorities"
+	datapathMapCalls        = "calls"
+	datapathMapDesks        = "desks"
+	datapathMapDrafts       = "drafts"
+	datapathMapNames        = "names"
+	datapathMapOutcomes     = "outcomes"
+	datapathMapOutside      = "outside"
+	datapathMapPaces        = "paces"
+	datapathMapResolvers    = "resolvers"
+	datapathMapSearches     = "searches"
+	datapathMapWaiting      = "waiting"
+	datapathProgDnsFromPod  = "dns_from_pod"
+	datapathProgDnsGiveBack = "dns_give_back"
+	datapathVarPace         = "pace"
+	datapathVarPaceAll      = "pace_all"
+	datapathVarSilence      = "silence"
+	datapathVarTtl          = "ttl"
+	datapathVarZoneLength   = "zone_length"
+	datapathVarZoneMask     = "zone_mask"
+	datapathVarZoneWord     = "zone_word"
 )
 
 // loadDatapath returns the embedded CollectionSpec for datapath.
@@ -143,24 +248,34 @@ type datapathSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathProgramSpecs struct {
-	DnsFromPod *ebpf.ProgramSpec `ebpf:"dns_from_pod"`
+	DnsFromPod  *ebpf.ProgramSpec `ebpf:"dns_from_pod"`
+	DnsGiveBack *ebpf.ProgramSpec `ebpf:"dns_give_back"`
 }
 
 // datapathMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathMapSpecs struct {
+	Agents      *ebpf.MapSpec `ebpf:"agents"`
 	Authorities *ebpf.MapSpec `ebpf:"authorities"`
+	Calls       *ebpf.MapSpec `ebpf:"calls"`
 	Desks       *ebpf.MapSpec `ebpf:"desks"`
+	Drafts      *ebpf.MapSpec `ebpf:"drafts"`
 	Names       *ebpf.MapSpec `ebpf:"names"`
 	Outcomes    *ebpf.MapSpec `ebpf:"outcomes"`
+	Outside     *ebpf.MapSpec `ebpf:"outside"`
+	Paces       *ebpf.MapSpec `ebpf:"paces"`
 	Resolvers   *ebpf.MapSpec `ebpf:"resolvers"`
+	Searches    *ebpf.MapSpec `ebpf:"searches"`
+	Waiting     *ebpf.MapSpec `ebpf:"waiting"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathVariableSpecs struct {
+	Pace       *ebpf.VariableSpec `ebpf:"pace"`
+	PaceAll    *ebpf.VariableSpec `ebpf:"pace_all"`
 	Silence    *ebpf.VariableSpec `ebpf:"silence"`
 	Ttl        *ebpf.VariableSpec `ebpf:"ttl"`
 	ZoneLength *ebpf.VariableSpec `ebpf:"zone_length"`
@@ -188,20 +303,34 @@ func (o *datapathObjects) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathMaps struct {
+	Agents      *ebpf.Map `ebpf:"agents"`
 	Authorities *ebpf.Map `ebpf:"authorities"`
+	Calls       *ebpf.Map `ebpf:"calls"`
 	Desks       *ebpf.Map `ebpf:"desks"`
+	Drafts      *ebpf.Map `ebpf:"drafts"`
 	Names       *ebpf.Map `ebpf:"names"`
 	Outcomes    *ebpf.Map `ebpf:"outcomes"`
+	Outside     *ebpf.Map `ebpf:"outside"`
+	Paces       *ebpf.Map `ebpf:"paces"`
 	Resolvers   *ebpf.Map `ebpf:"resolvers"`
+	Searches    *ebpf.Map `ebpf:"searches"`
+	Waiting     *ebpf.Map `ebpf:"waiting"`
 }
 
 func (m *datapathMaps) Close() error {
 	return _DatapathClose(
+		m.Agents,
 		m.Authorities,
+		m.Calls,
 		m.Desks,
+		m.Drafts,
 		m.Names,
 		m.Outcomes,
+		m.Outside,
+		m.Paces,
 		m.Resolvers,
+		m.Searches,
+		m.Waiting,
 	)
 }
 
@@ -209,6 +338,8 @@ func (m *datapathMaps) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathVariables struct {
+	Pace       *ebpf.Variable `ebpf:"pace"`
+	PaceAll    *ebpf.Variable `ebpf:"pace_all"`
 	Silence    *ebpf.Variable `ebpf:"silence"`
 	Ttl        *ebpf.Variable `ebpf:"ttl"`
 	ZoneLength *ebpf.Variable `ebpf:"zone_length"`
@@ -220,12 +351,14 @@ type datapathVariables struct {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathPrograms struct {
-	DnsFromPod *ebpf.Program `ebpf:"dns_from_pod"`
+	DnsFromPod  *ebpf.Program `ebpf:"dns_from_pod"`
+	DnsGiveBack *ebpf.Program `ebpf:"dns_give_back"`
 }
 
 func (p *datapathPrograms) Close() error {
 	return _DatapathClose(
 		p.DnsFromPod,
+		p.DnsGiveBack,
 	)
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 )
@@ -29,7 +30,11 @@ func needKernel(t testing.TB, err error) {
 	if errors.Is(err, unix.EPERM) && os.Geteuid() != 0 {
 		t.Skip("needs root: loads an eBPF program")
 	}
-	t.Fatalf("%+v", err)
+	var refused *ebpf.VerifierError
+	if errors.As(err, &refused) {
+		t.Logf("%-60v", refused)
+	}
+	t.Fatal(err)
 }
 
 // datagramOf is an Ethernet frame with a UDP datagram.

@@ -31,13 +31,19 @@ import (
 // nobody is a host with nothing on it.
 type nobody struct{}
 
-func (nobody) beat(datapathAuthority) error      { return nil }
+func (nobody) beat(words) error                  { return nil }
+func (nobody) ttl() (uint32, error)              { return 5, nil }
+func (nobody) setTTL(uint32) error               { return nil }
+func (nobody) grow(int) (func() error, error)    { return nil, errors.ErrUnsupported }
+func (nobody) names() *ebpf.Map                  { return nil }
+func (nobody) pause() error                      { return nil }
 func (nobody) devices() ([]device, error)        { return nil, nil }
 func (nobody) attach(device) error               { return nil }
 func (nobody) detach(device) error               { return nil }
 func (nobody) lost() []lost                      { return nil }
 func (nobody) restore() error                    { return nil }
 func (nobody) settle() error                     { return nil }
+func (nobody) server() (*server, error)          { return nil, errors.New("nobody") }
 func (nobody) describe(*layer.Description) error { return nil }
 func (nobody) close()                            {}
 
@@ -61,7 +67,7 @@ func TestPureLaws(t *testing.T) {
 				return nil
 			}
 			l := New(Settings{Zone: "cluster.local"})
-			l.host, l.tables = nobody{}, tables{names, bpfmap.NewFake[datapathAddress, uint8](16)}
+			l.host, l.tables = nobody{}, tables{names: names, resolvers: bpfmap.NewFake[datapathAddress, uint8](16)}
 			return l, func() { names.Refuse = nil }
 		},
 	})
@@ -117,30 +123,39 @@ func newHamlet(t *testing.T) *hamlet {
 	pins := filepath.Join(h.BPF, "millrace", "dns")
 	must(t, os.Mkdir(filepath.Dir(pins), 0o700))
 	h.settings = Settings{Zone: "cluster.local", Netns: h.NetNS, Pins: pins, silence: time.Hour}
+	h.device = h.connect("pod1", h.pod, "10.244.1.7/32", "fd00:244:1::7/128")
+	return h
+}
+
+// connect gives a pod a veth, its addresses and a route to all else by it. It returns the
+// index of the node's end.
+func (h *hamlet) connect(name, netns, ip4, ip6 string) int {
+	t := h.t
+	t.Helper()
 	nodeMAC, podMAC := net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.HardwareAddr{2, 0, 0, 0, 0, 2}
 	node, err := link.Open(h.NetNS)
 	must(t, err)
 	defer node.Close()
-	h.device, err = node.Veth(link.Veth{Name: "pod1", MAC: nodeMAC, Peer: "eth0", PeerMAC: podMAC, PeerNamespace: h.pod})
+	device, err := node.Veth(link.Veth{Name: name, MAC: nodeMAC, Peer: "eth0", PeerMAC: podMAC, PeerNamespace: netns})
 	must(t, err)
-	must(t, node.Up(h.device))
-	pod, err := link.Open(h.pod)
+	must(t, node.Up(device))
+	pod, err := link.Open(netns)
 	must(t, err)
 	defer pod.Close()
 	eth0, err := pod.Index("eth0")
 	must(t, err)
 	must(t, pod.UpLoopback())
 	must(t, pod.Up(eth0))
-	for _, end := range []struct{ own, via string }{{"10.244.1.7/32", "169.254.1.1"}, {"fd00:244:1::7/128", "fe80::1"}} {
+	for _, end := range []struct{ own, via string }{{ip4, "169.254.1.1"}, {ip6, "fe80::1"}} {
 		own, via := netip.MustParsePrefix(end.own), netip.MustParseAddr(end.via)
 		must(t, pod.Addr(eth0, own))
 		must(t, pod.Neigh(eth0, via, nodeMAC))
 		must(t, pod.Route(link.Route{To: netip.PrefixFrom(via, via.BitLen()), Link: eth0}))
 		must(t, pod.Route(link.Route{To: netip.PrefixFrom(via, 0).Masked(), Via: via, Link: eth0}))
-		must(t, node.Route(link.Route{To: own, Link: h.device}))
-		must(t, node.Neigh(h.device, own.Addr(), podMAC))
+		must(t, node.Route(link.Route{To: own, Link: device}))
+		must(t, node.Neigh(device, own.Addr(), podMAC))
 	}
-	return h
+	return device
 }
 
 // bridged makes the pod's veth a port of a bridge, which is the pod's gateway then.

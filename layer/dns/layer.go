@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/bits"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -26,15 +28,27 @@ type Settings struct {
 	Zone string
 	// Service is the cluster's DNS Service; the zero value is DefaultService.
 	Service model.Name
-	// TTL is how long records may be kept, in whole seconds; 0 is DefaultTTL.
+	// TTL is how long records may be kept where the DNS servers' configuration is not
+	// known, in whole seconds; 0 is DefaultTTL.
 	TTL time.Duration
 	// Netns is the path of the node's network namespace; empty for this process's own.
 	Netns string
 	// Pins is the folder in a bpf file system for maps and links; it is the layer's
 	// alone.
 	Pins string
+	// Heard says when the source last knew what the cluster asks for; nil is always now.
+	Heard func() time.Time
+	// names is how many there may be; 0 is what the node's memory allows. room is for how
+	// many the map is made; 0 is leastNames. Tests choose them.
+	names, room int
 	// silence is how long the agent may be silent; 0 is mostSilence. Tests choose it.
 	silence time.Duration
+	// pace is the time between two queries of a device that are handed up, and of all; 0
+	// is as in waiting.h. Tests choose it.
+	pace time.Duration
+	// patience is how long a query that was handed up may wait; 0 is mostPatience. Tests
+	// choose it: a busy machine begins an agent in more.
+	patience time.Duration
 }
 
 // DefaultService is the name that the DNS Service has in nearly all clusters, whatever
@@ -49,6 +63,17 @@ const (
 	mostSilence = 2 * time.Second
 	// beatEvery is how often it says that it is there.
 	beatEvery = 500 * time.Millisecond
+	// DenyFor is how long after the source last knew the cluster names are said not to
+	// exist. The source tries again every 22 s at the latest, and the Corefile of kubeadm has
+	// the DNS servers keep their own answers for 30 s (cache 30).
+	DenyFor = 30 * time.Second
+	// SayFor is how long after that names are still said to lead anywhere, where the DNS
+	// servers can answer, and how long after the agent was last heard of, where they cannot.
+	// Pods of a node that is cut off are made anew elsewhere after 300 s
+	// (https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/), so
+	// that addresses may be others' from then on; kubelet starts a container that ends again
+	// and again every 300 s (https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/).
+	SayFor = 5 * time.Minute
 	// batch is how many names are written at once.
 	batch = 4096
 )
@@ -68,24 +93,79 @@ type Layer struct {
 	planner  planner
 	host     host
 	tables   tables
+	// number is that of the entry written last.
+	number atomic.Uint64
+	// learning is held while names outside are written, and while the layer opens and closes.
+	learning sync.Mutex
+	learned  int // names outside that there are; guarded by learning
+	files    *files
 
 	mu sync.Mutex // guards what follows
-	// authority is what the programs are told at each beat; nil before a Snapshot was
-	// applied.
-	authority *datapathAuthority
-	applied   int
+	// known is what the programs are told of at each beat; nil before a Snapshot was applied.
+	known   *knowledge
+	applied int
+	// serving says that Serve runs.
+	serving bool
+	writing bool // names are being written, which the programs were told by pause
+}
+
+// knowledge is what is known of the names that are written.
+type knowledge struct {
+	serial uint32
+	// whole says that other names do not exist, served that the DNS servers can answer.
+	whole, served bool
+	// left is why they are to answer for the whole zone.
+	left string
+	// writes is another one each time that names were written.
+	writes uint64
+	// cut is how many names were left out for want of room.
+	cut int
+}
+
+// words are what the programs are told: for how long what is written may be said, also that
+// a name has no address of a family if all of it is written, and for how long that other
+// names do not exist.
+type words struct {
+	serial       uint32
+	complete     bool
+	known, whole time.Duration
+	writes       uint64
+}
+
+// says is what may be said when the source last knew the cluster so long ago. The programs
+// say nothing but what is known for SayFor when the agent is gone, and that only where
+// nobody else can.
+func (k *knowledge) says(ago, silence time.Duration) words {
+	w := words{serial: k.serial, complete: k.whole, writes: k.writes}
+	if ago <= SayFor || !k.served {
+		w.known = silence
+	}
+	if !k.served {
+		w.known = max(silence, SayFor)
+	}
+	if k.whole && ago <= DenyFor {
+		w.whole = silence
+	}
+	return w
 }
 
 // tables are the maps with their types.
 type tables struct {
 	names     bpfmap.Table[datapathName, datapathAddresses]
 	resolvers bpfmap.Table[datapathAddress, uint8]
+	outside   bpfmap.Table[datapathName, datapathOutsideName]
+	searches  bpfmap.Table[uint32, datapathSearchList] // by the index of the pod's device
 }
 
 // host is what the layer needs of the kernel beside its tables.
 type host interface {
-	// beat tells the programs that the agent is there.
-	beat(datapathAuthority) error
+	// beat tells the programs that the agent is there, and what they may say.
+	beat(words) error
+	// ttl is how long records may be kept, in seconds.
+	ttl() (uint32, error)
+	setTTL(seconds uint32) error
+	// pause tells them that names are being written.
+	pause() error
 	// devices lists the node's devices; attach and detach change one of them.
 	devices() ([]device, error)
 	attach(device) error
@@ -93,8 +173,14 @@ type host interface {
 	// lost lists what somebody took away; restore brings it back.
 	lost() []lost
 	restore() error
+	// grow makes room for so many names; from take on the host works with it.
+	grow(room int) (take func() error, err error)
+	// names is the map of them.
+	names() *ebpf.Map
 	// settle puts programs in force that waited for names.
 	settle() error
+	// server begins to answer what is handed up.
+	server() (*server, error)
 	describe(*layer.Description) error
 	close()
 }
@@ -102,7 +188,12 @@ type host interface {
 var _ layer.Layer = (*Layer)(nil)
 
 // New makes the layer. It touches nothing before Open.
-func New(settings Settings) *Layer { return &Layer{settings: settings} }
+func New(settings Settings) *Layer {
+	if settings.names == 0 {
+		settings.names = mostNames(memory())
+	}
+	return &Layer{settings: settings, files: newFiles()}
+}
 
 // Name implements layer.Layer.
 func (l *Layer) Name() string { return "dns" }
@@ -124,7 +215,23 @@ func (l *Layer) Open() error {
 	if err != nil {
 		return err
 	}
+	now, err := sinceBoot()
+	if err != nil {
+		d.close()
+		return err
+	}
+	// An earlier process' numbers are smaller: none writes an entry a nanosecond.
+	l.number.Store(now)
+	l.learning.Lock()
+	defer l.learning.Unlock()
 	l.host, l.tables = d, tablesOf(d.maps)
+	left, err := l.tables.outside.All() // an earlier process'
+	if err != nil {
+		d.close()
+		l.host = nil
+		return fmt.Errorf("read the names outside the cluster: %w", err)
+	}
+	l.learned = len(left)
 	return nil
 }
 
@@ -132,6 +239,8 @@ func tablesOf(maps map[string]*ebpf.Map) tables {
 	return tables{
 		names:     bpfmap.New[datapathName, datapathAddresses](maps[datapathMapNames]),
 		resolvers: bpfmap.New[datapathAddress, uint8](maps[datapathMapResolvers]),
+		outside:   bpfmap.New[datapathName, datapathOutsideName](maps[datapathMapOutside]),
+		searches:  bpfmap.New[uint32, datapathSearchList](maps[datapathMapSearches]),
 	}
 }
 
@@ -142,6 +251,11 @@ func (l *Layer) Read() (layer.Picture, error) {
 		return nil, err
 	}
 	picture.lost = l.host.lost()
+	ttl, err := l.host.ttl()
+	if err != nil {
+		return nil, err
+	}
+	picture.ttl = lifetime(ttl)
 	return l.Refresh(picture)
 }
 
@@ -156,8 +270,15 @@ func (t tables) read(zone string) (*Picture, error) {
 		picture.names[row.Name] = row
 	}
 	resolvers, err := t.resolvers.All()
+	if err != nil {
+		return nil, err
+	}
 	for addr := range resolvers {
 		picture.resolvers[fromAddress(addr)] = true
+	}
+	searches, err := t.searches.All()
+	for index, entry := range searches {
+		picture.searches[index] = listIn(index, entry)
 	}
 	return picture, err
 }
@@ -170,17 +291,21 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	picture.devices = devices
+	for _, d := range devices {
+		picture.nameDevice(d.Index, d.Name)
+	}
+	l.files.refresh(picture)
 	return picture, nil
 }
 
-// Watch implements layer.Layer: devices come and go with pods. Meanwhile it tells the
-// programs that the agent is there.
+// Watch implements layer.Layer: devices come and go with pods, and the search lists in
+// them change. Meanwhile it tells the programs that the agent is there.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
-	var beating sync.WaitGroup
-	defer beating.Wait()
+	var beside sync.WaitGroup
+	defer beside.Wait()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	beating.Go(func() {
+	beside.Go(func() {
 		tick := time.NewTicker(beatEvery)
 		defer tick.Stop()
 		for {
@@ -192,7 +317,8 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 			}
 		}
 	})
-	err := link.Watch(ctx, l.settings.Netns, changed)
+	beside.Go(func() { l.files.follow(ctx, l.settings.Netns, changed) })
+	err := link.Watch(ctx, l.settings.Netns, func() { changed(); l.files.stir() })
 	if err != nil {
 		changed() // it is looked at once a minute
 		<-ctx.Done()
@@ -204,33 +330,56 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 func (l *Layer) beat() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.authority == nil || l.host == nil {
+	if l.known == nil || l.host == nil {
 		return nil
 	}
-	return l.host.beat(*l.authority)
+	says := l.known.says(l.settings.ago(), cmp.Or(l.settings.silence, mostSilence))
+	if l.writing {
+		says.whole = 0
+	}
+	return l.host.beat(says)
+}
+
+// pause keeps the programs from saying that a name does not exist, until assert: who looks
+// for one while it is replaced may not find it. What an earlier process said of its names
+// stays true as long as it did.
+func (l *Layer) pause() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.writing = true
+	return l.host.pause()
+}
+
+// ago is how long ago the source last knew the cluster.
+func (s Settings) ago() time.Duration {
+	if s.Heard == nil {
+		return 0
+	}
+	return time.Since(s.Heard())
 }
 
 // assert sets what the programs are told of the names.
-func (l *Layer) assert(whole bool, serial uint32) error {
+func (l *Layer) assert(wish *Picture, whole bool) error {
 	l.mu.Lock()
-	l.authority = &datapathAuthority{Serial: serial}
-	if whole {
-		l.authority.Whole = 1
-	}
+	l.known = &knowledge{serial: wish.serial, whole: whole, served: wish.served, left: wish.left, writes: l.number.Add(1), cut: wish.over}
+	l.writing = false
 	l.mu.Unlock()
 	return l.beat()
 }
 
-// Look implements layer.Layer: it reads the pinned maps. A pin folder that does not
-// exist is an empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.
+// Look implements layer.Layer: it reads the pinned maps. A pin folder without names is an
+// empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.
 func (l *Layer) Look() (layer.Picture, error) {
 	opened := map[string]*ebpf.Map{}
 	defer closeMaps(opened)
-	for _, name := range []string{datapathMapNames, datapathMapResolvers} {
+	for _, name := range []string{datapathMapNames, datapathMapResolvers, datapathMapSearches} {
 		path := filepath.Join(l.settings.Pins, name)
 		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
-			return newPicture(l.settings.Zone), nil
+			if name == datapathMapNames {
+				return newPicture(l.settings.Zone), nil
+			}
+			return nil, fmt.Errorf("read the names in %s: map %s is missing, they are another version's: use the millrace that made them", l.settings.Pins, name)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
@@ -240,7 +389,11 @@ func (l *Layer) Look() (layer.Picture, error) {
 	if err := sameLayout(opened); err != nil {
 		return nil, fmt.Errorf("read the names in %s: %w", l.settings.Pins, err)
 	}
-	return tablesOf(opened).read(l.settings.Zone)
+	picture, err := tablesOf(opened).read(l.settings.Zone)
+	if err == nil {
+		err = picture.nameDevices(l.settings.Netns)
+	}
+	return picture, err
 }
 
 // Apply implements layer.Layer. As long as a name could not be written, no name is
@@ -250,7 +403,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	var failures []error
 	var done, rows layer.Changes
 	if !wish.whole {
-		failures = appendError(failures, l.assert(false, wish.serial))
+		failures = appendError(failures, l.assert(wish, false))
 	}
 	restored := false
 	each := func(changes layer.Changes) {
@@ -271,10 +424,14 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		}
 	}
 	var first, last layer.Changes
+	names := len(picture.names) // the most at a time: names are removed last
 	for _, change := range changes {
 		switch change.Subject.(type) {
 		case *Row:
 			rows = append(rows, change)
+			if change.Op == layer.Add {
+				names++
+			}
 		case lost:
 			first = append(first, change)
 		default:
@@ -282,22 +439,52 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		}
 	}
 	each(first)
+	failures = appendError(failures, l.makeRoom(names))
+	if len(rows) > 0 {
+		if err := l.pause(); err != nil {
+			return picture, done, errors.Join(append(failures, err)...)
+		}
+	}
 	written, err := l.write(picture, rows)
 	done = append(done, written...)
 	failures = appendError(failures, err)
 	torn := err != nil
 	if torn {
-		failures = appendError(failures, l.assert(false, wish.serial))
+		failures = appendError(failures, l.assert(wish, false))
 	}
 	each(last)
 	if !torn {
-		failures = appendError(failures, l.assert(wish.whole, wish.serial))
+		failures = appendError(failures, l.assert(wish, wish.whole))
 	}
 	l.mu.Lock()
 	l.applied = len(picture.names)
 	l.mu.Unlock()
 	return picture, done, errors.Join(failures...)
 }
+
+// makeRoom sees to it that the map has room for so many names, also for those that are about
+// to be removed. What does not fit is not written.
+func (l *Layer) makeRoom(names int) error {
+	room := roomFor(names)
+	if room <= l.tables.names.Capacity() {
+		return nil
+	}
+	take, err := l.host.grow(room)
+	if err == nil {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		err = take()
+		l.tables.names = bpfmap.New[datapathName, datapathAddresses](l.host.names())
+	}
+	if err != nil {
+		return fmt.Errorf("make room for %d names: %w", room, err)
+	}
+	return nil
+}
+
+// roomFor is for how many names the map is made where there are so many: the next power of
+// two, as the kernel makes it.
+func roomFor(names int) int { return 1 << bits.Len(uint(max(names, 1)-1)) }
 
 // write carries out the changes of names, those that make some first.
 func (l *Layer) write(picture *Picture, rows layer.Changes) (done layer.Changes, err error) {
@@ -335,6 +522,7 @@ func (l *Layer) writeSome(some layer.Changes, removing bool) []error {
 	for i, change := range some {
 		row := change.Subject.(*Row)
 		keys[i], entries[i] = keyOf(row.Name), entryOf(row)
+		entries[i].Number = l.number.Add(1)
 	}
 	var errs []error
 	if removing {
@@ -357,6 +545,14 @@ func (l *Layer) carryOut(change layer.Change) error {
 			errs = l.tables.resolvers.Put(key, []uint8{1})
 		}
 		return errors.Join(errs...)
+	case lifetime:
+		return l.host.setTTL(uint32(s))
+	case *SearchList:
+		key := []uint32{s.index}
+		if change.Op == layer.Remove {
+			return errors.Join(l.tables.searches.Delete(key)...)
+		}
+		return errors.Join(l.tables.searches.Put(key, []datapathSearchList{s.entry()})...)
 	case device:
 		if change.Op == layer.Remove {
 			return l.host.detach(s)
@@ -379,6 +575,12 @@ func (p *Picture) note(change layer.Change) {
 	case resolver:
 		if p.resolvers[netip.Addr(s)] = true; gone {
 			delete(p.resolvers, netip.Addr(s))
+		}
+	case lifetime:
+		p.ttl = s
+	case *SearchList:
+		if p.searches[s.index] = s; gone {
+			delete(p.searches, s.index)
 		}
 	case device:
 		for i := range p.devices {
@@ -407,22 +609,57 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	l.mu.Lock()
 	d.Objects = l.applied
-	if l.authority != nil && l.authority.Whole == 0 {
-		d.Degraded = append(d.Degraded, "names that are not known here are asked of the cluster's DNS servers: not all Services of the cluster are known, or there are too many")
+	if l.known != nil {
+		d.Degraded = append(d.Degraded, l.known.degraded(l.settings)...)
 	}
 	l.mu.Unlock()
+	l.files.describe(&d)
 	d.Settings = map[string]string{"zone": l.settings.Zone, "service": l.settings.service().String()}
-	return d, l.host.describe(&d)
+	if err := l.host.describe(&d); err != nil {
+		return d, err
+	}
+	l.learning.Lock()
+	defer l.learning.Unlock()
+	for i, m := range d.Maps {
+		if m.Name == datapathMapOutside {
+			d.Maps[i].Entries = l.learned
+		}
+	}
+	return d, nil
+}
+
+// degraded says what is not said here, and why.
+func (k *knowledge) degraded(settings Settings) (texts []string) {
+	say := func(format string, args ...any) { texts = append(texts, fmt.Sprintf(format, args...)) }
+	says, ago := k.says(settings.ago(), mostSilence), settings.ago().Round(time.Second)
+	switch {
+	case k.left != "":
+		say("all names are left to the cluster's DNS servers: %s", k.left)
+	case says.known == 0:
+		say("the cluster's DNS servers are asked for every name: the source was last well %v ago", ago)
+	case k.whole && says.whole == 0:
+		say("names that are not known here are asked of the cluster's DNS servers: the source was last well %v ago", ago)
+	case k.cut > 0:
+		say("%d names and those that are not known here are asked of the cluster's DNS servers: there is room for %d, by the node's memory", k.cut, settings.names)
+	case !k.whole:
+		say("names that are not known here are asked of the cluster's DNS servers: not all Services of the cluster are known")
+	}
+	if !k.served {
+		say("the cluster's DNS servers cannot answer what is asked of them: no endpoint of Service %s is ready", settings.service())
+	}
+	return texts
 }
 
 // Close implements layer.Layer.
 func (l *Layer) Close() error {
+	l.learning.Lock()
+	defer l.learning.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.host != nil {
 		l.host.close()
 	}
-	l.host, l.authority = nil, nil
+	l.host, l.known = nil, nil
 	return nil
 }
 
@@ -435,7 +672,8 @@ func (l *Layer) Left() (int, error) { return 0, nil }
 // Removal implements layer.Layer.
 func (l *Layer) Removal() (layer.Changes, error) { return removal(l.settings) }
 
-// Remove implements layer.Layer. It returns layer.ErrInUse while a process has the
+// Remove implements layer.Layer. What an agent that was killed had taken goes on to the DNS
+// Service first. It returns layer.ErrInUse while a process has the
 // layer open, this one too.
 func (l *Layer) Remove() (layer.Changes, error) {
 	changes, err := l.Removal()
@@ -448,6 +686,7 @@ func (l *Layer) Remove() (layer.Changes, error) {
 			return nil, err
 		}
 		defer lock.Close()
+		giveAllBack(l.settings)
 	}
 	var done layer.Changes
 	var failures []error

@@ -1,13 +1,14 @@
 //go:build ignore
 
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-/* Answers to what pods ask the cluster's DNS Service about names of the cluster.
+/* Answers to what pods ask the cluster's DNS Service: about names of the cluster, which it
+ * knows, and about others as long as it was told what is known of them.
  *
  * dns_from_pod sees what a pod sends before anybody else does. A query that it
  * understands whole, about a name whose state it knows, it turns into the answer and
  * gives back to the pod. Everything else goes its way untouched, to whoever serves
  * the Service: other types and classes, EDNS options, DO and CD, TCP, fragments, IP
- * options, names of other zones, names that it was told to leave.
+ * options, names of other zones that nothing is known of, names that it was told to leave.
  *
  * Message format: RFC 1035, 4; EDNS: RFC 6891, 6.1; negative answers: RFC 2308, 2.
  */
@@ -34,7 +35,8 @@ struct addresses {
 	enum name_kind kind;
 	__u8 ip4_count;
 	__u8 ip6_count;
-	__u8 zero[2];
+	__u16 longest; /* what the records of an answer take at most, of either family, in bytes */
+	__u64 number;  /* no two entries have the same, also one after the other */
 	__be32 ip4[ADDRESSES];
 	struct address ip6[ADDRESSES];
 };
@@ -56,12 +58,81 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } resolvers SEC(".maps");
 
+/* What is known of one family of a name that is not the cluster's. */
+enum known_state {
+	KNOWN_NOT,       /* nothing: others are asked */
+	KNOWN_ADDRESSES, /* those of the entry */
+	KNOWN_NODATA,    /* the name exists, and has no address of that family */
+	KNOWN_ABSENT,    /* there is no such name */
+};
+
+#define RECORD_WORDS 18
+
+struct known {
+	__u64 until; /* in nanoseconds since boot: from then on it is not known any more */
+	enum known_state state;
+	__u8 stale;    /* no server says otherwise at the moment (RFC 8767) */
+	__u8 from;     /* its records begin at this word of record; ... */
+	__u8 aliases;  /* ... so many are CNAME records, ... */
+	__u8 negative; /* ... and the one after them, if it is 1, is the SOA record */
+};
+
+/* A name that is not the cluster's, both families in one, so that they are of one moment.
+ *
+ * Records stand as in messages, each family's one after the other, with TTLs as they were
+ * at since. Names in them are not compressed, but for the owners: 0xc000 and an offset,
+ * from the beginning of the name; what follows its final zero is the family's records. */
+struct outside_name {
+	struct known known[2]; /* A, AAAA */
+	__u64 since;           /* in nanoseconds since boot */
+	__u64 asked;           /* when a pod asked for it last, in nanoseconds since boot, about */
+	struct addresses addresses;
+	__u64 record[RECORD_WORDS];
+};
+
+/* By the whole name, in the form of struct name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct name);
+	__type(value, struct outside_name);
+	__uint(max_entries, 32768); /* 512 bytes each */
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} outside SEC(".maps");
+
+/* A pod's search list (resolv.conf(5)), as long as all of it fits. */
+#define SUFFIXES     8
+#define SUFFIX_LIMIT 64
+
+struct suffix {
+	__u64 word[SUFFIX_LIMIT / 8]; /* as in messages, in lower case, with the final zero; zeros follow */
+};
+
+struct search_list {
+	__u8 ndots;
+	__u8 count;
+	__u8 zero[6];
+	__u8 length[SUFFIXES]; /* of each, with the final zero */
+	struct suffix suffix[SUFFIXES];
+};
+
+/* By the index of the pod's device at the node. A pod without an entry is answered as if
+ * nothing were known of its list. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, struct search_list);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+} searches SEC(".maps");
+
 /* What the agent says of the names. */
 struct authority {
-	__u64 beat;   /* when it was last there, in nanoseconds since boot */
-	__u32 serial; /* of the zone */
-	__u8 whole;   /* a name that is not in names does not exist */
-	__u8 zero[3];
+	__u64 beat;     /* when it was last there, in nanoseconds since boot */
+	__u64 known;    /* until then names lead to what names says, ... */
+	__u64 whole;    /* ... and until then a name that is not in names does not exist */
+	__u64 writes;   /* another one after each time that it wrote names; whole is 0 meanwhile */
+	__u32 serial;   /* of the zone */
+	__u32 complete; /* what is in names of a name is all that there is of it */
 };
 
 struct {
@@ -74,15 +145,25 @@ struct {
 /* What became of the queries to the DNS Service. The names in metrics are read from
  * this enum's BTF, in lower case and without the prefix. */
 enum outcome {
-	OUTCOME_ANSWERED,  /* with addresses */
-	OUTCOME_NODATA,    /* the name exists, and has no address of that family */
-	OUTCOME_NXDOMAIN,  /* there is no such name */
-	OUTCOME_NOT_PLAIN, /* passed up: not one plain question for A or AAAA */
-	OUTCOME_NOT_OURS,  /* passed up: the name is not one of the cluster's */
-	OUTCOME_LEFT,      /* passed up: of the cluster, but not known here */
-	OUTCOME_UNSURE,    /* passed up: not all names of the cluster are known, and this is none of them */
-	OUTCOME_STALE,     /* passed up: the agent has not been heard of */
-	OUTCOME_LOST,      /* dropped: the answer could not be written */
+	OUTCOME_ANSWERED,         /* with addresses */
+	OUTCOME_NODATA,           /* the name exists, and has no address of that family */
+	OUTCOME_NXDOMAIN,         /* there is no such name */
+	OUTCOME_OUTSIDE,          /* with addresses of a name that is not one of the cluster's */
+	OUTCOME_OUTSIDE_NODATA,   /* such a name, which has no address of that family */
+	OUTCOME_OUTSIDE_NXDOMAIN, /* such a name, which does not exist */
+	OUTCOME_OUTSIDE_STALE,    /* such a name, with what was known before its servers fell silent */
+	OUTCOME_COLLAPSED,        /* with what the search list comes to in the end */
+	OUTCOME_NOT_PLAIN,        /* passed up: not one plain question for A or AAAA */
+	OUTCOME_NOT_OURS,         /* passed up: not one of the cluster's names, and nothing is known of it now */
+	OUTCOME_LEFT,             /* passed up: of the cluster, but not known here */
+	OUTCOME_UNSURE,           /* passed up: not all names of the cluster are known, and this is none of them */
+	OUTCOME_STALE,            /* passed up: the agent has not been heard of */
+	OUTCOME_CHANGED,          /* passed up: what is known of the name was being written */
+	OUTCOME_LOST,             /* dropped: the answer could not be written */
+	OUTCOME_HANDED,           /* taken to the agent; what is neither replied nor back 4 s later was given up */
+	OUTCOME_CROWDED,          /* passed up: too many of the pod's queries wait for the agent, or it asks again */
+	OUTCOME_REPLIED,          /* of those that were taken: answered by the agent */
+	OUTCOME_BACK,             /* of those that were taken: passed up after all */
 	OUTCOME_COUNT,
 };
 
@@ -98,8 +179,8 @@ struct {
 const volatile __u64 zone_word[ZONE_LIMIT / 8] = {};
 const volatile __u64 zone_mask[ZONE_LIMIT / 8] = {};
 const volatile __u32 zone_length = 0;
-/* How long records may be kept, in seconds. */
-const volatile __u32 ttl = 5;
+/* How long records may be kept, in seconds. The agent changes it. */
+volatile __u32 ttl = 5;
 /* How long the agent may be silent, in nanoseconds. */
 const volatile __u64 silence = 2000000000ULL;
 
@@ -109,36 +190,65 @@ const volatile __u64 silence = 2000000000ULL;
 #define QUERY_LIMIT  192 /* header, name, type, class and OPT */
 #define WIRE_LIMIT   160 /* of a question's name */
 #define ANSWER_LIMIT 512
+#define SAID_MASK    1023
 #define LABELS       16
 #define OPT_LENGTH   11
-#define TYPE_A       1
-#define TYPE_SOA     6
-#define TYPE_AAAA    28
-#define TYPE_OPT     41
-#define CLASS_IN     1
+#define RECORD_HEAD  12 /* owner, type, class, TTL and length */
+#define ALIASES      7
+/* Of what is said though it expired, in seconds (RFC 8767, 5). */
+#define STALE_TTL  30
+#define NAME_ERROR 3 /* "there is no such name" */
+#define SECOND     1000000000ULL
+#define TYPE_A     1
+#define TYPE_CNAME 5
+#define TYPE_SOA   6
+#define TYPE_AAAA  28
+#define TYPE_OPT   41
+#define CLASS_IN   1
 /* What an answer may have over UDP without being fragmented anywhere: what OPT says
  * that we take (https://www.dnsflagday.net/2020/). */
 #define UDP_PAYLOAD 1232
 
-/* What is known of a query. */
 struct question {
-	__u32 length;  /* of the message */
-	__u32 name;    /* length of its name, with the final zero */
-	__u32 below;   /* length of what stands before the zone */
-	__u32 labels;  /* how many of them that are */
-	__u32 last;    /* offset of the last of them, ... */
-	__u32 service; /* ... and of the third last */
+	__u32 length; /* of the message */
+	__u32 name;   /* length of its name, with the final zero */
 	__u16 type;
 	__u8 edns;
 	__u8 zero;
 };
 
+/* A name that is looked for: the question's, or what the search list makes of it. */
+struct candidate {
+	__u32 name;    /* its length, with the final zero */
+	__u32 below;   /* length of what stands before the zone */
+	__u32 labels;  /* how many of them that are */
+	__u32 last;    /* offset of the last of them, ... */
+	__u32 service; /* ... and of the third last */
+};
+
+/* What was found of the candidate, and what an answer of it rests on. */
+struct finding {
+	__u64 number;    /* of the entry; 0 if there is none */
+	__u32 ttl;       /* how long it is so that the candidates before this one do not exist, in seconds */
+	__u16 longest;   /* as in the entry */
+	__u8 outside;    /* the entry is one of outside */
+	__u8 is_settled; /* it exists for both families, or for none, and not for a few seconds only */
+	__u8 is_ours;    /* all that was looked at is the cluster's */
+	__u8 is_alias;   /* it is not the name that was asked for */
+	__u8 is_missing; /* it rests on that a name was not found in names */
+	__u8 zero[5];
+};
+
 struct desk {
 	__u8 asked[QUERY_LIMIT + 64]; /* the query as it came */
-	__u8 said[ANSWER_LIMIT + 64];
-	__u8 lower[WIRE_LIMIT + NAME_LIMIT + ZONE_LIMIT]; /* its name in lower case, and what follows */
-	struct name name;
+	__u8 said[SAID_MASK + 1 + 16];
+	__u8 lower[WIRE_LIMIT + NAME_LIMIT + ZONE_LIMIT]; /* the candidate in lower case, and what follows */
+	__u64 now;                                        /* in nanoseconds since boot */
+	__u64 writes;                                     /* as it was in authority then */
+	struct name name;                                 /* what was looked up last */
+	struct finding finding;
 	struct question question;
+	struct candidate candidate;
 };
 
 struct {
@@ -260,12 +370,12 @@ static __always_inline bool read_name(struct desk *desk, struct question *q)
 	return true;
 }
 
-/* read_zone says whether the question's name is below the zone, and finds its labels. */
-static __always_inline bool read_zone(struct desk *desk, struct question *q)
+/* read_zone says whether the candidate is below the zone, and finds its labels. */
+static __always_inline bool read_zone(struct desk *desk, struct candidate *c)
 {
-	__u32 below = q->name - zone_length, at = 0, labels = 0, last = 0, second = 0, third = 0;
+	__u32 below = c->name - zone_length, at = 0, labels = 0, last = 0, second = 0, third = 0;
 
-	if (q->name <= zone_length || below >= WIRE_LIMIT)
+	if (c->name <= zone_length || below >= WIRE_LIMIT)
 		return false;
 	for (int i = 0; i < ZONE_LIMIT / 8; i++) {
 		if ((*(__u64 *)(desk->lower + below + 8 * i) & zone_mask[i]) != zone_word[i])
@@ -282,10 +392,10 @@ static __always_inline bool read_zone(struct desk *desk, struct question *q)
 	}
 	if (at != below) /* a label reaches into what looks like the zone */
 		return false;
-	q->below = below;
-	q->labels = labels;
-	q->last = last;
-	q->service = third;
+	c->below = below;
+	c->labels = labels;
+	c->last = last;
+	c->service = third;
 	return true;
 }
 
@@ -352,14 +462,16 @@ __noinline enum outcome read_question(struct __sk_buff *skb, __u32 at, __u32 len
 		return OUTCOME_NOT_PLAIN;
 	if (!is_plain(desk, q))
 		return OUTCOME_NOT_PLAIN;
-	return read_zone(desk, q) ? OUTCOME_COUNT : OUTCOME_NOT_OURS;
+	desk->candidate.name = q->name;
+	desk->finding = (struct finding){ .ttl = ttl, .is_ours = true };
+	return OUTCOME_COUNT;
 }
 
-/* find_name looks up what stands from an offset of the name up to the zone. */
-static __always_inline struct addresses *find_name(struct desk *desk, __u32 from, __u32 to)
+/* make_key makes a key of what stands from an offset of the candidate up to another. */
+static __always_inline bool make_key(struct desk *desk, __u32 from, __u32 to)
 {
 	if (from > to || from >= WIRE_LIMIT || to - from > NAME_LIMIT)
-		return NULL;
+		return false;
 	__u32 length = to - from;
 
 	for (int i = 0; i < NAME_LIMIT / 8; i++) {
@@ -371,7 +483,7 @@ static __always_inline struct addresses *find_name(struct desk *desk, __u32 from
 			word &= (1ULL << (length - 8 * i) * 8) - 1;
 		desk->name.word[i] = word;
 	}
-	return bpf_map_lookup_elem(&names, &desk->name);
+	return true;
 }
 
 /* Labels as they stand in a name, in the order of its bytes. */
@@ -382,46 +494,266 @@ static __always_inline struct addresses *find_name(struct desk *desk, __u32 from
 
 /* absent decides about a name that is not in names, when all are known
  * (docs/decisions/0014-dns.md has the table). */
-static __always_inline enum outcome absent(struct desk *desk, const struct question *q)
+static __always_inline enum outcome absent(struct desk *desk, const struct candidate *c)
 {
-	if (q->last >= WIRE_LIMIT)
+	if (c->last >= WIRE_LIMIT)
 		return OUTCOME_LEFT;
-	__u64 bytes = *(__u64 *)(desk->lower + q->last), last = bytes & 0xffffffff;
+	__u64 bytes = *(__u64 *)(desk->lower + c->last), last = bytes & 0xffffffff;
 
 	/* pods are not in names; the others are the server's own */
 	if (last == LABEL_POD || last == LABEL_DNS || bytes == LABEL_DNS_VERSION)
 		return OUTCOME_LEFT;
-	if (last != LABEL_SVC || q->labels > 5)
+	if (last != LABEL_SVC || c->labels > 5)
 		return OUTCOME_NXDOMAIN;
-	if (q->labels < 3) /* "svc" or a namespace */
+	if (c->labels < 3) /* "svc" or a namespace */
 		return OUTCOME_LEFT;
-	if (q->labels == 3)
+	if (c->labels == 3)
 		return OUTCOME_NXDOMAIN;
 	/* an endpoint, or a port: whoever knows the Service's knows it */
-	return find_name(desk, q->service, q->below) ? OUTCOME_LEFT : OUTCOME_NXDOMAIN;
+	if (!make_key(desk, c->service, c->below) || bpf_map_lookup_elem(&names, &desk->name))
+		return OUTCOME_LEFT;
+	return OUTCOME_NXDOMAIN;
+}
+
+/* say_inside is what an entry of names says of the family asked for. */
+static __always_inline enum outcome say_inside(const struct desk *desk, const struct addresses *of)
+{
+	if (of->kind != NAME_HAS)
+		return OUTCOME_LEFT;
+	return (desk->question.type == TYPE_A ? of->ip4_count : of->ip6_count) ? OUTCOME_ANSWERED : OUTCOME_NODATA;
+}
+
+/* is_whole says whether a name that is not in names may be said not to exist. */
+static __always_inline bool is_whole(const struct desk *desk, const struct authority *authority)
+{
+	return desk->now < authority->whole;
+}
+
+/* look_inside says what is known of a candidate below the zone. */
+static __always_inline enum outcome look_inside(struct desk *desk, const struct authority *authority)
+{
+	const struct candidate *c = &desk->candidate;
+	const struct addresses *of;
+	enum outcome outcome;
+
+	desk->finding.is_settled = true;
+	if (!make_key(desk, 0, c->below) || desk->now >= authority->known)
+		return OUTCOME_LEFT;
+	of = bpf_map_lookup_elem(&names, &desk->name);
+	if (!of) {
+		desk->finding.is_missing = true;
+		return is_whole(desk, authority) ? absent(desk, c) : OUTCOME_UNSURE;
+	}
+	desk->finding.number = of->number;
+	desk->finding.longest = of->longest;
+	outcome = say_inside(desk, of);
+	return outcome == OUTCOME_NODATA && !authority->complete ? OUTCOME_UNSURE : outcome;
+}
+
+/* is_settled says whether both families are known at the moment, and either both do not
+ * exist, which a server said lately, or one has addresses. */
+static __always_inline bool is_settled(const struct desk *desk, const struct outside_name *o)
+{
+	const struct known *a = &o->known[0], *aaaa = &o->known[1];
+
+	if (a->until <= desk->now || aaaa->until <= desk->now || a->state == KNOWN_NOT || aaaa->state == KNOWN_NOT)
+		return false;
+	if (a->state == KNOWN_ABSENT && aaaa->state == KNOWN_ABSENT)
+		return !a->stale && !aaaa->stale;
+	return a->state != KNOWN_ABSENT && aaaa->state != KNOWN_ABSENT &&
+	       (a->state == KNOWN_ADDRESSES || aaaa->state == KNOWN_ADDRESSES);
+}
+
+static __always_inline const struct known *known_of(const struct desk *desk, const struct outside_name *o)
+{
+	return desk->question.type == TYPE_A ? &o->known[0] : &o->known[1];
+}
+
+/* say_outside is what an entry of outside says of the family asked for. */
+static __always_inline enum outcome say_outside(const struct desk *desk, const struct outside_name *o)
+{
+	const struct known *known = known_of(desk, o);
+
+	if (known->until <= desk->now || known->state == KNOWN_NOT)
+		return OUTCOME_NOT_OURS;
+	if (known->stale)
+		return OUTCOME_OUTSIDE_STALE;
+	if (known->state == KNOWN_ABSENT)
+		return OUTCOME_OUTSIDE_NXDOMAIN;
+	return known->state == KNOWN_NODATA ? OUTCOME_OUTSIDE_NODATA : OUTCOME_OUTSIDE;
+}
+
+/* seconds_until says how long it is until then; never too long. */
+static __always_inline __u32 seconds_until(const struct desk *desk, __u64 then)
+{
+	return then > desk->now ? (then - desk->now) / SECOND : 0;
+}
+
+/* look_outside says what is known of a candidate that is not below the zone. */
+static __always_inline enum outcome look_outside(struct desk *desk)
+{
+	struct finding *f = &desk->finding;
+	struct outside_name *o;
+
+	f->outside = true;
+	f->is_ours = false;
+	if (!make_key(desk, 0, desk->candidate.name - 1))
+		return OUTCOME_NOT_OURS;
+	o = bpf_map_lookup_elem(&outside, &desk->name);
+	if (!o)
+		return OUTCOME_NOT_OURS;
+	f->number = o->addresses.number;
+	f->longest = o->addresses.longest;
+	f->is_settled = is_settled(desk, o);
+	if (desk->now - o->asked > SECOND) /* about: no two processors write it all the time */
+		o->asked = desk->now;
+	if (f->is_settled && o->known[0].state == KNOWN_ABSENT) {
+		__u32 a = seconds_until(desk, o->known[0].until), aaaa = seconds_until(desk, o->known[1].until);
+
+		a = a < aaaa ? a : aaaa;
+		f->ttl = a < f->ttl ? a : f->ttl;
+	}
+	return say_outside(desk, o);
+}
+
+/* look says what is known of the candidate: an answer, or why there is none. */
+__noinline enum outcome look(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
+	const struct authority *authority = bpf_map_lookup_elem(&authorities, &zero);
+
+	if (!desk || !authority || !skb)
+		return OUTCOME_LEFT;
+	desk->finding.number = 0;
+	desk->finding.outside = false;
+	desk->finding.is_settled = false;
+	return read_zone(desk, &desk->candidate) ? look_inside(desk, authority) : look_outside(desk);
+}
+
+/* find_stem is the length of what stands before the first domain of the pod's search list,
+ * if that is a name for which resolvers try the list first (resolv.conf(5), ndots). */
+static __always_inline __u32 find_stem(struct desk *desk, const struct search_list *list)
+{
+	__u32 length = list->length[0], stem = desk->question.name - length, at = 0, labels = 0;
+
+	if (!list->count || !length || length > SUFFIX_LIMIT || length >= desk->question.name || stem >= WIRE_LIMIT)
+		return 0;
+	for (int i = 0; i < SUFFIX_LIMIT / 8; i++) {
+		__u64 word = *(__u64 *)(desk->lower + stem + 8 * i);
+
+		if (length <= 8 * i)
+			break;
+		if (length < 8 * i + 8)
+			word &= (1ULL << (length - 8 * i) * 8) - 1;
+		if (word != list->suffix[0].word[i])
+			return 0;
+	}
+	for (int i = 0; i < LABELS; i++) {
+		if (at >= stem || at >= WIRE_LIMIT)
+			break;
+		at += desk->lower[at] + 1;
+		labels++;
+	}
+	return at == stem && labels <= list->ndots ? stem : 0;
+}
+
+/* try makes the candidate what the search list's domain k makes of the stem, or after the
+ * last one the stem alone, and looks. */
+__noinline enum outcome try(struct __sk_buff *skb, __u32 stem, __u32 k)
+{
+	__u32 zero = 0, device = skb->ifindex;
+	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
+	const struct search_list *list = bpf_map_lookup_elem(&searches, &device);
+
+	if (!desk || !list || !between(&stem, 1, WIRE_LIMIT))
+		return OUTCOME_LEFT;
+	if (k < list->count && k < SUFFIXES) {
+		for (int i = 0; i < SUFFIX_LIMIT / 8; i++)
+			*(__u64 *)(desk->lower + stem + 8 * i) = list->suffix[k].word[i];
+		desk->candidate.name = stem + list->length[k];
+	} else {
+		desk->lower[stem] = 0;
+		desk->candidate.name = stem + 1;
+	}
+	return look(skb);
+}
+
+static __always_inline bool is_absent(enum outcome outcome)
+{
+	return outcome == OUTCOME_NXDOMAIN || outcome == OUTCOME_OUTSIDE_NXDOMAIN;
+}
+
+/* fits says whether there is room to say of the question's name that it is the candidate:
+ * for both families, or one would be answered and the other not. */
+static __always_inline bool fits(const struct desk *desk)
+{
+	return DNS_HEADER + desk->question.name + 4 + RECORD_HEAD + desk->candidate.name + desk->finding.longest +
+		   OPT_LENGTH <=
+	       ANSWER_LIMIT;
+}
+
+/* collapse looks for the name that the resolver will come to in the end, when it asks for
+ * its first candidate, which does not exist. */
+static __always_inline enum outcome collapse(struct __sk_buff *skb, struct desk *desk, enum outcome first)
+{
+	const __u32 device = skb->ifindex;
+	const struct search_list *list = bpf_map_lookup_elem(&searches, &device);
+	enum outcome outcome = first;
+	__u32 stem = list ? find_stem(desk, list) : 0;
+
+	if (!stem)
+		return first;
+	for (int k = 1; k <= SUFFIXES; k++) {
+		outcome = try(skb, stem, k);
+		if (k >= list->count || !is_absent(outcome) || !desk->finding.is_settled)
+			break;
+	}
+	if (outcome < OUTCOME_COLLAPSED && !is_absent(outcome) && desk->finding.is_settled && fits(desk)) {
+		desk->finding.is_alias = true;
+		return outcome;
+	}
+	desk->finding.is_ours = true;
+	return try(skb, stem, 0);
+}
+
+/* at_most_said bounds an offset in said. The verifier of Linux 6.1 forgets a comparison where
+ * the compiler keeps a copy of the number on the stack; so it is masked where it is used, by
+ * an instruction that the compiler cannot leave out. No answer gets as long, but for one made
+ * of an entry that is being written. */
+static __always_inline __u32 at_most_said(__u32 at)
+{
+	asm volatile("%0 &= %1" : "+r"(at) : "i"(SAID_MASK));
+	return at;
 }
 
 /* put writes eight bytes of the answer. */
 static __always_inline void put(struct desk *desk, __u32 at, __u64 bytes)
 {
-	if (at < ANSWER_LIMIT)
-		*(__u64 *)(desk->said + at) = bytes;
+	*(__u64 *)(desk->said + at_most_said(at)) = bytes;
 }
 
-/* record_head is a record's owner (by a pointer to an offset), type, class, TTL and half
- * of its length, in ten bytes. */
-static __always_inline __u32 put_head(struct desk *desk, __u32 at, __u32 owner, __u16 type, __u16 length)
+/* put_head writes a record's owner (by a pointer to an offset), type, class, TTL and the
+ * length of what follows. */
+static __always_inline __u32 put_head(struct desk *desk, __u32 at, __u32 owner, __u16 type, __u32 seconds, __u16 length)
 {
 	put(desk, at,
-	    __builtin_bswap64((0xc000ULL | owner) << 48 | (__u64)type << 32 | (__u64)CLASS_IN << 16 | ttl >> 16));
-	put(desk, at + 8, __builtin_bswap64((__u64)(ttl & 0xffff) << 48 | (__u64)length << 32));
-	return at + 12;
+	    __builtin_bswap64((0xc000ULL | owner) << 48 | (__u64)type << 32 | (__u64)CLASS_IN << 16 | seconds >> 16));
+	put(desk, at + 8, __builtin_bswap64((__u64)(seconds & 0xffff) << 48 | (__u64)length << 32));
+	return at + RECORD_HEAD;
 }
 
-/* put_addresses writes the records of a family, beginning with any of them, so that
- * who takes the first takes another one each time. */
-static __always_inline __u32 put_addresses(struct desk *desk, __u32 at, const struct addresses *of, bool ip4)
+/* put_addresses writes the records of the family asked for, beginning with any of them,
+ * so that who takes the first takes another one each time. A global function, so that it is
+ * verified once. */
+__noinline __u32 put_addresses(const struct addresses *of, __u32 at, __u32 owner, __u32 seconds)
 {
+	__u32 zero = 0;
+	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
+
+	if (!desk || !of)
+		return 0;
+	bool ip4 = desk->question.type == TYPE_A;
 	__u32 n = ip4 ? of->ip4_count : of->ip6_count;
 
 	if (!n || n > ADDRESSES)
@@ -435,11 +767,11 @@ static __always_inline __u32 put_addresses(struct desk *desk, __u32 at, const st
 
 		k &= ADDRESSES - 1;
 		if (ip4) {
-			at = put_head(desk, at, DNS_HEADER, TYPE_A, 4);
+			at = put_head(desk, at, owner, TYPE_A, seconds, 4);
 			put(desk, at, of->ip4[k]);
 			at += 4;
 		} else {
-			at = put_head(desk, at, DNS_HEADER, TYPE_AAAA, 16);
+			at = put_head(desk, at, owner, TYPE_AAAA, seconds, 16);
 			put(desk, at, (__u64)of->ip6[k].word[1] << 32 | of->ip6[k].word[0]);
 			put(desk, at + 8, (__u64)of->ip6[k].word[3] << 32 | of->ip6[k].word[2]);
 			at += 16;
@@ -448,13 +780,16 @@ static __always_inline __u32 put_addresses(struct desk *desk, __u32 at, const st
 	return at;
 }
 
+/* The most that the SOA record itself may be kept, in seconds (CoreDNS, plugin.SOA). */
+#define SOA_TTL 300
+
 /* put_soa writes the zone's SOA record, as CoreDNS' kubernetes plugin has it: "ns.dns"
  * and "hostmaster" below the zone, the serial, 7200, 1800, 86400 and the TTL. */
 static __always_inline __u32 put_soa(struct desk *desk, __u32 at, __u32 zone, __u32 serial)
 {
 	__u64 pointer = 0xc000 | zone;
 
-	at = put_head(desk, at, zone, TYPE_SOA, 42);
+	at = put_head(desk, at, zone, TYPE_SOA, ttl < SOA_TTL ? ttl : SOA_TTL, 42);
 	put(desk, at, 0x736e6403736e02ULL /* "\2ns\3dns" */);
 	put(desk, at + 7, __builtin_bswap16(pointer) | 0x74736f680a0000ULL /* "\12host" */);
 	put(desk, at + 14, 0x72657473616dULL /* "master" */ | (__u64)__builtin_bswap16(pointer) << 48);
@@ -464,36 +799,162 @@ static __always_inline __u32 put_soa(struct desk *desk, __u32 at, __u32 zone, __
 	return at + 42;
 }
 
-/* write_answer makes the answer on the desk and returns its length. */
-static __always_inline __u32 write_answer(struct __sk_buff *skb, __u32 message, struct desk *desk, enum outcome outcome,
-					  const struct addresses *of, __u32 serial)
+/* put_alias says that what was asked for is the candidate. */
+static __always_inline __u32 put_alias(struct desk *desk, __u32 at)
 {
-	const struct question *q = &desk->question;
-	__u32 name = q->name;
-	bool found = outcome == OUTCOME_ANSWERED, ip4 = q->type == TYPE_A;
+	__u32 length = desk->candidate.name;
+
+	at = put_head(desk, at, DNS_HEADER, TYPE_CNAME, desk->finding.ttl, length);
+	for (int i = 0; i < WIRE_LIMIT / 8; i++)
+		put(desk, at + 8 * i, *(__u64 *)(desk->lower + 8 * i));
+	return at + length;
+}
+
+/* settle_record makes a record of outside one of this message: its owner, which is counted
+ * from the candidate's name, and what is left of its TTL. */
+static __always_inline void settle_record(struct desk *desk, __u32 record, __u32 owner, __u32 first, __u32 passed,
+					  bool stale)
+{
+	__u8 *at = desk->said + at_most_said(record);
+	__u32 offset = number_at(at) & 0x3fff, name = desk->candidate.name;
+	__u32 seconds = (__u32)number_at(at + 6) << 16 | number_at(at + 8);
+
+	offset = 0xc000 | (offset < name ? owner + offset : first + offset - name);
+	at[0] = offset >> 8;
+	at[1] = offset;
+	seconds = stale ? STALE_TTL : seconds > passed ? seconds - passed : 0;
+	at[6] = seconds >> 24;
+	at[7] = seconds >> 16;
+	at[8] = seconds >> 8;
+	at[9] = seconds;
+}
+
+/* put_records writes the aliases of a name outside and its SOA record, if there are any.
+ * What the last alias leads to is at *owner then. */
+static __always_inline __u32 put_records(struct desk *desk, __u32 at, __u32 *owner, const struct outside_name *o,
+					 const struct known *known)
+{
+	__u32 n = known->aliases + known->negative, name = *owner, first = at;
+	__u32 passed = desk->now > o->since ? (desk->now - o->since) / SECOND : 0;
+
+	if (!n)
+		return at;
+	for (int i = 0; i < RECORD_WORDS; i++) {
+		__u32 from = known->from + i;
+
+		if (!between(&from, 0, RECORD_WORDS - 1))
+			break;
+		put(desk, at + 8 * i, o->record[from]);
+	}
+	for (int i = 0; i < ALIASES + 1; i++) {
+		if (i >= n)
+			break;
+		settle_record(desk, at, name, first, passed, known->stale);
+		*owner = at + RECORD_HEAD;
+		at += RECORD_HEAD + number_at(desk->said + at_most_said(at) + 10);
+	}
+	return at;
+}
+
+/* put_counts writes the header's flags and code, and how many records there are. */
+static __always_inline void put_counts(struct desk *desk, __u32 code, __u32 answers, __u32 authorities)
+{
+	desk->said[2] = 0x80 | (desk->finding.is_ours ? 0x04 : 0) | (desk->asked[2] & 0x01); /* QR, AA, RD as asked */
+	desk->said[3] = (desk->finding.is_ours ? 0 : 0x80) | code;                           /* RA */
+	desk->said[7] = answers + desk->finding.is_alias;
+	desk->said[9] = authorities;
+}
+
+/* The memory of an entry that is replaced may at once be another one's (since Linux 6.1),
+ * which is being written while this reads. No two entries have the same number. So one that
+ * is found under its name with the same number before and after is the same all the time,
+ * and what was decided before, when it may not have been, is decided again. */
+
+/* put_outside writes what is known of the name outside that was found. 0 if that changed. */
+static __always_inline __u32 put_outside(struct desk *desk, __u32 at, __u32 owner, enum outcome outcome)
+{
+	const struct finding *f = &desk->finding;
+	const struct outside_name *o = bpf_map_lookup_elem(&outside, &desk->name);
+
+	if (!o || o->addresses.number != f->number || say_outside(desk, o) != outcome ||
+	    o->addresses.longest != f->longest || (f->is_alias && !is_settled(desk, o)))
+		return 0;
+	const struct known *known = known_of(desk, o);
+	bool ip4 = desk->question.type == TYPE_A, found = known->state == KNOWN_ADDRESSES;
+	__u32 n = !found ? 0 : ip4 ? o->addresses.ip4_count : o->addresses.ip6_count;
+
+	put_counts(desk, known->state == KNOWN_ABSENT ? NAME_ERROR : 0, known->aliases + n, known->negative);
+	at = put_records(desk, at, &owner, o, known);
+	if (found && at)
+		at = put_addresses(&o->addresses, at, owner,
+				   known->stale ? STALE_TTL : seconds_until(desk, known->until));
+	o = bpf_map_lookup_elem(&outside, &desk->name);
+	return o && o->addresses.number == f->number ? at : 0;
+}
+
+/* put_inside writes the addresses of the name of the cluster that was found, or the SOA.
+ * 0 if that changed. */
+static __always_inline __u32 put_inside(struct desk *desk, __u32 at, __u32 owner, enum outcome outcome, __u32 serial)
+{
+	const struct finding *f = &desk->finding;
+	const struct addresses *of = bpf_map_lookup_elem(&names, &desk->name);
+	bool ip4 = desk->question.type == TYPE_A;
+
+	if (!of || of->number != f->number || of->longest != f->longest || say_inside(desk, of) != outcome)
+		return 0;
+	if (outcome == OUTCOME_ANSWERED) {
+		put_counts(desk, 0, ip4 ? of->ip4_count : of->ip6_count, 0);
+		at = put_addresses(of, at, owner, ttl);
+	} else {
+		put_counts(desk, 0, 0, 1);
+		at = put_soa(desk, at, owner + desk->candidate.below, serial);
+	}
+	of = bpf_map_lookup_elem(&names, &desk->name);
+	return of && of->number == f->number ? at : 0;
+}
+
+/* write_answer makes the answer on the desk and returns its length; 0 if there is none, for
+ * what is known changed meanwhile. */
+__noinline __u32 write_answer(struct __sk_buff *skb, __u32 message, enum outcome outcome)
+{
+	__u32 zero = 0;
+	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
+	const struct authority *authority = bpf_map_lookup_elem(&authorities, &zero);
+
+	if (!desk || !authority)
+		return 0;
+	__u32 name = desk->question.name, owner = DNS_HEADER;
 
 	if (!between(&name, 1, WIRE_LIMIT))
 		return 0;
 	__u32 at = DNS_HEADER + name + 4;
 
+	/* Who goes along a chain of the table while an entry of it is replaced may meet neither
+	 * the old one nor the new one. So no name is missing that was looked for meanwhile. */
+	if (desk->finding.is_missing && (!is_whole(desk, authority) || authority->writes != desk->writes))
+		return 0;
 	/* the question as it was asked: resolvers may compare the case (draft-vixie-dnsext-dns0x20) */
 	if (bpf_skb_load_bytes(skb, message, desk->said, at))
 		return 0;
-	desk->said[2] = 0x84 | (desk->asked[2] & 0x01); /* QR, AA, RD as asked */
-	desk->said[3] = outcome == OUTCOME_NXDOMAIN ? 3 : 0;
-	desk->said[7] = found && of ? (ip4 ? of->ip4_count : of->ip6_count) : 0;
-	desk->said[9] = !found;
-	if (found && of)
-		at = put_addresses(desk, at, of, ip4);
-	else
-		at = put_soa(desk, at, DNS_HEADER + q->below, serial);
-	if (q->edns) {
+	if (desk->finding.is_alias) {
+		owner = at + RECORD_HEAD;
+		at = put_alias(desk, at);
+	}
+	if (!desk->finding.number) {
+		put_counts(desk, NAME_ERROR, 0, 1);
+		at = put_soa(desk, at, owner + desk->candidate.below, authority->serial);
+	} else if (desk->finding.outside) {
+		at = put_outside(desk, at, owner, outcome);
+	} else {
+		at = put_inside(desk, at, owner, outcome, authority->serial);
+	}
+	if (desk->question.edns) {
 		put(desk, at, __builtin_bswap64((__u64)TYPE_OPT << 40 | (__u64)UDP_PAYLOAD << 24));
 		put(desk, at + 8, 0);
 		at += OPT_LENGTH;
 	}
 	put(desk, at, 0); /* checksums are made of words */
-	return at;
+	return at <= ANSWER_LIMIT ? at : 0;
 }
 
 /* ip4_sum is the checksum of a header without options. */
@@ -593,43 +1054,19 @@ static __always_inline bool make_ours(struct __sk_buff *skb)
 /* is_heard says whether the agent was there a moment ago. */
 static __always_inline bool is_heard(const struct authority *authority)
 {
-	return bpf_ktime_get_boot_ns() - authority->beat < silence;
+	return bpf_ktime_get_boot_ns() < authority->beat + silence;
 }
 
-/* decide says what is to become of the question on the desk, and what the name leads to,
- * if it is in names. */
-static __always_inline enum outcome decide(struct desk *desk, const struct authority *authority, struct addresses **of)
-{
-	const struct question *q = &desk->question;
-
-	if (q->below > NAME_LIMIT)
-		return OUTCOME_LEFT;
-	struct addresses *found = find_name(desk, 0, q->below);
-
-	*of = found;
-	if (found && found->kind != NAME_HAS)
-		return OUTCOME_LEFT;
-	if (found && (q->type == TYPE_A ? found->ip4_count : found->ip6_count))
-		return OUTCOME_ANSWERED;
-	if (!authority->whole)
-		return OUTCOME_UNSURE;
-	return found ? OUTCOME_NODATA : absent(desk, q);
-}
-
-/* is_same says whether what was read is still that of the name looked up: the memory of an
- * entry that is replaced may at once be another name's (since Linux 6.1). */
-static __always_inline bool is_same(const struct desk *desk, const struct addresses *of)
-{
-	return bpf_map_lookup_elem(&names, &desk->name) == of;
-}
+#include "waiting.h"
 
 SEC("tc")
 int dns_from_pod(struct __sk_buff *skb)
 {
-	struct addresses *of = NULL;
 	struct datagram d = {};
 	__u32 zero = 0;
 
+	if (is_given_back(skb))
+		return given_back(skb);
 	if (!read_datagram(skb, &d) || !bpf_map_lookup_elem(&resolvers, &d.destination))
 		return TC_ACT_UNSPEC;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
@@ -637,26 +1074,30 @@ int dns_from_pod(struct __sk_buff *skb)
 
 	if (!desk || !authority || !d.fits)
 		return pass(OUTCOME_NOT_PLAIN);
-	if (!is_heard(authority))
+	desk->now = bpf_ktime_get_boot_ns();
+	desk->writes = authority->writes;
+	if (!is_heard(authority) && desk->now >= authority->known)
 		return pass(OUTCOME_STALE);
 	__u32 outcome = read_question(skb, d.udp + UDP_HEADER, d.length);
 
 	if (outcome != OUTCOME_COUNT)
-		return pass(outcome < OUTCOME_COUNT ? outcome : OUTCOME_NOT_PLAIN);
-	outcome = decide(desk, authority, &of);
-	if (outcome > OUTCOME_NXDOMAIN)
-		return pass(outcome);
-	__u32 length = write_answer(skb, d.udp + UDP_HEADER, desk, outcome, of, authority->serial);
+		return leave(skb, &d, OUTCOME_NOT_PLAIN);
+	outcome = look(skb);
+	if (is_absent(outcome) && desk->finding.is_settled)
+		outcome = collapse(skb, desk, outcome);
+	if (outcome >= OUTCOME_COLLAPSED)
+		return leave(skb, &d, outcome < OUTCOME_COUNT ? outcome : OUTCOME_LEFT);
+	__u32 length = write_answer(skb, d.udp + UDP_HEADER, outcome);
 
-	if (of && !is_same(desk, of))
-		return pass(OUTCOME_LEFT);
-	if (!length || bpf_skb_change_tail(skb, d.udp + UDP_HEADER + length, 0))
+	if (!length)
+		return leave(skb, &d, OUTCOME_CHANGED);
+	if (bpf_skb_change_tail(skb, d.udp + UDP_HEADER + length, 0))
 		return pass(OUTCOME_NOT_PLAIN); /* nothing is written yet */
 	if (!send(skb, &d, desk, length) || !make_ours(skb)) {
 		count(OUTCOME_LOST);
 		return TC_ACT_SHOT;
 	}
-	count(outcome);
+	count(desk->finding.is_alias ? OUTCOME_COLLAPSED : outcome);
 	return bpf_redirect_peer(skb->ifindex, 0);
 }
 

@@ -2,17 +2,41 @@ package dns
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/millrace/millrace/layer"
 )
 
-// mostNames is what the map of names holds. More are not answered for, and then
-// no name is said not to exist.
-const mostNames = 1 << 17
+const (
+	// leastNames is what the map of names has room for at first (names.bpf.c).
+	leastNames = 1 << 17
+	// ofName is what a name takes at most, in bytes, and memoryShare the part of the node's
+	// memory that all may take. More are not answered for, and then no name is said not to
+	// exist.
+	ofName, memoryShare = 416, 32
+)
+
+// mostNames is how many there may be on a node with so many bytes of memory: a power of two,
+// of which none is lost.
+func mostNames(memory uint64) int {
+	return max(leastNames, 1<<(bits.Len64(memory/memoryShare/ofName|1)-1))
+}
+
+// memory is the node's, in bytes.
+func memory() uint64 {
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) != nil {
+		return 0
+	}
+	return uint64(info.Totalram) * uint64(info.Unit)
+}
 
 // Picture is the state of the layer. It implements layer.Picture.
 type Picture struct {
@@ -23,15 +47,26 @@ type Picture struct {
 	// whole says that a name that is not in names does not exist, serial is of the zone.
 	whole  bool
 	serial uint32
+	// over is how many names were left out for want of room.
+	over int
+	// served says that the DNS servers can answer, left why they are to answer for all names.
+	served bool
+	left   string
+	ttl    lifetime
 	// ports says that pods' devices are to have the program; devices are those that
 	// there are, in pictures of the kernel.
 	ports   bool
 	devices []device
 	lost    []lost
+	// searches are in the kernel, by the index of a device; lists are what the files of
+	// pods say, if they were looked at.
+	searches map[uint32]*SearchList
+	looked   bool
+	lists    map[int]*SearchList
 }
 
 func newPicture(zone string) *Picture {
-	return &Picture{zone: zone, names: map[string]*Row{}, resolvers: map[netip.Addr]bool{}}
+	return &Picture{zone: zone, names: map[string]*Row{}, resolvers: map[netip.Addr]bool{}, searches: map[uint32]*SearchList{}, ttl: lifetimeUnknown}
 }
 
 // Row is a name and what it leads to. It implements layer.Subject.
@@ -109,12 +144,25 @@ func (r resolver) Detail() string { return "" }
 // MarshalText gives the address.
 func (r resolver) MarshalText() ([]byte, error) { return netip.Addr(r).MarshalText() }
 
+// lifetime is how long records may be kept, in seconds. It implements layer.Subject.
+type lifetime int64
+
+const lifetimeUnknown lifetime = -1
+
+// Object implements layer.Subject.
+func (lifetime) Object() string { return "records" }
+
+// Detail implements layer.Subject.
+func (t lifetime) Detail() string { return fmt.Sprintf("-> to be kept for %d s", int64(t)) }
+
 // device is one of the node's devices. It implements layer.Subject.
 type device struct {
 	Index int    `json:"index"`
 	Name  string `json:"name"`
 	// pod says that a pod is behind it, attached that the program is in force there.
 	pod, attached bool
+	// space is the number of the network namespace of its other end.
+	space int
 }
 
 // Object implements layer.Subject.
@@ -132,13 +180,15 @@ func (l lost) Object() string { return string(l) }
 // Detail implements layer.Subject.
 func (l lost) Detail() string { return "" }
 
-// add puts a row in; the first of a name stays.
-func (p *Picture) add(row *Row) {
-	if row.zone == "" {
-		row.zone = p.zone
-	}
-	if _, taken := p.names[row.Name]; !taken && fits(row.Name) {
-		p.names[row.Name] = row
+// add puts rows in; the first of a name stays.
+func (p *Picture) add(rows ...*Row) {
+	for _, row := range rows {
+		if row.zone == "" {
+			row.zone = p.zone
+		}
+		if _, taken := p.names[row.Name]; !taken && fits(row.Name) {
+			p.names[row.Name] = row
+		}
 	}
 }
 
@@ -147,7 +197,7 @@ func (p *Picture) cut(most int) {
 	if len(p.names) <= most {
 		return
 	}
-	p.whole = false
+	p.whole, p.over = false, len(p.names)-most
 	for _, name := range slices.Sorted(maps.Keys(p.names))[most:] {
 		delete(p.names, name)
 	}

@@ -1,9 +1,11 @@
 package dns
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
@@ -16,7 +18,19 @@ type planner struct{ last map[*model.Service][]*Row }
 
 func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	picture := newPicture(settings.Zone)
-	picture.ports, picture.serial = true, uint32(snapshot.Number)
+	picture.ports, picture.serial, picture.ttl = true, uint32(snapshot.Number), lifetime(settings.ttl())
+	if snapshot.DNS != nil {
+		picture.ttl = lifetime(snapshot.DNS.TTL / time.Second)
+	}
+	if picture.left = leftWhole(settings.Zone, snapshot.DNS); picture.left != "" {
+		p.last = nil
+		for _, s := range snapshot.Services {
+			if s.Name == settings.service() {
+				picture.addResolvers(s)
+			}
+		}
+		return picture
+	}
 	next := make(map[*model.Service][]*Row, len(snapshot.Services))
 	there := make(map[model.Name]bool, len(snapshot.Services))
 	for _, s := range snapshot.Services {
@@ -25,9 +39,7 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 			rows = rowsOf(s)
 		}
 		next[s], there[s.Name] = rows, true
-		for _, row := range rows {
-			picture.add(row)
-		}
+		picture.add(rows...)
 		if s.Name == settings.service() {
 			picture.addResolvers(s)
 		}
@@ -39,8 +51,22 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 		}
 	}
 	picture.whole = snapshot.Complete && snapshot.Unread == 0 && snapshot.Named
-	picture.cut(mostNames)
+	picture.cut(settings.names)
 	return picture
+}
+
+// leftWhole is why the zone is to be left to the DNS servers; "" if it is not, also where
+// nobody knows how they are configured.
+func leftWhole(zone string, dns *model.DNS) string {
+	switch {
+	case dns == nil:
+		return ""
+	case dns.Left != "":
+		return dns.Left
+	case dns.Zone != zone:
+		return fmt.Sprintf("they serve %s: say --dns %s", dns.Zone, dns.Zone)
+	}
+	return ""
 }
 
 // strangers are Services that have names and are not in the Snapshot: those of other
@@ -90,7 +116,9 @@ func headlessRows(name string, endpoints []model.Endpoint) []*Row {
 		}
 		host := e.Hostname
 		if host == "" {
-			host = strings.NewReplacer(".", "-", ":", "-").Replace(e.Address.String())
+			if host = strings.NewReplacer(".", "-", ":", "-").Replace(e.Address.String()); strings.HasSuffix(host, "-") {
+				host += "0" // fd00:: is fd00--0
+			}
 		}
 		of[name] = append(of[name], e.Address)
 		of[host+"."+name] = append(of[host+"."+name], e.Address)
@@ -102,7 +130,8 @@ func headlessRows(name string, endpoints []model.Endpoint) []*Row {
 	return rows
 }
 
-// addResolvers adds the addresses at which a Service serves DNS over UDP.
+// addResolvers adds the addresses at which a Service serves DNS over UDP, and says whether
+// anybody is behind them.
 func (p *Picture) addResolvers(s *model.Service) {
 	for _, port := range s.Ports {
 		if port.Protocol != model.UDP || port.Port != 53 {
@@ -111,10 +140,13 @@ func (p *Picture) addResolvers(s *model.Service) {
 		for _, addr := range s.ClusterIPs {
 			p.resolvers[addr] = true
 		}
+		for _, b := range port.Backends {
+			p.served = p.served || b.Ready || b.Serving
+		}
 	}
 }
 
-// diff says what leads from have to want: what was lost, names, resolvers, devices.
+// diff says what leads from have to want: what was lost, names, resolvers, devices, search lists.
 func diff(have, want *Picture, prune bool) layer.Changes {
 	var changes layer.Changes
 	for _, what := range have.lost {
@@ -131,6 +163,9 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 			changes = append(changes, layer.Change{Op: layer.Remove, Subject: resolver(addr)})
 		}
 	}
+	if have.ttl != lifetimeUnknown && want.ttl != lifetimeUnknown && have.ttl != want.ttl {
+		changes = append(changes, layer.Change{Op: layer.Alter, Subject: want.ttl})
+	}
 	for _, d := range have.devices {
 		switch {
 		case want.ports && d.pod && !d.attached:
@@ -139,7 +174,7 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 			changes = append(changes, layer.Change{Op: layer.Remove, Subject: d})
 		}
 	}
-	return changes
+	return append(changes, diffSearches(have, want, prune)...)
 }
 
 // diffNames leaves a name to others that may be gone, where nobody knows: what it leads to

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -38,6 +39,9 @@ func TestPlans(t *testing.T) {
 			have.(*Picture).note(change)
 		}
 	}
+	if left := l.Plan(clusterOf(t, "zone other.example")).(*Picture).left; left != "they serve other.example: say --dns other.example" {
+		t.Errorf("another zone is left because %q", left)
+	}
 	golden := filepath.Join("testdata", "plans.golden")
 	if *update {
 		must(t, os.WriteFile(golden, []byte(text.String()), 0o644))
@@ -63,6 +67,14 @@ func clusterOf(t *testing.T, text string) *model.Snapshot {
 		}
 		namespace, name, _ := strings.Cut(words[1], "/")
 		switch words[0] {
+		case "left":
+			s.DNS = &model.DNS{Zone: "cluster.local", TTL: DefaultTTL, Left: strings.Join(words[1:], " ")}
+		case "zone":
+			s.DNS = &model.DNS{Zone: words[1], TTL: DefaultTTL}
+		case "ttl":
+			seconds, err := time.ParseDuration(words[1])
+			must(t, err)
+			s.DNS = &model.DNS{Zone: "cluster.local", TTL: seconds}
 		case "service":
 			s.Services = append(s.Services, named(namespace, name, words[2:]...))
 		case "headless":
@@ -122,6 +134,48 @@ func TestZones(t *testing.T) {
 	}
 }
 
+// A search list is told whole or not at all.
+func TestSearchLists(t *testing.T) {
+	many := slices.Repeat([]string{"example.com"}, 9)
+	for _, row := range []struct {
+		domains []string
+		fits    bool
+	}{
+		{[]string{"shop.svc.cluster.local", "svc.cluster.local", "Cluster.Local."}, true},
+		{nil, false}, {[]string{"."}, false}, {[]string{"a..b"}, false}, {many[:8], true}, {many, false},
+		{[]string{strings.Repeat("x", 31) + "." + strings.Repeat("y", 30)}, true},
+		{[]string{strings.Repeat("x", 31) + "." + strings.Repeat("y", 31)}, false},
+	} {
+		list, ok := searchListOf(5, row.domains)
+		if ok != row.fits || ok && (list.Ndots != 5 || int(list.Count) != len(row.domains)) {
+			t.Errorf("%v: %v, ndots %d, %d domains", row.domains, ok, list.Ndots, list.Count)
+		}
+		for i := range row.domains {
+			text := strings.ToLower(strings.TrimSuffix(row.domains[i], "."))
+			if ok && (nameOf(datapathName{Word: [12]uint64(append(list.Suffix[i].Word[:], 0, 0, 0, 0))}) != text || int(list.Length[i]) != len(text)+2) {
+				t.Errorf("%s is written as %x, of length %d", row.domains[i], list.Suffix[i].Word, list.Length[i])
+			}
+		}
+	}
+	if list, _ := searchListOf(99, many[:1]); list.Ndots != 15 {
+		t.Errorf("ndots is %d, not 15, which is the most for resolvers", list.Ndots)
+	}
+}
+
+// How many names there may be is a matter of the node's memory.
+func TestMostNames(t *testing.T) {
+	for memory, want := range map[uint64]int{0: 1 << 17, 1 << 30: 1 << 17, 4 << 30: 1 << 18, 8 << 30: 1 << 19, 64 << 30: 1 << 22} {
+		if got := mostNames(memory); got != want || got > leastNames && uint64(got)*ofName > memory/memoryShare {
+			t.Errorf("with %d MB there may be %d names, not %d", memory>>20, got, want)
+		}
+	}
+	for names, want := range map[int]int{0: 1, 1: 1, 2: 2, 1024: 1024, 1025: 2048, 1<<17 + 1: 1 << 18} {
+		if got := roomFor(names); got != want {
+			t.Errorf("%d names get room for %d, not %d", names, got, want)
+		}
+	}
+}
+
 // More names than there is room for: the rest is left out, and none is said not to
 // exist.
 func TestCut(t *testing.T) {
@@ -133,7 +187,7 @@ func TestCut(t *testing.T) {
 	if p.cut(n); !p.whole || p.Len() != n {
 		t.Error("cut, though all fit")
 	}
-	if p.cut(5); p.whole || p.Len() != 5 {
+	if p.cut(5); p.whole || p.Len() != 5 || p.over != n-5 {
 		t.Errorf("%d are left, whole is %v", p.Len(), p.whole)
 	}
 }

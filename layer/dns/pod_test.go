@@ -3,6 +3,7 @@ package dns
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -176,14 +177,23 @@ func (h *hamlet) resolve(program string, server netip.Addr, name string) string 
 	return strings.Join(words, " ")
 }
 
-// TestAsGoProgram is not a test: it is the program that resolves a name in a pod.
+// TestAsGoProgram is not a test: it is the program that resolves a name in a pod, or those
+// on its input.
 func TestAsGoProgram(t *testing.T) {
 	name := os.Getenv("RESOLVE")
 	if name == "" {
 		return
 	}
-	addresses, _ := net.DefaultResolver.LookupHost(context.Background(), name)
-	fmt.Println(strings.Join(addresses, " "))
+	names := []string{name}
+	if name == "-" {
+		input, err := io.ReadAll(os.Stdin)
+		must(t, err)
+		names = strings.Fields(string(input))
+	}
+	for _, name := range names {
+		addresses, _ := net.DefaultResolver.LookupHost(context.Background(), name)
+		fmt.Println(strings.Join(addresses, " "))
+	}
 }
 
 // Where pods are behind a bridge, their queries are for the bridge and not for its port.
@@ -313,6 +323,66 @@ func TestAnotherLayout(t *testing.T) {
 	if err != nil || found.Len() != l.Plan(town()).Len() {
 		t.Errorf("%v, %v", found, err)
 	}
+}
+
+// Names of a version that had no search lists are not said to be none.
+func TestLookAtAnotherVersions(t *testing.T) {
+	h := newHamlet(t)
+	if found, err := New(h.settings).Look(); err != nil || found.Len() > 0 {
+		t.Errorf("nothing is here: %v, %v", found, err)
+	}
+	h.open().Close()
+	must(t, os.Remove(filepath.Join(h.settings.Pins, datapathMapSearches)))
+	found, err := New(h.settings).Look()
+	if err == nil || !strings.Contains(err.Error(), h.settings.Pins+": map searches is missing, they are another version's") {
+		t.Errorf("%v, %v", found, err)
+	}
+	must(t, os.Remove(filepath.Join(h.settings.Pins, datapathMapNames)))
+	if found, err := New(h.settings).Look(); err != nil || found.Len() > 0 {
+		t.Errorf("there are no names: %v, %v", found, err)
+	}
+}
+
+// What a later version left, which this one does not know, is removed as well, a program in
+// force first.
+func TestRemoveTakesEveryPin(t *testing.T) {
+	h := newHamlet(t)
+	before := h.observe()
+	h.open().Close()
+	later, err := ebpf.NewMap(&ebpf.MapSpec{Name: "later", Type: ebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	must(t, err)
+	defer later.Close()
+	must(t, later.Pin(filepath.Join(h.settings.Pins, "later")))
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "later", Type: ebpf.SchedCLS, License: "MIT",
+		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
+	must(t, err)
+	defer program.Close()
+	if haveTCX() {
+		must(t, h.Inside(func() error {
+			l, err := bpflink.AttachTCX(bpflink.TCXOptions{Interface: h.device, Program: program, Attach: ebpf.AttachTCXIngress})
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { l.Close() }) // somebody still holds it
+			return l.Pin(filepath.Join(h.settings.Pins, anyLink+"later"))
+		}))
+	}
+	planned, err := New(h.settings).Removal()
+	must(t, err)
+	done, err := New(h.settings).Remove()
+	if err != nil || !slices.Equal(texts(planned), texts(done)) {
+		t.Errorf("it removed\n%v, %v, not\n%v", done, err, planned)
+	}
+	if after := h.observe(); after != before {
+		t.Errorf("there is\n%s\nnot\n%s", after, before)
+	}
+}
+
+func texts(changes layer.Changes) (lines []string) {
+	for _, change := range changes {
+		lines = append(lines, change.String())
+	}
+	return lines
 }
 
 // What somebody takes away comes back.

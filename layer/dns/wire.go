@@ -13,6 +13,13 @@ const (
 	zoneLimit     = 64
 	labelLimit    = 63
 	mostAddresses = 8
+	recordHead    = 12              // owner, type, class, TTL and length
+	soaLength     = recordHead + 42 // of the zone's SOA record
+	suffixLimit   = 64
+	mostSuffixes  = 8
+	// mostDots is what resolvers make of a larger ndots: RES_MAXNDOTS of glibc's
+	// <resolv.h>; musl and Go have the same.
+	mostDots = 15
 )
 
 // wire is a name as it stands in messages (RFC 1035, 3.1), without the final zero; nil
@@ -26,6 +33,17 @@ func wire(name string) []byte {
 		bytes = append(append(bytes, byte(len(label))), label...)
 	}
 	return bytes
+}
+
+// lower is a name in lower case: of ASCII letters only (RFC 4343).
+func lower[T string | []byte](name T) T {
+	out := append([]byte(nil), name...)
+	for i, c := range out {
+		if 'A' <= c && c <= 'Z' {
+			out[i] = c + 'a' - 'A'
+		}
+	}
+	return T(out)
 }
 
 // ParseZone reads a cluster's domain, with or without a final dot, in any case. It
@@ -58,11 +76,38 @@ func nameOf(key datapathName) string {
 	for i, word := range key.Word {
 		binary.LittleEndian.PutUint64(bytes[8*i:], word)
 	}
+	return nameIn(bytes[:])
+}
+
+// nameIn is the name that bytes begin with, as it stands in messages.
+func nameIn(bytes []byte) string {
 	var labels []string
-	for at := 0; bytes[at] > 0 && at+int(bytes[at]) < nameLimit; at += 1 + int(bytes[at]) {
+	for at := 0; at < len(bytes) && bytes[at] > 0 && at+int(bytes[at]) < len(bytes); at += 1 + int(bytes[at]) {
 		labels = append(labels, string(bytes[at+1:at+1+int(bytes[at])]))
 	}
 	return strings.Join(labels, ".")
+}
+
+// searchListOf is what the kernel is told of a pod's search list. False if it is not to be
+// told: a list that is longer, or of which a domain is, would be known in part only.
+func searchListOf(ndots int, domains []string) (list datapathSearchList, ok bool) {
+	if len(domains) == 0 || len(domains) > mostSuffixes {
+		return list, false
+	}
+	list.Ndots, list.Count = uint8(max(0, min(ndots, mostDots))), uint8(len(domains))
+	for i, domain := range domains {
+		suffix := wire(lower(strings.TrimSuffix(domain, ".")))
+		if len(suffix) == 0 || len(suffix)+1 > suffixLimit {
+			return list, false
+		}
+		list.Length[i] = uint8(len(suffix) + 1)
+		var bytes [suffixLimit]byte
+		copy(bytes[:], suffix)
+		for k := range list.Suffix[i].Word {
+			list.Suffix[i].Word[k] = binary.LittleEndian.Uint64(bytes[8*k:])
+		}
+	}
+	return list, true
 }
 
 // addressOf is the kernel's form of an address: both families in 16 bytes.
@@ -98,6 +143,7 @@ func entryOf(row *Row) datapathAddresses {
 		entry.Ip6[entry.Ip6Count] = addressOf(addr)
 		entry.Ip6Count++
 	}
+	entry.Longest = uint16(max(soaLength, int(entry.Ip4Count)*(recordHead+4), int(entry.Ip6Count)*(recordHead+16)))
 	return entry
 }
 

@@ -11,10 +11,10 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/kernel/nft"
@@ -635,18 +635,7 @@ func closePrograms(programs map[string]*ebpf.Program) {
 // isConstants tells the map of read-only settings, which belongs to one load.
 func isConstants(name string) bool { return strings.HasPrefix(name, ".") }
 
-// reasonNames reads the words of `enum reason` from the object's BTF, in order:
-// "no_backend" for REASON_NO_BACKEND.
+// reasonNames are the words of `enum reason`, in order.
 func reasonNames(spec *ebpf.CollectionSpec) ([]string, error) {
-	var enum *btf.Enum
-	if err := spec.Types.TypeByName("reason", &enum); err != nil {
-		return nil, fmt.Errorf("read enum reason: %w", err)
-	}
-	names := make([]string, datapathReasonREASON_COUNT)
-	for _, value := range enum.Values {
-		if value.Value < uint64(len(names)) {
-			names[value.Value] = strings.ToLower(strings.TrimPrefix(value.Name, "REASON_"))
-		}
-	}
-	return names, nil
+	return bpfmap.Words(spec.Types, "reason", "REASON_", int(datapathReasonREASON_COUNT))
 }

@@ -62,6 +62,9 @@ type Settings struct {
 	// Pins is the folder in a bpf file system for maps and links; it is the
 	// layer's alone. Empty pins nothing: all ends with this process.
 	Pins string
+	// Claim is called, with its index, before the packet path is put in force at a pod's
+	// device: whoever hands packets to the pod past the device has to stop. Nil is nobody.
+	Claim func(device int) error
 }
 
 // path is the path of those who ask for none.

@@ -258,6 +258,11 @@ func (d *datapath) attachPod(v veth) error {
 	if err := d.tellSpace(v.Device); err != nil {
 		return err
 	}
+	if d.settings.Claim != nil {
+		if err := d.settings.Claim(v.Index); err != nil {
+			return err
+		}
+	}
 	return d.attachPort(v.Index, packetPort{v.Name, ofPod})
 }
 

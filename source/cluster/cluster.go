@@ -48,7 +48,9 @@ type Cluster struct {
 	unread int
 
 	complete, named bool
-	last            *model.Snapshot
+	// noDNS is why the DNS servers' configuration is not known.
+	noDNS string
+	last  *model.Snapshot
 }
 
 // Remark is what a source itself has to say of one part of its input. The zero
@@ -218,6 +220,8 @@ func (c *Cluster) leave(o *Object) {
 	case *model.Node:
 		c.dirtyNodes = true
 		delete(c.nodesInForce, o.Key())
+	case *model.DNS:
+		c.remarked = true
 	}
 }
 
@@ -262,6 +266,8 @@ func (c *Cluster) arrive(o *Object) {
 		c.nodesInForce[o.Key()] = o
 	case *model.Workload:
 		c.workloads.set(o.Key(), v)
+	case *model.DNS:
+		c.remarked = true
 	}
 }
 

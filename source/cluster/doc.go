@@ -45,6 +45,9 @@
 //
 // What a source could not make an object of, it counts itself in a Remark.
 //
+// Of ConfigMaps one is read, that of CoreDNS (package corefile). It has no faults: what it
+// says that cannot be used is a reason to leave the names to CoreDNS.
+//
 // # Costs
 //
 // A Snapshot costs what changed since the last one, plus a copy of one pointer

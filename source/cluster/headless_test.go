@@ -32,6 +32,12 @@ func TestEndpointsOfAHeadlessService(t *testing.T) {
 	shows("ready in another slice", "[{10.1.0.1 db-0 true} {10.1.0.2  true}]")
 	set(t, c, change(one, func(s *discoveryv1.EndpointSlice) { s.Endpoints[0].Hostname = nil }))
 	shows("without a host name", "[{10.1.0.1  true} {10.1.0.2  true}]")
+	set(t, c, change(two, func(s *discoveryv1.EndpointSlice) {
+		host := "db-1"
+		s.Endpoints[0].Hostname = &host
+	}))
+	shows("another host name in another slice", "[{10.1.0.1  true} {10.1.0.2  false} {10.1.0.2 db-1 true}]")
+	set(t, c, two)
 	more := func(about string, want bool) {
 		t.Helper()
 		if got := c.Snapshot().Services[0].More; got != want {

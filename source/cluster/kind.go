@@ -23,6 +23,7 @@ const (
 	kindDaemonSet
 	kindReplicaSet
 	kindJob
+	kindConfigMap
 )
 
 var kindNames = [...]string{
@@ -37,6 +38,7 @@ var kindNames = [...]string{
 	kindDaemonSet:     "DaemonSet",
 	kindReplicaSet:    "ReplicaSet",
 	kindJob:           "Job",
+	kindConfigMap:     "ConfigMap",
 }
 
 // String is the kind as manifests have it.
@@ -67,6 +69,8 @@ func kindOf(obj runtime.Object) kind {
 		return kindReplicaSet
 	case *batchv1.Job:
 		return kindJob
+	case *corev1.ConfigMap:
+		return kindConfigMap
 	}
 	return kindNone
 }

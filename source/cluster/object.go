@@ -46,8 +46,8 @@ func (k Key) Compare(o Key) int {
 // cluster is a hundred thousand of them, so that each byte here counts.
 type Object struct {
 	name model.Name
-	// value is a *model.Service, *slice, *model.Pod, *model.Node or
-	// *model.Workload, or nil where nothing is to be kept. A Service is without
+	// value is a *model.Service, *slice, *model.Pod, *model.Node, *model.Workload or
+	// *model.DNS, or nil where nothing is to be kept. A Service is without
 	// endpoints at first, later the one that was shown last.
 	value any
 	// trouble is nil where there is none.
@@ -136,7 +136,7 @@ func KeyOf(kind, namespace, name string) Key {
 	return Key{kind, model.Name{Namespace: namespace, Name: name}}
 }
 
-// Read checks obj, which is a pointer to one of the ten types named in Kind, and
+// Read checks obj, which is a pointer to one of the types named in Kind, and
 // turns it into plain values. It returns an error for another type; whatever is
 // wrong inside obj is in Object.Problems.
 func Read(place Place, obj runtime.Object) (*Object, error) {
@@ -183,6 +183,10 @@ func (r *reader) value(obj runtime.Object) any {
 		}
 	case *corev1.Node:
 		return r.node(obj)
+	case *corev1.ConfigMap:
+		if IsConfiguration(obj.Namespace, obj.Name) {
+			return dns(obj.Data)
+		}
 	default:
 		if w := r.workload(obj); w != nil {
 			return w

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -30,6 +31,8 @@ func (r *reader) service(obj *corev1.Service) *model.Service {
 	if s.Type != model.ExternalName {
 		r.clusterIPs(s, &obj.Spec)
 		r.families(s, &obj.Spec)
+	} else {
+		s.External = strings.Clone(obj.Spec.ExternalName)
 	}
 	for i := range obj.Spec.Ports {
 		if len(obj.Spec.Ports) > 1 && obj.Spec.Ports[i].Name == "" {

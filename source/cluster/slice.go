@@ -205,8 +205,8 @@ func join(base *model.Service, from []*Object) *model.Service {
 	return &s
 }
 
-// endpoints are those of all slices, whatever their ports. One that is in several is
-// ready if it is so in any, and has the first of its host names.
+// endpoints are those of all slices, whatever their ports. One that is in several under
+// the same host name is ready if it is so in any; under several it is there several times.
 func endpoints(from []*Object) []model.Endpoint {
 	var list []model.Endpoint
 	for _, o := range from {
@@ -217,10 +217,9 @@ func endpoints(from []*Object) []model.Endpoint {
 		}
 	}
 	slices.SortFunc(list, func(a, b model.Endpoint) int {
-		return cmp.Or(a.Address.Compare(b.Address), falseFirst(!a.Ready, !b.Ready),
-			falseFirst(a.Hostname == "", b.Hostname == ""), strings.Compare(a.Hostname, b.Hostname))
+		return cmp.Or(a.Address.Compare(b.Address), strings.Compare(a.Hostname, b.Hostname), falseFirst(!a.Ready, !b.Ready))
 	})
-	return slices.Clip(slices.CompactFunc(list, func(a, b model.Endpoint) bool { return a.Address == b.Address }))
+	return slices.Clip(slices.CompactFunc(list, func(a, b model.Endpoint) bool { return a.Address == b.Address && a.Hostname == b.Hostname }))
 }
 
 // backends are the endpoints of one Service port: those of every slice that has

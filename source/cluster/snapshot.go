@@ -3,6 +3,7 @@ package cluster
 import (
 	"cmp"
 	"maps"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,6 +29,9 @@ func (c *Cluster) Snapshot() *model.Snapshot {
 		next.Ignored = c.ignored()
 		next.Others = slices.SortedFunc(maps.Keys(c.others), model.Name.Compare)
 		changed = changed || !maps.Equal(next.Ignored, c.last.Ignored) || !slices.Equal(next.Others, c.last.Others)
+		if dns := c.dnsNow(); !reflect.DeepEqual(dns, c.last.DNS) {
+			next.DNS, changed = dns, true
+		}
 	}
 	next.Unread, next.Named = c.unread, c.named
 	changed = changed || next.Named != c.last.Named

@@ -100,6 +100,11 @@ type manifest struct {
 	lines *lines
 }
 
+// unwanted says of a ConfigMap that it is none of those that are read.
+func (m *manifest) unwanted() bool {
+	return m.Kind == "ConfigMap" && !cluster.IsConfiguration(m.Metadata.Namespace, m.Metadata.Name)
+}
+
 // counted says whether the file may hold one more document or object.
 func (d *decoder) counted(line int) bool {
 	if d.count++; d.count == MaxObjects+1 {
@@ -122,7 +127,7 @@ func (d *decoder) object(m *manifest) {
 	case d.take != nil:
 		d.take(m)
 		return
-	case !known || m.APIVersion != k.apiVersion && !k.formerly(m.APIVersion):
+	case !known || m.APIVersion != k.apiVersion && !k.formerly(m.APIVersion) || m.unwanted():
 		d.ignore(m.APIVersion, m.Kind, 1)
 		return
 	case m.APIVersion != k.apiVersion:
@@ -169,7 +174,7 @@ func (d *decoder) typed(m *manifest, k kind) {
 // ignore counts objects of a kind that is not read. A kind of another group that
 // has the name of one that is read is told apart by its group.
 func (d *decoder) ignore(apiVersion, kind string, n int) {
-	if _, known := kinds[kind]; known {
+	if k, known := kinds[kind]; known && apiVersion != k.apiVersion {
 		group, _, _ := strings.Cut(apiVersion, "/")
 		kind += "." + group
 	}

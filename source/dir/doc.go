@@ -3,8 +3,8 @@
 //
 // It takes YAML and JSON, many documents in a file, List and typed lists such as
 // ServiceList, and of them the kinds Namespace, Pod, Deployment, StatefulSet,
-// DaemonSet, ReplicaSet, Job, Service, EndpointSlice and Node, decoded with
-// Kubernetes' own types. Objects of other kinds are passed over and counted. It
+// DaemonSet, ReplicaSet, Job, Service, EndpointSlice and Node, and of ConfigMaps
+// kube-system/coredns, decoded with Kubernetes' own types. Objects of other kinds are passed over and counted. It
 // is not for talking to an API server, and it writes nothing in the kernel.
 //
 // # Folders

@@ -21,7 +21,7 @@ type kind struct {
 var formerApps = []string{"extensions/v1beta1", "apps/v1beta1", "apps/v1beta2"}
 
 // kinds are those that are read. A Scheme would hold the 150 types of their
-// groups for the sake of these ten.
+// groups for the sake of these.
 var kinds = map[string]kind{
 	"Namespace":     {"v1", func() runtime.Object { return new(corev1.Namespace) }, nil},
 	"Node":          {"v1", func() runtime.Object { return new(corev1.Node) }, nil},
@@ -33,6 +33,7 @@ var kinds = map[string]kind{
 	"DaemonSet":     {"apps/v1", func() runtime.Object { return new(appsv1.DaemonSet) }, formerApps},
 	"ReplicaSet":    {"apps/v1", func() runtime.Object { return new(appsv1.ReplicaSet) }, formerApps},
 	"Job":           {"batch/v1", func() runtime.Object { return new(batchv1.Job) }, nil},
+	"ConfigMap":     {"v1", func() runtime.Object { return new(corev1.ConfigMap) }, nil},
 }
 
 func (k kind) formerly(apiVersion string) bool { return slices.Contains(k.former, apiVersion) }

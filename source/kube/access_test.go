@@ -137,6 +137,7 @@ func rules(t *testing.T, path string) map[kubetest.Request]bool {
 // The role allows what is asked for, through a life with faults, and no more.
 func TestRoleIsWhatIsAskedFor(t *testing.T) {
 	granted := rules(t, "../../deploy/rbac.yaml")
+	var err error
 	b := newBed(t)
 	b.run()
 	b.shows("")
@@ -147,6 +148,12 @@ func TestRoleIsWhatIsAskedFor(t *testing.T) {
 	b.apply(service("web", "10.96.0.2"))
 	b.shows("web")
 	b.watched()
+	b.end()
+	if b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, b.url), Node: "n1", Names: true}); err != nil {
+		t.Fatal(err)
+	}
+	b.run()
+	b.until("the Corefile was asked for", func(s *model.Snapshot) bool { return s.DNS != nil })
 	b.apply(configMap)
 	if _, err := ConfigMap(t.Context(), Settings{Kubeconfig: kubeconfig(t, b.url)}, "kube-system", "kube-proxy", "config.conf"); err != nil {
 		t.Error(err)

@@ -22,11 +22,11 @@ const answerPatience = 5 * time.Second
 // about the object. It needs the verb get for that one object.
 func ConfigMap(ctx context.Context, settings Settings, namespace, name, key string) (data []byte, err error) {
 	err = askEach(settings, "get ConfigMap "+namespace+"/"+name, func(at *server) (decided bool, err error) {
-		all, err := at.configMap(ctx, namespace, name)
+		config, err := at.configMap(ctx, namespace, name)
 		if err != nil {
 			return apierrors.IsNotFound(err) || apierrors.IsForbidden(err), err
 		}
-		text, has := all[key]
+		text, has := config.Data[key]
 		if !has {
 			return true, fmt.Errorf("%s: %w", key, errNoKey)
 		}
@@ -39,8 +39,12 @@ func ConfigMap(ctx context.Context, settings Settings, namespace, name, key stri
 // ConfigMapData is ConfigMap for all keys.
 func ConfigMapData(ctx context.Context, settings Settings, namespace, name string) (data map[string]string, err error) {
 	err = askEach(settings, "get ConfigMap "+namespace+"/"+name, func(at *server) (decided bool, err error) {
-		data, err = at.configMap(ctx, namespace, name)
-		return answered(err), err
+		config, err := at.configMap(ctx, namespace, name)
+		if err != nil {
+			return answered(err), err
+		}
+		data = config.Data
+		return true, nil
 	})
 	return data, err
 }
@@ -73,7 +77,7 @@ func answered(err error) bool { return apierrors.ReasonForError(err) != metav1.S
 
 var errNoKey = errors.New("it has no such key")
 
-func (s *server) configMap(ctx context.Context, namespace, name string) (map[string]string, error) {
+func (s *server) configMap(ctx context.Context, namespace, name string) (*corev1.ConfigMap, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerPatience)
 	defer cancel()
 	found, err := s.client.Get().AbsPath("/api/v1/namespaces", namespace, "configmaps", name).MaxRetries(0).Do(ctx).Get()
@@ -84,5 +88,5 @@ func (s *server) configMap(ctx context.Context, namespace, name string) (map[str
 	if !ok {
 		return nil, fmt.Errorf("the answer is a %T", found)
 	}
-	return config.Data, nil
+	return config, nil
 }

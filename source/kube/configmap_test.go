@@ -8,6 +8,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/millrace/millrace/model"
 	"github.com/millrace/millrace/source/kube/kubetest"
 )
 
@@ -54,4 +55,75 @@ func TestConfigMap(t *testing.T) {
 	if _, err := get("kube-proxy", "config.conf", b.url); !errors.Is(err, ErrNoAnswer) {
 		t.Errorf("a server that is not well: %v", err)
 	}
+}
+
+const corefileMap = `---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: coredns, namespace: kube-system}
+data:
+  Corefile: |
+    .:53 {
+        kubernetes cluster.local
+        forward . 192.0.2.53
+    }
+`
+
+// namesBed is a bed whose Source asks for names.
+func namesBed(t *testing.T) *bed {
+	b := newBed(t)
+	var err error
+	b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, "http://192.0.2.1"), Servers: []string{b.url}, Node: "n1", Names: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.apply(nodes + service("web", "10.96.0.2"))
+	return b
+}
+
+// The Corefile comes with the Services, and so do its changes; other ConfigMaps are
+// nobody's concern.
+func TestCorefileIsFollowed(t *testing.T) {
+	b := namesBed(t)
+	b.apply(configMap)
+	b.run()
+	left := func(part string) func(*model.Snapshot) bool {
+		return func(s *model.Snapshot) bool {
+			return s.Complete && s.DNS != nil && strings.Contains(s.DNS.Left, part) && (part != "" || s.DNS.Left == "")
+		}
+	}
+	b.until("without a ConfigMap nothing is known", left("there is no ConfigMap kube-system/coredns"))
+	b.apply(corefileMap)
+	s := b.until("the Corefile is read", left(""))
+	if f := s.DNS.Forwards; s.DNS.Zone != "cluster.local" || len(f) != 2 || f[1].To[0].Address.String() != "192.0.2.53:53" {
+		t.Errorf("read %+v", s.DNS)
+	}
+	b.apply(strings.ReplaceAll(corefileMap, "kubernetes cluster.local", "hosts"))
+	b.until("a change comes", left("kubernetes is not in it"))
+	b.apply(strings.ReplaceAll(corefileMap, "Corefile: |", "NodeHosts: |"))
+	b.until("a ConfigMap without a Corefile", left("has no Corefile"))
+	if err := b.Remove(corefileMap); err != nil {
+		t.Fatal(err)
+	}
+	b.until("it is gone", left("there is no ConfigMap"))
+}
+
+// Who may not read the ConfigMap has complete Snapshots, which say that.
+func TestCorefileMayNotBeRead(t *testing.T) {
+	b := namesBed(t)
+	b.apply(corefileMap)
+	b.Fault(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, "/configmaps") {
+			return false
+		}
+		kubetest.Refuse(w, http.StatusForbidden, metav1.StatusReasonForbidden, "configmaps is forbidden")
+		return true
+	})
+	b.run()
+	b.until("the Services are there, and why the Corefile is not", func(s *model.Snapshot) bool {
+		return s.Complete && len(s.Services) > 0 && s.DNS != nil &&
+			strings.Contains(s.DNS.Left, "kube-system/coredns cannot be read") && strings.Contains(s.DNS.Left, "forbidden")
+	})
+	b.Fault(nil)
+	b.until("it may be read", func(s *model.Snapshot) bool { return s.DNS != nil && s.DNS.Left == "" })
 }

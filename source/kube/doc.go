@@ -1,7 +1,8 @@
 // Package kube asks the Kubernetes API for the wishes of a cluster and follows
 // their changes.
 //
-// It lists and watches Services, EndpointSlices, Nodes, and the Pods of one node;
+// It lists and watches Services, EndpointSlices, Nodes, and the Pods of one node, for
+// names also the ConfigMap of CoreDNS;
 // package cluster makes Snapshots of them. It reads with protobuf, needs list and
 // watch and no other verb (deploy/rbac.yaml), and writes nothing, neither to the
 // API nor in the kernel. Beside that, a few single objects are read and altered for
@@ -22,7 +23,9 @@
 // The server selects as it does for kube-proxy: no Services with the label
 // service.kubernetes.io/service-proxy-name, no headless ones, and no slices with
 // the label service.kubernetes.io/headless; all of these only with Settings.Names,
-// since they are for DNS. Slices that name no Service are not asked for either.
+// since they are for DNS. Slices that name no Service are not asked for either. With
+// Settings.Names the one ConfigMap kube-system/coredns is followed too; where it may not be
+// read, or is not there, model.DNS says why nothing is known.
 //
 // # Before Services work
 //
@@ -34,7 +37,7 @@
 //
 // Nothing is delivered before Services and EndpointSlices were listed whole,
 // because a Service without its endpoints would take them away; and nothing is
-// Complete before all four kinds were. A change is delivered at once; after a
+// Complete before these four kinds were. A change is delivered at once; after a
 // Snapshot the next comes in a millisecond at the earliest, or in four times what
 // the last took to make, so that a burst becomes few. Changes are taken over as
 // they are read and wait in no queue: one who is slow is held up by TCP. Seen is

@@ -187,6 +187,33 @@ func TestServerGoneAndBack(t *testing.T) {
 
 // A watch that is cut, in order or in the middle of an event, loses no change and
 // does not cost a new list.
+// Who acts on what was heard may ask how old it is.
+func TestHeard(t *testing.T) {
+	b := newBed(t)
+	b.apply(service("web", "10.96.0.2") + slice("web", "10.244.1.1"))
+	opened := time.Now()
+	if b.source.Heard().After(opened) {
+		t.Error("it was heard before it was asked")
+	}
+	b.run()
+	b.watched()
+	isNow := func() bool { return time.Since(b.source.Heard()) < time.Second }
+	wait(t, "all is heard", isNow)
+	var gone atomic.Bool
+	b.Fault(func(w http.ResponseWriter, r *http.Request) bool {
+		return gone.Load() && asks(r, "endpointslices") && refuse(w, http.StatusInternalServerError, metav1.StatusReasonInternalError)
+	})
+	before := time.Now()
+	gone.Store(true)
+	b.Cut(false)
+	wait(t, "it is not heard for a while", func() bool { return !isNow() })
+	if since := b.source.Heard(); since.Before(before) || since != b.source.Heard() {
+		t.Errorf("cut off at %v, heard at %v and then %v", before, since, b.source.Heard())
+	}
+	gone.Store(false)
+	wait(t, "it is heard again", isNow)
+}
+
 func TestCutWatchGoesOnWhereItWas(t *testing.T) {
 	for _, torn := range []bool{false, true} {
 		b := newBed(t)

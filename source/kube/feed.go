@@ -67,6 +67,8 @@ type feed struct {
 	trouble error
 	since   time.Time
 	tried   bool
+	// silent is since when it is not watched; zero while it is.
+	silent time.Time
 	// kept are in force until then although a list lacks them, for a reason.
 	kept      map[cluster.Key]struct{}
 	keptUntil time.Time
@@ -74,7 +76,7 @@ type feed struct {
 }
 
 func newFeed(s *Source, k kind) *feed {
-	return &feed{source: s, kind: k, file: cluster.NewFile("kube " + k.resource), kept: map[cluster.Key]struct{}{}}
+	return &feed{source: s, kind: k, silent: time.Now(), file: cluster.NewFile("kube " + k.resource), kept: map[cluster.Key]struct{}{}}
 }
 
 // run follows the kind until ctx ends.
@@ -82,6 +84,7 @@ func (f *feed) run(ctx context.Context) {
 	for sleep(ctx, time.Until(f.notSoon)) {
 		at := f.source.servers.current()
 		watched, err := f.follow(ctx, at)
+		f.source.unheard(f)
 		if ctx.Err() != nil {
 			return
 		}

@@ -4,6 +4,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/millrace/millrace/source/corefile"
 )
 
 // kind is one kind of objects as the API server is asked for it.
@@ -24,6 +26,8 @@ type kind struct {
 	always bool
 	// never is why a list of the kind is never empty; "" where it may be.
 	never string
+	// beside: a Snapshot is complete without it.
+	beside bool
 }
 
 // kindsFor are the kinds that are watched for a node, or with the pods of all nodes.
@@ -31,7 +35,7 @@ type kind struct {
 // The selectors are kube-proxy's: a Service with the label service-proxy-name is
 // another proxy's, and headless Services are for DNS, as are slices with the
 // label headless: with names all of these are asked for, too. Slices without a Service
-// are somebody else's private matter.
+// are somebody else's private matter. With names also the configuration of CoreDNS is.
 func kindsFor(node string, names bool) []kind {
 	const ours = "!service.kubernetes.io/service-proxy-name"
 	services, addressed, slices := ours, "spec.clusterIP!="+corev1.ClusterIPNone, discoveryv1.LabelServiceName+",!"+corev1.IsHeadlessService+","+ours
@@ -42,7 +46,7 @@ func kindsFor(node string, names bool) []kind {
 	if node != "" {
 		onNode = "spec.nodeName=" + node
 	}
-	return []kind{
+	all := []kind{
 		{
 			resource: "services", path: "/api/v1/services", object: "Service",
 			labels: services,
@@ -69,4 +73,13 @@ func kindsFor(node string, names bool) []kind {
 			list:   func() runtime.Object { return &corev1.PodList{} },
 		},
 	}
+	if names {
+		all = append(all, kind{
+			resource: "configmaps", path: "/api/v1/namespaces/" + corefile.ConfigMap.Namespace + "/configmaps", object: "ConfigMap",
+			fields: "metadata.name=" + corefile.ConfigMap.Name,
+			list:   func() runtime.Object { return &corev1.ConfigMapList{} },
+			beside: true,
+		})
+	}
+	return all
 }

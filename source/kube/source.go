@@ -4,12 +4,14 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/millrace/millrace/model"
 	"github.com/millrace/millrace/source/cluster"
+	"github.com/millrace/millrace/source/corefile"
 )
 
 // Settings say where the API is and for whom it is asked.
@@ -56,6 +58,9 @@ type Source struct {
 	fresh bool
 	// giveUp ends the Run.
 	giveUp context.CancelCauseFunc
+
+	// silent is since when what Services need is not followed; nil while it is.
+	silent atomic.Pointer[time.Time]
 }
 
 // Open prepares to ask the API server. It reads the credentials and sends nothing.
@@ -77,7 +82,31 @@ func Open(settings Settings) (*Source, error) {
 	for _, k := range kindsFor(settings.Node, settings.Names) {
 		s.feeds = append(s.feeds, newFeed(s, k))
 	}
+	s.listen()
 	return s, nil
+}
+
+// Heard is when the API server last said what it had to say of Services and their endpoints:
+// now, while both are watched. A watch over which nothing comes is taken for one until
+// client-go gives it up, 45 seconds after the server fell silent
+// (https://github.com/kubernetes/apimachinery/blob/master/pkg/util/net/http.go).
+func (s *Source) Heard() time.Time {
+	if since := s.silent.Load(); since != nil {
+		return *since
+	}
+	return time.Now()
+}
+
+// listen notes since when one of the kinds that Services need is not followed. It is called
+// with s.mu held.
+func (s *Source) listen() {
+	var silent *time.Time
+	for _, f := range s.feeds {
+		if since := f.silent; f.kind.needed && !since.IsZero() && (silent == nil || since.Before(*silent)) {
+			silent = &since
+		}
+	}
+	s.silent.Store(silent)
 }
 
 // Run delivers a Snapshot when everything was listed once, and another after each
@@ -186,7 +215,7 @@ func (s *Source) listed(f *feed) {
 	defer s.mu.Unlock()
 	f.listed = true
 	for _, other := range s.feeds {
-		if !other.listed {
+		if !other.listed && !other.kind.beside {
 			return
 		}
 	}
@@ -197,9 +226,20 @@ func (s *Source) listed(f *feed) {
 func (s *Source) well(f *feed) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.fresh, f.trouble, f.tried = true, nil, false
+	s.fresh, f.trouble, f.tried, f.silent = true, nil, false, time.Time{}
+	s.listen()
 	s.remark(f)
 	s.ring()
+}
+
+// unheard notes that a kind is not followed from now on.
+func (s *Source) unheard(f *feed) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f.silent.IsZero() {
+		f.silent = time.Now()
+	}
+	s.listen()
 }
 
 // failed notes why a kind cannot be followed. When none can, Run ends.
@@ -247,6 +287,18 @@ func (s *Source) remark(f *feed) {
 			n, f.keptUntil.UTC().Format(time.RFC3339), f.reason)
 	}
 	s.cluster.Remark(f.kind.resource, r)
+	if f.kind.beside {
+		s.cluster.SetNoDNS(f.noDNS())
+	}
+}
+
+// noDNS is why the DNS servers' configuration is not known, if no object says it. It is
+// called with s.mu held.
+func (f *feed) noDNS() string {
+	if !f.listed && f.tried {
+		return fmt.Sprintf("the ConfigMap %s cannot be read: %v", corefile.ConfigMap, f.trouble)
+	}
+	return fmt.Sprintf("there is no ConfigMap %s: who serves DNS here, and how, is not known", corefile.ConfigMap)
 }
 
 // sleep waits and says whether ctx goes on.

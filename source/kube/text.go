@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -50,15 +49,9 @@ func ReadText(ctx context.Context, settings Settings, namespace, name, key strin
 }
 
 func (s *server) readText(ctx context.Context, namespace, name, key string) (*Text, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerPatience)
-	defer cancel()
-	found, err := s.client.Get().AbsPath("/api/v1/namespaces", namespace, "configmaps", name).MaxRetries(0).Do(ctx).Get()
+	config, err := s.configMap(ctx, namespace, name)
 	if err != nil {
 		return nil, err
-	}
-	config, ok := found.(*corev1.ConfigMap)
-	if !ok {
-		return nil, fmt.Errorf("the answer is a %T", found)
 	}
 	text, ok := config.Data[key]
 	if !ok {
@@ -74,8 +67,13 @@ func (s *server) readText(ctx context.Context, namespace, name, key string) (*Te
 
 // allowed says whom to ask for what is forbidden.
 func allowed(err error, verb, namespace string) error {
+	return allowedFor(err, verb, "configmaps", namespace)
+}
+
+// allowedFor is allowed for objects of a kind.
+func allowedFor(err error, verb, kind, namespace string) error {
 	if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
-		return fmt.Errorf("%w: it takes the verb %s for configmaps in %s: ask who gives out roles in this cluster, or name a kubeconfig of theirs", err, verb, namespace)
+		return fmt.Errorf("%w: it takes the verb %s for %s in %s: ask who gives out roles in this cluster, or name a kubeconfig of theirs", err, verb, kind, namespace)
 	}
 	return err
 }

@@ -45,6 +45,8 @@ const foundInObjects = "PX-12 PX-13 PX-14 PX-18 PX-19 PX-20 PX-21 PX-22 PX-23 PX
 type apiBed struct {
 	t                            *testing.T
 	bin, folder, space, millrace string
+	// services are the ranges of Services' addresses.
+	services string
 	// api is the server's process.
 	api *exec.Cmd
 }
@@ -79,13 +81,16 @@ func TestDoctorOfRealObjects(t *testing.T) {
 	}
 }
 
-func newAPIBed(t *testing.T) *apiBed {
+func newAPIBed(t *testing.T) *apiBed { return newAPIBedFor(t, serviceV4) }
+
+// newAPIBedFor is one with other ranges of Services' addresses, and with more tools.
+func newAPIBedFor(t *testing.T, services string, more ...string) *apiBed {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: it makes a network namespace")
 	}
 	t.Chdir(root)
-	bin := built(t, []string{"etcd", "kube-apiserver", "kubectl"})
-	b := &apiBed{t: t, bin: bin, folder: t.TempDir(), space: fmt.Sprintf("millrace-doctor-%d", os.Getpid())}
+	bin := built(t, append([]string{"etcd", "kube-apiserver", "kubectl"}, more...))
+	b := &apiBed{t: t, bin: bin, folder: t.TempDir(), services: services, space: fmt.Sprintf("millrace-doctor-%d", os.Getpid())}
 	b.millrace = filepath.Join(b.folder, "millrace")
 	if text, err := exec.Command("go", "build", "-o", b.millrace, "./cmd/millrace").CombinedOutput(); err != nil {
 		t.Fatalf("build millrace: %v\n%s", err, text)
@@ -120,7 +125,7 @@ func (b *apiBed) start() {
 		{"etcd", "--data-dir", b.folder + "/etcd", "--unsafe-no-fsync", "--log-level", "error"},
 		{"kube-apiserver", "--etcd-servers=http://127.0.0.1:2379", "--secure-port=6443", "--bind-address=127.0.0.1", "--advertise-address=192.0.2.50",
 			"--tls-cert-file=" + b.folder + "/server.crt", "--tls-private-key-file=" + b.folder + "/server.key", "--token-auth-file=" + b.folder + "/users.csv",
-			"--cert-dir=" + b.folder, "--authorization-mode=RBAC", "--disable-admission-plugins=ServiceAccount", "--service-cluster-ip-range=10.96.0.0/16",
+			"--cert-dir=" + b.folder, "--authorization-mode=RBAC", "--disable-admission-plugins=ServiceAccount", "--service-cluster-ip-range=" + b.services,
 			"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file=" + b.folder + "/server.key",
 			"--service-account-signing-key-file=" + b.folder + "/server.key", "--endpoint-reconciler-type=none"},
 	} {

@@ -39,6 +39,7 @@ func TestKubernetes(t *testing.T) {
 	t.Run("doctor", TestInstalledDoctorOfAllNodes)
 	t.Run("probes", TestInstalledDoctorProbes)
 	t.Run("tune", TestInstalledKeepsSettings)
+	t.Run("names", TestInstalledAnswersNames)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
 }

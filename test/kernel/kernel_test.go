@@ -29,20 +29,33 @@ var packages = []struct {
 	{"layer/service", serviceFlags(), serviceTests},
 	{"layer/trace", traceFlags(), traceTests},
 	{"layer/dns", []string{"-test.run=^(" + strings.Join(dnsTests, "|") + ")$"}, dnsTests},
+	{"layer/pod", []string{"-test.run=^(" + strings.Join(podTests, "|") + ")$"}, podTests},
+	{"layer/route", []string{"-test.run=^(" + strings.Join(routeTests, "|") + ")$"}, routeTests},
 	{"lab", labFlags(), labTests},
 }
 
+// podTests are that pods get their network, that what was taken away is seen and comes
+// back, the laws, and that the program is accepted.
+var podTests = []string{"TestAPodBeginsAndEnds", "TestWhatIsMissing", "TestTheFileIsLost", "TestReboot", "TestLaws", "TestWhatTakesAShortcut"}
+
 // traceTests are that each program sees its event, where the kernel has a tracepoint
-// for it, and that nothing is lost of the totals.
-var traceTests = []string{"TestEveryProgramSeesItsEvent", "TestExamplesAreWhole", "TestTotalsAreExact", "TestNothingIsLeftBehind"}
+// for it, that nothing is lost of the totals, and that trials are no loss.
+var traceTests = []string{"TestEveryProgramSeesItsEvent", "TestExamplesAreWhole", "TestTotalsAreExact", "TestNothingIsLeftBehind", "TestTrialsAreNoLoss"}
 
 func traceFlags() []string {
 	return []string{"-test.run=^(" + strings.Join(traceTests, "|") + ")$"}
 }
 
 // dnsTests are that the program is accepted and answers, also pods behind a bridge, that
-// it does not mix names up, that another takes over, and that without it others answer.
-var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestAnotherLayout", "TestFailOpen"}
+// it does not mix names up, that another takes over, and that without it others answer;
+// that queries are handed up to an agent, and not to one that was killed; that the table
+// grows, and that what is known is said where nobody else can.
+var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestOutside", "TestOutsideIsWrittenMeanwhile", "TestAnotherLayout", "TestFailOpen",
+	"TestHandedUp", "TestKilledUnderLoad", "TestSuccessorAnswers", "TestOneAfterTheOther", "TestAgentHangs", "TestTheMapGrows", "TestAgentAndServersAreGone"}
+
+// routeTests are that the programs are accepted and decide as they should, and that pods of
+// two nodes, and a node and a pod, reach each other, also where the other end is plain.
+var routeTests = []string{"TestFromPod", "TestFromWire", "TestCongestion", "TestPodsOfTwoNodes", "TestNodeToPod", "TestTooLong"}
 
 // serviceTests are what of the data path is always tested there: that every
 // program is accepted, both paths, and the laws.

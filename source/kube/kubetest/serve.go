@@ -174,6 +174,8 @@ func listOf(resource string, page []Object, about metav1.ListMeta) runtime.Objec
 		list = &corev1.NodeList{ListMeta: about}
 	case "pods":
 		list = &corev1.PodList{ListMeta: about}
+	case "configmaps":
+		list = &corev1.ConfigMapList{ListMeta: about}
 	case "endpointslices":
 		list = &discoveryv1.EndpointSliceList{ListMeta: about}
 	}

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/agent/resolver"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/dns"
+	"github.com/millrace/millrace/model"
+)
+
+// serveAgain is how long after an error queries are taken again.
+const serveAgain = 10 * time.Second
+
+// answering is the layer dns with the resolver behind it, which answers what the kernel
+// does not.
+type answering struct {
+	*dns.Layer
+	resolver *resolver.Resolver
+	log      *slog.Logger
+}
+
+// answersFor puts the resolver behind the layer dns, if that is among the layers; it
+// returns nil where it is not. Both say as much when the source was last heard so long ago.
+func answersFor(zone string, heard func() time.Time, layers []layer.Layer, log *slog.Logger) *answering {
+	for i, l := range layers {
+		if names, ok := l.(*dns.Layer); ok {
+			a := &answering{Layer: names, log: log}
+			a.resolver = resolver.New(resolver.Settings{
+				Zone: zone, Heard: heard, DenyFor: dns.DenyFor, SayFor: dns.SayFor, Service: dns.DefaultService, Sink: learning{names}, Log: log,
+			})
+			layers[i] = a
+			return a
+		}
+	}
+	return nil
+}
+
+// heard is a source whose Snapshots the resolver has too.
+type heard struct {
+	agent.Source
+	take func(*model.Snapshot)
+}
+
+// Run implements agent.Source.
+func (h heard) Run(ctx context.Context, deliver func(*model.Snapshot)) error {
+	return h.Source.Run(ctx, func(s *model.Snapshot) {
+		h.take(s)
+		deliver(s)
+	})
+}
+
+// serve answers queries until ctx ends.
+func (a *answering) serve(ctx context.Context) {
+	var learns sync.WaitGroup
+	defer learns.Wait()
+	defer a.resolver.Close()
+	learns.Go(func() { a.resolver.Run(ctx) })
+	for ctx.Err() == nil {
+		err := a.Serve(ctx, func(ctx context.Context, q dns.Query) ([]byte, bool) {
+			return a.resolver.Resolve(ctx, strconv.Itoa(q.Device), q.Message)
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		a.log.Error("names are left to the cluster's DNS servers where the kernel has no answer", "error", err, "again_in", serveAgain)
+		select {
+		case <-ctx.Done():
+		case <-time.After(serveAgain):
+		}
+	}
+}
+
+// Describe adds what became of the queries that the agent was handed.
+func (a *answering) Describe() (layer.Description, error) {
+	d, err := a.Layer.Describe()
+	if err != nil || d.Reasons == nil {
+		return d, err
+	}
+	s := a.resolver.Status()
+	for source, n := range s.Queries {
+		d.Reasons["agent_"+source] = n
+	}
+	if len(s.Down) > 0 {
+		d.Degraded = append(d.Degraded, "these DNS servers do not answer: "+strings.Join(s.Down, ", ")+"; names outside the cluster are answered from what is known, others are left to the cluster's DNS servers")
+	}
+	return d, nil
+}
+
+// learning is the kernel as what the resolver teaches. It implements resolver.Sink.
+type learning struct{ names *dns.Layer }
+
+// Learn implements resolver.Sink.
+func (l learning) Learn(all []resolver.Outside) error {
+	of := make([]dns.Outside, len(all))
+	for i, o := range all {
+		of[i] = dns.Outside{Name: o.Name, A: learned(o.A), AAAA: learned(o.AAAA)}
+	}
+	return l.names.Learn(of)
+}
+
+// learned is the same in the layer's words: neither package knows the other.
+func learned(k resolver.Known) dns.Known {
+	to := dns.Known{State: dns.State(k.State), Addresses: k.Addresses, SOA: k.SOA, Until: k.Until, Stale: k.Stale}
+	for _, alias := range k.Chain {
+		to.Chain = append(to.Chain, dns.Alias(alias))
+	}
+	return to
+}
+
+// recalled is learned the other way round.
+func recalled(k dns.Known) resolver.Known {
+	to := resolver.Known{State: resolver.State(k.State), Addresses: k.Addresses, SOA: k.SOA, Until: k.Until, Stale: k.Stale}
+	for _, alias := range k.Chain {
+		to.Chain = append(to.Chain, resolver.Alias(alias))
+	}
+	return to
+}
+
+// Learned implements resolver.Sink.
+func (l learning) Learned() ([]resolver.Outside, error) {
+	all, err := l.names.Learned()
+	of := make([]resolver.Outside, len(all))
+	for i, o := range all {
+		of[i] = resolver.Outside{Name: o.Name, A: recalled(o.A), AAAA: recalled(o.AAAA)}
+	}
+	return of, err
+}
+
+// Forget implements resolver.Sink.
+func (l learning) Forget(names []string) error { return l.names.Forget(names) }
+
+// Asked implements resolver.Sink.
+func (l learning) Asked() ([]resolver.Asked, error) {
+	all, err := l.names.Asked()
+	of := make([]resolver.Asked, len(all))
+	for i, a := range all {
+		of[i] = resolver.Asked(a)
+	}
+	return of, err
+}

@@ -1,0 +1,45 @@
+package main
+
+import (
+	"context"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/millrace/millrace/layer/pod"
+)
+
+func showPods(s *settings) *cobra.Command {
+	var at place
+	c := command(&cobra.Command{
+		Use:   podsWord,
+		Short: "Pods of this node that were given their network here",
+		Long: `
+Reads the run folder, the node's devices and the pinned maps, so that it works without an
+agent. WAY is how packets of other pods of the node come: direct, by the device, where
+somebody looks at what it sends, or through the host's stack. Needs CAP_BPF or
+CAP_SYS_ADMIN.`,
+	}, readsOnly, func(context.Context, []string) error {
+		picture, err := at.network().Look()
+		if err != nil {
+			return err
+		}
+		pods := append([]*pod.Pod{}, picture.(*pod.Picture).Pods()...)
+		if s.json() {
+			return printJSON(map[string]any{"pods": pods})
+		}
+		t := newTable(os.Stdout, "POD", "ADDRESSES", "DEVICE", "WAY", "CONTAINER")
+		for _, one := range pods {
+			var addresses []string
+			for _, addr := range one.Addresses {
+				addresses = append(addresses, addr.String())
+			}
+			t.row(orDash(one.Pod), strings.Join(addresses, ", "), one.Device, one.Way, one.Container[:min(len(one.Container), 12)]) // as crictl shows it
+		}
+		return t.print()
+	}, exitPrivilege)
+	at.flagPins(c)
+	at.flagRun(c)
+	return c
+}
