@@ -17,6 +17,7 @@ import (
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/dns"
 	"github.com/millrace/millrace/layer/pod"
+	"github.com/millrace/millrace/layer/route"
 	"github.com/millrace/millrace/layer/service"
 	"github.com/millrace/millrace/layer/trace"
 	"github.com/millrace/millrace/layer/tune"
@@ -31,7 +32,8 @@ type place struct {
 	// service layer's settings.
 	node, path, conntrack string
 	flows                 int
-	// pods says that the node's pods get their network here.
+	// pods says that the node's pods get their network here, and ways to those of other
+	// nodes.
 	pods bool
 	// podLayer is the one that gives it to them, once it is made.
 	podLayer *pod.Layer
@@ -131,7 +133,7 @@ func (p *place) isOff(l layer.Layer) bool {
 	switch l.(type) {
 	case *dns.Layer:
 		return p.dns == ""
-	case *pod.Layer:
+	case *pod.Layer, *route.Layer:
 		return !p.pods
 	}
 	return false
@@ -140,11 +142,12 @@ func (p *place) isOff(l layer.Layer) bool {
 // pinned are the layers for looking at what outlives the agent and for removing it,
 // which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
-	// Names after the services: their program has to be in front of those.
-	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names(), p.network()}
+	// Names after the services: their program has to be in front of those. Routes after
+	// pods: what stays on the node never comes to their program.
+	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names(), p.network(), p.routes()}
 }
 
-// podsWord, behind a command, switches the pod layer on.
+// podsWord, behind a command, switches the layers pod and route on.
 const podsWord = "pods"
 
 // also reads which layers are asked for beside those that always are.
@@ -183,6 +186,10 @@ func (p *place) network() *pod.Layer {
 		p.podLayer = pod.New(pod.Settings{Node: p.node, Pins: filepath.Join(p.pins, "pod"), Folder: filepath.Join(p.run, "pod"), Socket: filepath.Join(p.run, "cni.sock")})
 	}
 	return p.podLayer
+}
+
+func (p *place) routes() *route.Layer {
+	return route.New(route.Settings{Node: p.node, Pins: filepath.Join(p.pins, "route")})
 }
 
 func (p *place) trace() *trace.Layer {

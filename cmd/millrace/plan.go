@@ -24,7 +24,7 @@ func planCommand(s *settings) *cobra.Command {
 Reads the manifests or asks the API server once, compares what is asked for with what is pinned on this
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
 pinned everything is new. With the word pods it is about an agent that gives the
-node's pods their network, too.`,
+node's pods their network, too, with the ways to those of other nodes.`,
 	}, readsOnly, func(ctx context.Context, args []string) error {
 		if err := at.also(args); err != nil {
 			return err

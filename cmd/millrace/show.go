@@ -17,14 +17,14 @@ func showCommand(s *settings) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "show",
 		Short: "What is in force in the kernel",
-		Long:  readsOnly + "\n\nShows Services, backends, names, pods, settings, flows or drops as they are in the kernel now,\nand the DNS queries that the agent was handed.",
+		Long:  readsOnly + "\n\nShows Services, backends, names, pods, routes, settings, flows or drops as they are in the kernel now,\nand the DNS queries that the agent was handed.",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usage("say what to show: services, backends, names, queries, pods, settings, flows or drops")
+			return usage("say what to show: services, backends, names, queries, pods, routes, settings, flows or drops")
 		},
 	}
 	c.AddCommand(showRows(s, "services", "Services and where they lead", printServices),
-		showRows(s, "backends", "Endpoints and the Services that lead to them", printBackends), showNames(s), showQueries(s), showPods(s), showSettings(s), showFlowsCommand(s), showDropsCommand(s))
+		showRows(s, "backends", "Endpoints and the Services that lead to them", printBackends), showNames(s), showQueries(s), showPods(s), showRoutes(s), showSettings(s), showFlowsCommand(s), showDropsCommand(s))
 	return c
 }
 

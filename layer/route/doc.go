@@ -31,5 +31,4 @@
 // Not here yet: a probe that the fabric carries pod addresses on a segment (use ModeVXLAN
 // in clouds), policy routing (only the main table is read), masquerading, learned routes,
 // uplinks without Ethernet headers, outer packets in fragments but by the kernel's device.
-// No command opens this layer yet.
 package route

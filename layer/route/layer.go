@@ -230,16 +230,19 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 	return err
 }
 
-// Look implements layer.Layer: it reads the pinned maps, the routes and the device. A pin
-// folder that does not exist is an empty picture.
+// Look implements layer.Layer: it reads the pinned maps, the routes and the device. Of a pin
+// folder that does not exist the picture has only what the host is like.
 func (l *Layer) Look() (layer.Picture, error) {
+	d := &datapath{settings: l.settings}
 	opened := map[string]*ebpf.Map{}
 	defer closeMaps(opened)
 	for _, name := range []string{datapathMapRemotes, datapathMapVteps} {
 		path := filepath.Join(l.settings.Pins, name)
 		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
-			return newPicture(), nil
+			picture := newPicture()
+			picture.facts, err = d.facts()
+			return picture, err
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
@@ -249,7 +252,6 @@ func (l *Layer) Look() (layer.Picture, error) {
 	if err := sameLayout(opened); err != nil {
 		return nil, fmt.Errorf("read the routes in %s: %w", l.settings.Pins, err)
 	}
-	d := &datapath{settings: l.settings}
 	picture, err := read(d, tablesOf(opened))
 	if err != nil {
 		return nil, err
