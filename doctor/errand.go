@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/millrace/millrace/doctor/probe"
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/probe"
 )
 
 // What is sent to find out, as Check.Reads names it. It is sent by Host.Probe alone, and

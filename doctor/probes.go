@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/millrace/millrace/doctor/probe"
+	"github.com/millrace/millrace/kernel/probe"
 )
 
 const (

@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/millrace/millrace/doctor/probe"
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/probe"
 )
 
 var apiAddress = netip.MustParseAddr("10.96.0.1")
