@@ -11,9 +11,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	bpflink "github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
@@ -30,28 +30,7 @@ const (
 // (layer/service): behind it nobody knows any more what was asked of whom.
 const translator = "from_pod"
 
-// attachment is the program in force at a device. It outlives the process.
-type attachment interface {
-	// run makes it another program, without a moment of none.
-	run(*ebpf.Program) error
-	// alive says whether it is still in force; inFront, whether it sees queries first.
-	alive() bool
-	inFront() bool
-	// keep makes sure that it outlives the process, and kept says whether it will.
-	keep() error
-	kept() bool
-	name() string
-	id() uint32
-	close()
-	detach() error
-}
-
-// haveTCX finds out by asking for the tcx programs of the loopback device, which
-// every namespace has.
-var haveTCX = func() bool {
-	_, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
-	return err == nil
-}
+var haveTCX = attach.HaveTCX
 
 // inNetns runs f where the devices are.
 func (d *datapath) inNetns(f func() error) error { return netns.In(d.settings.Netns, f) }
@@ -74,12 +53,12 @@ func (d *datapath) devices() ([]device, error) {
 		a := d.attached[one.Index]
 		pod := one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute
 		if pod || a != nil {
-			devices = append(devices, device{Index: one.Index, Name: one.Name, pod: pod, attached: a != nil && a.alive() && a.inFront(), space: one.PeerNamespace})
+			devices = append(devices, device{Index: one.Index, Name: one.Name, pod: pod, attached: a != nil && a.Alive() && d.inFront(one.Index, a), space: one.PeerNamespace})
 		}
 	}
 	for index, a := range d.attached {
 		if !there[index] {
-			_ = a.detach()
+			_ = a.Detach()
 			delete(d.attached, index)
 		}
 	}
@@ -100,22 +79,23 @@ func (d *datapath) attach(to device) error {
 		return fmt.Errorf("attach %s: %w", datapathProgDnsFromPod, err)
 	}
 	d.attached[to.Index] = made
-	return made.keep()
+	return made.Keep()
 }
 
-func (d *datapath) make(to device) (attachment, error) {
+func (d *datapath) make(to device) (attach.Attachment, error) {
 	if !d.tcx {
-		f := &filter{d: d, device: to.Index, at: to.Name}
-		return f, f.begin()
+		f := d.filterAt(to.Index, to.Name)
+		return f, f.Begin(d.program)
 	}
-	var made bpflink.Link
-	err := d.inNetns(func() (err error) {
-		made, err = bpflink.AttachTCX(bpflink.TCXOptions{
-			Interface: to.Index, Program: d.program, Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Head(),
-		})
-		return err
-	})
-	return &linked{made, d, to.Index, to.Name}, err
+	return d.hookAt(to.Index, to.Name).TCX(d.program, bpflink.Head(), d.pinAt(to.Index))
+}
+
+func (d *datapath) hookAt(device int, name string) attach.Hook {
+	return attach.Hook{Netns: d.settings.Netns, Device: device, Name: name, Attach: ebpf.AttachTCXIngress}
+}
+
+func (d *datapath) pinAt(device int) string {
+	return filepath.Join(d.settings.Pins, linkPrefix+strconv.Itoa(device))
 }
 
 // detach implements host.
@@ -125,7 +105,7 @@ func (d *datapath) detach(from device) error {
 	if a == nil {
 		return nil
 	}
-	return a.detach()
+	return a.Detach()
 }
 
 // openAttachments opens what an earlier process has in force.
@@ -143,13 +123,12 @@ func (d *datapath) openAttachments() error {
 		if !ok || err != nil {
 			continue
 		}
-		pinned, err := bpflink.LoadPinnedLink(filepath.Join(d.settings.Pins, entry.Name()), nil)
+		l, err := d.hookAt(device, "device "+index).Open(d.pinAt(device))
 		if err != nil {
-			return fmt.Errorf("open pinned link %s: %w", entry.Name(), err)
+			return err
 		}
-		l := &linked{pinned, d, device, "device " + index}
-		if !l.alive() {
-			_ = l.detach()
+		if !l.Alive() {
+			_ = l.Detach()
 			continue
 		}
 		d.attached[device] = l
@@ -157,43 +136,19 @@ func (d *datapath) openAttachments() error {
 	return nil
 }
 
-// linked is a link of the kernel.
-type linked struct {
-	bpflink.Link
-	d      *datapath
-	device int
-	at     string
-}
-
-func (l *linked) run(program *ebpf.Program) error { return l.Update(program) }
-func (l *linked) name() string                    { return l.at }
-func (l *linked) pin() string {
-	return filepath.Join(l.d.settings.Pins, linkPrefix+strconv.Itoa(l.device))
-}
-func (l *linked) close() { l.Link.Close() }
-
-func (l *linked) alive() bool {
-	info, err := l.Info()
-	return err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == l.device
-}
-
-func (l *linked) id() uint32 {
-	info, err := l.Info()
-	if err != nil {
-		return 0
+// inFront says that the translator is not before what is attached to a device.
+func (d *datapath) inFront(device int, a attach.Attachment) bool {
+	l, ok := a.(*attach.Link)
+	if !ok {
+		return true // a filter, by its priority
 	}
-	return uint32(info.ID)
-}
-
-// inFront says that the translator is not before it.
-func (l *linked) inFront() bool {
-	info, err := l.Info()
+	info, err := l.Kernel.Info()
 	if err != nil {
 		return false
 	}
 	var there *bpflink.QueryResult
-	err = l.d.inNetns(func() (err error) {
-		there, err = bpflink.QueryPrograms(bpflink.QueryOptions{Target: l.device, Attach: ebpf.AttachTCXIngress})
+	err = d.inNetns(func() (err error) {
+		there, err = bpflink.QueryPrograms(bpflink.QueryOptions{Target: device, Attach: ebpf.AttachTCXIngress})
 		return err
 	})
 	if err != nil {
@@ -223,135 +178,12 @@ func programName(id ebpf.ProgramID) string {
 	return info.Name
 }
 
-func (l *linked) kept() bool {
-	pinned, err := bpflink.LoadPinnedLink(l.pin(), nil)
-	if err != nil {
-		return false
-	}
-	defer pinned.Close()
-	info, err := pinned.Info()
-	return err == nil && uint32(info.ID) == l.id()
-}
+// filterPriority is of the filter that stands for tcx before Linux 6.6: the layer's own;
+// the translator's is one more.
+const filterPriority = 0x6d71
 
-func (l *linked) keep() error {
-	if l.kept() {
-		return nil
-	}
-	_ = os.Remove(l.pin()) // that of the one before it
-	_ = l.Unpin()          // it may remember a pin that somebody removed
-	if err := l.Pin(l.pin()); err != nil {
-		return fmt.Errorf("pin %s: %w", l.pin(), err)
-	}
-	return nil
-}
-
-func (l *linked) detach() error {
-	kept := l.kept()
-	_ = l.Detach() // also from processes that still hold it; Linux 5.9
-	l.Link.Close()
-	if !kept {
-		return nil // the pin is another's
-	}
-	if err := os.Remove(l.pin()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", l.pin(), err)
-	}
-	return nil
-}
-
-// Before Linux 6.6 there is no tcx: then the program is a filter of the clsact qdisc
-// (tc-bpf(8)). It needs no pin, for it lives as long as the device.
-const (
-	// filterPriority is the layer's own; the translator's is one more.
-	filterPriority = 0x6d71
-	filterName     = "millrace:" + datapathProgDnsFromPod
-)
-
-// filter is an attachment to the clsact qdisc of a device.
-type filter struct {
-	d      *datapath
-	device int
-	at     string
-}
-
-func (f *filter) attrs() netlink.FilterAttrs {
-	return netlink.FilterAttrs{
-		LinkIndex: f.device, Parent: netlink.HANDLE_MIN_INGRESS, Handle: netlink.MakeHandle(0, 1),
-		Protocol: unix.ETH_P_ALL, Priority: filterPriority,
-	}
-}
-
-// begin attaches the program.
-func (f *filter) begin() error {
-	err := f.d.inNetns(func() error {
-		return netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-			LinkIndex: f.device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-		}})
-	})
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return err
-	}
-	return f.run(f.d.program)
-}
-
-func (f *filter) run(program *ebpf.Program) error {
-	return f.d.inNetns(func() error {
-		return netlink.FilterReplace(&netlink.BpfFilter{FilterAttrs: f.attrs(), Fd: program.FD(), Name: filterName, DirectAction: true})
-	})
-}
-
-// find returns the program's number; false where the filter is not there.
-func (f *filter) find() (id int, found bool) {
-	_ = f.d.inNetns(func() error {
-		filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: f.device}}, netlink.HANDLE_MIN_INGRESS)
-		for _, there := range filters {
-			if ours, ok := there.(*netlink.BpfFilter); ok && ours.Attrs().Priority == filterPriority && ours.Name == filterName {
-				id, found = ours.Id, true
-			}
-		}
-		return err
-	})
-	return id, found
-}
-
-func (f *filter) alive() bool {
-	_, found := f.find()
-	return found
-}
-
-func (f *filter) inFront() bool { return true }
-func (f *filter) keep() error   { return nil }
-func (f *filter) kept() bool    { return true }
-func (f *filter) name() string  { return f.at }
-func (f *filter) close()        {}
-
-func (f *filter) id() uint32 {
-	id, _ := f.find()
-	return uint32(id)
-}
-
-func (f *filter) detach() error {
-	err := f.d.inNetns(func() error {
-		err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs()})
-		dropEmptyQdisc(f.device)
-		return err
-	})
-	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
-		return nil // EINVAL: the device has no clsact qdisc
-	}
-	return fmt.Errorf("remove filter %s from device %s: %w", filterName, f.at, err)
-}
-
-// dropEmptyQdisc removes a device's clsact qdisc if nobody has a filter in it.
-func dropEmptyQdisc(device int) {
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		left, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: device}}, parent)
-		if err != nil || len(left) > 0 {
-			return
-		}
-	}
-	_ = netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}})
+func (d *datapath) filterAt(device int, name string) *attach.Filter {
+	return &attach.Filter{Hook: d.hookAt(device, name), Program: datapathProgDnsFromPod, Priority: filterPriority}
 }
 
 // openFilters takes over the filters that an earlier process left.
@@ -366,7 +198,7 @@ func (d *datapath) openFilters() error {
 		return err
 	}
 	for _, one := range devices {
-		if f := (&filter{d: d, device: one.Index, at: one.Name}); f.alive() {
+		if f := d.filterAt(one.Index, one.Name); f.Alive() {
 			d.attached[one.Index] = f
 		}
 	}
@@ -386,12 +218,12 @@ func removal(settings Settings) (layer.Changes, error) {
 	var changes layer.Changes
 	take := func(subject remover) { changes = append(changes, layer.Change{Op: layer.Remove, Subject: subject}) }
 	if !haveTCX() {
-		d := &datapath{settings: settings, attached: map[int]attachment{}}
+		d := &datapath{settings: settings, attached: map[int]attach.Attachment{}}
 		if err := d.openFilters(); err != nil {
 			return nil, err
 		}
 		for _, a := range d.attached {
-			take(a.(*filter))
+			take(goneFilter{a})
 		}
 	}
 	found, err := os.ReadDir(settings.Pins)
@@ -412,13 +244,16 @@ func removal(settings Settings) (layer.Changes, error) {
 	return changes, nil
 }
 
-// Object implements layer.Subject: a filter that is to be removed.
-func (f *filter) Object() string { return "filter " + datapathProgDnsFromPod + " of " + f.at }
+// goneFilter is a filter that is to be removed.
+type goneFilter struct{ attach.Attachment }
+
+// Object implements layer.Subject.
+func (f goneFilter) Object() string { return "filter " + datapathProgDnsFromPod + " of " + f.Name() }
 
 // Detail implements layer.Subject.
-func (f *filter) Detail() string { return "" }
+func (f goneFilter) Detail() string { return "" }
 
-func (f *filter) remove() error { return f.detach() }
+func (f goneFilter) remove() error { return f.Detach() }
 
 // pinned is a path below the pin folder, or the folder itself.
 type pinned string
@@ -429,15 +264,4 @@ func (p pinned) Object() string { return "pin " + string(p) }
 // Detail implements layer.Subject.
 func (p pinned) Detail() string { return "" }
 
-func (p pinned) remove() error {
-	if strings.HasPrefix(filepath.Base(string(p)), anyLink) {
-		if attached, err := bpflink.LoadPinnedLink(string(p), nil); err == nil {
-			_ = attached.Detach()
-			attached.Close()
-		}
-	}
-	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", string(p), err)
-	}
-	return nil
-}
+func (p pinned) remove() error { return attach.RemovePin(string(p)) }

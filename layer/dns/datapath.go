@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/layer"
@@ -38,7 +39,7 @@ type datapath struct {
 	adopted  bool
 	settled  bool
 	tcx      bool
-	attached map[int]attachment // by the index of the device
+	attached map[int]attach.Attachment // by the index of the device
 	outcomes []string
 	lock     *os.File
 }
@@ -57,7 +58,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, attached: map[int]attachment{}, tcx: haveTCX()}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, attached: map[int]attach.Attachment{}, tcx: haveTCX()}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
@@ -207,18 +208,18 @@ func (d *datapath) names() *ebpf.Map { return d.maps[datapathMapNames] }
 
 // switchTo puts a program in force at all devices, or at none.
 func (d *datapath) switchTo(program *ebpf.Program) error {
-	var done []attachment
+	var done []attach.Attachment
 	for index, a := range d.attached {
-		err := a.run(program)
+		err := a.Run(program)
 		if err == nil {
 			done = append(done, a)
 			continue
 		}
-		if !a.alive() {
+		if !a.Alive() {
 			continue // its device has gone
 		}
 		for _, back := range done {
-			err = errors.Join(err, back.run(d.program))
+			err = errors.Join(err, back.Run(d.program))
 		}
 		return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgDnsFromPod, index, err)
 	}
@@ -271,11 +272,11 @@ func (d *datapath) settle() error {
 		return err
 	}
 	for index, a := range d.attached {
-		if err := a.run(d.program); err != nil {
-			if a.alive() {
+		if err := a.Run(d.program); err != nil {
+			if a.Alive() {
 				return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgDnsFromPod, index, err)
 			}
-			_ = a.detach() // its device has gone
+			_ = a.Detach() // its device has gone
 			delete(d.attached, index)
 		}
 	}
@@ -337,7 +338,7 @@ func (d *datapath) lost() (gone []lost) {
 		}
 	}
 	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
-		if a := d.attached[index]; a.alive() && !a.kept() {
+		if a := d.attached[index]; a.Alive() && !a.Kept() {
 			gone = append(gone, lost(fmt.Sprintf("pin %s%d", linkPrefix, index)))
 		}
 	}
@@ -351,7 +352,7 @@ func (d *datapath) restore() error {
 	}
 	failures := []error{d.pinMaps()}
 	for _, a := range d.attached {
-		failures = append(failures, a.keep())
+		failures = append(failures, a.Keep())
 	}
 	return errors.Join(failures...)
 }
@@ -426,9 +427,9 @@ func (d *datapath) describe(to *layer.Description) error {
 	outside := d.maps[datapathMapOutside]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapOutside, Capacity: int(outside.MaxEntries()), Bytes: bpfmap.Bytes(outside)})
 	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
-		if a := d.attached[index]; a.alive() {
+		if a := d.attached[index]; a.Alive() {
 			to.Programs = append(to.Programs, layer.Program{
-				Name: datapathProgDnsFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + a.name(), Device: a.name(), Link: a.id(),
+				Name: datapathProgDnsFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + a.Name(), Device: a.Name(), Link: a.ID(),
 			})
 		}
 	}
@@ -453,7 +454,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 func (d *datapath) close() {
 	closeMaps(d.maps)
 	for _, a := range d.attached {
-		a.close()
+		a.Close()
 	}
 	for _, program := range []*ebpf.Program{d.program, d.giveBack} {
 		if program != nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
@@ -80,7 +81,7 @@ func TestAPodBeginsAndEnds(t *testing.T) {
 	must(t, ask(b.request(cni.Del, "web", "")))
 	d, err := l.Describe()
 	must(t, err)
-	if d.Reasons["add"] != 4 || d.Reasons["del"] != 5 || d.Settings["mtu"] != "1400" || haveTCX() && len(d.Degraded) > 0 {
+	if d.Reasons["add"] != 4 || d.Reasons["del"] != 5 || d.Settings["mtu"] != "1400" || attach.HaveTCX() && len(d.Degraded) > 0 {
 		t.Errorf("%+v", d)
 	}
 	must(t, l.Close())

@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
@@ -36,30 +37,23 @@ type datapath struct {
 	settings Settings
 	maps     map[string]*ebpf.Map
 	program  *ebpf.Program
-	links    map[int]bpflink.Link // by the index of the device
+	links    map[int]*attach.Link // by the index of the device
 	words    []string             // of enum crossing
 	rules    *nft.Net
 }
 
 var errNoTCX = errors.New("packets between pods take no shortcuts: tcx needs Linux 6.6")
 
-// haveTCX finds out by asking for the tcx programs of the loopback device, which
-// every namespace has.
-func haveTCX() bool {
-	_, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
-	return err == nil
-}
-
 // openDatapath takes over what an earlier process left, or makes it anew. The error is
 // errNoTCX where the kernel is too old: then packets go by the stack.
 func openDatapath(settings Settings) (*datapath, error) {
-	if !haveTCX() {
+	if !attach.HaveTCX() {
 		return nil, errNoTCX
 	}
 	if err := need.Check("open the pod layer's shortcuts", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
 		return nil, err
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, links: map[int]bpflink.Link{}, rules: nft.In(settings.Netns)}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, links: map[int]*attach.Link{}, rules: nft.In(settings.Netns)}
 	err := os.MkdirAll(settings.Pins, 0o700)
 	if err == nil {
 		err = d.load()
@@ -160,6 +154,11 @@ func (d *datapath) pinOf(device int) string {
 	return d.pin(linkPrefix + strconv.Itoa(device))
 }
 
+// hookAt is where the program runs at a pod's device.
+func (d *datapath) hookAt(device int) attach.Hook {
+	return attach.Hook{Netns: d.settings.Netns, Device: device, Name: fmt.Sprintf("device %d", device), Attach: ebpf.AttachTCXIngress}
+}
+
 // openLinks has the program run wherever that of an earlier process does.
 func (d *datapath) openLinks() error {
 	found, err := os.ReadDir(d.settings.Pins)
@@ -172,28 +171,22 @@ func (d *datapath) openLinks() error {
 		if !ok || err != nil {
 			continue
 		}
-		l, err := bpflink.LoadPinnedLink(d.pin(entry.Name()), nil)
+		l, err := d.hookAt(device).Open(d.pinOf(device))
 		if err != nil {
-			return fmt.Errorf("open pinned link %s: %w", entry.Name(), err)
+			return err
 		}
 		d.links[device] = l
-		if !isAlive(l, device) {
+		if !l.Alive() {
 			if err := d.detach(device); err != nil {
 				return err
 			}
 			continue
 		}
-		if err := l.Update(d.program); err != nil {
+		if err := l.Run(d.program); err != nil {
 			return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgPodFromPod, device, err)
 		}
 	}
 	return nil
-}
-
-// isAlive says whether a link is in force at its device.
-func isAlive(l bpflink.Link, device int) bool {
-	info, err := l.Info()
-	return err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == device
 }
 
 // inNetns runs f where the devices are.
@@ -210,7 +203,7 @@ func (d *datapath) look(devices []int, ranges []netip.Prefix) (sights, error) {
 		s.why = "packets between pods take no shortcuts: whether somebody's rules need to see them cannot be read: " + err.Error()
 	}
 	for device, l := range d.links {
-		s.attached[device] = isAlive(l, device)
+		s.attached[device] = l.Alive()
 		if !slices.Contains(devices, device) {
 			_ = d.detach(device) // it has gone
 			delete(s.attached, device)
@@ -246,18 +239,14 @@ func findOthers(devices []int, s sights) error {
 // attach implements shortcuts: behind the programs that translate.
 func (d *datapath) attach(device int) error {
 	if l := d.links[device]; l != nil {
-		if isAlive(l, device) {
+		if l.Alive() {
 			return nil
 		}
 		if err := d.detach(device); err != nil {
 			return err
 		}
 	}
-	var made bpflink.Link
-	err := d.inNetns(func() (err error) {
-		made, err = bpflink.AttachTCX(bpflink.TCXOptions{Interface: device, Program: d.program, Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Tail()})
-		return err
-	})
+	made, err := d.hookAt(device).TCX(d.program, bpflink.Tail(), d.pinOf(device))
 	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOLINK) {
 		return nil // the pod has gone
 	}
@@ -265,20 +254,7 @@ func (d *datapath) attach(device int) error {
 		return fmt.Errorf("attach %s: %w", datapathProgPodFromPod, err)
 	}
 	d.links[device] = made
-	return d.keep(device)
-}
-
-// keep makes sure that an attachment outlives the process.
-func (d *datapath) keep(device int) error {
-	path := d.pinOf(device)
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a device before it
-		return fmt.Errorf("remove pin %s: %w", path, err)
-	}
-	_ = d.links[device].Unpin() // it may remember a pin that somebody removed
-	if err := d.links[device].Pin(path); err != nil {
-		return fmt.Errorf("pin %s: %w", path, err)
-	}
-	return nil
+	return made.Keep()
 }
 
 // detach implements shortcuts.
@@ -288,16 +264,7 @@ func (d *datapath) detach(device int) error {
 		return nil
 	}
 	delete(d.links, device)
-	_ = l.Detach()
-	l.Close()
-	return removePin(d.pinOf(device))
-}
-
-func removePin(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", path, err)
-	}
-	return nil
+	return l.Detach()
 }
 
 // put implements shortcuts.
@@ -356,7 +323,7 @@ func (d *datapath) lost() (gone []lost) {
 		}
 	}
 	for _, device := range slices.Sorted(maps.Keys(d.links)) {
-		if _, err := os.Lstat(d.pinOf(device)); err != nil && isAlive(d.links[device], device) {
+		if l := d.links[device]; l.Alive() && !l.Kept() {
 			gone = append(gone, lost(fmt.Sprintf("pin %s%d", linkPrefix, device)))
 		}
 	}
@@ -375,17 +342,15 @@ func (d *datapath) restore() error {
 		}
 		copied, err := d.maps[name].Clone() // a clone knows nothing of earlier pins
 		if err == nil {
-			err = errors.Join(removePin(d.pin(name)), copied.Pin(d.pin(name)))
+			err = errors.Join(attach.RemovePin(d.pin(name)), copied.Pin(d.pin(name)))
 			copied.Close()
 		}
 		if err != nil {
 			failures = append(failures, fmt.Errorf("pin map %s: %w", name, err))
 		}
 	}
-	for device := range d.links {
-		if _, err := os.Lstat(d.pinOf(device)); err != nil {
-			failures = append(failures, d.keep(device))
-		}
+	for _, l := range d.links {
+		failures = append(failures, l.Keep())
 	}
 	return errors.Join(failures...)
 }
@@ -399,12 +364,11 @@ func (d *datapath) describe(to *layer.Description) error {
 	}
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapHomes, Entries: len(all), Capacity: int(homes.MaxEntries()), Bytes: bpfmap.Bytes(homes)})
 	for _, device := range slices.Sorted(maps.Keys(d.links)) {
-		info, err := d.links[device].Info()
-		if err != nil || !isAlive(d.links[device], device) {
+		l := d.links[device]
+		if !l.Alive() {
 			continue
 		}
-		name := fmt.Sprintf("device %d", device)
-		to.Programs = append(to.Programs, layer.Program{Name: datapathProgPodFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + name, Device: name, Link: uint32(info.ID)})
+		to.Programs = append(to.Programs, layer.Program{Name: datapathProgPodFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + l.Name(), Device: l.Name(), Link: l.ID()})
 	}
 	for i, name := range d.words {
 		var perCPU []uint64
@@ -479,12 +443,4 @@ func (p pinned) Object() string { return "pin " + string(p) }
 // Detail implements layer.Subject.
 func (p pinned) Detail() string { return "" }
 
-func (p pinned) remove() error {
-	if strings.HasPrefix(filepath.Base(string(p)), linkPrefix) {
-		if attached, err := bpflink.LoadPinnedLink(string(p), nil); err == nil {
-			_ = attached.Detach()
-			attached.Close()
-		}
-	}
-	return removePin(string(p))
-}
+func (p pinned) remove() error { return attach.RemovePin(string(p)) }

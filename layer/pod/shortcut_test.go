@@ -19,6 +19,7 @@ import (
 	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
@@ -37,7 +38,7 @@ var hamletRanges = []string{"10.244.1.0/24", "fd00:1::/64"}
 
 func newHamlet(t *testing.T) *hamlet {
 	h := &hamlet{town: newTown(t)}
-	if !haveTCX() {
+	if !attach.HaveTCX() {
 		t.Skip("needs Linux 6.6: tcx")
 	}
 	h.l = h.open(hamletRanges...)

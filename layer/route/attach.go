@@ -14,9 +14,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	bpflink "github.com/cilium/ebpf/link"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/layer"
 )
 
@@ -61,26 +61,7 @@ func (d *datapath) hooks() []hook {
 	})
 }
 
-// attachment is a program in force at a device. It outlives the process.
-type attachment interface {
-	// run makes it another program, without a moment of none.
-	run(*ebpf.Program) error
-	alive() bool
-	// keep makes sure that it outlives the process, and kept says whether it will.
-	keep() error
-	kept() bool
-	name() string
-	id() uint32
-	close()
-	detach() error
-}
-
-// haveTCX finds out by asking for the tcx programs of the loopback device, which
-// every namespace has.
-var haveTCX = func() bool {
-	_, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
-	return err == nil
-}
+var haveTCX = attach.HaveTCX
 
 // attach implements host.
 func (d *datapath) attach(to port) error {
@@ -94,8 +75,8 @@ func (d *datapath) attach(to port) error {
 // attachAt puts a program in force behind all others: what translates a packet to a
 // Service has to come before what sends it away.
 func (d *datapath) attachAt(at hook, name string) error {
-	if a := d.attached[at]; a != nil && a.alive() {
-		return a.keep()
+	if a := d.attached[at]; a != nil && a.Alive() {
+		return a.Keep()
 	}
 	_ = d.detachAt(at)
 	made, err := d.make(at, name)
@@ -103,7 +84,7 @@ func (d *datapath) attachAt(at hook, name string) error {
 		return fmt.Errorf("attach %s to %s: %w", at.program, name, err)
 	}
 	d.attached[at] = made
-	return errors.Join(made.keep(), d.notePort(at, true))
+	return errors.Join(made.Keep(), d.notePort(at, true))
 }
 
 // notePort tells the programs that a pod is behind a device, or not any more.
@@ -121,18 +102,19 @@ func (d *datapath) notePort(at hook, there bool) error {
 	return nil
 }
 
-func (d *datapath) make(at hook, name string) (attachment, error) {
+func (d *datapath) make(at hook, name string) (attach.Attachment, error) {
 	if !d.tcx {
-		f := &filter{d: d, at: at, device: name}
-		return f, f.begin()
+		f := d.filterAt(at, name)
+		return f, f.Begin(d.programs[at.program])
 	}
-	var made bpflink.Link
-	err := d.inNetns(func() (err error) {
-		made, err = bpflink.AttachTCX(bpflink.TCXOptions{Interface: at.device, Program: d.programs[at.program], Attach: at.attach(), Anchor: bpflink.Tail()})
-		return err
-	})
-	return &linked{made, d, at, name}, err
+	return d.hookAt(at, name).TCX(d.programs[at.program], bpflink.Tail(), d.pinAt(at))
 }
+
+func (d *datapath) hookAt(at hook, name string) attach.Hook {
+	return attach.Hook{Netns: d.settings.Netns, Device: at.device, Name: name, Attach: at.attach()}
+}
+
+func (d *datapath) pinAt(at hook) string { return filepath.Join(d.settings.Pins, at.pin()) }
 
 // detach implements host.
 func (d *datapath) detach(from port) error { return d.detachAt(from.hook()) }
@@ -143,7 +125,7 @@ func (d *datapath) detachAt(at hook) error {
 	if a == nil {
 		return nil
 	}
-	return errors.Join(d.notePort(at, false), a.detach())
+	return errors.Join(d.notePort(at, false), a.Detach())
 }
 
 // openAttachments opens what an earlier process has in force.
@@ -160,77 +142,15 @@ func (d *datapath) openAttachments() error {
 		if !ok {
 			continue
 		}
-		pinned, err := bpflink.LoadPinnedLink(filepath.Join(d.settings.Pins, entry.Name()), nil)
+		l, err := d.hookAt(at, fmt.Sprintf("device %d", at.device)).Open(d.pinAt(at))
 		if err != nil {
-			return fmt.Errorf("open pinned link %s: %w", entry.Name(), err)
+			return err
 		}
-		l := &linked{pinned, d, at, fmt.Sprintf("device %d", at.device)}
-		if !l.alive() {
-			_ = l.detach()
+		if !l.Alive() {
+			_ = l.Detach()
 			continue
 		}
 		d.attached[at] = l
-	}
-	return nil
-}
-
-// linked is a link of the kernel.
-type linked struct {
-	bpflink.Link
-	d      *datapath
-	at     hook
-	device string
-}
-
-func (l *linked) run(program *ebpf.Program) error { return l.Update(program) }
-func (l *linked) name() string                    { return l.device }
-func (l *linked) pin() string                     { return filepath.Join(l.d.settings.Pins, l.at.pin()) }
-func (l *linked) close()                          { l.Link.Close() }
-
-func (l *linked) alive() bool {
-	info, err := l.Info()
-	return err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == l.at.device
-}
-
-func (l *linked) id() uint32 {
-	info, err := l.Info()
-	if err != nil {
-		return 0
-	}
-	return uint32(info.ID)
-}
-
-func (l *linked) kept() bool {
-	pinned, err := bpflink.LoadPinnedLink(l.pin(), nil)
-	if err != nil {
-		return false
-	}
-	defer pinned.Close()
-	info, err := pinned.Info()
-	return err == nil && uint32(info.ID) == l.id()
-}
-
-func (l *linked) keep() error {
-	if l.kept() {
-		return nil
-	}
-	_ = os.Remove(l.pin()) // that of the one before it
-	_ = l.Unpin()          // it may remember a pin that somebody removed
-	if err := l.Pin(l.pin()); err != nil {
-		return fmt.Errorf("pin %s: %w", l.pin(), err)
-	}
-	return nil
-}
-
-func (l *linked) detach() error {
-	kept := l.kept()
-	_ = l.Detach() // also from processes that still hold it; Linux 5.9
-	l.Link.Close()
-	if !kept {
-		return nil // the pin is another's
-	}
-	if err := os.Remove(l.pin()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", l.pin(), err)
 	}
 	return nil
 }
@@ -240,97 +160,8 @@ func (l *linked) detach() error {
 // need no pin, for they live as long as the device.
 const filterPriority = 0x6d74
 
-// filter is an attachment to the clsact qdisc of a device.
-type filter struct {
-	d      *datapath
-	at     hook
-	device string
-}
-
-func (f *filter) title() string { return "millrace:" + f.at.program }
-
-func (f *filter) parent() uint32 {
-	if f.at.attach() == ebpf.AttachTCXEgress {
-		return netlink.HANDLE_MIN_EGRESS
-	}
-	return netlink.HANDLE_MIN_INGRESS
-}
-
-func (f *filter) attrs() netlink.FilterAttrs {
-	return netlink.FilterAttrs{LinkIndex: f.at.device, Parent: f.parent(), Handle: netlink.MakeHandle(0, 1), Protocol: unix.ETH_P_ALL, Priority: filterPriority}
-}
-
-// begin attaches the program.
-func (f *filter) begin() error {
-	err := f.d.inNetns(func() error {
-		return netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-			LinkIndex: f.at.device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-		}})
-	})
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return err
-	}
-	return f.run(f.d.programs[f.at.program])
-}
-
-func (f *filter) run(program *ebpf.Program) error {
-	return f.d.inNetns(func() error {
-		return netlink.FilterReplace(&netlink.BpfFilter{FilterAttrs: f.attrs(), Fd: program.FD(), Name: f.title(), DirectAction: true})
-	})
-}
-
-// find returns the program's number; false where the filter is not there.
-func (f *filter) find() (id int, found bool) {
-	_ = f.d.inNetns(func() error {
-		filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: f.at.device}}, f.parent())
-		for _, there := range filters {
-			if ours, ok := there.(*netlink.BpfFilter); ok && ours.Attrs().Priority == filterPriority && ours.Name == f.title() {
-				id, found = ours.Id, true
-			}
-		}
-		return err
-	})
-	return id, found
-}
-
-func (f *filter) alive() bool {
-	_, found := f.find()
-	return found
-}
-
-func (f *filter) keep() error  { return nil }
-func (f *filter) kept() bool   { return true }
-func (f *filter) name() string { return f.device }
-func (f *filter) close()       {}
-
-func (f *filter) id() uint32 {
-	id, _ := f.find()
-	return uint32(id)
-}
-
-func (f *filter) detach() error {
-	err := f.d.inNetns(func() error {
-		err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs()})
-		dropEmptyQdisc(f.at.device)
-		return err
-	})
-	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
-		return nil // EINVAL: the device has no clsact qdisc
-	}
-	return fmt.Errorf("remove filter %s from device %s: %w", f.title(), f.device, err)
-}
-
-// dropEmptyQdisc removes a device's clsact qdisc if nobody has a filter in it.
-func dropEmptyQdisc(device int) {
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		left, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: device}}, parent)
-		if err != nil || len(left) > 0 {
-			return
-		}
-	}
-	_ = netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}})
+func (d *datapath) filterAt(at hook, name string) *attach.Filter {
+	return &attach.Filter{Hook: d.hookAt(at, name), Program: at.program, Priority: filterPriority}
 }
 
 // openFilters takes over the filters that an earlier process left.
@@ -341,8 +172,9 @@ func (d *datapath) openFilters() error {
 	}
 	for _, one := range devices {
 		for _, program := range programs {
-			if f := (&filter{d: d, at: hook{program, one.Index}, device: one.Name}); f.alive() {
-				d.attached[f.at] = f
+			at := hook{program, one.Index}
+			if f := d.filterAt(at, one.Name); f.Alive() {
+				d.attached[at] = f
 			}
 		}
 	}
@@ -361,7 +193,7 @@ type remover interface {
 func removal(settings Settings) (layer.Changes, error) {
 	var changes layer.Changes
 	take := func(subject remover) { changes = append(changes, layer.Change{Op: layer.Remove, Subject: subject}) }
-	d := &datapath{settings: settings, attached: map[hook]attachment{}}
+	d := &datapath{settings: settings, attached: map[hook]attach.Attachment{}}
 	routes, err := d.routes()
 	if err != nil {
 		return nil, err
@@ -377,7 +209,7 @@ func removal(settings Settings) (layer.Changes, error) {
 			return nil, err
 		}
 		for _, at := range d.hooks() {
-			take(d.attached[at].(*filter))
+			take(goneFilter{d.attached[at], at})
 		}
 	}
 	found, err := os.ReadDir(settings.Pins)
@@ -429,13 +261,19 @@ func (g goneDevice) Detail() string { return "" }
 
 func (g goneDevice) remove() error { return g.d.dropDevice() }
 
-// Object implements layer.Subject: a filter that is to be removed.
-func (f *filter) Object() string { return "filter " + f.at.program + " of " + f.device }
+// goneFilter is a filter that is to be removed.
+type goneFilter struct {
+	attach.Attachment
+	at hook
+}
+
+// Object implements layer.Subject.
+func (f goneFilter) Object() string { return "filter " + f.at.program + " of " + f.Name() }
 
 // Detail implements layer.Subject.
-func (f *filter) Detail() string { return "" }
+func (f goneFilter) Detail() string { return "" }
 
-func (f *filter) remove() error { return f.detach() }
+func (f goneFilter) remove() error { return f.Detach() }
 
 // pinned is a path below the pin folder, or the folder itself.
 type pinned string
@@ -446,15 +284,4 @@ func (p pinned) Object() string { return "pin " + string(p) }
 // Detail implements layer.Subject.
 func (p pinned) Detail() string { return "" }
 
-func (p pinned) remove() error {
-	if _, isLink := hookOf(filepath.Base(string(p))); isLink {
-		if attached, err := bpflink.LoadPinnedLink(string(p), nil); err == nil {
-			_ = attached.Detach()
-			attached.Close()
-		}
-	}
-	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", string(p), err)
-	}
-	return nil
-}
+func (p pinned) remove() error { return attach.RemovePin(string(p)) }

@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/layer"
@@ -29,7 +30,7 @@ type datapath struct {
 	adopted  bool
 	settled  bool
 	tcx      bool
-	attached map[hook]attachment
+	attached map[hook]attach.Attachment
 	outcomes []string
 	lock     *os.File
 }
@@ -46,7 +47,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attachment{}, tcx: haveTCX()}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attach.Attachment{}, tcx: haveTCX()}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
@@ -169,11 +170,11 @@ func (d *datapath) settle() error {
 		return err
 	}
 	for at, a := range d.attached {
-		if err := a.run(d.programs[at.program]); err != nil {
-			if a.alive() {
+		if err := a.Run(d.programs[at.program]); err != nil {
+			if a.Alive() {
 				return fmt.Errorf("switch %s at device %d to the new program: %w", at.program, at.device, err)
 			}
-			_ = a.detach() // its device has gone
+			_ = a.Detach() // its device has gone
 			delete(d.attached, at)
 		}
 	}
@@ -242,7 +243,7 @@ func (d *datapath) lost() (gone []lost) {
 		}
 	}
 	for _, at := range d.hooks() {
-		if a := d.attached[at]; a.alive() && !a.kept() {
+		if a := d.attached[at]; a.Alive() && !a.Kept() {
 			gone = append(gone, lost("pin "+at.pin()))
 		}
 	}
@@ -256,7 +257,7 @@ func (d *datapath) restore() error {
 	}
 	failures := []error{d.pinMaps()}
 	for _, a := range d.attached {
-		failures = append(failures, a.keep())
+		failures = append(failures, a.Keep())
 	}
 	return errors.Join(failures...)
 }
@@ -269,8 +270,8 @@ func (d *datapath) describe(to *layer.Description) error {
 	remotes := d.maps[datapathMapRemotes]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapRemotes, Entries: to.Objects, Capacity: int(remotes.MaxEntries()), Bytes: bpfmap.Bytes(remotes)})
 	for _, at := range d.hooks() {
-		if a := d.attached[at]; a.alive() {
-			to.Programs = append(to.Programs, layer.Program{Name: at.program, Hook: at.attach().String() + " " + a.name(), Device: a.name(), Link: a.id()})
+		if a := d.attached[at]; a.Alive() {
+			to.Programs = append(to.Programs, layer.Program{Name: at.program, Hook: at.attach().String() + " " + a.Name(), Device: a.Name(), Link: a.ID()})
 		}
 	}
 	to.Reasons = make(map[string]uint64, len(d.outcomes))
@@ -294,7 +295,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 func (d *datapath) close() {
 	closeMaps(d.maps)
 	for _, a := range d.attached {
-		a.close()
+		a.Close()
 	}
 	for _, program := range d.programs {
 		program.Close()

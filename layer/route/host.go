@@ -123,7 +123,7 @@ func (d *datapath) ports(facts) (ports []port, err error) {
 		for _, ofPod := range []bool{true, false} {
 			p := port{Index: one.Index, Name: one.Name, ofPod: ofPod}
 			a := d.attached[p.hook()]
-			p.attached = a != nil && a.alive()
+			p.attached = a != nil && a.Alive()
 			p.pod = one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute
 			if ofPod && p.pod || !ofPod && one.Ethernet && one.Name != d.settings.device() || a != nil {
 				ports = append(ports, p)
@@ -132,7 +132,7 @@ func (d *datapath) ports(facts) (ports []port, err error) {
 	}
 	for at, a := range d.attached {
 		if !there[at.device] {
-			_ = a.detach()
+			_ = a.Detach()
 			delete(d.attached, at)
 			_ = d.notePort(at, false)
 		}
@@ -171,7 +171,7 @@ func (d *datapath) device() (*device, error) {
 	is := &device{Name: there.Name, VNI: uint32(there.VxlanId), Port: uint16(there.Port), MTU: there.MTU, index: there.Index}
 	copy(is.MAC[:], there.HardwareAddr)
 	is.torn = there.Flags&net.FlagUp == 0
-	if a := d.attached[hook{datapathProgRouteToRemote, there.Index}]; d.programs != nil && (a == nil || !a.alive()) {
+	if a := d.attached[hook{datapathProgRouteToRemote, there.Index}]; d.programs != nil && (a == nil || !a.Alive()) {
 		is.torn = true
 	}
 	err = d.inNetns(func() error {
@@ -281,7 +281,7 @@ func (d *datapath) dropDevice() error {
 	}
 	at := hook{datapathProgRouteToRemote, there.Index}
 	if a := d.attached[at]; a != nil {
-		_ = a.detach()
+		_ = a.Detach()
 		delete(d.attached, at)
 	}
 	err = d.inNetns(func() error { return netlink.LinkDel(there) })

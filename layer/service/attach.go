@@ -1,11 +1,11 @@
 package service
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,7 +14,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
-	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/kernel/attach"
 )
 
 // hook is a place where a program runs.
@@ -104,76 +104,27 @@ func (d *datapath) hooks() []hook {
 	return all
 }
 
-// attachment is a program in force at a hook. It outlives the process.
-type attachment interface {
-	// run makes the hook run another program, without a moment of none.
-	run(*ebpf.Program) error
-	// alive says whether it is still in force at its hook.
-	alive() bool
-	// keep makes sure that it outlives the process, and kept says whether it will.
-	keep() error
-	kept() bool
-	// id is the kernel's number of it.
-	id() uint32
-	// close lets go of it; detach takes it out of force.
-	close()
-	detach() error
-}
+// linked is an attachment that is a link of the kernel, of a device or a cgroup. Whatever
+// is pinned at its pin is taken for its own, for there is one writer: to look is cheaper
+// than to open, and there are two of these for each pod. Without a pin nothing is kept.
+type linked struct{ *attach.Link }
 
-// linked is an attachment that is a link of the kernel.
-type linked struct {
-	link.Link
-	pin   string // "" where nothing is pinned
-	place func(*link.Info) bool
-}
-
-func (l *linked) run(program *ebpf.Program) error { return l.Update(program) }
-
-func (l *linked) alive() bool {
-	info, err := l.Info()
-	return err == nil && l.place(info)
-}
-
-func (l *linked) id() uint32 {
-	info, err := l.Info()
-	if err != nil {
-		return 0
-	}
-	return uint32(info.ID)
-}
-
-func (l *linked) kept() bool {
-	if l.pin == "" {
+// Kept implements attach.Attachment.
+func (l linked) Kept() bool {
+	if l.Pin == "" {
 		return true
 	}
-	_, err := os.Stat(l.pin)
+	_, err := os.Stat(l.Pin)
 	return err == nil
 }
 
-func (l *linked) keep() error {
-	if l.kept() {
+// Keep implements attach.Attachment.
+func (l linked) Keep() error {
+	if l.Kept() {
 		return nil
 	}
-	_ = l.Unpin() // it may remember a pin that somebody removed
-	if err := l.Pin(l.pin); err != nil {
-		return fmt.Errorf("pin %s: %w", l.pin, err)
-	}
-	return nil
+	return l.Link.Keep()
 }
-
-func (l *linked) close() { l.Link.Close() }
-
-func (l *linked) detach() error {
-	_ = l.Detach() // also from processes that still hold it; Linux 5.9
-	l.Link.Close()
-	if l.pin == "" {
-		return nil
-	}
-	return unpin(l.pin)
-}
-
-// inNetns runs f where the devices are.
-func (d *datapath) inNetns(f func() error) error { return netns.In(d.settings.Netns, f) }
 
 // pinOf is the path of a hook's pin; "" where nothing is pinned.
 func (d *datapath) pinOf(h hook) string {
@@ -183,14 +134,16 @@ func (d *datapath) pinOf(h hook) string {
 	return d.pin(linkPrefix + h.name)
 }
 
+// at is a hook of a device.
+func (d *datapath) at(h hook) attach.Hook {
+	return attach.Hook{Netns: d.settings.Netns, Device: h.device, Name: cmp.Or(d.ports[h.device].name, fmt.Sprintf("device %d", h.device)), Attach: h.attach}
+}
+
 // place says how a link of this hook is recognized: by the inode number of the
 // cgroup's folder, or by the device.
 func (d *datapath) place(h hook) func(*link.Info) bool {
 	if h.device > 0 {
-		return func(info *link.Info) bool {
-			tcx := info.TCX()
-			return tcx != nil && int(tcx.Ifindex) == h.device
-		}
+		return d.at(h).Place
 	}
 	return func(info *link.Info) bool {
 		cgroup := info.Cgroup()
@@ -203,14 +156,14 @@ func (d *datapath) place(h hook) func(*link.Info) bool {
 // else by a new one.
 func (d *datapath) attach(h hook, program *ebpf.Program) error {
 	if have := d.attached[h.name]; have != nil {
-		if have.alive() {
-			if err := have.run(program); err != nil {
+		if have.Alive() {
+			if err := have.Run(program); err != nil {
 				return fmt.Errorf("switch %s to the new program: %w", h.name, err)
 			}
-			return have.keep()
+			return have.Keep()
 		}
 		// Its cgroup or device is gone, or somebody detached it.
-		_ = have.detach()
+		_ = have.Detach()
 		delete(d.attached, h.name)
 	}
 	made, err := d.makeAttachment(h, program)
@@ -218,7 +171,7 @@ func (d *datapath) attach(h hook, program *ebpf.Program) error {
 		return err
 	}
 	d.attached[h.name] = made
-	return made.keep()
+	return made.Keep()
 }
 
 // wentAway says that attaching failed because the device is gone, as pods go at any
@@ -237,35 +190,29 @@ func (d *datapath) attachIfThere(h hook, program *ebpf.Program) error {
 }
 
 // makeAttachment attaches a program to a hook that has none.
-func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attachment, error) {
+func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attach.Attachment, error) {
 	// Before other programs: they are to see what the host's stack sees.
 	return d.makeAt(h, program, d.pinOf(h), link.Head(), filterPriority)
 }
 
 // makeAt attaches a program at a place among those of its hook: anchor where
 // there is tcx, priority where there are filters; on a cgroup it is the last.
-func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link.Anchor, priority uint16) (attachment, error) {
+func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link.Anchor, priority uint16) (attach.Attachment, error) {
 	if h.device == 0 {
 		made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: h.attach, Program: program})
 		if err != nil {
 			return nil, fmt.Errorf("attach %s to cgroup %s: %w", h.name, d.settings.Cgroup, err)
 		}
-		return &linked{made, pin, d.place(h)}, nil
+		return linked{&attach.Link{Kernel: made, Pin: pin, Where: d.settings.Cgroup, Place: d.place(h)}}, nil
 	}
 	if !d.tcx {
 		return d.makeFilter(h, program, priority)
 	}
-	var made link.Link
-	err := d.inNetns(func() (err error) {
-		made, err = link.AttachTCX(link.TCXOptions{
-			Interface: h.device, Program: program, Attach: h.attach, Anchor: anchor,
-		})
-		return err
-	})
+	made, err := d.at(h).TCX(program, anchor, pin)
 	if err != nil {
 		return nil, fmt.Errorf("attach %s to device %s: %w", h.program, d.ports[h.device].name, err)
 	}
-	return &linked{made, pin, d.place(h)}, nil
+	return linked{made}, nil
 }
 
 // openAttachments opens what an earlier process has in force. Links of devices
@@ -305,7 +252,7 @@ func (d *datapath) openAttachments() error {
 // dropDeadPort forgets a device that is gone.
 func (d *datapath) dropDeadPort(device int) {
 	for _, h := range portHooks(device, d.ports[device].side) {
-		if have := d.attached[h.name]; have != nil && have.alive() {
+		if have := d.attached[h.name]; have != nil && have.Alive() {
 			return
 		}
 	}
@@ -313,14 +260,14 @@ func (d *datapath) dropDeadPort(device int) {
 }
 
 func (d *datapath) openPinned(h hook) error {
-	pinned, err := link.LoadPinnedLink(d.pinOf(h), nil)
+	pinned, err := attach.Open(d.pinOf(h), h.name, d.place(h))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("open pinned link %s: %w", h.name, err)
+		return err
 	}
-	d.attached[h.name] = &linked{pinned, d.pinOf(h), d.place(h)}
+	d.attached[h.name] = linked{pinned}
 	return nil
 }
 
@@ -369,7 +316,7 @@ func (d *datapath) detachPort(device int) error {
 	var failures []error
 	for _, h := range slices.Backward(hooks) {
 		if have := d.attached[h.name]; have != nil {
-			failures = append(failures, have.detach())
+			failures = append(failures, have.Detach())
 			delete(d.attached, h.name)
 		}
 	}
@@ -384,29 +331,11 @@ func (d *datapath) lost() []lost {
 	var gone []lost
 	for _, h := range d.hooks() {
 		have := d.attached[h.name]
-		if have == nil || !have.alive() {
+		if have == nil || !have.Alive() {
 			gone = append(gone, lost("program "+h.name))
-		} else if !have.kept() {
+		} else if !have.Kept() {
 			gone = append(gone, lost("pin "+linkPrefix+h.name))
 		}
 	}
 	return append(gone, d.lostPins()...)
-}
-
-// removePinned takes a pinned link out of force and removes its pin.
-func removePinned(path string) error {
-	if strings.HasPrefix(strings.TrimPrefix(filepath.Base(path), nextPrefix), linkPrefix) {
-		if attached, err := link.LoadPinnedLink(path, nil); err == nil {
-			_ = attached.Detach()
-			attached.Close()
-		}
-	}
-	return unpin(path)
-}
-
-func unpin(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove pin %s: %w", path, err)
-	}
-	return nil
 }

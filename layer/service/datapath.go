@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
@@ -50,7 +51,7 @@ type datapath struct {
 	left map[string]*ebpf.Map
 	// ports are the devices at which the packet path is to be in force, by index.
 	ports    map[int]packetPort
-	attached map[string]attachment // by the name of the hook
+	attached map[string]attach.Attachment // by the name of the hook
 	// carried is how many flows come from another version.
 	carried int
 	// packets says that the packet path's flows have their maps, bare that the programs
@@ -110,7 +111,7 @@ func open(settings Settings) (*datapath, error) {
 	d := &datapath{
 		settings: settings, rules: nft.In(settings.Netns),
 		maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{},
-		ports: map[int]packetPort{}, attached: map[string]attachment{},
+		ports: map[int]packetPort{}, attached: map[string]attach.Attachment{},
 	}
 	if err := d.open(); err != nil {
 		d.close()
@@ -408,7 +409,7 @@ func (d *datapath) putInForce(next loaded) error {
 			for _, switched := range hooks[:i] {
 				before, there := d.programs[switched.program], d.attached[switched.name]
 				if before != nil && there != nil {
-					err = errors.Join(err, there.run(before))
+					err = errors.Join(err, there.Run(before))
 				}
 			}
 			d.unpinBeside(fresh)
@@ -617,7 +618,7 @@ func (d *datapath) close() {
 	}
 	closeMaps(d.left)
 	for _, a := range d.attached {
-		a.close()
+		a.Close()
 	}
 	closePrograms(d.programs)
 	closePrograms(d.waiting)

@@ -10,6 +10,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/kernel/attach"
 )
 
 // withoutTCX lets the layer find what it finds before Linux 6.6.
@@ -49,7 +51,7 @@ func (v *village) strangeFilters(program *ebpf.Program) func() error {
 			if err != nil {
 				return err
 			}
-			if err := netlink.QdiscAdd(clsact(device.Attrs().Index)); err != nil && !errors.Is(err, unix.EEXIST) {
+			if err := netlink.QdiscAdd(attach.Clsact(device.Attrs().Index)); err != nil && !errors.Is(err, unix.EEXIST) {
 				return err
 			}
 			if err := v.strange(device, program); err != nil {

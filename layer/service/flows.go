@@ -5,7 +5,8 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
+
+	"github.com/millrace/millrace/kernel/attach"
 )
 
 // DefaultFlows is kube-proxy's least size of the connection tracking table
@@ -41,12 +42,7 @@ const flowSlack = 4096
 // nodes, nearly every flow from outside has its two entries there.
 func masqueradesOf(places int) uint32 { return uint32(2*places + flowSlack) }
 
-// haveTCX finds out by asking for the tcx programs of the loopback device, which
-// every namespace has.
-var haveTCX = func() bool {
-	_, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
-	return err == nil
-}
+var haveTCX = attach.HaveTCX
 
 // sweepPlaces is SWEEP_PLACES of packet.bpf.c.
 const sweepPlaces = 256

@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 )
 
@@ -66,9 +67,9 @@ func (d *datapath) resume() error {
 func (d *datapath) abandon() {
 	names, _ := d.beside()
 	for _, name := range names {
-		_ = removePinned(d.pin(name))
+		_ = attach.RemovePin(d.pin(name))
 	}
-	_ = d.eachFilterBeside(func(f *filter) error { return f.detach() })
+	_ = d.eachFilterBeside(func(_ hook, f *attach.Filter) error { return f.Detach() })
 }
 
 // beside lists the pins of what stands beside, in order.
@@ -110,7 +111,7 @@ func (d *datapath) handOver(next loaded) error {
 	clear(d.left)
 	for _, h := range d.hooks() {
 		if have := d.attached[h.name]; have != nil {
-			have.close()
+			have.Close()
 			delete(d.attached, h.name)
 		}
 	}
@@ -121,7 +122,7 @@ func (d *datapath) handOver(next loaded) error {
 func (d *datapath) attachBeside(programs map[string]*ebpf.Program) error {
 	for _, h := range d.hooks() {
 		have := d.attached[h.name]
-		if have == nil || !have.alive() {
+		if have == nil || !have.Alive() {
 			continue // putInForce attaches it
 		}
 		pin := d.pin(nextPrefix + linkPrefix + h.name)
@@ -129,8 +130,8 @@ func (d *datapath) attachBeside(programs map[string]*ebpf.Program) error {
 			continue // an earlier try was not finished
 		}
 		anchor := link.Tail()
-		if l, ok := have.(*linked); ok {
-			anchor = link.AfterLink(l.Link)
+		if l, ok := have.(linked); ok {
+			anchor = link.AfterLink(l.Kernel)
 		}
 		made, err := d.makeAt(h, programs[h.program], pin, anchor, besidePriority)
 		if h.wentAway(err) {
@@ -139,8 +140,8 @@ func (d *datapath) attachBeside(programs map[string]*ebpf.Program) error {
 		if err != nil {
 			return err
 		}
-		err = made.keep()
-		made.close()
+		err = made.Keep()
+		made.Close()
 		if err != nil {
 			return err
 		}
@@ -274,29 +275,28 @@ func (d *datapath) promote() error {
 		if !strings.HasPrefix(h, linkPrefix) {
 			continue
 		}
-		if err := removePinned(d.pin(h)); err != nil {
+		if err := attach.RemovePin(d.pin(h)); err != nil {
 			return err
 		}
 		if err := os.Rename(d.pin(name), d.pin(h)); err != nil {
 			return fmt.Errorf("pin %s: %w", h, err)
 		}
 	}
-	return d.eachFilterBeside(func(f *filter) error {
-		id, _ := f.find()
-		program, err := ebpf.NewProgramFromID(ebpf.ProgramID(id))
+	return d.eachFilterBeside(func(h hook, f *attach.Filter) error {
+		program, err := ebpf.NewProgramFromID(ebpf.ProgramID(f.ID()))
 		if err != nil {
-			return fmt.Errorf("open the program of filter %s of device %d: %w", f.hook.program, f.hook.device, err)
+			return fmt.Errorf("open the program of filter %s of device %d: %w", h.program, h.device, err)
 		}
 		defer program.Close()
-		if err := (&filter{d, f.hook, filterPriority}).run(program); err != nil {
-			return fmt.Errorf("switch %s to the new program: %w", f.hook.name, err)
+		if err := d.filterAt(h, filterPriority).Run(program); err != nil {
+			return fmt.Errorf("switch %s to the new program: %w", h.name, err)
 		}
-		return f.detach()
+		return f.Detach()
 	})
 }
 
 // eachFilterBeside calls f with each filter that stands beside.
-func (d *datapath) eachFilterBeside(f func(*filter) error) error {
+func (d *datapath) eachFilterBeside(f func(hook, *attach.Filter) error) error {
 	if d.tcx {
 		return nil
 	}
@@ -307,11 +307,11 @@ func (d *datapath) eachFilterBeside(f func(*filter) error) error {
 	for _, device := range devices {
 		for _, side := range sides {
 			for _, h := range portHooks(device.Index, side) {
-				beside := &filter{d, h, besidePriority}
-				if !beside.alive() {
+				beside := d.filterAt(h, besidePriority)
+				if !beside.Alive() {
 					continue
 				}
-				if err := f(beside); err != nil {
+				if err := f(h, beside); err != nil {
 					return err
 				}
 			}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/nft"
@@ -375,8 +376,8 @@ func (l *Layer) Describe() (layer.Description, error) {
 		})
 	}
 	for _, hook := range l.datapath.hooks() {
-		if attached := l.datapath.attached[hook.name]; attached != nil && attached.alive() {
-			program := layer.Program{Name: hook.program, Hook: hook.attach.String() + " " + l.settings.Cgroup, Link: attached.id()}
+		if attached := l.datapath.attached[hook.name]; attached != nil && attached.Alive() {
+			program := layer.Program{Name: hook.program, Hook: hook.attach.String() + " " + l.settings.Cgroup, Link: attached.ID()}
 			if hook.device > 0 {
 				program.Device = l.datapath.ports[hook.device].name
 				program.Hook = hook.attach.String() + " " + program.Device
@@ -497,8 +498,8 @@ func (l *Layer) Remove() (layer.Changes, error) {
 
 func (l *Layer) removeSubject(subject layer.Subject) error {
 	switch s := subject.(type) {
-	case *filter:
-		return s.detach()
+	case goneFilter:
+		return s.Detach()
 	case bypass:
 		return nft.In(l.settings.Netns).SetUntracked(nil)
 	}
@@ -514,7 +515,7 @@ func (p pinned) Object() string { return "pin " + string(p) }
 // Detail implements layer.Subject.
 func (p pinned) Detail() string { return "" }
 
-func (p pinned) remove() error { return removePinned(string(p)) }
+func (p pinned) remove() error { return attach.RemovePin(string(p)) }
 
 // Look implements layer.Layer: it reads the pinned maps and what there is of
 // connection tracking. A pin folder that does not exist is an empty picture. It

@@ -21,6 +21,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/model"
 )
@@ -394,7 +395,7 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 			names, err := d.beside()
 			for i, name := range names {
 				if h := strings.TrimPrefix(name, nextPrefix); strings.HasPrefix(h, linkPrefix) && i%2 == 0 {
-					err = errors.Join(err, removePinned(d.pin(h)), os.Rename(d.pin(name), d.pin(h)))
+					err = errors.Join(err, attach.RemovePin(d.pin(h)), os.Rename(d.pin(name), d.pin(h)))
 				}
 			}
 			return err
@@ -433,7 +434,7 @@ func TestTakeOverThatIsCutShort(t *testing.T) {
 			all := v.talkAll(client)
 			v.layer.Close()
 			v.leaveOtherwise(allLayouts...)
-			d := &datapath{settings: v.layer.settings, maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, ports: map[int]packetPort{}, attached: map[string]attachment{}}
+			d := &datapath{settings: v.layer.settings, maps: map[string]*ebpf.Map{}, left: map[string]*ebpf.Map{}, ports: map[int]packetPort{}, attached: map[string]attach.Attachment{}}
 			_, err := d.prepare()
 			v.must(err)
 			v.must(row.steps(d))

@@ -289,7 +289,7 @@ func (d *datapath) tellSpace(device link.Device) error {
 // attached to that: one that is moved into the node's namespace keeps its index.
 func (d *datapath) isAnother(device int) bool {
 	for _, h := range portHooks(device, d.ports[device].side) {
-		if have := d.attached[h.name]; have != nil && !have.alive() {
+		if have := d.attached[h.name]; have != nil && !have.Alive() {
 			return true
 		}
 	}

@@ -89,7 +89,7 @@ func TestADeviceWithTheIndexOfAnother(t *testing.T) {
 	}))
 	v.become(webAndNames(server))
 	for _, h := range portHooks(index, ofPod) {
-		if have := v.layer.datapath.attached[h.name]; have == nil || !have.alive() {
+		if have := v.layer.datapath.attached[h.name]; have == nil || !have.Alive() {
 			t.Errorf("%s is not in force at the new device", h.name)
 		}
 	}

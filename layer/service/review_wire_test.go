@@ -45,7 +45,7 @@ func TestDeviceTurnsFromPodToWireAndBack(t *testing.T) {
 		for _, other := range sides {
 			for _, hook := range portHooks(device, other) {
 				have := h.layer.datapath.attached[hook.name]
-				if there := have != nil && have.alive(); there != (other == port.side) {
+				if there := have != nil && have.Alive(); there != (other == port.side) {
 					t.Errorf("%s: %s is in force: %v", what, hook.name, there)
 				}
 			}
@@ -184,7 +184,7 @@ func TestRemoveLeavesNothingAtWires(t *testing.T) {
 	h.open(h.services(nil, h.local))
 	var ids []uint32
 	for _, a := range h.layer.datapath.attached {
-		ids = append(ids, a.id())
+		ids = append(ids, a.ID())
 	}
 	h.must(h.layer.Close())
 	_, err := New(h.layer.settings).Remove()
