@@ -199,7 +199,7 @@ func (d *datapath) grow(room int) (take func() error, err error) {
 		if !d.settled {
 			return nil
 		}
-		return d.pinMaps()
+		return bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)
 	}, nil
 }
 
@@ -268,7 +268,7 @@ func (d *datapath) settle() error {
 	if d.settled {
 		return nil
 	}
-	if err := d.pinMaps(); err != nil {
+	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
 		return err
 	}
 	for index, a := range d.attached {
@@ -284,56 +284,13 @@ func (d *datapath) settle() error {
 	return nil
 }
 
-// pinMaps pins the maps that are not pinned yet, over those that are.
-func (d *datapath) pinMaps() error {
-	for _, name := range pinnedMaps {
-		if d.isPinned(name) {
-			continue
-		}
-		path := filepath.Join(d.settings.Pins, name)
-		copied, err := d.maps[name].Clone() // a clone knows nothing of earlier pins
-		if err == nil {
-			_ = os.Remove(path + nextSuffix)
-			err = copied.Pin(path + nextSuffix)
-			copied.Close()
-		}
-		if err == nil {
-			err = os.Rename(path+nextSuffix, path)
-		}
-		if err != nil {
-			return fmt.Errorf("pin map %s: %w", path, err)
-		}
-	}
-	return nil
-}
-
-// nextSuffix is of a pin that is about to become the one without.
-const nextSuffix = "_next"
-
-// isPinned says whether a map's pin leads to this very map.
-func (d *datapath) isPinned(name string) bool {
-	pinned, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
-	if err != nil {
-		return false
-	}
-	defer pinned.Close()
-	there, err1 := pinned.Info()
-	here, err2 := d.maps[name].Info()
-	if err1 != nil || err2 != nil {
-		return false
-	}
-	thereID, _ := there.ID()
-	hereID, _ := here.ID()
-	return thereID == hereID
-}
-
 // lost implements host.
 func (d *datapath) lost() (gone []lost) {
 	if !d.settled {
 		return nil
 	}
 	for _, name := range pinnedMaps {
-		if !d.isPinned(name) {
+		if !bpfmap.IsPinned(d.maps[name], filepath.Join(d.settings.Pins, name)) {
 			gone = append(gone, lost("pin "+name))
 		}
 	}
@@ -350,7 +307,7 @@ func (d *datapath) restore() error {
 	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("make pin folder: %w", err)
 	}
-	failures := []error{d.pinMaps()}
+	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
 	for _, a := range d.attached {
 		failures = append(failures, a.Keep())
 	}
@@ -418,7 +375,7 @@ func sinceBoot() (uint64, error) {
 }
 
 // describe implements host.
-func (d *datapath) describe(to *layer.Description) error {
+func (d *datapath) describe(to *layer.Description) (err error) {
 	if !d.tcx {
 		to.Degraded = append(to.Degraded, "pods' queries are seen by clsact filters: tcx needs Linux 6.6")
 	}
@@ -433,17 +390,8 @@ func (d *datapath) describe(to *layer.Description) error {
 			})
 		}
 	}
-	to.Reasons = make(map[string]uint64, len(d.outcomes))
-	for i, name := range d.outcomes {
-		var perCPU []uint64
-		if err := d.maps[datapathMapOutcomes].Lookup(uint32(i), &perCPU); err != nil {
-			return fmt.Errorf("read counter %s: %w", name, err)
-		}
-		for _, n := range perCPU {
-			to.Reasons[name] += n
-		}
-	}
-	return nil
+	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
+	return err
 }
 
 // outcomeNames are the words of `enum outcome`, in order.

@@ -17,6 +17,7 @@ import (
 	"github.com/cilium/ebpf"
 	bpflink "github.com/cilium/ebpf/link"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/kernel/resolv"
@@ -274,8 +275,8 @@ func (x *Explainer) ask(q *Sent, pod Pod, device int) error {
 	if err != nil {
 		return err
 	}
-	for i, word := range x.outcomes {
-		if after[i] > before[i] && (q.Outcome == "" || word == handed) {
+	for _, word := range x.outcomes {
+		if after[word] > before[word] && (q.Outcome == "" || word == handed) {
 			q.Outcome = word
 		}
 	}
@@ -308,18 +309,8 @@ func (x *Explainer) tidy() error {
 // handed is the word of a query that goes to the agent.
 const handed = "handed"
 
-func (x *Explainer) counts() ([]uint64, error) {
-	sums := make([]uint64, len(x.outcomes))
-	for i := range sums {
-		var perCPU []uint64
-		if err := x.maps[datapathMapOutcomes].Lookup(uint32(i), &perCPU); err != nil {
-			return nil, fmt.Errorf("read counter %s: %w", x.outcomes[i], err)
-		}
-		for _, n := range perCPU {
-			sums[i] += n
-		}
-	}
-	return sums, nil
+func (x *Explainer) counts() (map[string]uint64, error) {
+	return bpfmap.Counts(x.maps[datapathMapOutcomes], x.outcomes)
 }
 
 // madeOf says what an answer of the kernel is made of.

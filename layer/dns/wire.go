@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
 )
 
 // Limits of an entry; names.bpf.c says why.
@@ -112,21 +114,10 @@ func searchListOf(ndots int, domains []string) (list datapathSearchList, ok bool
 
 // addressOf is the kernel's form of an address: both families in 16 bytes.
 func addressOf(addr netip.Addr) datapathAddress {
-	bytes := addr.As16()
-	var a datapathAddress
-	for i := range a.Word {
-		a.Word[i] = binary.LittleEndian.Uint32(bytes[4*i:])
-	}
-	return a
+	return datapathAddress{Word: bpfmap.AddrWords(addr)}
 }
 
-func fromAddress(a datapathAddress) netip.Addr {
-	var bytes [16]byte
-	for i, word := range a.Word {
-		binary.LittleEndian.PutUint32(bytes[4*i:], word)
-	}
-	return netip.AddrFrom16(bytes).Unmap()
-}
+func fromAddress(a datapathAddress) netip.Addr { return bpfmap.AddrOf(a.Word) }
 
 // entryOf is what the kernel knows of a name.
 func entryOf(row *Row) datapathAddresses {

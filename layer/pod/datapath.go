@@ -13,7 +13,6 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/btf"
 	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -299,26 +298,9 @@ func (d *datapath) open(yes bool) error {
 	return nil
 }
 
-// isPinned says whether a map's pin leads to this very map.
-func (d *datapath) isPinned(name string) bool {
-	pinned, err := ebpf.LoadPinnedMap(d.pin(name), nil)
-	if err != nil {
-		return false
-	}
-	defer pinned.Close()
-	there, err1 := pinned.Info()
-	here, err2 := d.maps[name].Info()
-	if err1 != nil || err2 != nil {
-		return false
-	}
-	thereID, _ := there.ID()
-	hereID, _ := here.ID()
-	return thereID == hereID
-}
-
 func (d *datapath) lost() (gone []lost) {
 	for _, name := range pinnedMaps {
-		if !d.isPinned(name) {
+		if !bpfmap.IsPinned(d.maps[name], d.pin(name)) {
 			gone = append(gone, lost("pin "+name))
 		}
 	}
@@ -335,20 +317,7 @@ func (d *datapath) restore() error {
 	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("make pin folder: %w", err)
 	}
-	var failures []error
-	for _, name := range pinnedMaps {
-		if d.isPinned(name) {
-			continue
-		}
-		copied, err := d.maps[name].Clone() // a clone knows nothing of earlier pins
-		if err == nil {
-			err = errors.Join(attach.RemovePin(d.pin(name)), copied.Pin(d.pin(name)))
-			copied.Close()
-		}
-		if err != nil {
-			failures = append(failures, fmt.Errorf("pin map %s: %w", name, err))
-		}
-	}
+	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
 	for _, l := range d.links {
 		failures = append(failures, l.Keep())
 	}
@@ -370,31 +339,14 @@ func (d *datapath) describe(to *layer.Description) error {
 		}
 		to.Programs = append(to.Programs, layer.Program{Name: datapathProgPodFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + l.Name(), Device: l.Name(), Link: l.ID()})
 	}
-	for i, name := range d.words {
-		var perCPU []uint64
-		if err := d.maps[datapathMapCrossings].Lookup(uint32(i), &perCPU); err != nil {
-			return fmt.Errorf("read counter %s: %w", name, err)
-		}
-		for _, n := range perCPU {
-			to.Reasons[name] += n
-		}
-	}
-	return nil
+	counts, err := bpfmap.Counts(d.maps[datapathMapCrossings], d.words)
+	maps.Copy(to.Reasons, counts)
+	return err
 }
 
-// crossingNames reads the words of `enum crossing` from the object's BTF, in order.
+// crossingNames are the words of `enum crossing`, in order.
 func crossingNames(spec *ebpf.CollectionSpec) ([]string, error) {
-	var enum *btf.Enum
-	if err := spec.Types.TypeByName("crossing", &enum); err != nil {
-		return nil, fmt.Errorf("read enum crossing: %w", err)
-	}
-	names := make([]string, datapathCrossingCROSSING_COUNT)
-	for _, value := range enum.Values {
-		if value.Value < uint64(len(names)) {
-			names[value.Value] = strings.ToLower(strings.TrimPrefix(value.Name, "CROSSING_"))
-		}
-	}
-	return names, nil
+	return bpfmap.Words(spec.Types, "crossing", "CROSSING_", int(datapathCrossingCROSSING_COUNT))
 }
 
 func (d *datapath) close() {
@@ -423,7 +375,8 @@ func pinRemoval(folder string) (layer.Changes, error) {
 	for _, links := range []bool{true, false} {
 		for _, entry := range found {
 			isLink := strings.HasPrefix(entry.Name(), linkPrefix)
-			if isLink == links && (isLink || slices.Contains(pinnedMaps, entry.Name())) {
+			name := strings.TrimSuffix(entry.Name(), bpfmap.NextSuffix)
+			if isLink == links && (isLink || slices.Contains(pinnedMaps, name)) {
 				changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(filepath.Join(folder, entry.Name()))})
 			}
 		}

@@ -1,13 +1,13 @@
 package pod
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/pod/pool"
@@ -249,18 +249,7 @@ func (l *Layer) Claim(device int) error {
 
 // addressOf is the kernel's form of an address: both families in 16 bytes.
 func addressOf(addr netip.Addr) datapathAddress {
-	bytes := addr.As16()
-	var a datapathAddress
-	for i := range a.Word {
-		a.Word[i] = binary.LittleEndian.Uint32(bytes[4*i:])
-	}
-	return a
+	return datapathAddress{Word: bpfmap.AddrWords(addr)}
 }
 
-func fromAddress(a datapathAddress) netip.Addr {
-	var bytes [16]byte
-	for i, word := range a.Word {
-		binary.LittleEndian.PutUint32(bytes[4*i:], word)
-	}
-	return netip.AddrFrom16(bytes).Unmap()
-}
+func fromAddress(a datapathAddress) netip.Addr { return bpfmap.AddrOf(a.Word) }

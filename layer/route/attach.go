@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/attach"
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/layer"
 )
 
@@ -222,7 +223,7 @@ func removal(settings Settings) (layer.Changes, error) {
 	ours := 0
 	for _, links := range []bool{true, false} {
 		for _, entry := range found {
-			name := strings.TrimSuffix(entry.Name(), nextSuffix)
+			name := strings.TrimSuffix(entry.Name(), bpfmap.NextSuffix)
 			_, isLink := hookOf(name)
 			if isLink == links && (isLink || slices.Contains(pinnedMaps, name)) {
 				take(pinned(filepath.Join(settings.Pins, entry.Name())))

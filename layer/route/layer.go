@@ -3,7 +3,6 @@ package route
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -440,21 +439,10 @@ func (l *Layer) Remove() (layer.Changes, error) {
 
 // addressOf is the kernel's form of an address: both families in 16 bytes.
 func addressOf(addr netip.Addr) datapathAddress {
-	bytes := addr.As16()
-	var a datapathAddress
-	for i := range a.Word {
-		a.Word[i] = binary.LittleEndian.Uint32(bytes[4*i:])
-	}
-	return a
+	return datapathAddress{Word: bpfmap.AddrWords(addr)}
 }
 
-func fromAddress(a datapathAddress) netip.Addr {
-	var bytes [16]byte
-	for i, word := range a.Word {
-		binary.LittleEndian.PutUint32(bytes[4*i:], word)
-	}
-	return netip.AddrFrom16(bytes).Unmap()
-}
+func fromAddress(a datapathAddress) netip.Addr { return bpfmap.AddrOf(a.Word) }
 
 // rangeOf is the kernel's form of a range: that of IPv4 is 96 bits longer.
 func rangeOf(p netip.Prefix) datapathRange {

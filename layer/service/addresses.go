@@ -3,6 +3,8 @@ package service
 import (
 	"net/netip"
 	"strings"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
 )
 
 // addresses are somebody's, one of each family; invalid where there is none.
@@ -37,20 +39,20 @@ func (a addresses) join(between string) string {
 // value is struct addresses of client.h.
 func (a addresses) value() (value datapathAddresses) {
 	if a.ip4.IsValid() {
-		value.Ip4.Word = wordsOf(a.ip4)
+		value.Ip4.Word = bpfmap.AddrWords(a.ip4)
 	}
 	if a.ip6.IsValid() {
-		value.Ip6.Word = wordsOf(a.ip6)
+		value.Ip6.Word = bpfmap.AddrWords(a.ip6)
 	}
 	return value
 }
 
 func addressesOf(value datapathAddresses) (a addresses) {
 	if value.Ip4.Word != [4]uint32{} {
-		a.ip4 = addrOf(value.Ip4.Word)
+		a.ip4 = bpfmap.AddrOf(value.Ip4.Word)
 	}
 	if value.Ip6.Word != [4]uint32{} {
-		a.ip6 = addrOf(value.Ip6.Word)
+		a.ip6 = bpfmap.AddrOf(value.Ip6.Word)
 	}
 	return a
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
 )
@@ -167,13 +168,13 @@ func (d *datapath) inherit(c knownClient) (unknown []datapathAffinityKey, err er
 			continue // it is gone
 		}
 		own := c.ip4
-		if addrOf(backend.Address.Word).Is6() {
+		if bpfmap.AddrOf(backend.Address.Word).Is6() {
 			own = c.ip6
 		}
 		if !own.IsValid() {
 			continue
 		}
-		key.Client.Word = wordsOf(own)
+		key.Client.Word = bpfmap.AddrWords(own)
 		if put := d.maps[datapathMapAffinities].Update(key, value, ebpf.UpdateNoExist); !errors.Is(put, ebpf.ErrKeyExist) {
 			err = errors.Join(err, put)
 		}

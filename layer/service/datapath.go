@@ -436,7 +436,7 @@ func (d *datapath) pinBeside(maps map[string]*ebpf.Map) (fresh []string, err err
 		return nil, nil
 	}
 	for name, m := range maps {
-		if d.isPinned(name, m) {
+		if bpfmap.IsPinned(m, d.pin(name)) {
 			continue
 		}
 		fresh = append(fresh, name)
@@ -459,30 +459,13 @@ func (d *datapath) unpinBeside(names []string) {
 	}
 }
 
-// isPinned says whether a map's pin leads to this very map.
-func (d *datapath) isPinned(name string, m *ebpf.Map) bool {
-	pinned, err := ebpf.LoadPinnedMap(d.pin(name), nil)
-	if err != nil {
-		return false
-	}
-	defer pinned.Close()
-	there, err1 := pinned.Info()
-	here, err2 := m.Info()
-	if err1 != nil || err2 != nil {
-		return false
-	}
-	thereID, _ := there.ID()
-	hereID, _ := here.ID()
-	return thereID == hereID
-}
-
 // lostPins lists the maps' pins that should be there and are not.
 func (d *datapath) lostPins() (gone []lost) {
 	if d.settings.Pins == "" {
 		return nil
 	}
 	for _, name := range slices.Sorted(maps.Keys(d.maps)) {
-		if !d.isPinned(name, d.maps[name]) {
+		if !bpfmap.IsPinned(d.maps[name], d.pin(name)) {
 			gone = append(gone, lost("pin "+name))
 		}
 	}

@@ -67,7 +67,7 @@ func (d drains) note(m *ebpf.Map, before drains) error {
 
 func (u use) key() datapathUse {
 	return datapathUse{
-		Service: datapathAddress{Word: wordsOf(u.frontend.Address.Addr())}, ServicePort: portOf(u.frontend.Address.Port()),
-		Endpoint: datapathAddress{Word: wordsOf(u.endpoint.Addr())}, EndpointPort: portOf(u.endpoint.Port()),
+		Service: datapathAddress{Word: bpfmap.AddrWords(u.frontend.Address.Addr())}, ServicePort: portOf(u.frontend.Address.Port()),
+		Endpoint: datapathAddress{Word: bpfmap.AddrWords(u.endpoint.Addr())}, EndpointPort: portOf(u.endpoint.Port()),
 	}
 }

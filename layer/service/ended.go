@@ -47,7 +47,7 @@ func (f flow) use() use {
 }
 
 func endOf(address datapathAddress, port uint16) netip.AddrPort {
-	return netip.AddrPortFrom(addrOf(address.Word), portOf(port))
+	return netip.AddrPortFrom(bpfmap.AddrOf(address.Word), portOf(port))
 }
 
 // endFlow marks a flow, if it is still the one that was seen, and open.

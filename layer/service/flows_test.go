@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/model"
 )
 
@@ -389,7 +390,7 @@ func TestQuestionsGiveWay(t *testing.T) {
 		t.Errorf("31 s later there are %d flows of 600 questions", counted)
 	}
 	talk := datapathTuple{SourcePort: portOf(4000), DestinationPort: portOf(53), Protocol: protoUDP}
-	talk.Source.Word, talk.Destination.Word = wordsOf(client.ip4), wordsOf(netip.MustParseAddr("10.96.0.10"))
+	talk.Source.Word, talk.Destination.Word = bpfmap.AddrWords(client.ip4), bpfmap.AddrWords(netip.MustParseAddr("10.96.0.10"))
 	var flow datapathTranslation
 	if err := v.layer.datapath.maps[datapathMapTranslations].Lookup(talk, &flow); err != nil {
 		t.Errorf("the flow of who goes on talking: %v", err)

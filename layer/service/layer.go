@@ -386,23 +386,9 @@ func (l *Layer) Describe() (layer.Description, error) {
 		}
 	}
 	var err error
-	d.Reasons, err = l.datapath.readReasons()
+	d.Reasons, err = bpfmap.Counts(l.datapath.maps[datapathMapReasons], l.datapath.reasons)
 	l.stuck.describe(&d)
 	return d, err
-}
-
-func (d *datapath) readReasons() (map[string]uint64, error) {
-	counts := make(map[string]uint64, len(d.reasons))
-	for i, name := range d.reasons {
-		var perCPU []uint64
-		if err := d.maps[datapathMapReasons].Lookup(uint32(i), &perCPU); err != nil {
-			return nil, fmt.Errorf("read counter %s: %w", name, err)
-		}
-		for _, n := range perCPU {
-			counts[name] += n
-		}
-	}
-	return counts, nil
 }
 
 // Close implements layer.Layer.

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/model"
 )
 
@@ -19,7 +20,7 @@ func (h *harbour) masqueradesFit(when string) {
 	var value datapathTranslation
 	entries := h.layer.datapath.maps[datapathMapTranslations].Iterate()
 	for entries.Next(&key, &value) {
-		if at := addrOf(value.To.Destination.Word).String(); at == farPod4 || at == farPod6 {
+		if at := bpfmap.AddrOf(value.To.Destination.Word).String(); at == farPod4 || at == farPod6 {
 			far++
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/sockdiag"
 	"github.com/millrace/millrace/layer"
@@ -511,7 +512,7 @@ func (w *walk) meaning(told *stuckSteered, flow []byte) (use, sockdiag.Socket) {
 	}
 	socket := sockdiag.Socket{
 		Protocol:  protocol,
-		Local:     netip.AddrPortFrom(addrOf(told.Local.Word), told.Port),
+		Local:     netip.AddrPortFrom(bpfmap.AddrOf(told.Local.Word), told.Port),
 		Remote:    endpoint,
 		Device:    told.Device,
 		Cookie:    cookie,

@@ -661,19 +661,19 @@ func (w *writing) note(changes []int, act string, failed []error) {
 
 func keyOf(f Frontend) datapathServiceKey {
 	var key datapathServiceKey
-	key.Address.Word = wordsOf(f.Address.Addr())
+	key.Address.Word = bpfmap.AddrWords(f.Address.Addr())
 	key.Port = portOf(f.Address.Port())
 	key.Protocol = uint8(f.Protocol)
 	return key
 }
 
 func frontendOf(key datapathServiceKey) Frontend {
-	return Frontend{netip.AddrPortFrom(addrOf(key.Address.Word), portOf(key.Port)), model.Protocol(key.Protocol)}
+	return Frontend{netip.AddrPortFrom(bpfmap.AddrOf(key.Address.Word), portOf(key.Port)), model.Protocol(key.Protocol)}
 }
 
 func backendOf(address netip.AddrPort, id uint32) datapathBackend {
 	var backend datapathBackend
-	backend.Address.Word = wordsOf(address.Addr())
+	backend.Address.Word = bpfmap.AddrWords(address.Addr())
 	backend.Port = portOf(address.Port())
 	backend.Service = id
 	return backend
@@ -682,7 +682,7 @@ func backendOf(address netip.AddrPort, id uint32) datapathBackend {
 // rangeOf is a range of clients that a Service lets in.
 func rangeOf(id uint32, p netip.Prefix) datapathSourceRangeKey {
 	key := datapathSourceRangeKey{Service: id, Length: 32 + lengthOf(p)}
-	key.Client.Word = wordsOf(p.Masked().Addr())
+	key.Client.Word = bpfmap.AddrWords(p.Masked().Addr())
 	return key
 }
 
@@ -696,7 +696,7 @@ func lengthOf(p netip.Prefix) uint32 {
 
 // prefixOf is the range of so many bits in struct address.
 func prefixOf(words [4]uint32, length uint32) netip.Prefix {
-	address := addrOf(words)
+	address := bpfmap.AddrOf(words)
 	if address.Is4() && length >= 96 {
 		length -= 96
 	}
@@ -704,25 +704,7 @@ func prefixOf(words [4]uint32, length uint32) netip.Prefix {
 }
 
 func addressOf(b datapathBackend) netip.AddrPort {
-	return netip.AddrPortFrom(addrOf(b.Address.Word), portOf(b.Port))
-}
-
-// wordsOf is struct address of bpf/address.h: 16 bytes in network order, read
-// as the host's words.
-func wordsOf(address netip.Addr) (words [4]uint32) {
-	bytes := address.As16()
-	for i := range words {
-		words[i] = binary.NativeEndian.Uint32(bytes[4*i:])
-	}
-	return words
-}
-
-func addrOf(words [4]uint32) netip.Addr {
-	var bytes [16]byte
-	for i, word := range words {
-		binary.NativeEndian.PutUint32(bytes[4*i:], word)
-	}
-	return netip.AddrFrom16(bytes).Unmap()
+	return netip.AddrPortFrom(bpfmap.AddrOf(b.Address.Word), portOf(b.Port))
 }
 
 // portOf turns a port between the host's order and the network's.

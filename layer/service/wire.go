@@ -8,6 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/proc"
 	"github.com/millrace/millrace/kernel/sysctl"
@@ -197,7 +198,7 @@ func (d *datapath) readNodeAddresses() (all []netip.Addr, err error) {
 	var kind datapathNodeAddress
 	entries := d.maps[datapathMapNodeAddresses].Iterate()
 	for entries.Next(&words, &kind) {
-		all = append(all, addrOf(words))
+		all = append(all, bpfmap.AddrOf(words))
 	}
 	if err := entries.Err(); err != nil {
 		return nil, fmt.Errorf("read %s: %w", datapathMapNodeAddresses, err)
@@ -208,7 +209,7 @@ func (d *datapath) readNodeAddresses() (all []netip.Addr, err error) {
 // tellAddress carries out the change of a node's address.
 func tellAddress(maps map[string]*ebpf.Map, change layer.Change) error {
 	subject := change.Subject.(nodeAddress)
-	key := wordsOf(subject.Addr)
+	key := bpfmap.AddrWords(subject.Addr)
 	if change.Op == layer.Remove {
 		return gone(maps[datapathMapNodeAddresses].Delete(key))
 	}

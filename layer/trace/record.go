@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/symbol"
 	"github.com/millrace/millrace/layer/trace/cause"
 )
@@ -483,14 +484,10 @@ func swap(port uint16) uint16 { return port<<8 | port>>8 }
 // address reads one of 16 bytes. Where nothing was read it is the zero one, but for
 // IPv6, whose :: is one that packets have.
 func address(word [4]uint32, ip6 bool) netip.Addr {
-	var bytes [16]byte
-	for i, w := range word {
-		binary.NativeEndian.PutUint32(bytes[4*i:], w)
-	}
-	if bytes == [16]byte{} && !ip6 {
+	if word == [4]uint32{} && !ip6 {
 		return netip.Addr{}
 	}
-	return netip.AddrFrom16(bytes).Unmap()
+	return bpfmap.AddrOf(word)
 }
 
 func text(chars []int8) string {
