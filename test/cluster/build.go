@@ -148,8 +148,8 @@ func buildTool(ctx context.Context, path, file string) error {
 		arguments = []string{"test", "-c", "-vet=off"}
 	}
 	arguments = append(arguments, "-ldflags", linkFlags(), "-o", file+".part", path)
-	if output, err := goTool(ctx, arguments...); err != nil {
-		return fmt.Errorf("%w:\n%s", err, lastLines(output, 20))
+	if _, err := goTool(ctx, arguments...); err != nil {
+		return err
 	}
 	return os.Rename(file+".part", file)
 }
@@ -158,8 +158,12 @@ func goTool(ctx context.Context, arguments ...string) (string, error) {
 	command := exec.CommandContext(ctx, "go", arguments...)
 	command.Dir = moduleFolder
 	command.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath -buildvcs=false "+os.Getenv("GOFLAGS"))
-	output, err := command.CombinedOutput()
-	return string(output), err
+	var output, said strings.Builder // apart: it says what it downloads, too
+	command.Stdout, command.Stderr = &output, &said
+	if err := command.Run(); err != nil {
+		return "", fmt.Errorf("%w:\n%s", err, lastLines(said.String(), 20))
+	}
+	return output.String(), nil
 }
 
 // writeCoreDNS writes a CoreDNS with the plugins that go.mod names as tools. Its
@@ -188,7 +192,7 @@ func copyImageFiles(ctx context.Context, folder string) error {
 		if source == "" {
 			output, err := goTool(ctx, "list", "-f", "{{.Dir}}", "k8s.io/kubernetes/test/images/agnhost")
 			if err != nil {
-				return fmt.Errorf("find the source of agnhost: %w: %s", err, output)
+				return fmt.Errorf("find the source of agnhost: %w", err)
 			}
 			source = strings.TrimSpace(output)
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -62,10 +63,17 @@ func TestInstalledTakesTheStartupTaintOff(t *testing.T) {
 		{first, `{"spec":{"unschedulable":true}}`, "may change nothing of a Node but its taints"},
 		{first + "/status", `{"status":{"phase":"Running"}}`, "cannot patch resource"},
 	} {
-		said := on(t, all[0], fmt.Sprintf("curl -sk -m 10 -X PATCH -H 'Authorization: Bearer %s' -H 'Content-Type: application/merge-patch+json' -d '%s' %s/api/v1/nodes/%s",
-			token, row.patch, server, row.path))
-		if !strings.Contains(said, row.want) {
-			t.Errorf("with the token of the agent of %s, %s of Node %s: %s", first, row.patch, row.path, said)
+		// Nothing would be changed, and an API server follows its policies by a watch.
+		err := until(t.Context(), "it to be refused", time.Minute, func() error {
+			said := on(t, all[0], fmt.Sprintf("curl -sk -m 10 -X PATCH -H 'Authorization: Bearer %s' -H 'Content-Type: application/merge-patch+json' -d '%s' '%s/api/v1/nodes/%s?dryRun=All'",
+				token, row.patch, server, row.path))
+			if !strings.Contains(said, row.want) {
+				return errors.New(said)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("with the token of the agent of %s, %s of Node %s: %v", first, row.patch, row.path, err)
 		}
 	}
 }
