@@ -72,7 +72,7 @@ func (d *datapath) facts() (facts, error) {
 func hopsOf(to netip.Prefix, r netlink.Route) (hops []hop) {
 	one := func(device int, gw net.IP) {
 		via, _ := netip.AddrFromSlice(gw)
-		hops = append(hops, hop{to: to, via: via.Unmap(), device: device, metric: r.Priority})
+		hops = append(hops, hop{to: to, via: via.Unmap(), device: device, metric: r.Priority, mtu: r.MTU})
 	}
 	for _, next := range r.MultiPath {
 		one(next.LinkIndex, next.Gw)
@@ -303,14 +303,14 @@ func (d *datapath) routes() (rows []*Row, err error) {
 			continue
 		}
 		via, _ := netip.AddrFromSlice(r.Gw)
-		rows = append(rows, &Row{To: to, Via: via.Unmap(), index: r.LinkIndex})
+		rows = append(rows, &Row{To: to, Via: via.Unmap(), index: r.LinkIndex, set: r.MTU})
 	}
 	return rows, nil
 }
 
 // makeRoute implements host.
 func (d *datapath) makeRoute(row *Row, device int) error {
-	r := &netlink.Route{Dst: ipNet(row.To), Table: unix.RT_TABLE_MAIN, Protocol: Protocol, Priority: metric, LinkIndex: device, Scope: netlink.SCOPE_LINK}
+	r := &netlink.Route{Dst: ipNet(row.To), Table: unix.RT_TABLE_MAIN, Protocol: Protocol, Priority: metric, LinkIndex: device, Scope: netlink.SCOPE_LINK, MTU: row.set}
 	if row.Direct {
 		r.LinkIndex, r.Gw, r.Scope = row.index, row.Via.AsSlice(), netlink.SCOPE_UNIVERSE
 	}

@@ -78,6 +78,7 @@ type Layer struct {
 	settings Settings
 	host     host
 	tables   tables
+	paths    *paths
 
 	mu   sync.Mutex // guards what follows
 	rows int
@@ -118,7 +119,9 @@ type host interface {
 var _ layer.Layer = (*Layer)(nil)
 
 // New makes the layer. It touches nothing before Open.
-func New(settings Settings) *Layer { return &Layer{settings: settings} }
+func New(settings Settings) *Layer {
+	return &Layer{settings: settings, paths: newPaths(settings.Netns)}
+}
 
 // Name implements layer.Layer.
 func (l *Layer) Name() string { return "route" }
@@ -157,6 +160,11 @@ func (l *Layer) Read() (layer.Picture, error) {
 		return nil, err
 	}
 	picture.lost = l.host.lost()
+	if picture.facts, err = l.host.facts(); err != nil {
+		return nil, err
+	}
+	picture.measure()
+	l.paths.takeOver(picture)
 	return l.Refresh(picture)
 }
 
@@ -193,6 +201,7 @@ func read(h host, t tables) (*Picture, error) {
 		row := picture.rows[route.To]
 		if row != nil && picture.device != nil && route.index == picture.device.index {
 			row.torn = row.ownMAC != picture.device.MAC
+			row.set = route.set
 			continue
 		}
 		route.torn = row != nil // an entry that is not to be there
@@ -215,12 +224,18 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	for _, row := range picture.rows {
 		row.Device = cmp.Or(picture.facts.devices[row.index].name, row.Device)
 	}
+	picture.measure()
+	l.paths.aim(picture)
+	picture.facts.paths = l.paths.all()
 	return picture, nil
 }
 
-// Watch implements layer.Layer: devices and addresses come and go. That a route of
-// somebody else changed is found once a minute.
+// Watch implements layer.Layer: devices and addresses come and go, and paths become
+// others. That a route of somebody else changed is found once a minute.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
+	var measuring sync.WaitGroup
+	defer measuring.Wait()
+	measuring.Go(func() { l.paths.watch(ctx, changed) })
 	err := link.Watch(ctx, l.settings.Netns, changed)
 	if err != nil {
 		changed()
@@ -256,6 +271,8 @@ func (l *Layer) Look() (layer.Picture, error) {
 		return nil, err
 	}
 	picture.facts, err = d.facts()
+	picture.measure()
+	picture.facts.paths = left(picture)
 	for _, row := range picture.rows {
 		row.Device = picture.facts.devices[row.index].name
 	}
@@ -286,6 +303,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if wished != nil {
 		picture.left = resolve(l.settings, wished, picture.facts).left
 	}
+	l.paths.aim(picture)
 	l.mu.Lock()
 	l.rows, l.left = len(picture.rows), picture.left
 	l.mu.Unlock()

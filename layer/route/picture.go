@@ -41,8 +41,10 @@ type Row struct {
 	// Device is what they leave by.
 	Device string `json:"device"`
 	index  int
-	// MTU is the longest packet inside, in bytes; 0 where Direct.
+	// MTU is the longest packet of pods, in bytes. set is that of the node's route: where it
+	// is Direct, 0 if the device's holds.
 	MTU int `json:"mtu,omitempty"`
+	set int
 	// MAC is the hardware address of the node's vxlan device.
 	MAC [6]byte `json:"-"`
 	// Near says that Via is a neighbour.
@@ -59,8 +61,19 @@ type Row struct {
 // know.
 func (r *Row) equal(o *Row) bool {
 	return r.To == o.To && r.Direct == o.Direct && r.Via == o.Via && r.Local == o.Local && r.index == o.index &&
-		r.MTU == o.MTU && r.MAC == o.MAC && r.Near == o.Near && !r.torn && !o.torn
+		r.MTU == o.MTU && r.set == o.set && r.MAC == o.MAC && r.Near == o.Near && !r.torn && !o.torn
 }
+
+// overhead is what is put around a packet, in bytes.
+func (r *Row) overhead() int {
+	if r.Direct {
+		return 0
+	}
+	return overheadOf(r.Via)
+}
+
+// outside is the longest packet on the wire, in bytes.
+func (r *Row) outside() int { return r.MTU + r.overhead() }
 
 // Object implements layer.Subject.
 func (r *Row) Object() string { return "route " + r.To.String() }
@@ -72,7 +85,7 @@ func (r *Row) Detail() string {
 		text += " " + r.Node
 	}
 	if r.Direct {
-		text += fmt.Sprintf(" direct via %s by %s", r.Via, r.Device)
+		text += fmt.Sprintf(" direct via %s by %s mtu %d", r.Via, r.Device, r.MTU)
 	} else {
 		text += fmt.Sprintf(" vxlan to %s by %s mtu %d", r.Via, r.Device, r.MTU)
 	}
@@ -169,6 +182,19 @@ func (l lost) Object() string { return string(l) }
 
 // Detail implements layer.Subject.
 func (l lost) Detail() string { return "" }
+
+// measure says how long packets by plain routes may be, which depends on their devices.
+func (p *Picture) measure() {
+	for _, row := range p.rows {
+		if !row.Direct {
+			continue
+		}
+		row.MTU = p.facts.devices[row.index].mtu
+		if row.set > 0 {
+			row.MTU = min(row.MTU, row.set)
+		}
+	}
+}
 
 // Len implements layer.Picture: the ranges of other nodes.
 func (p *Picture) Len() int {

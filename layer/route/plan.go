@@ -25,6 +25,8 @@ const leastMTU = 1280
 type facts struct {
 	hops    []hop // routes of the main table that are not the layer's
 	devices map[int]fact
+	// paths are how long packets to nodes may be, by their addresses, where it was measured.
+	paths map[netip.Addr]measurement
 }
 
 // fact is a device that packets to other nodes may leave by.
@@ -40,6 +42,7 @@ type hop struct {
 	via    netip.Addr // the zero value where what is in the range are neighbours
 	device int
 	metric int
+	mtu    int // that somebody set of the route, in bytes; 0 for the device's
 }
 
 // way is how packets to an address leave the host: by the longest range, then by the
@@ -55,6 +58,19 @@ func (f facts) way(to netip.Addr) (best hop, found bool) {
 		}
 	}
 	return best, found
+}
+
+// most is the longest packet by a hop to an address, in bytes: what is configured, and what
+// was seen to pass.
+func (f facts) most(h hop, to netip.Addr) (set, passes int) {
+	set = f.devices[h.device].mtu
+	if h.mtu > 0 {
+		set = min(set, h.mtu)
+	}
+	if passes = f.paths[to].narrow(); passes == 0 {
+		return set, set
+	}
+	return set, min(set, passes)
 }
 
 // peer is a node, as far as routes to its pods depend on it.
@@ -125,7 +141,7 @@ func macOf(addresses []netip.Addr) (mac [6]byte) {
 // resolve makes of a wish what is to be in the kernel of a host.
 func resolve(settings Settings, w *wish, f facts) *Picture {
 	p := newPicture()
-	mtu := 0
+	mtu, told := 0, map[netip.Addr]bool{}
 	for _, n := range w.peers {
 		for _, to := range n.ranges {
 			row, why := choose(settings, w.own, n, to, f)
@@ -138,8 +154,12 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 				continue
 			}
 			p.rows[to] = row
-			if !row.Direct && (mtu == 0 || row.MTU < mtu) {
-				mtu = row.MTU
+			if !row.Direct {
+				mtu = max(mtu, f.devices[row.index].mtu-row.overhead()) // the routes by the device have their own
+			}
+			if found := row.finding(f); found != "" && !told[row.Via] {
+				told[row.Via] = true
+				p.left = append(p.left, found)
 			}
 		}
 	}
@@ -147,7 +167,6 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 		if row.Direct {
 			continue
 		}
-		row.MTU = mtu // there is one device, and so one MTU, for all
 		for _, n := range w.peers {
 			if n.name == row.Node {
 				p.addVTEPs(n.addresses)
@@ -183,20 +202,18 @@ func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row,
 			continue
 		}
 		local, at := sameFamily(own.addresses, vtep), f.devices[h.device]
-		over := overhead4
-		if vtep.Is6() {
-			over = overhead6
-		}
+		over := overheadOf(vtep)
+		set, passes := f.most(h, vtep)
 		switch {
 		case !local.IsValid():
 			why = fmt.Sprintf("this node has no address from which it could send to %s", vtep)
 		case !at.ethernet:
 			why = fmt.Sprintf("packets to %s leave by %s, which has no Ethernet headers", vtep, at.name)
-		case at.mtu-over < leastMTU:
-			why = fmt.Sprintf("packets to %s leave by %s, whose MTU of %d leaves less than %d inside", vtep, at.name, at.mtu, leastMTU)
+		case set-over < leastMTU:
+			why = fmt.Sprintf("packets to %s leave by %s, whose MTU of %d leaves less than %d inside", vtep, at.name, set, leastMTU)
 		default:
-			row := &Row{To: to, Node: n.name, Via: vtep, Local: local, Device: at.name, index: h.device, MTU: at.mtu - over,
-				MAC: macOf(n.addresses), Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}
+			row := &Row{To: to, Node: n.name, Via: vtep, Local: local, Device: at.name, index: h.device, MTU: max(passes-over, leastMTU),
+				set: max(passes-over, leastMTU), MAC: macOf(n.addresses), Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}
 			if row.Near {
 				row.Why = "as the setting asks"
 				if settings.Mode != ModeVXLAN {
@@ -217,9 +234,25 @@ func direct(n peer, to netip.Prefix, f facts) *Row {
 			continue
 		}
 		at := f.devices[h.device]
-		return &Row{To: to, Node: n.name, Direct: true, Via: via, Device: at.name, index: h.device, Why: "it is on the same segment"}
+		_, passes := f.most(h, via)
+		if via.Is6() {
+			passes = max(passes, min(at.mtu, leastMTU))
+		}
+		row := &Row{To: to, Node: n.name, Direct: true, Via: via, Device: at.name, index: h.device, MTU: passes, Why: "it is on the same segment"}
+		if passes < at.mtu {
+			row.set = passes
+		}
+		return row
 	}
 	return nil
+}
+
+// overheadOf is what VXLAN to an address adds.
+func overheadOf(vtep netip.Addr) int {
+	if vtep.Is6() {
+		return overhead6
+	}
+	return overhead4
 }
 
 func sameFamily(all []netip.Addr, as netip.Addr) netip.Addr {

@@ -71,7 +71,7 @@ func addPort(ports []port, p port) []port {
 // clusterOf reads the lines of a cluster and of a host.
 func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, facts) {
 	t.Helper()
-	s, f := &model.Snapshot{Complete: true}, facts{devices: map[int]fact{}}
+	s, f := &model.Snapshot{Complete: true}, facts{devices: map[int]fact{}, paths: map[netip.Addr]measurement{}}
 	index := map[string]int{}
 	for line := range strings.Lines(text) {
 		words := strings.Fields(line)
@@ -91,6 +91,11 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 			f.devices[number] = fact{name: words[1], mtu: mtu, ethernet: len(words) == 3}
 		case "route":
 			h := hop{device: index[words[2]]}
+			if at := slices.Index(words, "mtu"); at > 0 {
+				mtu, err := strconv.Atoi(words[at+1])
+				must(t, err)
+				h.mtu, words = mtu, words[:at]
+			}
 			if len(words) > 3 {
 				h.via = netip.MustParseAddr(words[4])
 			}
@@ -99,6 +104,14 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 				h.to = netip.MustParsePrefix(words[1])
 			}
 			f.hops = append(f.hops, h)
+		case "passes": // ADDRESS BYTES of BYTES [said by ROUTER]
+			var m measurement
+			_, err := fmt.Sscan(words[2]+" "+words[4], &m.Passed, &m.Tried)
+			must(t, err)
+			if len(words) > 5 {
+				m.Announced, m.By = m.Passed, netip.MustParseAddr(words[7])
+			}
+			f.paths[netip.MustParseAddr(words[1])] = m
 		case "node":
 			n := &model.Node{Name: words[1]}
 			for _, word := range words[2:] {

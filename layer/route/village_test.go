@@ -48,6 +48,21 @@ var (
 )
 
 func newVillage(t *testing.T, mode Mode, six bool) *village {
+	v := bare(t, mode, six)
+	one, err := link.Open(v.nodes[0])
+	must(t, err)
+	defer one.Close()
+	_, err = one.Veth(link.Veth{Name: "uplink", Peer: "uplink", PeerNamespace: v.nodes[1]})
+	must(t, err)
+	for i := range v.nodes {
+		v.furnish(i)
+	}
+	return v
+}
+
+// bare makes the nodes, and nothing between them.
+func bare(t *testing.T, mode Mode, six bool) *village {
+	t.Helper()
 	v := &village{Bed: layertest.NewBed(t), t: t, six: six}
 	v.nodes = [2]string{v.NetNS, filepath.Join(t.TempDir(), "node2")}
 	must(t, netns.Create(v.nodes[1]))
@@ -63,14 +78,6 @@ func newVillage(t *testing.T, mode Mode, six bool) *village {
 			}
 			return nil
 		}))
-	}
-	one, err := link.Open(v.nodes[0])
-	must(t, err)
-	defer one.Close()
-	v.uplinks[0], err = one.Veth(link.Veth{Name: "uplink", Peer: "uplink", PeerNamespace: v.nodes[1]})
-	must(t, err)
-	for i := range v.nodes {
-		v.furnish(i)
 	}
 	return v
 }

@@ -1,0 +1,216 @@
+package route
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/millrace/millrace/kernel/probe"
+)
+
+const (
+	// pathsEvery is how often the path to each node is measured, pathsApart the least time
+	// between two nodes: with more than 6,000 nodes it takes longer.
+	pathsEvery = time.Minute
+	pathsApart = 10 * time.Millisecond
+	// pathsAtOnce are measured at a time: one that does not answer takes 3 s.
+	pathsAtOnce = 8
+)
+
+// measurement is how long packets to an address may be, as far as it is known.
+type measurement struct {
+	probe.Path
+	// most is the device's MTU when it was measured, in bytes; 0 if it never was.
+	most int
+	// left says that an earlier process found it out: its routes say so.
+	left bool
+}
+
+// narrow is the longest packet that passes where that is less than what was tried, else 0.
+func (m measurement) narrow() int {
+	if m.Passed > 0 && m.Passed < m.Tried {
+		return m.Passed
+	}
+	return 0
+}
+
+// paths measures how long packets to other nodes may be: what a device says is true of the
+// wire that is in it.
+type paths struct {
+	netns string
+	every time.Duration
+	mtu   func(ctx context.Context, space string, to netip.Addr, most int) (probe.Path, error)
+
+	mu    sync.Mutex // guards what follows
+	known map[netip.Addr]measurement
+	aims  map[netip.Addr]int // the nodes' addresses, and the longest packets to them
+	begun bool
+	news  chan struct{}
+}
+
+func newPaths(netns string) *paths {
+	return &paths{netns: netns, every: pathsEvery, mtu: probe.MTU, known: map[netip.Addr]measurement{}, aims: map[netip.Addr]int{}, news: make(chan struct{}, 1)}
+}
+
+// all is what is known.
+func (p *paths) all() map[netip.Addr]measurement {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.known)
+}
+
+// aim says which ways there are: what has gone is forgotten, and what is new is measured
+// soon.
+func (p *paths) aim(picture *Picture) {
+	aims := map[netip.Addr]int{}
+	for _, row := range picture.rows {
+		if at, there := picture.facts.devices[row.index]; there && row.Via.IsValid() {
+			aims[row.Via] = at.mtu
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.aims = aims
+	maps.DeleteFunc(p.known, func(to netip.Addr, _ measurement) bool { return aims[to] == 0 })
+	if len(p.due(false)) > 0 {
+		select {
+		case p.news <- struct{}{}:
+		default: // it has yet to look at an earlier one
+		}
+	}
+}
+
+// takeOver believes the routes of an earlier process until they are measured anew, so that
+// a restart changes nothing.
+func (p *paths) takeOver(picture *Picture) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.begun {
+		return
+	}
+	p.begun = true
+	p.known = left(picture)
+}
+
+// left is what the routes in a picture say about paths.
+func left(picture *Picture) map[netip.Addr]measurement {
+	known := map[netip.Addr]measurement{}
+	for _, row := range picture.rows {
+		at := picture.facts.devices[row.index]
+		if outside := row.outside(); row.MTU > 0 && outside < at.mtu {
+			known[row.Via] = measurement{Path: probe.Path{Tried: at.mtu, Passed: outside}, left: true}
+		}
+	}
+	return known
+}
+
+// due are the addresses to be measured: all, or those that are new or whose devices have
+// another MTU. The lock is held.
+func (p *paths) due(all bool) (due []netip.Addr) {
+	for to, most := range p.aims {
+		if all || p.known[to].most != most {
+			due = append(due, to)
+		}
+	}
+	slices.SortFunc(due, netip.Addr.Compare)
+	return due
+}
+
+// watch measures until ctx ends, and calls changed when a path is found to be another.
+func (p *paths) watch(ctx context.Context, changed func()) {
+	every := time.NewTicker(p.every)
+	defer every.Stop()
+	for all := false; ; {
+		p.mu.Lock()
+		due := p.due(all)
+		p.mu.Unlock()
+		if p.measure(ctx, due) {
+			changed()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.news:
+			all = false
+		case <-every.C:
+			all = true
+		}
+	}
+}
+
+// measure says whether a path was found to be another than it was taken for.
+func (p *paths) measure(ctx context.Context, due []netip.Addr) bool {
+	var several sync.WaitGroup
+	var differ bool
+	free := make(chan struct{}, pathsAtOnce)
+	for _, to := range due {
+		select {
+		case <-ctx.Done():
+			return differ
+		case free <- struct{}{}:
+		}
+		p.mu.Lock()
+		most := p.aims[to]
+		p.mu.Unlock()
+		several.Go(func() {
+			defer func() { <-free }()
+			found, err := p.mtu(ctx, p.netns, to, most)
+			if p.learn(to, most, found, err) {
+				p.mu.Lock()
+				differ = true
+				p.mu.Unlock()
+			}
+		})
+		time.Sleep(pathsApart)
+	}
+	several.Wait()
+	return differ
+}
+
+// learn takes in what a measurement found, and says whether that is something else. Of one
+// without a result what was measured before still holds: the node may be off. What an
+// earlier process left does not, if nobody answers: it may be older than its uplink.
+func (p *paths) learn(to netip.Addr, most int, found probe.Path, err error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.aims[to] == 0 {
+		return false // it has gone meanwhile
+	}
+	was := p.known[to]
+	now := measurement{Path: found, most: most}
+	if err != nil {
+		now = measurement{Path: was.Path, most: most, left: was.left}
+		if was.left && (errors.Is(err, probe.ErrSilent) || errors.Is(err, probe.ErrUnsent)) {
+			now = measurement{most: most}
+		}
+	}
+	p.known[to] = now
+	return now.narrow() != was.narrow() || now.narrow() > 0 && now.Announced != was.Announced
+}
+
+// finding says that the way to a node takes less than its device sends; empty if it does
+// not.
+func (r *Row) finding(f facts) string {
+	m, at := f.paths[r.Via], f.devices[r.index]
+	if m.narrow() == 0 || m.narrow() >= at.mtu {
+		return ""
+	}
+	said := "nobody says so by ICMP"
+	if m.Announced > 0 {
+		said = fmt.Sprintf("%s says that %d pass", m.By, m.Announced)
+	}
+	if m.left {
+		said = "as it was found before"
+	}
+	text := fmt.Sprintf("packets of at most %d bytes pass to node %s (%s), and %s has an MTU of %d; %s. Packets of pods there are kept to %d; make the way take %d, or set an MTU of %d on both nodes",
+		m.Passed, r.Node, r.Via, r.Device, at.mtu, said, r.MTU, at.mtu, m.Passed)
+	if r.outside() > m.Passed {
+		text += fmt.Sprintf(" (they are cut up on the way: %d is the least for pods)", leastMTU)
+	}
+	return text
+}
