@@ -7,9 +7,9 @@ import (
 )
 
 // Explain adds to the ways of a picture of the kernel what the kernel does not know: whose
-// the ranges are, and why each way was chosen, by a plan; and the length of what may go by
-// one that is direct. A way that would be chosen otherwise now says so. It also lists the
-// ranges to which no way leads.
+// the ranges are, and why each way was chosen, by a plan. A way that would be chosen
+// otherwise now says so, and one on which less passes than its device sends. It also lists
+// the ranges to which no way leads.
 func (l *Layer) Explain(have, want layer.Picture) (rows []*Row, left []string) {
 	picture, wish := have.(*Picture), want.(*Picture).wish
 	aim := newPicture()
@@ -18,9 +18,6 @@ func (l *Layer) Explain(have, want layer.Picture) (rows []*Row, left []string) {
 	}
 	for _, to := range sortedRanges(picture.rows) {
 		row := *picture.rows[to]
-		if row.Direct {
-			row.MTU = picture.facts.devices[row.index].mtu
-		}
 		switch wanted := aim.rows[to]; {
 		case wanted == nil && wish != nil:
 			row.Why = "it is no range of another node's any more"
@@ -28,6 +25,9 @@ func (l *Layer) Explain(have, want layer.Picture) (rows []*Row, left []string) {
 			row.Node, row.Why = wanted.Node, wanted.Why
 		case wanted != nil:
 			row.Node, row.Why = wanted.Node, fmt.Sprintf("it is to be %s", wanted.Detail())
+		}
+		if m := picture.facts.paths[row.Via]; row.finding(picture.facts) != "" && row.Why != "" {
+			row.Why += fmt.Sprintf("; %d of %d bytes pass", m.Passed, picture.facts.devices[row.index].mtu)
 		}
 		rows = append(rows, &row)
 	}

@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/millrace/millrace/kernel/probe"
 )
 
 // What the kernel has is told with what a plan knows of it: whose it is and why, what is to
@@ -28,6 +30,8 @@ node n5 10.244.5.0/24
 	}
 	to := netip.MustParsePrefix
 	have.rows[to("10.244.3.0/24")].MTU = 1400
+	have.facts.paths[netip.MustParseAddr("192.0.2.2")] = measurement{Path: probe.Path{Tried: 1600, Passed: 1450}}
+	have.rows[to("10.244.2.0/24")].MTU, have.rows[to("10.244.2.0/24")].set = 1450, 1450
 	delete(have.rows, to("10.244.4.0/24"))
 	have.rows[to("10.244.9.0/24")] = &Row{To: to("10.244.9.0/24"), Direct: true, index: 2}
 	rows, left := l.Explain(have, want)
@@ -36,7 +40,7 @@ node n5 10.244.5.0/24
 		told[row.To.String()] = row.Node + ": " + row.Why
 	}
 	for what, says := range map[string]string{
-		"10.244.2.0/24": "n2: it is on the same segment",
+		"10.244.2.0/24": "n2: it is on the same segment; 1450 of 1500 bytes pass",
 		"10.244.3.0/24": "n3: it is to be -> n3 vxlan to 198.51.100.3 by eth0 mtu 1450: it is behind 192.0.2.254",
 		"10.244.9.0/24": ": it is no range of another node's any more",
 	} {
@@ -44,7 +48,7 @@ node n5 10.244.5.0/24
 			t.Errorf("%s is told as %q, not %q", what, told[what], says)
 		}
 	}
-	if rows[0].MTU != 1500 {
+	if rows[0].MTU != 1450 {
 		t.Errorf("by a direct way go %d bytes", rows[0].MTU)
 	}
 	if text := strings.Join(left, "\n"); len(left) != 2 || !strings.Contains(text, "not there yet: route 10.244.4.0/24 -> n4 ") || !strings.Contains(text, "no route to 10.244.5.0/24 of node n5: ") {

@@ -301,11 +301,12 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		done = append(done, change)
 	}
 	if wished != nil {
-		picture.left = resolve(l.settings, wished, picture.facts).left
+		aim := resolve(l.settings, wished, picture.facts)
+		picture.left, picture.narrow = aim.left, aim.narrow
 	}
 	l.paths.aim(picture)
 	l.mu.Lock()
-	l.rows, l.left = len(picture.rows), picture.left
+	l.rows, l.left = len(picture.rows), slices.Concat(picture.left, picture.narrow)
 	l.mu.Unlock()
 	return picture, done, errors.Join(failures...)
 }

@@ -23,6 +23,7 @@ type Picture struct {
 	ports  []port
 	lost   []lost
 	left   []string
+	narrow []string // findings
 }
 
 func newPicture() *Picture {

@@ -159,7 +159,7 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 			}
 			if found := row.finding(f); found != "" && !told[row.Via] {
 				told[row.Via] = true
-				p.left = append(p.left, found)
+				p.narrow = append(p.narrow, found)
 			}
 		}
 	}

@@ -40,7 +40,8 @@ func TestWays(t *testing.T) {
 		text.WriteString("# " + step.Name + "\n")
 		must(t, changes.Print(&text))
 		if want.wish != nil {
-			for _, why := range resolve(settings, want.wish, have.facts).left {
+			aim := resolve(settings, want.wish, have.facts)
+			for _, why := range slices.Concat(aim.left, aim.narrow) {
 				text.WriteString("! " + why + "\n")
 			}
 		}
