@@ -3,7 +3,6 @@ package dns
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -23,7 +22,7 @@ import (
 // of every version.
 const (
 	linkPrefix = anyLink + datapathProgDnsFromPod + "_"
-	anyLink    = "link_"
+	anyLink    = layer.LinkPrefix
 )
 
 // translator is the program that makes a query to a Service one to an endpoint
@@ -205,63 +204,20 @@ func (d *datapath) openFilters() error {
 	return nil
 }
 
-// remover is a subject of a removal.
-type remover interface {
-	layer.Subject
-	remove() error
-}
-
 // removal is what Remove would do: filters and links first, so that no program runs on
 // maps that are going, the folder last. All that is pinned there goes, also what a later
 // version left: the folder is the layer's alone.
 func removal(settings Settings) (layer.Changes, error) {
 	var changes layer.Changes
-	take := func(subject remover) { changes = append(changes, layer.Change{Op: layer.Remove, Subject: subject}) }
 	if !haveTCX() {
 		d := &datapath{settings: settings, attached: map[int]attach.Attachment{}}
 		if err := d.openFilters(); err != nil {
 			return nil, err
 		}
 		for _, a := range d.attached {
-			take(goneFilter{a})
+			changes = append(changes, layer.Gone(layer.Filter{Attachment: a, What: datapathProgDnsFromPod + " of " + a.Name()}))
 		}
 	}
-	found, err := os.ReadDir(settings.Pins)
-	if errors.Is(err, fs.ErrNotExist) {
-		return changes, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read pin folder: %w", err)
-	}
-	for _, links := range []bool{true, false} {
-		for _, entry := range found {
-			if strings.HasPrefix(entry.Name(), anyLink) == links {
-				take(pinned(filepath.Join(settings.Pins, entry.Name())))
-			}
-		}
-	}
-	take(pinned(settings.Pins))
-	return changes, nil
+	pins, err := layer.PinsGone(settings.Pins, func(string) bool { return true })
+	return append(changes, pins...), err
 }
-
-// goneFilter is a filter that is to be removed.
-type goneFilter struct{ attach.Attachment }
-
-// Object implements layer.Subject.
-func (f goneFilter) Object() string { return "filter " + datapathProgDnsFromPod + " of " + f.Name() }
-
-// Detail implements layer.Subject.
-func (f goneFilter) Detail() string { return "" }
-
-func (f goneFilter) remove() error { return f.Detach() }
-
-// pinned is a path below the pin folder, or the folder itself.
-type pinned string
-
-// Object implements layer.Subject.
-func (p pinned) Object() string { return "pin " + string(p) }
-
-// Detail implements layer.Subject.
-func (p pinned) Detail() string { return "" }
-
-func (p pinned) remove() error { return attach.RemovePin(string(p)) }

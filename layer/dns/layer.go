@@ -688,14 +688,5 @@ func (l *Layer) Remove() (layer.Changes, error) {
 		defer lock.Close()
 		giveAllBack(l.settings)
 	}
-	var done layer.Changes
-	var failures []error
-	for _, change := range changes {
-		if err := change.Subject.(remover).remove(); err != nil {
-			failures = append(failures, err)
-			continue
-		}
-		done = append(done, change)
-	}
-	return done, errors.Join(failures...)
+	return changes.Remove()
 }

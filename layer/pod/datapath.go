@@ -29,7 +29,7 @@ import (
 var pinnedMaps = []string{datapathMapHomes, datapathMapGates, datapathMapCrossings}
 
 // linkPrefix is of the pins of links; the index of the device follows.
-const linkPrefix = "link_" + datapathProgPodFromPod + "_"
+const linkPrefix = layer.LinkPrefix + datapathProgPodFromPod + "_"
 
 // datapath is what the layer has in eBPF. It implements shortcuts.
 type datapath struct {
@@ -361,39 +361,7 @@ func (d *datapath) close() {
 	}
 }
 
-// pinRemoval lists what is pinned: links first, so that no program runs on maps that are
-// going, the folder last if it is empty then.
-func pinRemoval(folder string) (layer.Changes, error) {
-	found, err := os.ReadDir(folder)
-	if folder == "" || errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read pin folder: %w", err)
-	}
-	var changes layer.Changes
-	for _, links := range []bool{true, false} {
-		for _, entry := range found {
-			isLink := strings.HasPrefix(entry.Name(), linkPrefix)
-			name := strings.TrimSuffix(entry.Name(), bpfmap.NextSuffix)
-			if isLink == links && (isLink || slices.Contains(pinnedMaps, name)) {
-				changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(filepath.Join(folder, entry.Name()))})
-			}
-		}
-	}
-	if len(changes) == len(found) {
-		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(folder)})
-	}
-	return changes, nil
+// isOurs tells the pins of the layer by their names.
+func isOurs(name string) bool {
+	return strings.HasPrefix(name, linkPrefix) || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
 }
-
-// pinned is a path below the pin folder, or the folder itself.
-type pinned string
-
-// Object implements layer.Subject.
-func (p pinned) Object() string { return "pin " + string(p) }
-
-// Detail implements layer.Subject.
-func (p pinned) Detail() string { return "" }
-
-func (p pinned) remove() error { return attach.RemovePin(string(p)) }

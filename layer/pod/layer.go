@@ -493,7 +493,7 @@ func (l *Layer) Left() (int, error) { return 0, nil }
 
 // Removal implements layer.Layer.
 func (l *Layer) Removal() (layer.Changes, error) {
-	changes, err := pinRemoval(l.settings.Pins)
+	changes, err := layer.PinsGone(l.settings.Pins, isOurs)
 	if err != nil {
 		return nil, err
 	}
@@ -506,7 +506,7 @@ func (l *Layer) Removal() (layer.Changes, error) {
 		if err != nil {
 			return nil, fmt.Errorf("look for what the pod layer left: %w", err)
 		}
-		changes = append(changes, layer.Change{Op: layer.Remove, Subject: left(path)})
+		changes = append(changes, layer.Gone(left(path)))
 	}
 	return changes, nil
 }
@@ -522,19 +522,10 @@ func (l *Layer) Remove() (layer.Changes, error) {
 		return nil, err
 	}
 	defer lock.Close()
-	var done layer.Changes
-	var failures []error
-	for _, change := range changes {
-		if err := change.Subject.(interface{ remove() error }).remove(); err != nil {
-			failures = append(failures, err)
-			continue
-		}
-		done = append(done, change)
-	}
-	return done, errors.Join(failures...)
+	return changes.Remove()
 }
 
-// left is a file of the layer. It implements layer.Subject.
+// left is a file of the layer. It implements layer.Removable.
 type left string
 
 // Object implements layer.Subject.
@@ -543,7 +534,8 @@ func (l left) Object() string { return "file " + string(l) }
 // Detail implements layer.Subject.
 func (l left) Detail() string { return "" }
 
-func (l left) remove() error {
+// Remove implements layer.Removable.
+func (l left) Remove() error {
 	if err := os.Remove(string(l)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the pod layer: %w", err)
 	}

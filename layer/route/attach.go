@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -22,7 +21,7 @@ import (
 )
 
 // linkPrefix is of the pins of links; the program and the index of the device follow.
-const linkPrefix = "link_"
+const linkPrefix = layer.LinkPrefix
 
 // hook is a program and the device at which it runs.
 type hook struct {
@@ -182,59 +181,36 @@ func (d *datapath) openFilters() error {
 	return nil
 }
 
-// remover is a subject of a removal.
-type remover interface {
-	layer.Subject
-	remove() error
-}
-
 // removal is what Remove would do: routes first, so that nothing is sent that nobody
 // takes, then the device, filters and links, and the maps, the folder last if it is empty
 // then.
 func removal(settings Settings) (layer.Changes, error) {
 	var changes layer.Changes
-	take := func(subject remover) { changes = append(changes, layer.Change{Op: layer.Remove, Subject: subject}) }
 	d := &datapath{settings: settings, attached: map[hook]attach.Attachment{}}
 	routes, err := d.routes()
 	if err != nil {
 		return nil, err
 	}
 	for _, row := range routes {
-		take(goneRoute{d, row})
+		changes = append(changes, layer.Gone(goneRoute{d, row}))
 	}
 	if there, err := d.found(); err == nil && there != nil {
-		take(goneDevice{d})
+		changes = append(changes, layer.Gone(goneDevice{d}))
 	}
 	if !haveTCX() {
 		if err := d.openFilters(); err != nil {
 			return nil, err
 		}
 		for _, at := range d.hooks() {
-			take(goneFilter{d.attached[at], at})
+			a := d.attached[at]
+			changes = append(changes, layer.Gone(layer.Filter{Attachment: a, What: at.program + " of " + a.Name()}))
 		}
 	}
-	found, err := os.ReadDir(settings.Pins)
-	if errors.Is(err, fs.ErrNotExist) {
-		return changes, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read pin folder: %w", err)
-	}
-	ours := 0
-	for _, links := range []bool{true, false} {
-		for _, entry := range found {
-			name := strings.TrimSuffix(entry.Name(), bpfmap.NextSuffix)
-			_, isLink := hookOf(name)
-			if isLink == links && (isLink || slices.Contains(pinnedMaps, name)) {
-				take(pinned(filepath.Join(settings.Pins, entry.Name())))
-				ours++
-			}
-		}
-	}
-	if ours == len(found) {
-		take(pinned(settings.Pins))
-	}
-	return changes, nil
+	pins, err := layer.PinsGone(settings.Pins, func(name string) bool {
+		_, isLink := hookOf(name)
+		return isLink || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
+	})
+	return append(changes, pins...), err
 }
 
 // goneRoute is a route that is to be removed.
@@ -249,7 +225,8 @@ func (g goneRoute) Object() string { return g.row.Object() }
 // Detail implements layer.Subject.
 func (g goneRoute) Detail() string { return "" }
 
-func (g goneRoute) remove() error { return g.d.dropRoute(g.row) }
+// Remove implements layer.Removable.
+func (g goneRoute) Remove() error { return g.d.dropRoute(g.row) }
 
 // goneDevice is the vxlan device that is to be removed.
 type goneDevice struct{ d *datapath }
@@ -260,29 +237,5 @@ func (g goneDevice) Object() string { return "device " + g.d.settings.device() }
 // Detail implements layer.Subject.
 func (g goneDevice) Detail() string { return "" }
 
-func (g goneDevice) remove() error { return g.d.dropDevice() }
-
-// goneFilter is a filter that is to be removed.
-type goneFilter struct {
-	attach.Attachment
-	at hook
-}
-
-// Object implements layer.Subject.
-func (f goneFilter) Object() string { return "filter " + f.at.program + " of " + f.Name() }
-
-// Detail implements layer.Subject.
-func (f goneFilter) Detail() string { return "" }
-
-func (f goneFilter) remove() error { return f.Detach() }
-
-// pinned is a path below the pin folder, or the folder itself.
-type pinned string
-
-// Object implements layer.Subject.
-func (p pinned) Object() string { return "pin " + string(p) }
-
-// Detail implements layer.Subject.
-func (p pinned) Detail() string { return "" }
-
-func (p pinned) remove() error { return attach.RemovePin(string(p)) }
+// Remove implements layer.Removable.
+func (g goneDevice) Remove() error { return g.d.dropDevice() }

@@ -444,16 +444,7 @@ func (l *Layer) Remove() (layer.Changes, error) {
 		}
 		defer lock.Close()
 	}
-	var done layer.Changes
-	var failures []error
-	for _, change := range changes {
-		if err := change.Subject.(remover).remove(); err != nil {
-			failures = append(failures, err)
-			continue
-		}
-		done = append(done, change)
-	}
-	return done, errors.Join(failures...)
+	return changes.Remove()
 }
 
 // addressOf is the kernel's form of an address: both families in 16 bytes.

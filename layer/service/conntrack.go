@@ -208,7 +208,8 @@ func (d *datapath) setUntracked(ranges bypass) error {
 
 // bypassRemoval says what of our table there is to remove.
 func (l *Layer) bypassRemoval() (layer.Changes, error) {
-	ranges, whole, err := nft.In(l.settings.Netns).Untracked()
+	rules := nft.In(l.settings.Netns)
+	ranges, whole, err := rules.Untracked()
 	var absent *need.Feature
 	if errors.As(err, &absent) {
 		return nil, nil
@@ -216,8 +217,17 @@ func (l *Layer) bypassRemoval() (layer.Changes, error) {
 	if err != nil || len(ranges) == 0 && whole {
 		return nil, err
 	}
-	return layer.Changes{{Op: layer.Remove, Subject: bypass(ranges)}}, nil
+	return layer.Changes{layer.Gone(goneBypass{ranges, rules})}, nil
 }
+
+// goneBypass is a bypass that is to be removed.
+type goneBypass struct {
+	bypass
+	rules *nft.Net
+}
+
+// Remove implements layer.Removable.
+func (g goneBypass) Remove() error { return g.rules.SetUntracked(nil) }
 
 // endBypass removes the table where all is to end with this process.
 func (d *datapath) endBypass() error {

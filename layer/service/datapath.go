@@ -37,7 +37,7 @@ var ruleMaps = []string{datapathMapSourceRanges, datapathMapNodeAddresses, datap
 	datapathMapDraining}
 
 const (
-	linkPrefix = "link_"
+	linkPrefix = layer.LinkPrefix
 	nextPrefix = "next_" // a pin that is about to become the one without; no dots in these names
 )
 

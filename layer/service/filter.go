@@ -2,12 +2,13 @@ package service
 
 import (
 	"fmt"
+	"maps"
 	"slices"
-	"strings"
 
 	"github.com/cilium/ebpf"
 
 	"github.com/millrace/millrace/kernel/attach"
+	"github.com/millrace/millrace/layer"
 )
 
 // Before Linux 6.6 there is no tcx: then a veth's programs are filters of the
@@ -26,34 +27,17 @@ func (d *datapath) filterAt(h hook, priority uint16) *attach.Filter {
 	return &attach.Filter{Hook: d.at(h), Program: h.program, Priority: priority}
 }
 
-// filtersLeft are the filters of this layer at the node's devices.
-func filtersLeft(settings Settings) (left []goneFilter, err error) {
+// filtersLeft takes away the filters of this layer at the node's devices.
+func filtersLeft(settings Settings) (left layer.Changes, err error) {
 	d := &datapath{settings: settings, ports: map[int]packetPort{}, attached: map[string]attach.Attachment{}}
 	if err := d.openFilters(); err != nil {
 		return nil, err
 	}
-	for device, port := range d.ports {
-		for _, h := range portHooks(device, port.side) {
-			if f := d.attached[h.name]; f != nil {
-				left = append(left, goneFilter{f, h.name})
-			}
-		}
+	for _, name := range slices.Sorted(maps.Keys(d.attached)) {
+		left = append(left, layer.Gone(layer.Filter{Attachment: d.attached[name], What: name}))
 	}
-	slices.SortFunc(left, func(a, b goneFilter) int { return strings.Compare(a.hook, b.hook) })
 	return left, nil
 }
-
-// goneFilter is a filter that is to be removed.
-type goneFilter struct {
-	attach.Attachment
-	hook string // its name
-}
-
-// Object implements layer.Subject.
-func (f goneFilter) Object() string { return "filter " + f.hook }
-
-// Detail implements layer.Subject.
-func (f goneFilter) Detail() string { return "" }
 
 // makeFilter attaches a program where there is no tcx.
 func (d *datapath) makeFilter(h hook, program *ebpf.Program, priority uint16) (attach.Attachment, error) {

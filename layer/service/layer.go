@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/cilium/ebpf"
 
-	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/nft"
@@ -415,47 +413,29 @@ func (l *Layer) Removal() (layer.Changes, error) {
 	return append(untracked, pins...), err
 }
 
-// pinRemoval is links first, so that no program runs on maps that are going, the
-// folder last if it is empty then. Only names that this layer makes are in it,
-// and only if the folder is in a bpf file system.
+// pinRemoval is what is pinned, and the filters before it. Only names that this layer
+// makes are in it, and only if the folder is in a bpf file system.
 func (l *Layer) pinRemoval() (layer.Changes, error) {
-	found, err := os.ReadDir(l.settings.Pins)
+	err := isBPF(l.settings.Pins)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read pin folder: %w", err)
-	}
-	if err := isBPF(l.settings.Pins); err != nil {
 		return nil, err
 	}
 	spec, err := loadDatapath()
 	if err != nil {
 		return nil, fmt.Errorf("read embedded programs: %w", err)
 	}
-	var links, rest layer.Changes
-	for _, entry := range found {
-		change := layer.Change{Op: layer.Remove, Subject: pinned(filepath.Join(l.settings.Pins, entry.Name()))}
-		name := strings.TrimPrefix(entry.Name(), nextPrefix)
-		if _, ours := spec.Maps[name]; ours {
-			rest = append(rest, change)
-		} else if strings.HasPrefix(name, linkPrefix) {
-			links = append(links, change)
-		}
-	}
-	changes := append(links, rest...)
-	if len(changes) == len(found) {
-		changes = append(changes, layer.Change{Op: layer.Remove, Subject: pinned(l.settings.Pins)})
-	}
-	if haveTCX() {
-		return changes, nil
+	pins, err := layer.PinsGone(l.settings.Pins, func(name string) bool {
+		name = strings.TrimPrefix(name, nextPrefix)
+		return spec.Maps[name] != nil || strings.HasPrefix(name, linkPrefix)
+	})
+	if err != nil || haveTCX() {
+		return pins, err
 	}
 	filters, err := filtersLeft(l.settings)
-	var first layer.Changes
-	for _, f := range filters {
-		first = append(first, layer.Change{Op: layer.Remove, Subject: f})
-	}
-	return append(first, changes...), err
+	return append(filters, pins...), err
 }
 
 // Remove implements layer.Layer. It returns layer.ErrInUse while a process has
@@ -470,38 +450,8 @@ func (l *Layer) Remove() (layer.Changes, error) {
 		return nil, err
 	}
 	defer lock.Close()
-	var done layer.Changes
-	var failures []error
-	for _, change := range changes {
-		if err := l.removeSubject(change.Subject); err != nil {
-			failures = append(failures, err)
-			continue
-		}
-		done = append(done, change)
-	}
-	return done, errors.Join(failures...)
+	return changes.Remove()
 }
-
-func (l *Layer) removeSubject(subject layer.Subject) error {
-	switch s := subject.(type) {
-	case goneFilter:
-		return s.Detach()
-	case bypass:
-		return nft.In(l.settings.Netns).SetUntracked(nil)
-	}
-	return subject.(pinned).remove()
-}
-
-// pinned is a path below the pin folder, or the folder itself.
-type pinned string
-
-// Object implements layer.Subject.
-func (p pinned) Object() string { return "pin " + string(p) }
-
-// Detail implements layer.Subject.
-func (p pinned) Detail() string { return "" }
-
-func (p pinned) remove() error { return attach.RemovePin(string(p)) }
 
 // Look implements layer.Layer: it reads the pinned maps and what there is of
 // connection tracking. A pin folder that does not exist is an empty picture. It

@@ -33,8 +33,8 @@ func (l *Layer) Leave() (layer.Changes, error) {
 	defer lock.Close()
 	// First: what others translate has to be tracked.
 	changes, err := l.bypassRemoval()
-	if err == nil && len(changes) > 0 {
-		err = nft.In(l.settings.Netns).SetUntracked(nil)
+	if err == nil {
+		_, err = changes.Remove()
 	}
 	if err != nil {
 		return nil, err

@@ -1,0 +1,96 @@
+package layer
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/millrace/millrace/kernel/attach"
+)
+
+// Removable is a Subject of Removal.
+type Removable interface {
+	Subject
+	// Remove takes it away. Absent is success.
+	Remove() error
+}
+
+// Gone is the change that takes something away.
+func Gone(what Removable) Change { return Change{Op: Remove, Subject: what} }
+
+// Remove carries out changes that Gone made and returns those that succeeded. One that
+// fails does not stop the others; the error joins them all.
+func (c Changes) Remove() (done Changes, err error) {
+	var failures []error
+	for _, change := range c {
+		if err := change.Subject.(Removable).Remove(); err != nil {
+			failures = append(failures, err)
+			continue
+		}
+		done = append(done, change)
+	}
+	return done, errors.Join(failures...)
+}
+
+// LinkPrefix begins the names of pins of links in all layers, perhaps behind another prefix.
+const LinkPrefix = "link_"
+
+// PinsGone takes away what a layer has pinned in a folder: first the links that it says
+// are its own, so that no program runs on maps that are going, then its maps, and the
+// folder last if it is empty then. There is nothing to take away where there is no folder.
+func PinsGone(folder string, isOurs func(name string) bool) (Changes, error) {
+	found, err := os.ReadDir(folder)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read pin folder: %w", err)
+	}
+	var links, rest Changes
+	for _, entry := range found {
+		change := Gone(Pin(filepath.Join(folder, entry.Name())))
+		switch {
+		case !isOurs(entry.Name()):
+		case strings.Contains(entry.Name(), LinkPrefix):
+			links = append(links, change)
+		default:
+			rest = append(rest, change)
+		}
+	}
+	all := append(links, rest...)
+	if len(all) == len(found) {
+		all = append(all, Gone(Pin(folder)))
+	}
+	return all, nil
+}
+
+// Pin is the path of something pinned, or of a folder of pins: a Removable.
+type Pin string
+
+// Object implements Subject.
+func (p Pin) Object() string { return "pin " + string(p) }
+
+// Detail implements Subject.
+func (p Pin) Detail() string { return "" }
+
+// Remove implements Removable. A link is taken out of force.
+func (p Pin) Remove() error { return attach.RemovePin(string(p)) }
+
+// Filter is a filter at a device: a Removable.
+type Filter struct {
+	attach.Attachment
+	// What is how changes call it: "from_pod_12".
+	What string
+}
+
+// Object implements Subject.
+func (f Filter) Object() string { return "filter " + f.What }
+
+// Detail implements Subject.
+func (f Filter) Detail() string { return "" }
+
+// Remove implements Removable.
+func (f Filter) Remove() error { return f.Detach() }
