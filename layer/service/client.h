@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "../../bpf/address.h"
+#include "../../bpf/tuple.h"
 
 struct service_key {
 	struct address address; /* unspecified: any of the node's */
@@ -60,11 +60,6 @@ struct {
 	__type(value, struct port_range);
 	__uint(max_entries, 1);
 } node_ports SEC(".maps");
-
-static __always_inline bool is_ip4(const struct address *a)
-{
-	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == MAPPED_PREFIX;
-}
 
 /* any_address makes a key with an address of the node one with any of them, if
  * its port may be a node port. own says that a process of the node asks. */
@@ -160,8 +155,3 @@ struct {
 	__uint(max_entries, 65536);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } affinities SEC(".maps");
-
-static __always_inline __u32 seconds(void)
-{
-	return bpf_ktime_get_coarse_ns() / 1000000000;
-}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/conntrack"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/kernel/nft"
@@ -354,7 +355,7 @@ func (d *datapath) adapt(spec *ebpf.CollectionSpec, places int) error {
 		}
 	}
 	if !d.asksConntrack {
-		askNobody(spec)
+		conntrack.AskNobody(spec)
 	}
 	return nil
 }

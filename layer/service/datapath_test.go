@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/conntrack"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/layer/layertest"
 	"github.com/millrace/millrace/model"
@@ -39,7 +40,7 @@ func TestEveryProgramPassesTheVerifier(t *testing.T) {
 			}
 		}
 		if !on {
-			askNobody(spec)
+			conntrack.AskNobody(spec)
 		}
 		loaded, err := ebpf.NewCollection(spec)
 		if err != nil {

@@ -3,21 +3,18 @@ package service
 import (
 	"fmt"
 	"maps"
-	"os"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-)
 
-// trackerFolder is there while the kernel has nf_conntrack, as a module or built in.
-const trackerFolder = "/sys/module/nf_conntrack"
+	"github.com/millrace/millrace/kernel/conntrack"
+)
 
 // findTracker finds out whether the programs can ask the kernel which connections it
 // tracks, by loading one. It takes Linux 5.18, and where nf_conntrack is a module that
 // it is loaded by now, and CAP_SYS_ADMIN: the kernel shows modules' types to nobody
 // else. Without, a source port may be another one's, by chance (docs/service.md).
 func (d *datapath) findTracker() {
-	if _, err := os.Stat(trackerFolder); err != nil || !d.settings.Wire {
+	if !conntrack.IsLoaded() || !d.settings.Wire {
 		return
 	}
 	if asker, err := loadAsker(); err == nil {
@@ -43,16 +40,4 @@ func loadAsker() (*ebpf.Program, error) {
 	}
 	defer loaded.Close()
 	return loaded.DetachProgram(datapathProgAskConntrack), nil
-}
-
-// askNobody takes the calls out of programs by which they would ask: nobody makes them,
-// but loading would look for their targets in all modules.
-func askNobody(spec *ebpf.CollectionSpec) {
-	for _, program := range spec.Programs {
-		for i := range program.Instructions {
-			if program.Instructions[i].IsKfuncCall() {
-				program.Instructions[i] = asm.Mov.Imm(asm.R0, 0)
-			}
-		}
-	}
 }

@@ -16,7 +16,7 @@
  */
 #pragma once
 
-#include "../../bpf/packet.h"
+#include "../../bpf/tuple.h"
 #include "service.h"
 
 enum role {
@@ -96,32 +96,6 @@ enum {
 	KEEP_UDP_BRIEF = 30,     /* nf_conntrack_udp_timeout: one way only, or no more than a question and its answer */
 	KEEP_LEAST = 1,          /* also in a full table */
 };
-
-static __always_inline void reverse(const struct tuple *of, struct tuple *to)
-{
-	to->source = of->destination;
-	to->destination = of->source;
-	to->source_port = of->destination_port;
-	to->destination_port = of->source_port;
-	to->protocol = of->protocol;
-	to->zero[0] = to->zero[1] = to->zero[2] = 0;
-}
-
-static __always_inline bool tuple_equal(const struct tuple *a, const struct tuple *b)
-{
-	return address_equal(&a->source, &b->source) && address_equal(&a->destination, &b->destination) &&
-	       a->source_port == b->source_port && a->destination_port == b->destination_port &&
-	       a->protocol == b->protocol;
-}
-
-/* short_of is enough of a key to tell that an entry found under it was given to
- * another flow while it was read (service.h says why): the ports, and one word
- * of each address. */
-static __always_inline __u64 short_of(const struct tuple *key)
-{
-	return ((__u64)key->source_port << 48 | (__u64)key->destination_port << 32) ^ (__u64)key->source.word[3] << 16 ^
-	       key->destination.word[3];
-}
 
 /* is_for says that what was read of an entry belongs to this key. */
 static __always_inline bool is_for(const struct translation *entry, const struct tuple *key)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/portrange"
 	"github.com/millrace/millrace/kernel/proc"
 	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
@@ -276,27 +277,15 @@ func forgetDevices[value any](m *ebpf.Map, stays func(device int) bool) error {
 	return nil
 }
 
-// What source ports of the node are not given to masqueraded flows.
-const (
-	firstUnprivileged = 1024
-	// firstNodePort and lastNodePort are kube-apiserver's --service-node-port-range.
-	firstNodePort, lastNodePort = 30000, 32767
-)
-
 // findSourcePorts finds the ports that masqueraded flows get: the largest range
 // without those that the kernel gives to the node's own sockets
 // (ip_local_port_range), and without node ports.
 func (d *datapath) findSourcePorts() error {
-	settings := sysctl.Tree{Root: "/proc/sys", Netns: d.settings.Netns}
-	text, err := settings.Read("net.ipv4.ip_local_port_range")
+	low, high, err := portrange.Local(d.settings.Netns)
 	if err != nil {
-		return fmt.Errorf("find out which ports sockets are given: %w", err)
+		return err
 	}
-	var low, high int
-	if _, err := fmt.Sscan(text, &low, &high); err != nil {
-		return fmt.Errorf("read net.ipv4.ip_local_port_range %q: %w", text, err)
-	}
-	text, err = settings.Read("net.ipv4.ip_local_reserved_ports")
+	text, err := sysctl.Tree{Root: "/proc/sys", Netns: d.settings.Netns}.Read("net.ipv4.ip_local_reserved_ports")
 	if err != nil {
 		return fmt.Errorf("find out which ports sockets are given: %w", err)
 	}
@@ -304,32 +293,14 @@ func (d *datapath) findSourcePorts() error {
 	if err != nil {
 		return fmt.Errorf("read net.ipv4.ip_local_reserved_ports: %w", err)
 	}
-	if proc.Outside(max(low, firstNodePort), min(high, lastNodePort), reserved) > 0 {
+	if proc.Outside(max(low, portrange.FirstNode), min(high, portrange.LastNode), reserved) > 0 {
 		d.degraded = append(d.degraded, fmt.Sprintf("net.ipv4.ip_local_port_range %d %d has node ports in it: a UDP socket of this node that is given the number of one "+
-			"and does not connect gets no answers; set net.ipv4.ip_local_reserved_ports to %d-%d", low, high, firstNodePort, lastNodePort))
+			"and does not connect gets no answers; set net.ipv4.ip_local_reserved_ports to %d-%d", low, high, portrange.FirstNode, portrange.LastNode))
 	}
-	d.firstPort, d.portCount = largestGap(low, high)
+	d.firstPort, d.portCount = portrange.Free(low, high)
 	if d.portCount < 1024 {
 		d.degraded = append(d.degraded, fmt.Sprintf("clients from outside have %d source ports towards each endpoint on another node: "+
 			"net.ipv4.ip_local_port_range is %d %d", d.portCount, low, high))
 	}
 	return nil
-}
-
-// largestGap is the largest range of ports outside low to high and the node ports;
-// where there is none it is what lies between the node ports and the end.
-func largestGap(low, high int) (first, count uint16) {
-	taken := [][2]int{{0, firstUnprivileged - 1}, {low, high}, {firstNodePort, lastNodePort}, {1 << 16, 1 << 16}}
-	slices.SortFunc(taken, func(a, b [2]int) int { return a[0] - b[0] })
-	free := 0
-	for _, t := range taken {
-		if t[0]-free > int(count) {
-			first, count = uint16(free), uint16(t[0]-free)
-		}
-		free = max(free, t[1]+1)
-	}
-	if count == 0 {
-		return lastNodePort + 1, 1<<16 - 1 - lastNodePort
-	}
-	return first, count
 }

@@ -416,24 +416,6 @@ func clearFlows(d *datapath) error {
 	return d.maps[datapathMapFlowUsage].Put(zero, datapathUsage{})
 }
 
-// The ports that masqueraded flows get are nobody else's.
-func TestSourcePortsAreNobodyElses(t *testing.T) {
-	for _, row := range []struct {
-		low, high    int
-		first, count uint16
-	}{
-		{32768, 60999, 1024, 28976},
-		{1024, 65535, 32768, 32768}, // there is none: those above the node ports
-		{10000, 65535, 1024, 8976},
-		{1024, 60999, 61000, 4536},
-		{1024, 29999, 32768, 32768},
-	} {
-		if first, count := largestGap(row.low, row.high); first != row.first || count != row.count {
-			t.Errorf("beside %d to %d: %d from %d on, want %d from %d on", row.low, row.high, count, first, row.count, row.first)
-		}
-	}
-}
-
 // A pod is the same client by its sockets and by its packets, and so is the node.
 func TestAffinityIsTheSameOnBothPaths(t *testing.T) {
 	h := newHarbour(t)
