@@ -22,7 +22,7 @@ import (
 // pinnedMaps outlive the process; the others belong to a load of the program. Of those the
 // agent uses ownMaps. Names are pinned last: where they are, Look finds the others.
 var (
-	pinnedMaps = []string{datapathMapResolvers, datapathMapAuthorities, datapathMapOutcomes, datapathMapOutside, datapathMapSearches, datapathMapWaiting, datapathMapNames}
+	pinnedMaps = []string{datapathMapResolvers, datapathMapAuthorities, datapathMapOutcomes, datapathMapOutside, datapathMapSearches, datapathMapWritings, datapathMapWaiting, datapathMapNames}
 	ownMaps    = []string{datapathMapAgents, datapathMapCalls, datapathMapPaces}
 )
 
@@ -77,7 +77,7 @@ func (d *datapath) open() (err error) {
 	if d.outcomes, err = outcomeNames(spec); err != nil {
 		return err
 	}
-	spec.Maps[datapathMapNames].MaxEntries = uint32(cmp.Or(d.settings.room, leastNames))
+	spec.Maps[datapathMapNames].MaxEntries = uint32(cmp.Or(d.settings.room, firstNames))
 	if err := d.adopt(spec); err != nil {
 		return err
 	}
@@ -320,7 +320,7 @@ func (d *datapath) beat(says words) error {
 	if err != nil {
 		return err
 	}
-	authority := datapathAuthority{Beat: now, Serial: says.serial, Writes: says.writes}
+	authority := datapathAuthority{Beat: now, Serial: says.serial}
 	if says.complete {
 		authority.Complete = 1
 	}
@@ -332,19 +332,6 @@ func (d *datapath) beat(says words) error {
 	}
 	if err := d.maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
 		return fmt.Errorf("tell the dns program that the agent is there: %w", err)
-	}
-	return nil
-}
-
-// pause implements host.
-func (d *datapath) pause() error {
-	var authority datapathAuthority
-	if err := d.maps[datapathMapAuthorities].Lookup(uint32(0), &authority); err != nil {
-		return fmt.Errorf("read what the dns program knows of the agent: %w", err)
-	}
-	authority.Whole = 0
-	if err := d.maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
-		return fmt.Errorf("tell the dns program that names are being written: %w", err)
 	}
 	return nil
 }

@@ -34,35 +34,44 @@ type datapathAuthority struct {
 	Beat     uint64
 	Known    uint64
 	Whole    uint64
-	Writes   uint64
 	Serial   uint32
 	Complete uint32
 }
 
 type datapathDesk struct {
-	_       structs.HostLayout
-	Asked   [256]uint8
-	Said    [1040]uint8
-	Lower   [320]uint8
-	Now     uint64
-	Writes  uint64
-	Name    datapathName
-	Finding struct {
+	_        structs.HostLayout
+	Asked    [256]uint8
+	Said     [1040]uint8
+	Lower    [320]uint8
+	Now      uint64
+	Writings [2]uint64
+	Name     datapathName
+	Finding  struct {
 		_         structs.HostLayout
 		Number    uint64
 		Ttl       uint32
+		Table     datapathTable
 		Longest   uint16
-		Outside   uint8
 		IsSettled uint8
 		IsOurs    uint8
 		IsAlias   uint8
 		IsMissing uint8
-		Zero      [5]uint8
+		Zero      [2]uint8
+	}
+	Found struct {
+		_       structs.HostLayout
+		Since   uint64
+		Known   datapathKnown
+		Record  [18]uint64
+		Count   uint32
+		Zero    uint32
+		Address [16]uint64
 	}
 	Question struct {
 		_      structs.HostLayout
 		Length uint32
 		Name   uint32
+		End    uint32
 		Type   uint16
 		Edns   uint8
 		Zero   uint8
@@ -74,6 +83,15 @@ type datapathDesk struct {
 		Labels  uint32
 		Last    uint32
 		Service uint32
+	}
+	Head struct {
+		_           structs.HostLayout
+		Id          uint16
+		Flags       uint16
+		Questions   uint16
+		Answers     uint16
+		Authorities uint16
+		Additionals uint16
 	}
 }
 
@@ -159,6 +177,11 @@ type datapathOutsideName struct {
 	Record    [18]uint64
 }
 
+type datapathResolverList struct {
+	_       structs.HostLayout
+	Address [16]datapathAddress
+}
+
 type datapathSearchList struct {
 	_      structs.HostLayout
 	Ndots  uint8
@@ -179,6 +202,14 @@ type datapathSuffix struct {
 	Word [8]uint64
 }
 
+type datapathTable uint32
+
+const (
+	datapathTableTABLE_NAMES   datapathTable = 0
+	datapathTableTABLE_OUTSIDE datapathTable = 1
+	datapathTableTABLE_COUNT   datapathTable = 2
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -195,6 +226,7 @@ const (
 	datapathMapResolvers    = "resolvers"
 	datapathMapSearches     = "searches"
 	datapathMapWaiting      = "waiting"
+	datapathMapWritings     = "writings"
 	datapathProgDnsFromPod  = "dns_from_pod"
 	datapathProgDnsGiveBack = "dns_give_back"
 	datapathVarPace         = "pace"
@@ -268,6 +300,7 @@ type datapathMapSpecs struct {
 	Resolvers   *ebpf.MapSpec `ebpf:"resolvers"`
 	Searches    *ebpf.MapSpec `ebpf:"searches"`
 	Waiting     *ebpf.MapSpec `ebpf:"waiting"`
+	Writings    *ebpf.MapSpec `ebpf:"writings"`
 }
 
 // datapathVariableSpecs contains global variables before they are loaded into the kernel.
@@ -315,6 +348,7 @@ type datapathMaps struct {
 	Resolvers   *ebpf.Map `ebpf:"resolvers"`
 	Searches    *ebpf.Map `ebpf:"searches"`
 	Waiting     *ebpf.Map `ebpf:"waiting"`
+	Writings    *ebpf.Map `ebpf:"writings"`
 }
 
 func (m *datapathMaps) Close() error {
@@ -331,6 +365,7 @@ func (m *datapathMaps) Close() error {
 		m.Resolvers,
 		m.Searches,
 		m.Waiting,
+		m.Writings,
 	)
 }
 

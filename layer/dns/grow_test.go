@@ -108,9 +108,10 @@ func theMapGrows(t *testing.T) {
 	t.Logf("%d queries, none without its answer", asked)
 }
 
-// What growing costs at the size at which it begins.
+// What growing costs, for as many names as there may be on a small node.
 func TestGrowingCosts(t *testing.T) {
 	h := newHamlet(t)
+	h.settings.room = leastNames
 	l := h.open()
 	h.become(l, city(leastNames-100))
 	before := bpfmap.Bytes(l.host.(*datapath).maps[datapathMapNames])

@@ -36,7 +36,6 @@ func (nobody) ttl() (uint32, error)              { return 5, nil }
 func (nobody) setTTL(uint32) error               { return nil }
 func (nobody) grow(int) (func() error, error)    { return nil, errors.ErrUnsupported }
 func (nobody) names() *ebpf.Map                  { return nil }
-func (nobody) pause() error                      { return nil }
 func (nobody) devices() ([]device, error)        { return nil, nil }
 func (nobody) attach(device) error               { return nil }
 func (nobody) detach(device) error               { return nil }
@@ -67,7 +66,7 @@ func TestPureLaws(t *testing.T) {
 				return nil
 			}
 			l := New(Settings{Zone: "cluster.local"})
-			l.host, l.tables = nobody{}, tables{names: names, resolvers: bpfmap.NewFake[datapathAddress, uint8](16)}
+			l.host, l.tables = nobody{}, tables{names: names, resolvers: bpfmap.NewFake[uint32, datapathResolverList](1), writings: bpfmap.NewFake[datapathTable, uint64](2)}
 			return l, func() { names.Refuse = nil }
 		},
 	})

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,7 +40,7 @@ type Settings struct {
 	// Heard says when the source last knew what the cluster asks for; nil is always now.
 	Heard func() time.Time
 	// names is how many there may be; 0 is what the node's memory allows. room is for how
-	// many the map is made; 0 is leastNames. Tests choose them.
+	// many the map is made; 0 is firstNames. Tests choose them.
 	names, room int
 	// silence is how long the agent may be silent; 0 is mostSilence. Tests choose it.
 	silence time.Duration
@@ -106,7 +107,6 @@ type Layer struct {
 	applied int
 	// serving says that Serve runs.
 	serving bool
-	writing bool // names are being written, which the programs were told by pause
 }
 
 // knowledge is what is known of the names that are written.
@@ -116,8 +116,6 @@ type knowledge struct {
 	whole, served bool
 	// left is why they are to answer for the whole zone.
 	left string
-	// writes is another one each time that names were written.
-	writes uint64
 	// cut is how many names were left out for want of room.
 	cut int
 }
@@ -129,14 +127,13 @@ type words struct {
 	serial       uint32
 	complete     bool
 	known, whole time.Duration
-	writes       uint64
 }
 
 // says is what may be said when the source last knew the cluster so long ago. The programs
 // say nothing but what is known for SayFor when the agent is gone, and that only where
 // nobody else can.
 func (k *knowledge) says(ago, silence time.Duration) words {
-	w := words{serial: k.serial, complete: k.whole, writes: k.writes}
+	w := words{serial: k.serial, complete: k.whole}
 	if ago <= SayFor || !k.served {
 		w.known = silence
 	}
@@ -152,9 +149,49 @@ func (k *knowledge) says(ago, silence time.Duration) words {
 // tables are the maps with their types.
 type tables struct {
 	names     bpfmap.Table[datapathName, datapathAddresses]
-	resolvers bpfmap.Table[datapathAddress, uint8]
+	resolvers bpfmap.Table[uint32, datapathResolverList]
 	outside   bpfmap.Table[datapathName, datapathOutsideName]
 	searches  bpfmap.Table[uint32, datapathSearchList] // by the index of the pod's device
+	writings  bpfmap.Table[datapathTable, uint64]
+}
+
+// replaceResolver puts an address of the DNS Service where another one is, or the zero value.
+func (t tables) replaceResolver(old, new datapathAddress) error {
+	all, _, err := t.resolvers.Get(0)
+	if err != nil {
+		return err
+	}
+	i := slices.Index(all.Address[:], old)
+	if i < 0 {
+		return fmt.Errorf("there is room for %d addresses", len(all.Address))
+	}
+	all.Address[i] = new
+	return errors.Join(t.resolvers.Put([]uint32{0}, []datapathResolverList{all})...)
+}
+
+// begin tells the programs that a table of names is being written: until end they do not
+// say that a name is not there, and look again for what they find.
+func (t tables) begin(table datapathTable) error {
+	number, _, err := t.writings.Get(table)
+	if err == nil && number&1 == 0 {
+		err = errors.Join(t.writings.Put([]datapathTable{table}, []uint64{number + 1})...)
+	}
+	if err != nil {
+		return fmt.Errorf("tell the dns program that names are being written: %w", err)
+	}
+	return nil
+}
+
+// end tells them that it was written, or may have been.
+func (t tables) end(table datapathTable) error {
+	number, _, err := t.writings.Get(table)
+	if err == nil {
+		err = errors.Join(t.writings.Put([]datapathTable{table}, []uint64{(number | 1) + 1})...)
+	}
+	if err != nil {
+		return fmt.Errorf("tell the dns program that names were written: %w", err)
+	}
+	return nil
 }
 
 // host is what the layer needs of the kernel beside its tables.
@@ -164,8 +201,6 @@ type host interface {
 	// ttl is how long records may be kept, in seconds.
 	ttl() (uint32, error)
 	setTTL(seconds uint32) error
-	// pause tells them that names are being written.
-	pause() error
 	// devices lists the node's devices; attach and detach change one of them.
 	devices() ([]device, error)
 	attach(device) error
@@ -238,9 +273,10 @@ func (l *Layer) Open() error {
 func tablesOf(maps map[string]*ebpf.Map) tables {
 	return tables{
 		names:     bpfmap.New[datapathName, datapathAddresses](maps[datapathMapNames]),
-		resolvers: bpfmap.New[datapathAddress, uint8](maps[datapathMapResolvers]),
+		resolvers: bpfmap.New[uint32, datapathResolverList](maps[datapathMapResolvers]),
 		outside:   bpfmap.New[datapathName, datapathOutsideName](maps[datapathMapOutside]),
 		searches:  bpfmap.New[uint32, datapathSearchList](maps[datapathMapSearches]),
+		writings:  bpfmap.New[datapathTable, uint64](maps[datapathMapWritings]),
 	}
 }
 
@@ -269,12 +305,14 @@ func (t tables) read(zone string) (*Picture, error) {
 		row := rowOf(zone, key, entry)
 		picture.names[row.Name] = row
 	}
-	resolvers, err := t.resolvers.All()
+	resolvers, _, err := t.resolvers.Get(0)
 	if err != nil {
 		return nil, err
 	}
-	for addr := range resolvers {
-		picture.resolvers[fromAddress(addr)] = true
+	for _, addr := range resolvers.Address {
+		if addr != (datapathAddress{}) {
+			picture.resolvers[fromAddress(addr)] = true
+		}
 	}
 	searches, err := t.searches.All()
 	for index, entry := range searches {
@@ -333,21 +371,7 @@ func (l *Layer) beat() error {
 	if l.known == nil || l.host == nil {
 		return nil
 	}
-	says := l.known.says(l.settings.ago(), cmp.Or(l.settings.silence, mostSilence))
-	if l.writing {
-		says.whole = 0
-	}
-	return l.host.beat(says)
-}
-
-// pause keeps the programs from saying that a name does not exist, until assert: who looks
-// for one while it is replaced may not find it. What an earlier process said of its names
-// stays true as long as it did.
-func (l *Layer) pause() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.writing = true
-	return l.host.pause()
+	return l.host.beat(l.known.says(l.settings.ago(), cmp.Or(l.settings.silence, mostSilence)))
 }
 
 // ago is how long ago the source last knew the cluster.
@@ -358,13 +382,15 @@ func (s Settings) ago() time.Duration {
 	return time.Since(s.Heard())
 }
 
-// assert sets what the programs are told of the names.
+// assert sets what the programs are told of the names, which are written.
 func (l *Layer) assert(wish *Picture, whole bool) error {
 	l.mu.Lock()
-	l.known = &knowledge{serial: wish.serial, whole: whole, served: wish.served, left: wish.left, writes: l.number.Add(1), cut: wish.over}
-	l.writing = false
+	l.known = &knowledge{serial: wish.serial, whole: whole, served: wish.served, left: wish.left, cut: wish.over}
 	l.mu.Unlock()
-	return l.beat()
+	if err := l.beat(); err != nil {
+		return err // what they were told before may not be said of these names
+	}
+	return l.tables.end(datapathTableTABLE_NAMES)
 }
 
 // Look implements layer.Layer: it reads the pinned maps. A pin folder without names is an
@@ -441,7 +467,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	each(first)
 	failures = appendError(failures, l.makeRoom(names))
 	if len(rows) > 0 {
-		if err := l.pause(); err != nil {
+		if err := l.tables.begin(datapathTableTABLE_NAMES); err != nil {
 			return picture, done, errors.Join(append(failures, err)...)
 		}
 	}
@@ -539,12 +565,11 @@ func (l *Layer) writeSome(some layer.Changes, removing bool) []error {
 func (l *Layer) carryOut(change layer.Change) error {
 	switch s := change.Subject.(type) {
 	case resolver:
-		key := []datapathAddress{addressOf(netip.Addr(s))}
-		errs := l.tables.resolvers.Delete(key)
-		if change.Op != layer.Remove {
-			errs = l.tables.resolvers.Put(key, []uint8{1})
+		none, addr := datapathAddress{}, addressOf(netip.Addr(s))
+		if change.Op == layer.Remove {
+			return l.tables.replaceResolver(addr, none)
 		}
-		return errors.Join(errs...)
+		return l.tables.replaceResolver(none, addr)
 	case lifetime:
 		return l.host.setTTL(uint32(s))
 	case *SearchList:

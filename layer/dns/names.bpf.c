@@ -45,17 +45,24 @@ struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__type(key, struct name);
 	__type(value, struct addresses);
-	__uint(max_entries, 131072); /* 2 MB of buckets; entries take memory when they exist */
+	/* At first, it grows: buckets that stay in a processor's cache. Entries take memory when
+	 * they exist. */
+	__uint(max_entries, 4096);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } names SEC(".maps");
 
-/* The addresses of the cluster's DNS Service. */
+/* The addresses of the cluster's DNS Service, in any order; others are zero. */
+#define RESOLVERS 16
+
+struct resolver_list {
+	struct address address[RESOLVERS];
+};
+
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, struct address);
-	__type(value, __u8);
-	__uint(max_entries, 16);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct resolver_list);
+	__uint(max_entries, 1);
 } resolvers SEC(".maps");
 
 /* What is known of one family of a name that is not the cluster's. */
@@ -130,7 +137,6 @@ struct authority {
 	__u64 beat;     /* when it was last there, in nanoseconds since boot */
 	__u64 known;    /* until then names lead to what names says, ... */
 	__u64 whole;    /* ... and until then a name that is not in names does not exist */
-	__u64 writes;   /* another one after each time that it wrote names; whole is 0 meanwhile */
 	__u32 serial;   /* of the zone */
 	__u32 complete; /* what is in names of a name is all that there is of it */
 };
@@ -141,6 +147,22 @@ struct {
 	__type(value, struct authority);
 	__uint(max_entries, 1);
 } authorities SEC(".maps");
+
+/* A number of each table of names: odd while the agent writes it, and another one after
+ * each time. A number that is even, and the same before and after, says that nothing was
+ * written between. */
+enum table {
+	TABLE_NAMES,
+	TABLE_OUTSIDE,
+	TABLE_COUNT,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, TABLE_COUNT);
+} writings SEC(".maps");
 
 /* What became of the queries to the DNS Service. The names in metrics are read from
  * this enum's BTF, in lower case and without the prefix. */
@@ -209,9 +231,20 @@ const volatile __u64 silence = 2000000000ULL;
  * that we take (https://www.dnsflagday.net/2020/). */
 #define UDP_PAYLOAD 1232
 
+/* A message's header (RFC 1035, 4.1.1). */
+struct head {
+	__u16 id;
+	__be16 flags;
+	__be16 questions;
+	__be16 answers;
+	__be16 authorities;
+	__be16 additionals;
+};
+
 struct question {
 	__u32 length; /* of the message */
 	__u32 name;   /* length of its name, with the final zero */
+	__u32 end;    /* what is behind it begins here in the message */
 	__u16 type;
 	__u8 edns;
 	__u8 zero;
@@ -228,15 +261,25 @@ struct candidate {
 
 /* What was found of the candidate, and what an answer of it rests on. */
 struct finding {
-	__u64 number;    /* of the entry; 0 if there is none */
-	__u32 ttl;       /* how long it is so that the candidates before this one do not exist, in seconds */
-	__u16 longest;   /* as in the entry */
-	__u8 outside;    /* the entry is one of outside */
-	__u8 is_settled; /* it exists for both families, or for none, and not for a few seconds only */
-	__u8 is_ours;    /* all that was looked at is the cluster's */
-	__u8 is_alias;   /* it is not the name that was asked for */
-	__u8 is_missing; /* it rests on that a name was not found in names */
-	__u8 zero[5];
+	__u64 number;     /* of the entry; 0 if there is none */
+	__u32 ttl;        /* how long it is so that the candidates before this one do not exist, in seconds */
+	enum table table; /* that of the entry */
+	__u16 longest;    /* as in the entry */
+	__u8 is_settled;  /* it exists for both families, or for none, and not for a few seconds only */
+	__u8 is_ours;     /* all that was looked at is the cluster's */
+	__u8 is_alias;    /* it is not the name that was asked for */
+	__u8 is_missing;  /* it rests on that a name was not found in names */
+	__u8 zero[2];
+};
+
+/* What is to be said of the candidate, for the family asked for: a copy of its entry. */
+struct found {
+	__u64 since;                /* as in an entry of outside, ... */
+	struct known known;         /* ... also this, ... */
+	__u64 record[RECORD_WORDS]; /* ... and this */
+	__u32 count;                /* of addresses */
+	__u32 zero;
+	__u64 address[2 * ADDRESSES]; /* of 4 bytes each, or of 16 */
 };
 
 struct desk {
@@ -244,11 +287,13 @@ struct desk {
 	__u8 said[SAID_MASK + 1 + 16];
 	__u8 lower[WIRE_LIMIT + NAME_LIMIT + ZONE_LIMIT]; /* the candidate in lower case, and what follows */
 	__u64 now;                                        /* in nanoseconds since boot */
-	__u64 writes;                                     /* as it was in authority then */
+	__u64 writings[TABLE_COUNT];                      /* as they were then */
 	struct name name;                                 /* what was looked up last */
 	struct finding finding;
+	struct found found;
 	struct question question;
 	struct candidate candidate;
+	struct head head; /* of the answer */
 };
 
 struct {
@@ -332,6 +377,19 @@ static __always_inline bool read_datagram(struct __sk_buff *skb, struct datagram
 	return true;
 }
 
+/* is_resolver says whether an address is one of the DNS Service's. */
+static __always_inline bool is_resolver(const struct address *address)
+{
+	__u32 zero = 0;
+	const struct resolver_list *all = bpf_map_lookup_elem(&resolvers, &zero);
+
+	for (int i = 0; all && i < RESOLVERS; i++) {
+		if (address_equal(address, &all->address[i]))
+			return true;
+	}
+	return false;
+}
+
 /* lower_case turns the upper-case letters among eight bytes into lower-case ones. */
 static __always_inline __u64 lower_case(__u64 bytes)
 {
@@ -344,6 +402,13 @@ static __always_inline __u64 lower_case(__u64 bytes)
 	return bytes | upper >> 2;
 }
 
+/* reread is a number as it is in memory. A loop to one that is in a register would leave the
+ * verifier with another state for each of its ends. */
+static __always_inline __u32 reread(const __u32 *number)
+{
+	return *(const volatile __u32 *)number;
+}
+
 /* read_name finds the end of the question's name, and puts it in lower case. False for
  * what is malformed, compressed or long. */
 static __always_inline bool read_name(struct desk *desk, struct question *q)
@@ -351,7 +416,7 @@ static __always_inline bool read_name(struct desk *desk, struct question *q)
 	__u64 *lower = (__u64 *)desk->lower;
 	__u32 at = 0;
 
-	for (int i = 0; i < WIRE_LIMIT / 8; i++)
+	for (int i = 0; i < WIRE_LIMIT / 8 && 8 * i < reread(&q->length); i++)
 		lower[i] = lower_case(*(__u64 *)(desk->asked + DNS_HEADER + 8 * i));
 	for (int i = 0; i < LABELS; i++) {
 		if (at >= WIRE_LIMIT)
@@ -423,6 +488,7 @@ static __always_inline bool is_plain(const struct desk *desk, struct question *q
 
 	if (q->name > WIRE_LIMIT)
 		return false;
+	q->end = end;
 	after += q->name;
 	q->type = number_at(after);
 	if ((q->type != TYPE_A && q->type != TYPE_AAAA) || number_at(after + 2) != CLASS_IN)
@@ -442,9 +508,9 @@ static __always_inline bool has_plain_header(const __u8 *message)
 	       !number_at(message + 6) && !number_at(message + 8) && number_at(message + 10) <= 1;
 }
 
-/* read_question copies a query to the desk and reads it. A global function, so that it
- * is verified once. It returns an outcome, or OUTCOME_COUNT to go on. */
-__noinline enum outcome read_question(struct __sk_buff *skb, __u32 at, __u32 length)
+/* read_question copies a query to the desk and reads it. It returns an outcome, or
+ * OUTCOME_COUNT to go on. */
+static __always_inline enum outcome read_question(struct __sk_buff *skb, __u32 at, __u32 length)
 {
 	__u32 zero = 0;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
@@ -492,13 +558,32 @@ static __always_inline bool make_key(struct desk *desk, __u32 from, __u32 to)
 #define LABEL_DNS         0x736e6403ULL         /* "\3dns" */
 #define LABEL_DNS_VERSION 0x7265762d736e640bULL /* the first eight of "\13dns-version" */
 
-/* absent decides about a name that is not in names, when all are known
- * (docs/decisions/0014-dns.md has the table). */
-static __always_inline enum outcome absent(struct desk *desk, const struct candidate *c)
+/* last_label are the first bytes of the last label below the zone. */
+static __always_inline __u64 last_label(const struct desk *desk, const struct candidate *c)
 {
-	if (c->last >= WIRE_LIMIT)
-		return OUTCOME_LEFT;
-	__u64 bytes = *(__u64 *)(desk->lower + c->last), last = bytes & 0xffffffff;
+	return c->last < WIRE_LIMIT ? *(__u64 *)(desk->lower + c->last) : 0;
+}
+
+/* has_service says whether the Service is in names below which a candidate of more than
+ * three labels is, as an endpoint or a port. */
+static __always_inline bool has_service(struct desk *desk, const struct candidate *c)
+{
+	return make_key(desk, c->service, c->below) && bpf_map_lookup_elem(&names, &desk->name);
+}
+
+/* may_be_there says whether it is worth while to look for a candidate: all in names are
+ * Services, and what is below one that is there (TestNamesAreOfServices). */
+static __always_inline bool may_be_there(struct desk *desk, const struct candidate *c)
+{
+	return (last_label(desk, c) & 0xffffffff) == LABEL_SVC && (c->labels <= 3 || has_service(desk, c));
+}
+
+/* absent decides about a name that is not in names, when all are known
+ * (docs/decisions/0014-dns.md has the table). An endpoint, or a port, is perhaps known to
+ * whoever knows the Service's. */
+static __always_inline enum outcome absent(const struct desk *desk, const struct candidate *c, bool has_service)
+{
+	__u64 bytes = last_label(desk, c), last = bytes & 0xffffffff;
 
 	/* pods are not in names; the others are the server's own */
 	if (last == LABEL_POD || last == LABEL_DNS || bytes == LABEL_DNS_VERSION)
@@ -507,12 +592,7 @@ static __always_inline enum outcome absent(struct desk *desk, const struct candi
 		return OUTCOME_NXDOMAIN;
 	if (c->labels < 3) /* "svc" or a namespace */
 		return OUTCOME_LEFT;
-	if (c->labels == 3)
-		return OUTCOME_NXDOMAIN;
-	/* an endpoint, or a port: whoever knows the Service's knows it */
-	if (!make_key(desk, c->service, c->below) || bpf_map_lookup_elem(&names, &desk->name))
-		return OUTCOME_LEFT;
-	return OUTCOME_NXDOMAIN;
+	return c->labels > 3 && has_service ? OUTCOME_LEFT : OUTCOME_NXDOMAIN;
 }
 
 /* say_inside is what an entry of names says of the family asked for. */
@@ -523,30 +603,56 @@ static __always_inline enum outcome say_inside(const struct desk *desk, const st
 	return (desk->question.type == TYPE_A ? of->ip4_count : of->ip6_count) ? OUTCOME_ANSWERED : OUTCOME_NODATA;
 }
 
-/* is_whole says whether a name that is not in names may be said not to exist. */
+/* keep_addresses copies those of the family asked for. */
+static __always_inline void keep_addresses(struct desk *desk, const struct addresses *of)
+{
+	struct found *found = &desk->found;
+
+	if (desk->question.type == TYPE_A) {
+		const __u64 *from = (const void *)of->ip4;
+
+		found->count = of->ip4_count;
+		for (int i = 0; i < ADDRESSES / 2; i++)
+			found->address[i] = from[i];
+	} else {
+		const __u64 *from = (const void *)of->ip6;
+
+		found->count = of->ip6_count;
+		for (int i = 0; i < 2 * ADDRESSES; i++)
+			found->address[i] = from[i];
+	}
+}
+
+/* is_whole says whether a name that is not in names may be said not to exist. Who goes along
+ * a chain of the table while an entry of it is replaced may meet neither the old one nor the
+ * new one: so no name is missing that was looked for while names are written. */
 static __always_inline bool is_whole(const struct desk *desk, const struct authority *authority)
 {
-	return desk->now < authority->whole;
+	return desk->now < authority->whole && !(desk->writings[TABLE_NAMES] & 1);
 }
 
 /* look_inside says what is known of a candidate below the zone. */
 static __always_inline enum outcome look_inside(struct desk *desk, const struct authority *authority)
 {
 	const struct candidate *c = &desk->candidate;
+	bool whole = is_whole(desk, authority);
 	const struct addresses *of;
 	enum outcome outcome;
 
 	desk->finding.is_settled = true;
-	if (!make_key(desk, 0, c->below) || desk->now >= authority->known)
+	if (c->below > NAME_LIMIT || desk->now >= authority->known)
 		return OUTCOME_LEFT;
-	of = bpf_map_lookup_elem(&names, &desk->name);
+	bool there = !whole || may_be_there(desk, c);
+
+	of = there && make_key(desk, 0, c->below) ? bpf_map_lookup_elem(&names, &desk->name) : NULL;
 	if (!of) {
 		desk->finding.is_missing = true;
-		return is_whole(desk, authority) ? absent(desk, c) : OUTCOME_UNSURE;
+		return whole ? absent(desk, c, there) : OUTCOME_UNSURE;
 	}
 	desk->finding.number = of->number;
 	desk->finding.longest = of->longest;
 	outcome = say_inside(desk, of);
+	keep_addresses(desk, of);
 	return outcome == OUTCOME_NODATA && !authority->complete ? OUTCOME_UNSURE : outcome;
 }
 
@@ -583,6 +689,18 @@ static __always_inline enum outcome say_outside(const struct desk *desk, const s
 	return known->state == KNOWN_NODATA ? OUTCOME_OUTSIDE_NODATA : OUTCOME_OUTSIDE;
 }
 
+/* keep_outside copies what is to be said of a name outside. */
+static __always_inline void keep_outside(struct desk *desk, const struct outside_name *o)
+{
+	struct found *found = &desk->found;
+
+	found->known = *known_of(desk, o);
+	found->since = o->since;
+	if (found->known.aliases | found->known.negative)
+		__builtin_memcpy(found->record, o->record, sizeof(found->record));
+	keep_addresses(desk, &o->addresses);
+}
+
 /* seconds_until says how long it is until then; never too long. */
 static __always_inline __u32 seconds_until(const struct desk *desk, __u64 then)
 {
@@ -595,7 +713,7 @@ static __always_inline enum outcome look_outside(struct desk *desk)
 	struct finding *f = &desk->finding;
 	struct outside_name *o;
 
-	f->outside = true;
+	f->table = TABLE_OUTSIDE;
 	f->is_ours = false;
 	if (!make_key(desk, 0, desk->candidate.name - 1))
 		return OUTCOME_NOT_OURS;
@@ -605,6 +723,7 @@ static __always_inline enum outcome look_outside(struct desk *desk)
 	f->number = o->addresses.number;
 	f->longest = o->addresses.longest;
 	f->is_settled = is_settled(desk, o);
+	keep_outside(desk, o);
 	if (desk->now - o->asked > SECOND) /* about: no two processors write it all the time */
 		o->asked = desk->now;
 	if (f->is_settled && o->known[0].state == KNOWN_ABSENT) {
@@ -626,7 +745,7 @@ __noinline enum outcome look(struct __sk_buff *skb)
 	if (!desk || !authority || !skb)
 		return OUTCOME_LEFT;
 	desk->finding.number = 0;
-	desk->finding.outside = false;
+	desk->finding.table = TABLE_NAMES;
 	desk->finding.is_settled = false;
 	return read_zone(desk, &desk->candidate) ? look_inside(desk, authority) : look_outside(desk);
 }
@@ -660,11 +779,10 @@ static __always_inline __u32 find_stem(struct desk *desk, const struct search_li
 
 /* try makes the candidate what the search list's domain k makes of the stem, or after the
  * last one the stem alone, and looks. */
-__noinline enum outcome try(struct __sk_buff *skb, __u32 stem, __u32 k)
+__noinline enum outcome try(struct __sk_buff *skb, const struct search_list *list, __u32 stem, __u32 k)
 {
-	__u32 zero = 0, device = skb->ifindex;
+	__u32 zero = 0;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
-	const struct search_list *list = bpf_map_lookup_elem(&searches, &device);
 
 	if (!desk || !list || !between(&stem, 1, WIRE_LIMIT))
 		return OUTCOME_LEFT;
@@ -705,7 +823,7 @@ static __always_inline enum outcome collapse(struct __sk_buff *skb, struct desk 
 	if (!stem)
 		return first;
 	for (int k = 1; k <= SUFFIXES; k++) {
-		outcome = try(skb, stem, k);
+		outcome = try(skb, list, stem, k);
 		if (k >= list->count || !is_absent(outcome) || !desk->finding.is_settled)
 			break;
 	}
@@ -714,7 +832,7 @@ static __always_inline enum outcome collapse(struct __sk_buff *skb, struct desk 
 		return outcome;
 	}
 	desk->finding.is_ours = true;
-	return try(skb, stem, 0);
+	return try(skb, list, stem, 0);
 }
 
 /* at_most_said bounds an offset in said. The verifier of Linux 6.1 forgets a comparison where
@@ -743,22 +861,23 @@ static __always_inline __u32 put_head(struct desk *desk, __u32 at, __u32 owner, 
 	return at + RECORD_HEAD;
 }
 
-/* put_addresses writes the records of the family asked for, beginning with any of them,
- * so that who takes the first takes another one each time. A global function, so that it is
- * verified once. */
-__noinline __u32 put_addresses(const struct addresses *of, __u32 at, __u32 owner, __u32 seconds)
+/* put_addresses writes the records of the addresses that were found, beginning with any of
+ * them, so that who takes the first takes another one each time. A global function, so that
+ * it is verified once. */
+__noinline __u32 put_addresses(__u32 at, __u32 owner, __u32 seconds)
 {
 	__u32 zero = 0;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
 
-	if (!desk || !of)
+	if (!desk)
 		return 0;
 	bool ip4 = desk->question.type == TYPE_A;
-	__u32 n = ip4 ? of->ip4_count : of->ip6_count;
+	__u32 n = desk->found.count;
+	const __be32 *ip4s = (const void *)desk->found.address;
 
 	if (!n || n > ADDRESSES)
 		return at;
-	__u32 turn = bpf_get_prandom_u32() % n;
+	__u32 turn = n > 1 ? bpf_get_prandom_u32() % n : 0;
 
 	for (int i = 0; i < ADDRESSES; i++) {
 		if (i >= n)
@@ -768,12 +887,12 @@ __noinline __u32 put_addresses(const struct addresses *of, __u32 at, __u32 owner
 		k &= ADDRESSES - 1;
 		if (ip4) {
 			at = put_head(desk, at, owner, TYPE_A, seconds, 4);
-			put(desk, at, of->ip4[k]);
+			put(desk, at, ip4s[k]);
 			at += 4;
 		} else {
 			at = put_head(desk, at, owner, TYPE_AAAA, seconds, 16);
-			put(desk, at, (__u64)of->ip6[k].word[1] << 32 | of->ip6[k].word[0]);
-			put(desk, at + 8, (__u64)of->ip6[k].word[3] << 32 | of->ip6[k].word[2]);
+			put(desk, at, desk->found.address[2 * k]);
+			put(desk, at + 8, desk->found.address[2 * k + 1]);
 			at += 16;
 		}
 	}
@@ -805,8 +924,8 @@ static __always_inline __u32 put_alias(struct desk *desk, __u32 at)
 	__u32 length = desk->candidate.name;
 
 	at = put_head(desk, at, DNS_HEADER, TYPE_CNAME, desk->finding.ttl, length);
-	for (int i = 0; i < WIRE_LIMIT / 8; i++)
-		put(desk, at + 8 * i, *(__u64 *)(desk->lower + 8 * i));
+	for (__u32 i = 0; i < WIRE_LIMIT && i < reread(&desk->candidate.name); i += 8)
+		put(desk, at + i, *(__u64 *)(desk->lower + i));
 	return at + length;
 }
 
@@ -831,11 +950,12 @@ static __always_inline void settle_record(struct desk *desk, __u32 record, __u32
 
 /* put_records writes the aliases of a name outside and its SOA record, if there are any.
  * What the last alias leads to is at *owner then. */
-static __always_inline __u32 put_records(struct desk *desk, __u32 at, __u32 *owner, const struct outside_name *o,
-					 const struct known *known)
+static __always_inline __u32 put_records(struct desk *desk, __u32 at, __u32 *owner)
 {
+	const struct found *found = &desk->found;
+	const struct known *known = &found->known;
 	__u32 n = known->aliases + known->negative, name = *owner, first = at;
-	__u32 passed = desk->now > o->since ? (desk->now - o->since) / SECOND : 0;
+	__u32 passed = desk->now > found->since ? (desk->now - found->since) / SECOND : 0;
 
 	if (!n)
 		return at;
@@ -844,7 +964,7 @@ static __always_inline __u32 put_records(struct desk *desk, __u32 at, __u32 *own
 
 		if (!between(&from, 0, RECORD_WORDS - 1))
 			break;
-		put(desk, at + 8 * i, o->record[from]);
+		put(desk, at + 8 * i, found->record[from]);
 	}
 	for (int i = 0; i < ALIASES + 1; i++) {
 		if (i >= n)
@@ -859,10 +979,28 @@ static __always_inline __u32 put_records(struct desk *desk, __u32 at, __u32 *own
 /* put_counts writes the header's flags and code, and how many records there are. */
 static __always_inline void put_counts(struct desk *desk, __u32 code, __u32 answers, __u32 authorities)
 {
-	desk->said[2] = 0x80 | (desk->finding.is_ours ? 0x04 : 0) | (desk->asked[2] & 0x01); /* QR, AA, RD as asked */
-	desk->said[3] = (desk->finding.is_ours ? 0 : 0x80) | code;                           /* RA */
-	desk->said[7] = answers + desk->finding.is_alias;
-	desk->said[9] = authorities;
+	__u32 flags = 0x8000 | (desk->finding.is_ours ? 0x0400 : 0x0080); /* QR, and AA or RA */
+
+	flags |= (desk->asked[2] & 0x01) << 8 | code; /* RD as asked */
+	desk->head.flags = __builtin_bswap16(flags);
+	desk->head.answers = __builtin_bswap16(answers + desk->finding.is_alias);
+	desk->head.authorities = __builtin_bswap16(authorities);
+}
+
+/* number_of is that of a table now. */
+static __always_inline __u64 number_of(enum table table)
+{
+	__u32 key = table;
+	const __u64 *number = bpf_map_lookup_elem(&writings, &key);
+
+	return number ? *number : 1;
+}
+
+/* is_quiet says whether a table has not been written since the query came: then what was
+ * found in it is so, and what was not is not there. */
+static __always_inline bool is_quiet(const struct desk *desk, enum table table)
+{
+	return !(desk->writings[table] & 1) && number_of(table) == desk->writings[table];
 }
 
 /* The memory of an entry that is replaced may at once be another one's (since Linux 6.1),
@@ -870,90 +1008,118 @@ static __always_inline void put_counts(struct desk *desk, __u32 code, __u32 answ
  * is found under its name with the same number before and after is the same all the time,
  * and what was decided before, when it may not have been, is decided again. */
 
-/* put_outside writes what is known of the name outside that was found. 0 if that changed. */
-static __always_inline __u32 put_outside(struct desk *desk, __u32 at, __u32 owner, enum outcome outcome)
+/* find_outside_again says whether the name outside that was found is still so, and takes it
+ * anew. */
+static __always_inline bool find_outside_again(struct desk *desk, enum outcome outcome)
 {
 	const struct finding *f = &desk->finding;
 	const struct outside_name *o = bpf_map_lookup_elem(&outside, &desk->name);
 
 	if (!o || o->addresses.number != f->number || say_outside(desk, o) != outcome ||
 	    o->addresses.longest != f->longest || (f->is_alias && !is_settled(desk, o)))
-		return 0;
-	const struct known *known = known_of(desk, o);
-	bool ip4 = desk->question.type == TYPE_A, found = known->state == KNOWN_ADDRESSES;
-	__u32 n = !found ? 0 : ip4 ? o->addresses.ip4_count : o->addresses.ip6_count;
-
-	put_counts(desk, known->state == KNOWN_ABSENT ? NAME_ERROR : 0, known->aliases + n, known->negative);
-	at = put_records(desk, at, &owner, o, known);
-	if (found && at)
-		at = put_addresses(&o->addresses, at, owner,
-				   known->stale ? STALE_TTL : seconds_until(desk, known->until));
+		return false;
+	keep_outside(desk, o);
 	o = bpf_map_lookup_elem(&outside, &desk->name);
-	return o && o->addresses.number == f->number ? at : 0;
+	return o && o->addresses.number == f->number;
 }
 
-/* put_inside writes the addresses of the name of the cluster that was found, or the SOA.
- * 0 if that changed. */
-static __always_inline __u32 put_inside(struct desk *desk, __u32 at, __u32 owner, enum outcome outcome, __u32 serial)
+/* find_inside_again is the same for a name of the cluster. */
+static __always_inline bool find_inside_again(struct desk *desk, enum outcome outcome)
 {
 	const struct finding *f = &desk->finding;
 	const struct addresses *of = bpf_map_lookup_elem(&names, &desk->name);
-	bool ip4 = desk->question.type == TYPE_A;
 
 	if (!of || of->number != f->number || of->longest != f->longest || say_inside(desk, of) != outcome)
-		return 0;
-	if (outcome == OUTCOME_ANSWERED) {
-		put_counts(desk, 0, ip4 ? of->ip4_count : of->ip6_count, 0);
-		at = put_addresses(of, at, owner, ttl);
-	} else {
-		put_counts(desk, 0, 0, 1);
-		at = put_soa(desk, at, owner + desk->candidate.below, serial);
-	}
+		return false;
+	keep_addresses(desk, of);
 	of = bpf_map_lookup_elem(&names, &desk->name);
-	return of && of->number == f->number ? at : 0;
+	return of && of->number == f->number;
 }
 
-/* write_answer makes the answer on the desk and returns its length; 0 if there is none, for
- * what is known changed meanwhile. */
-__noinline __u32 write_answer(struct __sk_buff *skb, __u32 message, enum outcome outcome)
+/* find_again is either of them. A global function, so that it is out of the way. */
+__noinline int find_again(struct __sk_buff *skb, enum outcome outcome)
+{
+	__u32 zero = 0;
+	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
+
+	if (!desk || !skb)
+		return false;
+	return desk->finding.table == TABLE_OUTSIDE ? find_outside_again(desk, outcome)
+						    : find_inside_again(desk, outcome);
+}
+
+/* is_still_so says whether what was found, or was not, holds although the agent may have
+ * written meanwhile. */
+static __always_inline bool is_still_so(struct __sk_buff *skb, const struct desk *desk, enum outcome outcome)
+{
+	const struct finding *f = &desk->finding;
+	bool quiet = is_quiet(desk, TABLE_NAMES);
+
+	if (f->is_missing && !quiet)
+		return false;
+	if (f->table == TABLE_OUTSIDE)
+		quiet = is_quiet(desk, TABLE_OUTSIDE);
+	return quiet || !f->number || find_again(skb, outcome);
+}
+
+/* put_outside writes what is known of the name outside that was found. */
+static __always_inline __u32 put_outside(struct desk *desk, __u32 at, __u32 owner)
+{
+	const struct known *known = &desk->found.known;
+	bool found = known->state == KNOWN_ADDRESSES;
+
+	put_counts(desk, known->state == KNOWN_ABSENT ? NAME_ERROR : 0,
+		   known->aliases + (found ? desk->found.count : 0), known->negative);
+	at = put_records(desk, at, &owner);
+	if (!found || !at)
+		return at;
+	return put_addresses(at, owner, known->stale ? STALE_TTL : seconds_until(desk, known->until));
+}
+
+/* put_zone writes the zone's SOA record: of a name that has no address of the family asked
+ * for, or that does not exist. */
+static __always_inline __u32 put_zone(struct desk *desk, __u32 at, __u32 owner, __u32 code, __u32 serial)
+{
+	put_counts(desk, code, 0, 1);
+	return put_soa(desk, at, owner + desk->candidate.below, serial);
+}
+
+/* write_answer writes on the desk what stands in the answer behind the question, at its place,
+ * and returns the answer's length; 0 if there is none, for what is known changed meanwhile. */
+static __always_inline __u32 write_answer(struct __sk_buff *skb, enum outcome outcome)
 {
 	__u32 zero = 0;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
 	const struct authority *authority = bpf_map_lookup_elem(&authorities, &zero);
 
-	if (!desk || !authority)
+	if (!desk || !authority || !skb || !is_still_so(skb, desk, outcome))
 		return 0;
-	__u32 name = desk->question.name, owner = DNS_HEADER;
+	__u32 at = desk->question.end, owner = DNS_HEADER;
 
-	if (!between(&name, 1, WIRE_LIMIT))
+	if (!between(&at, DNS_HEADER + 5, QUERY_LIMIT))
 		return 0;
-	__u32 at = DNS_HEADER + name + 4;
-
-	/* Who goes along a chain of the table while an entry of it is replaced may meet neither
-	 * the old one nor the new one. So no name is missing that was looked for meanwhile. */
-	if (desk->finding.is_missing && (!is_whole(desk, authority) || authority->writes != desk->writes))
-		return 0;
-	/* the question as it was asked: resolvers may compare the case (draft-vixie-dnsext-dns0x20) */
-	if (bpf_skb_load_bytes(skb, message, desk->said, at))
-		return 0;
+	/* checksums are made of words: that in which the question ends is whole */
+	put(desk, at & ~3U, *(__u32 *)(desk->asked + (at & ~3U)));
 	if (desk->finding.is_alias) {
 		owner = at + RECORD_HEAD;
 		at = put_alias(desk, at);
 	}
 	if (!desk->finding.number) {
-		put_counts(desk, NAME_ERROR, 0, 1);
-		at = put_soa(desk, at, owner + desk->candidate.below, authority->serial);
-	} else if (desk->finding.outside) {
-		at = put_outside(desk, at, owner, outcome);
+		at = put_zone(desk, at, owner, NAME_ERROR, authority->serial);
+	} else if (desk->finding.table == TABLE_OUTSIDE) {
+		at = put_outside(desk, at, owner);
+	} else if (outcome == OUTCOME_ANSWERED) {
+		put_counts(desk, 0, desk->found.count, 0);
+		at = put_addresses(at, owner, ttl);
 	} else {
-		at = put_inside(desk, at, owner, outcome, authority->serial);
+		at = put_zone(desk, at, owner, 0, authority->serial);
 	}
 	if (desk->question.edns) {
 		put(desk, at, __builtin_bswap64((__u64)TYPE_OPT << 40 | (__u64)UDP_PAYLOAD << 24));
 		put(desk, at + 8, 0);
 		at += OPT_LENGTH;
 	}
-	put(desk, at, 0); /* checksums are made of words */
+	put(desk, at, 0);
 	return at <= ANSWER_LIMIT ? at : 0;
 }
 
@@ -972,18 +1138,21 @@ static __always_inline __u16 ip4_sum(const struct ip4_header *ip)
 }
 
 /* turn_round writes the headers of the answer: to whom asked, from whom was asked. */
-static __always_inline bool turn_round(struct __sk_buff *skb, const struct datagram *d, __u32 length)
+static __always_inline bool turn_round(struct __sk_buff *skb, const struct datagram *d, const struct head *said,
+				       __u32 length)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	__be16 datagram = __builtin_bswap16(UDP_HEADER + length);
 	struct udp_header *udp;
 	__u16 *frame = data;
+	struct head *head;
 
 	if (d->ip4) {
 		struct ip4_header *ip = data + ETHERNET_LENGTH;
 
 		udp = (void *)(ip + 1);
-		if ((void *)(udp + 1) > end)
+		head = (void *)(udp + 1);
+		if ((void *)(head + 1) > end)
 			return false;
 		ip->tos = 0;
 		ip->length = __builtin_bswap16(sizeof(*ip) + UDP_HEADER + length);
@@ -998,7 +1167,8 @@ static __always_inline bool turn_round(struct __sk_buff *skb, const struct datag
 		struct ip6_header *ip = data + ETHERNET_LENGTH;
 
 		udp = (void *)(ip + 1);
-		if ((void *)(udp + 1) > end)
+		head = (void *)(udp + 1);
+		if ((void *)(head + 1) > end)
 			return false;
 		ip->length = datagram;
 		ip->hops = 64;
@@ -1008,6 +1178,9 @@ static __always_inline bool turn_round(struct __sk_buff *skb, const struct datag
 	udp->destination_port = udp->source_port;
 	udp->source_port = __builtin_bswap16(DNS_PORT);
 	udp->length = datagram;
+	head->flags = said->flags;
+	head->answers = said->answers;
+	head->authorities = said->authorities;
 #pragma unroll
 	for (int i = 0; i < 3; i++) {
 		__u16 half = frame[i];
@@ -1020,27 +1193,35 @@ static __always_inline bool turn_round(struct __sk_buff *skb, const struct datag
 
 #define UDP_CHECKSUM 6
 
-/* send makes the packet the answer on the desk. The checksum by its differences: the
+/* sum_of is the difference that the answer makes to a sum over the message: in its head,
+ * where a query has no answers and authorities, and from the word in which the question ends. */
+static __always_inline __s64 sum_of(struct desk *desk, __u32 same, __u32 length, __u32 sum)
+{
+	const struct head *asked = (const void *)desk->asked, *said = &desk->head;
+	__u32 before = (desk->question.length + 3 - same) & 0x1c, after = (length + 3 - same) & 0x3fc;
+
+	sum += (__u16)~asked->flags + said->flags + said->answers + said->authorities;
+	return bpf_csum_diff((__be32 *)(desk->asked + same), before, (__be32 *)(desk->said + same), after, sum);
+}
+
+/* send makes the packet the answer on the desk. The question stays as it was asked: resolvers
+ * may compare the case (draft-vixie-dnsext-dns0x20). The checksum by its differences: the
  * helper knows whether the device or the program computes it, and 0 means that there
  * is none (RFC 768). Ports and addresses merely change places. */
 static __always_inline bool send(struct __sk_buff *skb, const struct datagram *d, struct desk *desk, __u32 length)
 {
-	__u32 asked = desk->question.length, checksum = d->udp + UDP_CHECKSUM;
-	__u64 lengths;
+	__u32 same = desk->question.end & 0xfc, tail = length - same, checksum = d->udp + UDP_CHECKSUM, lengths;
 	__s64 sum;
 
-	if (asked > QUERY_LIMIT || !between(&length, DNS_HEADER, ANSWER_LIMIT))
-		return false;
-	lengths = (__u64)(__u16)~__builtin_bswap16(UDP_HEADER + asked) + __builtin_bswap16(UDP_HEADER + length);
-	sum = bpf_csum_diff((__be32 *)desk->asked, (asked + 3) & ~3U, NULL, 0, lengths);
-	if (sum < 0)
-		return false;
-	sum = bpf_csum_diff(NULL, 0, (__be32 *)desk->said, (length + 3) & ~3U, sum);
-	if (sum < 0)
+	lengths = (__u16)~__builtin_bswap16(UDP_HEADER + desk->question.length);
+	lengths += __builtin_bswap16(UDP_HEADER + length);
+	sum = sum_of(desk, same, length, lengths);
+	if (sum < 0 || !between(&tail, 1, ANSWER_LIMIT))
 		return false;
 	return !bpf_l4_csum_replace(skb, checksum, 0, sum, BPF_F_MARK_MANGLED_0) &&
 	       !bpf_l4_csum_replace(skb, checksum, 0, lengths, BPF_F_MARK_MANGLED_0 | BPF_F_PSEUDO_HDR) &&
-	       !bpf_skb_store_bytes(skb, d->udp + UDP_HEADER, desk->said, length, 0) && turn_round(skb, d, length);
+	       !bpf_skb_store_bytes(skb, d->udp + UDP_HEADER + same, desk->said + same, tail, 0) &&
+	       turn_round(skb, d, &desk->head, length);
 }
 
 /* make_ours says that the packet is for who gets it. A query to the address of a bridge is
@@ -1048,13 +1229,13 @@ static __always_inline bool send(struct __sk_buff *skb, const struct datagram *d
  * Linux 6.15, so that the pod dropped the answer. */
 static __always_inline bool make_ours(struct __sk_buff *skb)
 {
-	return !bpf_skb_change_type(skb, PACKET_HOST);
+	return skb->pkt_type == PACKET_HOST || !bpf_skb_change_type(skb, PACKET_HOST);
 }
 
 /* is_heard says whether the agent was there a moment ago. */
-static __always_inline bool is_heard(const struct authority *authority)
+static __always_inline bool is_heard(const struct authority *authority, __u64 now)
 {
-	return bpf_ktime_get_boot_ns() < authority->beat + silence;
+	return now < authority->beat + silence;
 }
 
 #include "waiting.h"
@@ -1067,7 +1248,7 @@ int dns_from_pod(struct __sk_buff *skb)
 
 	if (is_given_back(skb))
 		return given_back(skb);
-	if (!read_datagram(skb, &d) || !bpf_map_lookup_elem(&resolvers, &d.destination))
+	if (!read_datagram(skb, &d) || !is_resolver(&d.destination))
 		return TC_ACT_UNSPEC;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
 	const struct authority *authority = bpf_map_lookup_elem(&authorities, &zero);
@@ -1075,8 +1256,9 @@ int dns_from_pod(struct __sk_buff *skb)
 	if (!desk || !authority || !d.fits)
 		return pass(OUTCOME_NOT_PLAIN);
 	desk->now = bpf_ktime_get_boot_ns();
-	desk->writes = authority->writes;
-	if (!is_heard(authority) && desk->now >= authority->known)
+	desk->writings[TABLE_NAMES] = number_of(TABLE_NAMES);
+	desk->writings[TABLE_OUTSIDE] = number_of(TABLE_OUTSIDE);
+	if (!is_heard(authority, desk->now) && desk->now >= authority->known)
 		return pass(OUTCOME_STALE);
 	__u32 outcome = read_question(skb, d.udp + UDP_HEADER, d.length);
 
@@ -1087,7 +1269,7 @@ int dns_from_pod(struct __sk_buff *skb)
 		outcome = collapse(skb, desk, outcome);
 	if (outcome >= OUTCOME_COLLAPSED)
 		return leave(skb, &d, outcome < OUTCOME_COUNT ? outcome : OUTCOME_LEFT);
-	__u32 length = write_answer(skb, d.udp + UDP_HEADER, outcome);
+	__u32 length = write_answer(skb, outcome);
 
 	if (!length)
 		return leave(skb, &d, OUTCOME_CHANGED);

@@ -113,17 +113,27 @@ func (l *Layer) Learn(of []Outside) error {
 		entry.Addresses.Number = l.number.Add(1)
 		keys, entries = append(keys, key), append(entries, entry)
 	}
-	failures := []error{l.forget(unfit)}
-	for i, err := range l.putOutside(keys, entries, now) {
-		if err != nil {
-			name := nameOf(keys[i])
-			if _, there, err := l.tables.outside.Get(keys[i]); err == nil && !there {
-				l.learned--
+	return l.writeOutside(func() error {
+		failures := []error{l.forget(unfit)}
+		for i, err := range l.putOutside(keys, entries, now) {
+			if err != nil {
+				name := nameOf(keys[i])
+				if _, there, err := l.tables.outside.Get(keys[i]); err == nil && !there {
+					l.learned--
+				}
+				failures = append(failures, fmt.Errorf("learn name %s: %w", name, err), l.forget([]string{name}))
 			}
-			failures = append(failures, fmt.Errorf("learn name %s: %w", name, err), l.forget([]string{name}))
 		}
+		return errors.Join(failures...)
+	})
+}
+
+// writeOutside has the programs know that the names outside are written meanwhile.
+func (l *Layer) writeOutside(write func() error) error {
+	if err := l.tables.begin(datapathTableTABLE_OUTSIDE); err != nil {
+		return err
 	}
-	return errors.Join(failures...)
+	return errors.Join(write(), l.tables.end(datapathTableTABLE_OUTSIDE))
 }
 
 var errNotOpen = errors.New("the dns layer is not open")
@@ -179,7 +189,7 @@ func (l *Layer) Forget(names []string) error {
 	if l.host == nil {
 		return errNotOpen
 	}
-	return l.forget(names)
+	return l.writeOutside(func() error { return l.forget(names) })
 }
 
 func (l *Layer) forget(names []string) error {

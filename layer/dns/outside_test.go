@@ -367,7 +367,7 @@ func TestRoom(t *testing.T) {
 	const room = 64
 	l := New(Settings{Zone: "cluster.local"})
 	outside := bpfmap.NewFake[datapathName, datapathOutsideName](room)
-	l.host, l.tables = nobody{}, tables{outside: outside}
+	l.host, l.tables = nobody{}, tables{outside: outside, writings: bpfmap.NewFake[datapathTable, uint64](2)}
 	good := neighbours()[0]
 	name := func(i int) Outside { return Outside{fmt.Sprintf("n%d.example", i), good.A, good.AAAA} }
 	for i := range room {

@@ -15,7 +15,9 @@ import (
 )
 
 const (
-	// leastNames is what the map of names has room for at first (names.bpf.c).
+	// firstNames is what the map of names has room for at first (names.bpf.c), leastNames
+	// what it may grow to on any node.
+	firstNames = 1 << 12
 	leastNames = 1 << 17
 	// ofName is what a name takes at most, in bytes, and memoryShare the part of the node's
 	// memory that all may take. More are not answered for, and then no name is said not to

@@ -176,6 +176,21 @@ func TestMostNames(t *testing.T) {
 	}
 }
 
+// All names are of Services, and below a Service only beside the Service's own: the program
+// does not look for others.
+func TestNamesAreOfServices(t *testing.T) {
+	for _, snapshot := range append(towns(), city(10)) {
+		names := New(Settings{Zone: "cluster.local"}).Plan(snapshot).(*Picture).names
+		for name := range names {
+			labels := strings.Split(name, ".")
+			n := len(labels)
+			if n < 3 || labels[n-1] != "svc" || names[strings.Join(labels[n-3:], ".")] == nil {
+				t.Errorf("%s is below no Service", name)
+			}
+		}
+	}
+}
+
 // More names than there is room for: the rest is left out, and none is said not to
 // exist.
 func TestCut(t *testing.T) {

@@ -508,7 +508,7 @@ func TestNamesAreWrittenMeanwhile(t *testing.T) {
 		for i := range entries {
 			entries[i].Number = p.layer.number.Add(1)
 		}
-		must(t, p.layer.pause())
+		must(t, p.layer.tables.begin(datapathTableTABLE_NAMES))
 		if errs := p.layer.tables.names.Put(keys, entries); errs != nil {
 			t.Error(errs)
 		}

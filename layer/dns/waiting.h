@@ -92,7 +92,7 @@ static __always_inline bool is_attended(void)
 	const struct authority *authority = bpf_map_lookup_elem(&authorities, &zero);
 	struct bpf_sock *sk;
 
-	if (!authority || !is_heard(authority))
+	if (!authority || !is_heard(authority, bpf_ktime_get_boot_ns()))
 		return false;
 	sk = bpf_map_lookup_elem(&agents, &zero);
 	if (!sk)
