@@ -45,28 +45,40 @@ data:
     }
 `
 
-// internet is a DNS server in a network namespace of its own, which knows names below
-// example.com whose first label does not begin with "no".
-type internet struct {
+// nameServer is a DNS server in a network namespace of its own.
+type nameServer struct {
 	asked atomic.Int64
 	deaf  atomic.Bool
 	ttl   atomic.Uint32
+	// knows are the addresses of a name in lower case, and whether there is one.
+	knows func(name string) (addresses []netip.Addr, exists bool)
 }
 
-// serveInternet starts it at 203.0.113.53.
-func (n *node) serveInternet() *internet {
+// outsideNames are those below example.com whose first label does not begin with "no".
+func outsideNames(name string) ([]netip.Addr, bool) {
+	return []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}, !strings.HasPrefix(name, "no")
+}
+
+// serveInternet has a server at 203.0.113.53 that knows names outside.
+func (n *node) serveInternet() *nameServer {
 	n.t.Helper()
-	space := n.podBehind("veth2", "203.0.113.53")
+	return n.serveNames("veth2", "203.0.113.53", outsideNames)
+}
+
+// serveNames starts a server behind a device.
+func (n *node) serveNames(device, at string, knows func(string) ([]netip.Addr, bool)) *nameServer {
+	n.t.Helper()
+	space := n.podBehind(device, at)
 	var c net.PacketConn
 	err := netns.Do(space, func() (err error) {
-		c, err = net.ListenPacket("udp", "203.0.113.53:53")
+		c, err = net.ListenPacket("udp", at+":53")
 		return err
 	})
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { c.Close() })
-	i := &internet{}
+	i := &nameServer{knows: knows}
 	i.ttl.Store(300)
 	go func() {
 		query := make([]byte, 1500)
@@ -84,8 +96,8 @@ func (n *node) serveInternet() *internet {
 	return i
 }
 
-// reply answers a question for A or AAAA; all else, and "no...", has a negative answer.
-func (i *internet) reply(query []byte) []byte {
+// reply answers a question for A or AAAA; all else has a negative answer.
+func (i *nameServer) reply(query []byte) []byte {
 	end := 12 + strings.IndexByte(string(query[12:]), 0) + 5
 	reply := append([]byte{query[0], query[1], 0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0}, query[12:end]...)
 	record := func(owner uint16, kind byte, data []byte) {
@@ -94,26 +106,27 @@ func (i *internet) reply(query []byte) []byte {
 		reply = binary.BigEndian.AppendUint32(reply, i.ttl.Load())
 		reply = append(binary.BigEndian.AppendUint16(reply, uint16(len(data))), data...)
 	}
-	absent := strings.HasPrefix(strings.ToLower(string(query[13:])), "no")
-	switch kind := query[end-3]; {
-	case !absent && kind == 1:
-		reply[7] = 1
-		record(0xc00c, kind, netip.MustParseAddr("192.0.2.1").AsSlice())
-	case !absent && kind == 28:
-		reply[7] = 1
-		record(0xc00c, kind, netip.MustParseAddr("2001:db8::1").AsSlice())
-	default:
-		if absent {
-			reply[3] |= 3 // NXDOMAIN
+	// The zone is the last two labels of the name.
+	zone, name := 12, ""
+	for at := 12; query[at] != 0; at += 1 + int(query[at]) {
+		if rest := string(query[at : end-4]); strings.Count(rest, "\x03com\x00") == 1 && query[at] == 7 {
+			zone = at
 		}
+		name += strings.ToLower(string(query[at+1:at+1+int(query[at])])) + "."
+	}
+	kind := query[end-3]
+	addresses, exists := i.knows(name)
+	for _, addr := range addresses {
+		if exists && (kind == 1 && addr.Is4() || kind == 28 && addr.Is6()) {
+			reply[7]++
+			record(0xc00c, kind, addr.AsSlice())
+		}
+	}
+	if !exists {
+		reply[3] |= 3 // NXDOMAIN
+	}
+	if reply[7] == 0 {
 		reply[9] = 1
-		// The zone is the last two labels of the name.
-		zone := 12
-		for at := 12; query[at] != 0; at += 1 + int(query[at]) {
-			if rest := string(query[at : end-4]); strings.Count(rest, "\x03com\x00") == 1 && query[at] == 7 {
-				zone = at
-			}
-		}
 		record(0xc000|uint16(zone), 6, append([]byte{0, 0}, make([]byte, 20)...))
 	}
 	return reply
