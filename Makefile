@@ -115,7 +115,7 @@ binary-%:
 
 cluster-up: ## a real Kubernetes in namespaces of this machine, three nodes, dual stack (CLUSTER=); needs root
 	@test/needs root go cluster
-	@$(if $(findstring --proxy millrace,$(CLUSTER)),$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH))
+	@$(if $(findstring millrace,$(CLUSTER)),$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH))
 	go build -C test/cluster -o ../../.cache/cluster/cluster .
 	.cache/cluster/cluster up $(CLUSTER)
 

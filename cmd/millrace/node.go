@@ -183,9 +183,25 @@ func (p *place) names() *dns.Layer {
 // network is always the same: the service layer has to talk to the one in force.
 func (p *place) network() *pod.Layer {
 	if p.podLayer == nil {
-		p.podLayer = pod.New(pod.Settings{Node: p.node, Pins: filepath.Join(p.pins, "pod"), Folder: filepath.Join(p.run, "pod"), Socket: filepath.Join(p.run, "cni.sock")})
+		settings := pod.Settings{Node: p.node, Pins: filepath.Join(p.pins, "pod"), Folder: filepath.Join(p.run, "pod"), Socket: filepath.Join(p.run, "cni.sock")}
+		if isFolder(mountedPlugins) && isFolder(mountedNetworks) {
+			settings.Plugins, settings.Networks = mountedPlugins, mountedNetworks
+		}
+		p.podLayer = pod.New(settings)
 	}
 	return p.podLayer
+}
+
+// Where a container finds the folders of the node's container runtime. Who mounts them
+// wants the plugin to be there.
+const (
+	mountedPlugins  = "/host/opt/cni/bin"
+	mountedNetworks = "/host/etc/cni/net.d"
+)
+
+func isFolder(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
 }
 
 func (p *place) routes() *route.Layer {

@@ -3,10 +3,10 @@
 //
 //	image --name ghcr.io/millrace/millrace:v1 --manifests deploy --to dist amd64=FILE arm64=FILE
 //
-// It writes four files to the folder of --to: millrace-image.tar, an OCI archive
+// It writes five files to the folder of --to: millrace-image.tar, an OCI archive
 // for all architectures that are named, which containerd, Podman, skopeo, crane and
-// Docker read; millrace.yaml, millrace-remove.yaml and millrace-tune.yaml, what is applied
-// to a cluster.
+// Docker read; millrace.yaml, millrace-pods.yaml, millrace-remove.yaml and
+// millrace-tune.yaml, what is applied to a cluster.
 // The same binaries give the same image, byte by byte: nothing in it has a time.
 // It is run by `make image`, and costs a second for 40 MB of binary.
 package main
@@ -208,12 +208,19 @@ func writeArchive(index registry.ImageIndex, file, name, tag string) (err error)
 // placeholder is the image that the manifests name.
 const placeholder = "image: millrace:TAG"
 
-// writeManifests writes what is applied: the rights and the agent as one file, and
-// what takes everything away again as another, and what keeps settings of the nodes. All
-// name the image.
+// withPods is the manifest of an agent that gives pods their network, too.
+const withPods = "millrace-pods.yaml"
+
+// forPods marks the lines of a manifest that are for the pod network alone.
+const forPods = "# pods: "
+
+// writeManifests writes what is applied: the rights and the agent as one file, once without
+// and once with the pod network, and what takes everything away again as another, and what
+// keeps settings of the nodes. All name the image.
 func (r recipe) writeManifests() error {
 	for to, from := range map[string][]string{
 		"millrace.yaml":        {"rbac.yaml", "millrace.yaml"},
+		withPods:               {"rbac.yaml", "millrace.yaml"},
 		"millrace-remove.yaml": {"remove.yaml"},
 		"millrace-tune.yaml":   {"tune.yaml"},
 	} {
@@ -228,6 +235,12 @@ func (r recipe) writeManifests() error {
 		manifest := strings.Join(all, "\n---\n") + "\n"
 		if !strings.Contains(manifest, placeholder) {
 			return fmt.Errorf("fill in %s: nothing in it says %q", to, placeholder)
+		}
+		if to == withPods {
+			if !strings.Contains(manifest, forPods) {
+				return fmt.Errorf("write %s: nothing in it says %q", to, forPods)
+			}
+			manifest = strings.ReplaceAll(manifest, forPods, "")
 		}
 		manifest = strings.ReplaceAll(manifest, placeholder, "image: "+r.name)
 		if err := os.WriteFile(filepath.Join(r.to, to), []byte(manifest), 0o644); err != nil {

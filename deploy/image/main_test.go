@@ -77,7 +77,7 @@ func TestImageHasEachArchitecturesBinary(t *testing.T) {
 func TestManifestsNameTheImage(t *testing.T) {
 	to := t.TempDir()
 	follow(t, to)
-	for _, name := range []string{"millrace.yaml", "millrace-remove.yaml", "millrace-tune.yaml"} {
+	for _, name := range []string{"millrace.yaml", "millrace-pods.yaml", "millrace-remove.yaml", "millrace-tune.yaml"} {
 		content, err := os.ReadFile(filepath.Join(to, name))
 		if err != nil {
 			t.Fatal(err)
@@ -88,6 +88,11 @@ func TestManifestsNameTheImage(t *testing.T) {
 		}
 		if strings.Contains(manifest, "privileged: true") {
 			t.Errorf("%s asks for a privileged container", name)
+		}
+		pods := strings.Contains(manifest, "            - agent\n            - pods\n") && strings.Contains(manifest, "\n            - {name: plugins, mountPath: /host/opt/cni/bin}\n") &&
+			strings.Contains(manifest, "\n        - name: plugins\n          hostPath: {path: /opt/cni/bin")
+		if pods != (name == "millrace-pods.yaml") {
+			t.Errorf("of %s it is %v that it is for the pod network:\n%s", name, pods, manifest)
 		}
 	}
 	if left, _ := filepath.Glob(filepath.Join(to, "image-*")); len(left) > 0 {

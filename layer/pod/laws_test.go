@@ -53,6 +53,7 @@ func TestPureLaws(t *testing.T) {
 func TestLaws(t *testing.T) {
 	layertest.Laws(t, func(t *testing.T) layertest.Subject {
 		b := newTown(t)
+		b.withFolders()
 		// two pods that run, of an earlier process
 		b.space("web")
 		b.space("db")

@@ -35,6 +35,10 @@ type Settings struct {
 	// Pins is the folder in a bpf file system for maps and links; it is the layer's alone.
 	// Without one packets between pods take no shortcuts.
 	Pins string
+	// Plugins is the runtime's folder of plugins, and Networks that of its configurations:
+	// the plugin, and a list that names it, are kept there. Where they are empty, somebody
+	// else sees to that.
+	Plugins, Networks string
 	// Cooldown is how long an address rests before it is given again; 0 is
 	// pool.DefaultCooldown.
 	Cooldown time.Duration
@@ -56,6 +60,8 @@ type Layer struct {
 	host     host
 	server   *cni.Server
 	lock     *os.File
+	// install is where runtimes find the plugin.
+	install installation
 	// shortcuts are nil where there are none; whyNone says why.
 	shortcuts shortcuts
 	whyNone   string
@@ -99,7 +105,7 @@ var _ layer.Layer = (*Layer)(nil)
 
 // New makes the layer. It touches nothing before Open.
 func New(settings Settings) *Layer {
-	l := &Layer{settings: settings, host: node{settings.Netns}, answers: map[string]uint64{}, mtu: defaultMTU,
+	l := &Layer{settings: settings, host: node{settings.Netns}, install: installation{settings: settings, self: "/proc/self/exe"}, answers: map[string]uint64{}, mtu: defaultMTU,
 		busy: map[pool.Key]bool{}, pool: pool.Open(pool.Book{}, settings.cooldown(), time.Now()), save: settings.file().Write}
 	l.idle = sync.NewCond(&l.mu)
 	return l
@@ -232,6 +238,9 @@ func (l *Layer) Refresh(layer.Picture) (layer.Picture, error) {
 	l.mtu, l.own = found.mtu, found.own
 	l.pool.Reserve(found.own)
 	p := picture(l.pool.Book(), found)
+	if p.files, err = l.install.look(); err != nil {
+		return nil, err
+	}
 	if l.shortcuts != nil {
 		devices := []int{}
 		for _, d := range found.devices {
@@ -268,6 +277,9 @@ func (l *Layer) Look() (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	p := picture(book, found)
+	if p.files, err = l.install.look(); err != nil {
+		return nil, err
+	}
 	s, err := lookAtPins(l.settings.Pins)
 	if err != nil {
 		return nil, err
@@ -348,6 +360,8 @@ func (l *Layer) carryOut(change layer.Change) error {
 		return l.shortcuts.open(change.Op != layer.Remove)
 	case lost:
 		return l.shortcuts.restore()
+	case installed:
+		return l.install.put(s)
 	}
 	return fmt.Errorf("%T is nothing of this layer", change.Subject)
 }
@@ -493,10 +507,15 @@ func (l *Layer) Left() (int, error) { return 0, nil }
 
 // Removal implements layer.Layer.
 func (l *Layer) Removal() (layer.Changes, error) {
-	changes, err := layer.PinsGone(l.settings.Pins, isOurs)
+	changes, err := l.install.removal()
 	if err != nil {
 		return nil, err
 	}
+	pins, err := layer.PinsGone(l.settings.Pins, isOurs)
+	if err != nil {
+		return nil, err
+	}
+	changes = append(changes, pins...)
 	paths := append([]string{l.settings.Socket}, l.settings.file().Paths()...)
 	for _, path := range append(paths, l.settings.Folder) {
 		_, err := os.Lstat(path)

@@ -19,6 +19,10 @@ type Picture struct {
 	pods []*Pod
 	// mtu is that of the node's way out, in bytes.
 	mtu int
+	// files are those there that runtimes read, and whether each is as it is to be; install
+	// are those to be there, in their order, in wanted pictures.
+	files   map[installed]bool
+	install []installed
 	// sights are what there is of shortcuts.
 	sights sights
 }
@@ -138,6 +142,8 @@ func (p *Picture) note(change layer.Change) {
 		delete(p.sights.homes, netip.Addr(s))
 	case gate:
 		p.sights.open = change.Op != layer.Remove
+	case installed:
+		p.files[s] = true
 	case lost:
 		p.sights.lost = slices.DeleteFunc(p.sights.lost, func(have lost) bool { return have == s })
 	}

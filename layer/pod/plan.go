@@ -20,6 +20,10 @@ func plan(settings Settings, snapshot *model.Snapshot) *Picture {
 		}
 		picture.node = node.Addresses
 	}
+	// A runtime that finds them calls the node ready: not before pods can begin.
+	if len(picture.ranges) > 0 {
+		picture.install = settings.files()
+	}
 	return picture
 }
 
@@ -50,7 +54,16 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 			add(layer.Remove, pod)
 		}
 	}
-	return append(changes, diffShortcuts(have)...)
+	changes = append(changes, diffShortcuts(have)...)
+	for _, file := range want.install {
+		switch right, there := have.files[file]; {
+		case !there:
+			add(layer.Add, file)
+		case !right:
+			add(layer.Alter, file)
+		}
+	}
+	return changes
 }
 
 // judge says what is to be done about each pod: those that are written down, and those

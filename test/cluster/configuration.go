@@ -3,21 +3,50 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 )
 
 // configure writes the configuration of everything on a node, into its own /etc.
-func configure(n node, mode string) error {
+func configure(n node, w wish) error {
 	return errors.Join(
+		plugins(w),
 		write("/etc/hosts", fmt.Sprintf("127.0.0.1 localhost\n::1 localhost\n%s %s\n%s %s\n", n.v4(), n.name(), n.v6(), n.name()), 0o644),
-		write("/etc/containerd.toml", containerdConfiguration(), 0o644),
+		write("/etc/containerd.toml", containerdConfiguration(w), 0o644),
 		write("/etc/kubelet.yaml", kubeletConfiguration(), 0o644),
-		write("/etc/kube-proxy.yaml", kubeProxyConfiguration(mode, n.name(), pki("kube-proxy.kubeconfig")), 0o644),
-		write("/etc/cni/net.d/10-ptp.conflist", podNetwork(n), 0o644))
+		write("/etc/kube-proxy.yaml", kubeProxyConfiguration(w.mode, n.name(), pki("kube-proxy.kubeconfig")), 0o644),
+		podNetwork(n, w))
+}
+
+// pluginFolder is where the CNI plug-ins of the distribution are, and ourPluginFolder the
+// usual one, in which millrace puts its own.
+const pluginFolder, ourPluginFolder = "/usr/lib/cni", "/opt/cni/bin"
+
+// plugins puts those of the distribution into the usual folder that a node needs beside
+// millrace's: containerd starts loopback itself, and portmap is for hostPort.
+func plugins(w wish) error {
+	if w.cni != millrace {
+		return nil
+	}
+	for _, name := range []string{"loopback", "portmap"} {
+		content, err := os.ReadFile(filepath.Join(pluginFolder, name))
+		if err != nil {
+			return err
+		}
+		if err := write(filepath.Join(ourPluginFolder, name), string(content), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Without CAP_SYS_RESOURCE, as in many virtual machines, runc cannot lower an OOM
 // score, and no pod would start: so it is told not to.
-func containerdConfiguration() string {
+func containerdConfiguration(w wish) string {
+	folder := pluginFolder
+	if w.cni == millrace {
+		folder = ourPluginFolder
+	}
 	return fmt.Sprintf(`version = 2
 [plugins."io.containerd.internal.v1.opt"]
 path = "/var/lib/containerd/opt"
@@ -30,9 +59,9 @@ runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 SystemdCgroup = false
 [plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
+bin_dir = "%s"
 conf_dir = "/etc/cni/net.d"
-`, pauseImage)
+`, pauseImage, folder)
 }
 
 func kubeletConfiguration() string {
@@ -69,13 +98,17 @@ oomScoreAdj: 0
 `, mode, name, podsV4, podsV6, kubeconfig)
 }
 
-// podNetwork is a veth for each pod, and routes: no bridge, no masquerade.
-func podNetwork(n node) string {
-	return fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+// podNetwork is a veth for each pod, and routes: no bridge, no masquerade. millrace puts its
+// own list there.
+func podNetwork(n node, w wish) error {
+	if w.cni == millrace {
+		return nil
+	}
+	return write("/etc/cni/net.d/10-ptp.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "pods", "plugins": [
   {"type": "ptp", "ipMasq": false, "mtu": 1500, "ipam": {"type": "host-local",
     "ranges": [[{"subnet": "%s"}], [{"subnet": "%s"}]],
     "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
   {"type": "portmap", "capabilities": {"portMappings": true}}
 ]}
-`, n.podsV4(), n.podsV6())
+`, n.podsV4(), n.podsV6()), 0o644)
 }

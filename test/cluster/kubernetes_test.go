@@ -17,19 +17,7 @@ const conformanceTests = 47
 // kube-proxy runs: the Kubernetes project's own conformance tests of networking, and
 // then what docs/install.md promises. A cluster that is up is taken down first.
 func TestKubernetes(t *testing.T) {
-	if os.Getenv("MILLRACE_CLUSTER") == "" {
-		t.Skip("makes a cluster: make test-cluster runs it")
-	}
-	if err := controllersInVersion1(); err != nil {
-		t.Skip(err)
-	}
-	if _, err := output(exec.Command("go", "build", "-o", filepath.Join(root, cacheFolder, "cluster"), ".")); err != nil {
-		t.Fatal(err)
-	}
-	ours(t, context.Background(), "down")
-	t.Cleanup(func() { ours(t, context.Background(), "down") })
-	ours(t, t.Context(), "build")
-	ours(t, t.Context(), "up", "--proxy", "millrace")
+	raise(t, "--proxy", "millrace")
 	t.Run("conformance", judged)
 	t.Setenv("MILLRACE_INSTALLED", "1")
 	t.Run("capabilities", TestInstalledAgentHasSixCapabilities)
@@ -42,6 +30,36 @@ func TestKubernetes(t *testing.T) {
 	t.Run("names", TestInstalledAnswersNames)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
+}
+
+// On one on which nobody else gives pods their network: every pod gets it here, those of
+// different nodes speak to each other, and what docs/pod.md promises.
+func TestKubernetesWithPodNetwork(t *testing.T) {
+	raise(t, "--proxy", "millrace", "--cni", "millrace")
+	t.Setenv("MILLRACE_INSTALLED", "1")
+	t.Run("carries", TestPodNetworkCarries)
+	t.Run("shown", TestPodNetworkIsShown)
+	t.Run("adds", TestPodNetworkAddsInTime)
+	t.Run("killed", TestPodNetworkWithoutAgents)
+	t.Run("removed", TestPodNetworkIsRemoved)
+}
+
+// raise brings a cluster up for one test. One that is up is taken down first.
+func raise(t *testing.T, how ...string) {
+	t.Helper()
+	if os.Getenv("MILLRACE_CLUSTER") == "" {
+		t.Skip("makes a cluster: make test-cluster runs it")
+	}
+	if err := controllersInVersion1(); err != nil {
+		t.Skip(err)
+	}
+	if _, err := output(exec.Command("go", "build", "-o", filepath.Join(root, cacheFolder, "cluster"), ".")); err != nil {
+		t.Fatal(err)
+	}
+	ours(t, context.Background(), "down")
+	t.Cleanup(func() { ours(t, context.Background(), "down") })
+	ours(t, t.Context(), "build")
+	ours(t, t.Context(), append([]string{"up"}, how...)...)
 }
 
 // built is the folder with these tools of the cluster, which are made where a cluster is

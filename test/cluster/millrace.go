@@ -11,6 +11,7 @@ import (
 const (
 	millraceImage    = "dist/millrace-image.tar"
 	millraceManifest = "dist/millrace.yaml"
+	millracePods     = "dist/millrace-pods.yaml"
 	millraceRemoval  = "dist/millrace-remove.yaml"
 	millraceTune     = "dist/millrace-tune.yaml"
 )
@@ -32,16 +33,30 @@ func kubeadmConfiguration() string {
 }
 
 // install millrace as docs/install.md says for a cluster of kubeadm, and wait until
-// each node has it.
-func install(ctx context.Context, bin string) error {
+// each node has it. Beside a kube-proxy it leaves that its ports and its settings.
+func install(ctx context.Context, bin string, w wish) error {
+	say("millrace")
+	name := millraceManifest
+	if w.cni == millrace {
+		name = millracePods
+	}
+	manifest, err := os.ReadFile(name)
+	if err != nil {
+		return fmt.Errorf("install millrace: %w: make image makes it", err)
+	}
+	addresses := []string{"-n", "kube-system", "create", "configmap", "millrace", "--from-literal=api-server=" + server}
+	if w.proxy == millrace {
+		addresses = append(addresses, "--from-literal=kube-proxy-config=configmap:kube-system/kube-proxy")
+	} else {
+		manifest = []byte(strings.ReplaceAll(string(manifest), "            - --kube-proxy-ports\n", ""))
+	}
 	for _, step := range []struct {
 		input     string
 		arguments []string
 	}{
 		{kubeadmConfiguration(), []string{"create", "-f", "-"}},
-		{"", []string{"-n", "kube-system", "create", "configmap", "millrace", "--from-literal=api-server=" + server,
-			"--from-literal=kube-proxy-config=configmap:kube-system/kube-proxy"}},
-		{"", []string{"apply", "-f", millraceManifest}},
+		{"", addresses},
+		{string(manifest), []string{"apply", "-f", "-"}},
 		{"", []string{"-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=2m"}},
 	} {
 		if _, err := kubectl(ctx, bin, step.input, step.arguments...); err != nil {

@@ -12,8 +12,10 @@ import (
 //	control (bridge br0 .1) -- eth0 of node-1 (.11) -- pods 10.244.1.0/24
 //	                        -- eth0 of node-2 (.12) -- pods 10.244.2.0/24, and so on
 //
-// The control plane reaches Services through node 1.
-func network() error {
+// The control plane reaches Services through node 1. Where millrace gives pods their
+// network, nodes are without these routes: and the control plane, by which their default
+// routes lead, hands nothing on for them.
+func network(w wish) error {
 	for _, namespace := range namespaces() {
 		if err := addNamespace(namespace); err != nil {
 			return err
@@ -29,8 +31,13 @@ func network() error {
 		return err
 	}
 	for _, n := range allNodes() {
-		if err := connect(n); err != nil {
+		if err := connect(n, w.cni == "ptp"); err != nil {
 			return fmt.Errorf("connect %s: %w", n.name(), err)
+		}
+	}
+	if w.cni == millrace {
+		if _, err := output(inside(control, "sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")); err != nil {
+			return err
 		}
 	}
 	return ipBatch(control, []string{
@@ -39,7 +46,7 @@ func network() error {
 	})
 }
 
-func connect(n node) error {
+func connect(n node, routes bool) error {
 	port := n.name()
 	err := ipBatch(control, []string{
 		"link add " + port + " type veth peer name eth0 netns " + n.namespace(),
@@ -58,7 +65,7 @@ func connect(n node) error {
 		"route add default via " + controlV6,
 	}
 	for _, other := range allNodes() {
-		if other != n {
+		if other != n && routes {
 			lines = append(lines, "route add "+other.podsV4()+" via "+other.v4(), "route add "+other.podsV6()+" via "+other.v6())
 		}
 	}

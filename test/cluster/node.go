@@ -45,8 +45,8 @@ func enterNode(arguments []string) error {
 }
 
 func parseNode(arguments []string) (node, error) {
-	if len(arguments) != 4 {
-		return 0, errors.New("a node is started by up: NAME BINARIES PROXY MODE")
+	if len(arguments) != 5 {
+		return 0, errors.New("a node is started by up: NAME BINARIES PROXY MODE CNI")
 	}
 	number, err := strconv.Atoi(strings.TrimPrefix(arguments[0], "node-"))
 	return node(number), err
@@ -59,11 +59,11 @@ func beNode(arguments []string) error {
 	if err != nil {
 		return err
 	}
-	bin, proxy, mode := arguments[1], arguments[2], arguments[3]
+	bin, w := arguments[1], wish{arguments[2], arguments[3], arguments[4]}
 	if err := mounts(n); err != nil {
 		return err
 	}
-	if err := configure(n, mode); err != nil {
+	if err := configure(n, w); err != nil {
 		return err
 	}
 	// The plug-ins and runc are found in PATH, and so is our kubelet.
@@ -76,7 +76,7 @@ func beNode(arguments []string) error {
 			"--hostname-override=" + n.name(), "--node-ip=" + n.v4() + "," + n.v6(),
 		}},
 	}
-	if proxy == "kube-proxy" {
+	if w.proxy == "kube-proxy" {
 		services = append(services, &service{name: "kube-proxy", arguments: []string{"--config=/etc/kube-proxy.yaml"}})
 	}
 	containerd := &service{name: "containerd", arguments: []string{"-c", "/etc/containerd.toml"}}
@@ -174,7 +174,7 @@ func mounts(n node) error {
 	if err := syscall.Sethostname([]byte(n.name())); err != nil {
 		return fmt.Errorf("name %s: %w", n.name(), err)
 	}
-	for _, path := range []string{"var-lib", "var-log", "etc", "etc-work"} {
+	for _, path := range []string{"var-lib", "var-log", "opt", "etc", "etc-work"} {
 		if err := os.MkdirAll(n.file(path), 0o755); err != nil {
 			return err
 		}
@@ -187,6 +187,7 @@ func mounts(n node) error {
 		{"run", "/run", "tmpfs", 0, "mode=755"},
 		{n.file("var-lib"), "/var/lib", "", syscall.MS_BIND, ""},
 		{n.file("var-log"), "/var/log", "", syscall.MS_BIND, ""},
+		{n.file("opt"), "/opt", "", syscall.MS_BIND, ""},
 		{"etc", "/etc", "overlay", 0, "lowerdir=/etc,upperdir=" + n.file("etc") + ",workdir=" + n.file("etc-work")},
 		{"cgroup", "/sys/fs/cgroup", "tmpfs", 0, "mode=755"},
 	})

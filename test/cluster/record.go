@@ -140,10 +140,17 @@ func (t *table) sum(column string) string {
 	return fmt.Sprintf("%d passed, %d failed, %d cannot be judged here", passed, failed, skipped)
 }
 
+// withPods is in the name of a column where pods have their network from millrace, too.
+const withPods = " and millrace's pod network"
+
 // noteWhoServes is asked for by up.
-func noteWhoServes(proxy, mode string) error {
+func noteWhoServes(w wish) error {
+	proxy := w.proxy
 	if proxy == "kube-proxy" {
-		proxy += " " + mode
+		proxy += " " + w.mode
+	}
+	if w.cni == millrace {
+		proxy += withPods
 	}
 	return errors.Join(os.MkdirAll(cacheFolder, 0o755), os.WriteFile(servedBy(), []byte(proxy+"\n"), 0o644))
 }

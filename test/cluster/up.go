@@ -17,11 +17,34 @@ import (
 //go:embed coredns.yaml
 var coreDNS string
 
+// wish is what the cluster is to be: who serves Services, kube-proxy in which mode, and who
+// gives pods their network.
+type wish struct{ proxy, mode, cni string }
+
+// ours says that millrace is to be installed.
+func (w wish) ours() bool { return w.proxy == millrace || w.cni == millrace }
+
+// millrace is the word for us, as who serves Services and as who gives pods their network.
+const millrace = "millrace"
+
+// check says what is wrong with the words.
+func (w wish) check() error {
+	switch {
+	case !slices.Contains([]string{"kube-proxy", millrace, "none"}, w.proxy):
+		return fmt.Errorf("--proxy %s: it is kube-proxy, millrace or none", w.proxy)
+	case w.cni != "ptp" && w.cni != millrace:
+		return fmt.Errorf("--cni %s: it is ptp or millrace", w.cni)
+	case w.cni == millrace && w.proxy == "none":
+		return errors.New("--cni millrace --proxy none: the agent serves Services, too; say --proxy millrace")
+	}
+	return nil
+}
+
 // up brings the cluster up, and returns when its nodes are ready, and CoreDNS, if
 // somebody serves Services.
-func up(ctx context.Context, proxy, mode string) error {
-	if !slices.Contains([]string{"kube-proxy", "millrace", "none"}, proxy) {
-		return fmt.Errorf("--proxy %s: it is kube-proxy, millrace or none", proxy)
+func up(ctx context.Context, w wish) error {
+	if err := w.check(); err != nil {
+		return err
 	}
 	if nodes < 1 || nodes > mostNodes {
 		return fmt.Errorf("--nodes %d: use 1 to %d", nodes, mostNodes)
@@ -37,14 +60,14 @@ func up(ctx context.Context, proxy, mode string) error {
 		return err
 	}
 	say("network and credentials")
-	if err := errors.Join(os.MkdirAll(folder+"/logs", 0o755), noteWhoServes(proxy, mode), network(), credentials(), scripts(bin)); err != nil {
+	if err := errors.Join(os.MkdirAll(folder+"/logs", 0o755), noteWhoServes(w), network(w), credentials(), scripts(bin)); err != nil {
 		return err
 	}
 	say("images")
 	if err := images(bin); err != nil {
 		return fmt.Errorf("make images: %w", err)
 	}
-	if proxy == "millrace" {
+	if w.ours() {
 		if err := takeImage(); err != nil {
 			return err
 		}
@@ -53,7 +76,7 @@ func up(ctx context.Context, proxy, mode string) error {
 	if err := startControlPlane(ctx, bin); err != nil {
 		return fmt.Errorf("%w; logs are in %s/logs", err, folder)
 	}
-	if err := startNodes(ctx, bin, proxy, mode); err != nil {
+	if err := startNodes(ctx, bin, w); err != nil {
 		return fmt.Errorf("%w; logs are in %s/logs and below %s", err, folder, node(1).file("logs"))
 	}
 	say("ready: %s/kubectl get pods -A", folder)
@@ -70,7 +93,7 @@ func nothingThere() error {
 	return nil
 }
 
-func startNodes(ctx context.Context, bin, proxy, mode string) error {
+func startNodes(ctx context.Context, bin string, w wish) error {
 	if _, err := kubectl(ctx, bin, nodeObjects(), "create", "-f", "-"); err != nil {
 		return err
 	}
@@ -80,7 +103,7 @@ func startNodes(ctx context.Context, bin, proxy, mode string) error {
 		return err
 	}
 	for _, n := range allNodes() {
-		command := inside(n.namespace(), self, "enter-node", n.name(), bin, proxy, mode)
+		command := inside(n.namespace(), self, "enter-node", n.name(), bin, w.proxy, w.mode, w.cni)
 		if _, err := output(command); err != nil {
 			return err
 		}
@@ -88,15 +111,25 @@ func startNodes(ctx context.Context, bin, proxy, mode string) error {
 	if _, err := kubectl(ctx, bin, fillIn(coreDNS), "create", "-f", "-"); err != nil {
 		return err
 	}
-	_, err = kubectl(ctx, bin, "", "wait", "--for=condition=Ready", "node", "--all", "--timeout=2m")
-	if err != nil || proxy == "none" {
+	ready := func() error {
+		_, err := kubectl(ctx, bin, "", "wait", "--for=condition=Ready", "node", "--all", "--timeout=2m")
 		return err
 	}
-	if proxy == "millrace" {
-		say("millrace")
-		if err := install(ctx, bin); err != nil {
+	// Nodes whose pods get their network from us are ready when we are there.
+	steps := []func() error{ready}
+	if w.ours() {
+		steps = append(steps, func() error { return install(ctx, bin, w) })
+	}
+	if w.cni == millrace {
+		slices.Reverse(steps)
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
 			return err
 		}
+	}
+	if w.proxy == "none" {
+		return nil
 	}
 	say("CoreDNS")
 	_, err = kubectl(ctx, bin, "", "-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=2m")

@@ -1,9 +1,11 @@
 package pool
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -45,7 +47,7 @@ func (f File) Read() (book Book, there bool, err error) {
 func (f File) Write(book Book) error {
 	text, err := json.Marshal(written{format, book})
 	if err == nil {
-		err = f.replace(text)
+		err = Replace(f.Path, 0o600, bytes.NewReader(text))
 	}
 	if err != nil {
 		return fmt.Errorf("write the pods' addresses: %w", err)
@@ -53,13 +55,17 @@ func (f File) Write(book Book) error {
 	return nil
 }
 
-func (f File) replace(text []byte) error {
-	next := f.next()
-	file, err := os.OpenFile(next, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+// Replace writes a file whole, or not at all, and returns when it will outlast a crash of
+// the machine. A crash may leave Half of it beside.
+func Replace(path string, mode fs.FileMode, from io.Reader) error {
+	next := Half(path)
+	file, err := os.OpenFile(next, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, mode)
 	if err != nil {
 		return err
 	}
-	_, err = file.Write(text)
+	if _, err = io.Copy(file, from); err == nil {
+		err = file.Chmod(mode) // whatever the umask is
+	}
 	if err == nil {
 		err = file.Sync()
 	}
@@ -67,13 +73,13 @@ func (f File) replace(text []byte) error {
 		err = closed
 	}
 	if err == nil {
-		err = os.Rename(next, f.Path)
+		err = os.Rename(next, path)
 	}
 	if err != nil {
 		_ = os.Remove(next)
 		return err
 	}
-	folder, err := os.Open(filepath.Dir(f.Path))
+	folder, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
@@ -92,9 +98,11 @@ func (f File) SetAside() (string, error) {
 	return aside, nil
 }
 
-func (f File) next() string  { return f.Path + ".next" }
+// Half is where a file is written before it gets its name.
+func Half(path string) string { return path + ".next" }
+
 func (f File) aside() string { return f.Path + ".unreadable" }
 
 // Paths are all files that there may be: the book, one that was set aside, and one that a
 // crash left half written.
-func (f File) Paths() []string { return []string{f.Path, f.aside(), f.next()} }
+func (f File) Paths() []string { return []string{f.Path, f.aside(), Half(f.Path)} }

@@ -1,0 +1,257 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// What docs/pod.md says, on the cluster of `make cluster-up CLUSTER='--proxy millrace --cni
+// millrace'`, on which nobody else gives pods their network: MILLRACE_INSTALLED=1 go test -C
+// test/cluster -run PodNetwork -v.
+
+// talkers are pods, one on each node, that answer at port 8080.
+const talkers = `
+apiVersion: v1
+kind: Namespace
+metadata: {name: podnet}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: talker, namespace: podnet}
+spec:
+  selector: {matchLabels: {app: talker}}
+  updateStrategy: {rollingUpdate: {maxUnavailable: "100%"}}
+  template:
+    metadata: {labels: {app: talker}}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers: [{name: talker, image: "AGNHOST", imagePullPolicy: Never, args: [netexec],
+        readinessProbe: {httpGet: {port: 8080, path: /healthz}, periodSeconds: 1}}]
+`
+
+func needsPodNetwork(t *testing.T) {
+	t.Helper()
+	if os.Getenv("MILLRACE_INSTALLED") == "" {
+		t.Skip("alters a cluster that is up: asked for by MILLRACE_INSTALLED=1")
+	}
+	who, err := os.ReadFile(filepath.Join(root, servedBy()))
+	if err != nil || !strings.HasSuffix(strings.TrimSpace(string(who)), withPods) {
+		t.Skip("needs a cluster with millrace's pod network: make cluster-up CLUSTER='--proxy millrace --cni millrace'")
+	}
+	kubectlOf(t, "get", "--raw", "/readyz")
+	before := nodes
+	nodes = nodesThere()
+	t.Cleanup(func() { nodes = before })
+}
+
+// talker is a pod with its addresses and its node.
+type talker struct {
+	Metadata struct{ Name string }
+	Spec     struct{ NodeName string }
+	Status   struct{ PodIPs []struct{ IP string } }
+}
+
+// begin starts the talkers.
+func begin(t *testing.T) []talker {
+	t.Helper()
+	end := func() {
+		_ = exec.Command(folder+"/kubectl", "delete", "namespace", "podnet", "--ignore-not-found").Run()
+	}
+	end()
+	t.Cleanup(end)
+	applyWithAgnhost(t, talkers)
+	kubectlOf(t, "-n", "podnet", "rollout", "status", "daemonset/talker", "--timeout=1m")
+	pods := talkersOf(t, "-n", "podnet")
+	if len(pods) != nodes {
+		t.Fatalf("%d pods on %d nodes", len(pods), nodes)
+	}
+	return pods
+}
+
+func talkersOf(t *testing.T, which ...string) []talker {
+	t.Helper()
+	var list struct{ Items []talker }
+	decode(t, []byte(kubectlOf(t, append([]string{"get", "pods", "-o", "json"}, which...)...)), &list)
+	return list.Items
+}
+
+// Pods of all nodes speak to each other by their addresses of both families, and so does
+// each node; the receiver sees the pod's own address.
+func TestPodNetworkCarries(t *testing.T) {
+	needsPodNetwork(t)
+	pods := begin(t)
+	for _, from := range pods {
+		for _, to := range pods {
+			if len(to.Status.PodIPs) != 2 {
+				t.Fatalf("%s has addresses %v", to.Metadata.Name, to.Status.PodIPs)
+			}
+			for i, ip := range to.Status.PodIPs {
+				url := "http://" + hostPort(ip.IP, 8080) + "/clientip"
+				seen := kubectlOf(t, "-n", "podnet", "exec", from.Metadata.Name, "--", "curl", "-s", "-m", "5", url)
+				if want := from.Status.PodIPs[i].IP; from.Metadata.Name != to.Metadata.Name && !strings.Contains(seen, want) {
+					t.Errorf("from %s to %s of %s: it sees %q, not %s", from.Spec.NodeName, ip.IP, to.Spec.NodeName, seen, want)
+				}
+			}
+		}
+	}
+	for _, n := range allNodes() {
+		for _, to := range pods {
+			for _, ip := range to.Status.PodIPs {
+				on(t, n, "curl -s -m 5 http://"+hostPort(ip.IP, 8080)+"/hostname")
+			}
+		}
+	}
+}
+
+func hostPort(ip string, port int) string {
+	if strings.Contains(ip, ":") {
+		ip = "[" + ip + "]"
+	}
+	return ip + ":" + strconv.Itoa(port)
+}
+
+// On each node the ways to all others are there, in both families, and status knows of
+// nothing that is not done in full.
+func TestPodNetworkIsShown(t *testing.T) {
+	needsPodNetwork(t)
+	for _, n := range allNodes() {
+		var shown struct {
+			Routes []struct{ Node, Why string }
+			None   []string
+		}
+		decode(t, []byte(on(t, n, "/opt/cni/bin/millrace show routes -o json")), &shown)
+		if len(shown.Routes) != 2*(nodes-1) || len(shown.None) > 0 {
+			t.Errorf("%s has %+v", n.name(), shown)
+		}
+		for _, r := range shown.Routes {
+			if r.Node == n.name() || r.Why != "it is on the same segment" {
+				t.Errorf("%s has a way to %s: %s", n.name(), r.Node, r.Why)
+			}
+		}
+		if said := on(t, n, "/opt/cni/bin/millrace status"); strings.Contains(said, "degraded") {
+			t.Errorf("%s: %s", n.name(), said)
+		}
+	}
+}
+
+// addsToTime is how many pods' networks are timed, and mostOfAnAdd what 99 of 100 may take.
+const (
+	addsToTime  = 100
+	mostOfAnAdd = 50 * time.Millisecond
+)
+
+// timeAdds starts the plugin as containerd does, in the node, and prints the nanoseconds
+// that each ADD took from its start to its end.
+const timeAdds = `
+conf='{"cniVersion":"1.0.0","name":"millrace","type":"millrace"}'
+export CNI_IFNAME=eth0 CNI_PATH=/opt/cni/bin
+for i in $(seq %d); do
+  ip netns add timed
+  export CNI_CONTAINERID=timed-$i CNI_NETNS=/run/netns/timed
+  before=$(date +%%s%%N)
+  echo "$conf" | CNI_COMMAND=ADD /opt/cni/bin/millrace >/run/timed || { cat /run/timed; exit 1; }
+  echo $(($(date +%%s%%N) - before))
+  echo "$conf" | CNI_COMMAND=DEL /opt/cni/bin/millrace || exit 1
+  ip netns del timed
+done
+`
+
+// The plugin and the agent take less than 50 ms of a pod's start, 99 of 100 times: the whole
+// process that containerd would wait for. The machine of the test is busy with other things,
+// too: the best of three tries counts.
+func TestPodNetworkAddsInTime(t *testing.T) {
+	needsPodNetwork(t)
+	for try := 1; ; try++ {
+		var took []time.Duration
+		for _, word := range strings.Fields(on(t, 1, fmt.Sprintf(timeAdds, addsToTime))) {
+			ns, err := strconv.ParseInt(word, 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			took = append(took, time.Duration(ns))
+		}
+		slices.Sort(took)
+		p99 := took[len(took)*99/100-1]
+		t.Logf("%d ADDs: p50 %v, p99 %v, longest %v", len(took), took[len(took)/2], p99, took[len(took)-1])
+		switch {
+		case p99 < mostOfAnAdd:
+			return
+		case try == 3:
+			t.Fatalf("99 of 100 ADDs take up to %v, not %v", p99, mostOfAnAdd)
+		}
+	}
+}
+
+// While agents are killed pods go on and begin: an ADD waits for the next agent. Afterwards
+// what the agents have written down is what runs, and nothing else.
+func TestPodNetworkWithoutAgents(t *testing.T) {
+	needsPodNetwork(t)
+	pods := begin(t)
+	for _, n := range allNodes() {
+		on(t, n, "kill -9 $(pidof millrace)")
+	}
+	kubectlOf(t, "-n", "podnet", "exec", pods[0].Metadata.Name, "--", "curl", "-s", "-m", "5", "http://"+hostPort(pods[1].Status.PodIPs[0].IP, 8080)+"/hostname")
+	kubectlOf(t, "-n", "podnet", "rollout", "restart", "daemonset/talker")
+	kubectlOf(t, "-n", "podnet", "rollout", "status", "daemonset/talker", "--timeout=2m")
+	kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=1m")
+	for _, n := range allNodes() {
+		err := until(t.Context(), "the book of "+n.name()+" to be what runs", time.Minute, func() error { return sameBook(t, n) })
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// sameBook says what differs between the pods of a node that the API server knows and those
+// that the agent has given a network, and the devices.
+func sameBook(t *testing.T, n node) error {
+	t.Helper()
+	var runs, given []string
+	for _, pod := range talkersOf(t, "-A", "--field-selector", "spec.hostNetwork=false,spec.nodeName="+n.name()) {
+		for _, ip := range pod.Status.PodIPs {
+			runs = append(runs, ip.IP)
+		}
+	}
+	var shown struct {
+		Pods []struct {
+			Addresses []string
+			Device    string
+		}
+	}
+	decode(t, []byte(on(t, n, "/opt/cni/bin/millrace show pods -o json")), &shown)
+	for _, pod := range shown.Pods {
+		given = append(given, pod.Addresses...)
+	}
+	slices.Sort(runs)
+	slices.Sort(given)
+	devices := strings.Count(on(t, n, "ip -o link show type veth"), ": mr")
+	if !slices.Equal(runs, given) || devices != len(shown.Pods) {
+		return fmt.Errorf("pods run at %v, addresses are given to %v, of %d pods with %d devices", runs, given, len(shown.Pods), devices)
+	}
+	return nil
+}
+
+// What was installed is removed by its documented commands: of the network nothing is left
+// but what running pods have, and of the runtime's folders what others put there.
+func TestPodNetworkIsRemoved(t *testing.T) {
+	needsPodNetwork(t)
+	kubectlOf(t, "-n", "kube-system", "delete", "daemonset", "millrace")
+	kubectlOf(t, "apply", "-f", filepath.Join(root, millraceRemoval))
+	kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace-remove", "--timeout=1m")
+	for _, n := range allNodes() {
+		left := on(t, n, "ls -d /sys/fs/bpf/millrace /run/millrace/* 2>/dev/null; ls /opt/cni/bin /etc/cni/net.d | grep millrace; ip route show proto 110; ip -6 route show proto 110; ip -o link show type vxlan; true")
+		if left = strings.TrimSpace(left); left != "" {
+			t.Errorf("%s still has %s", n.name(), left)
+		}
+		if others := strings.Fields(on(t, n, "ls /opt/cni/bin")); !slices.Equal(others, []string{"loopback", "portmap"}) {
+			t.Errorf("%s has the plugins %v", n.name(), others)
+		}
+	}
+}
