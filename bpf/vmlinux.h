@@ -69,8 +69,9 @@ enum {
 	PACKET_OTHERHOST = 3,
 };
 
-/* bpf_l4_csum_replace() and bpf_skb_adjust_room(). */
+/* bpf_skb_store_bytes(), bpf_l4_csum_replace() and bpf_skb_adjust_room(). */
 enum {
+	BPF_F_RECOMPUTE_CSUM = 1 << 0,
 	BPF_F_PSEUDO_HDR = 1 << 4,
 	BPF_F_MARK_MANGLED_0 = 1 << 5,
 	BPF_F_ADJ_ROOM_FIXED_GSO = 1 << 0,

@@ -30,3 +30,19 @@ func (n *Net) Qdiscs() (map[int]Qdisc, error) {
 	}
 	return roots, nil
 }
+
+// Filtered are the devices, by their indices, at which somebody can have filters (the
+// qdiscs clsact and ingress, tc-bpf(8)).
+func (n *Net) Filtered() (map[int]bool, error) {
+	all, err := whole("qdiscs", func() ([]netlink.Qdisc, error) { return n.handle.QdiscList(nil) })
+	if err != nil {
+		return nil, err
+	}
+	filtered := map[int]bool{}
+	for _, q := range all {
+		if q.Type() == "clsact" || q.Type() == "ingress" {
+			filtered[q.Attrs().LinkIndex] = true
+		}
+	}
+	return filtered, nil
+}

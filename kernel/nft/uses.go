@@ -54,6 +54,17 @@ type Tracking struct {
 	Uses []Use
 }
 
+// About returns a rule that may meet a packet from one of the ranges to one, and needs it
+// tracked.
+func (t Tracking) About(ranges []netip.Prefix) (Use, bool) {
+	for _, use := range t.Uses {
+		if use.Touches(ranges) {
+			return use, true
+		}
+	}
+	return Use{}, false
+}
+
 // mostUses is when rules are not told apart any more.
 const mostUses = 1000
 

@@ -28,6 +28,10 @@ import (
 // pinnedMaps outlive the process.
 var pinnedMaps = []string{datapathMapHomes, datapathMapGates, datapathMapCrossings}
 
+// Homes is the name of the pin that says where the node's pods are, for programs of other
+// layers that hand packets to them.
+const Homes = datapathMapHomes
+
 // linkPrefix is of the pins of links; the index of the device follows.
 const linkPrefix = layer.LinkPrefix + datapathProgPodFromPod + "_"
 

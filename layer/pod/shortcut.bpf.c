@@ -12,35 +12,7 @@
  * A policy for the target has to be decided here, before the packet is handed over:
  * nothing on the node sees it afterwards.
  */
-#include "../../bpf/packet.h"
-
-#define BPF_F_RECOMPUTE_CSUM 1 /* linux/bpf.h */
-
-/* Where an address of a pod of this node is. */
-struct home {
-	__u32 device; /* the node's end */
-	__u32 mtu;    /* of the device, in bytes */
-	__u8 direct;  /* nobody looks at what the device sends: the pod gets it at once */
-	__u8 zero;
-	__u8 ethernet[12]; /* what its frames begin with: the pod's end, the node's end */
-	__u8 end[2];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, struct address);
-	__type(value, struct home);
-	__uint(max_entries, 8192); /* two of each pod; Kubernetes plans for 110 on a node */
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-} homes SEC(".maps");
-
-/* Whether shortcuts are open: 1, or 0 where somebody's rules need to see packets. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__type(key, __u32);
-	__type(value, __u32);
-	__uint(max_entries, 1);
-} gates SEC(".maps");
+#include "../../bpf/shortcut.h"
 
 /* What became of the packets of pods. The names in metrics are read from this enum's BTF,
  * in lower case and without the prefix. */
@@ -67,13 +39,6 @@ static __always_inline int crossed(enum crossing crossing, int verdict)
 	return verdict;
 }
 
-static __always_inline bool is_open(void)
-{
-	__u32 zero = 0, *gate = bpf_map_lookup_elem(&gates, &zero);
-
-	return gate && *gate;
-}
-
 /* The two ends of a packet. */
 struct journey {
 	struct address source;
@@ -86,7 +51,7 @@ static __always_inline bool read_journey(struct __sk_buff *skb, struct journey *
 {
 	void *data = (void *)(long)skb->data + ETHERNET_LENGTH, *end = (void *)(long)skb->data_end;
 
-	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
+	if (!is_for_router(skb))
 		return false;
 	if (skb->protocol == __builtin_bswap16(ETHERTYPE_IP4)) {
 		const struct ip4_header *ip = data;
@@ -122,31 +87,6 @@ static __always_inline struct home *find_home(struct __sk_buff *skb, const struc
 	return to;
 }
 
-/* age makes a packet one hop older (RFC 1812, 5.3.1; RFC 8200, 3). The IPv4 checksum goes
- * up by what the time to live goes down (RFC 1141). */
-static __always_inline bool age(struct __sk_buff *skb)
-{
-	if (skb->protocol == __builtin_bswap16(ETHERTYPE_IP4)) {
-		struct ip4_header *ip = (void *)(long)skb->data + ETHERNET_LENGTH;
-		__u32 sum;
-
-		if ((void *)(ip + 1) > (void *)(long)skb->data_end)
-			return false;
-		sum = ip->checksum + __builtin_bswap16(0x0100);
-		ip->checksum = sum + (sum >= 0xffff);
-		ip->ttl--;
-		return true;
-	}
-	struct ip6_header *ip = (void *)(long)skb->data + ETHERNET_LENGTH;
-	__u8 hops;
-
-	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
-		return false;
-	hops = ip->hops - 1;
-	return !bpf_skb_store_bytes(skb, ETHERNET_LENGTH + __builtin_offsetof(struct ip6_header, hops), &hops, 1,
-				    BPF_F_RECOMPUTE_CSUM);
-}
-
 SEC("tcx/ingress")
 int pod_from_pod(struct __sk_buff *skb)
 {
@@ -159,7 +99,8 @@ int pod_from_pod(struct __sk_buff *skb)
 	if (!found)
 		return crossed(CROSSING_STACK, TC_ACT_UNSPEC);
 	to = *found; /* what follows may move the packet, not the entry */
-	if (!age(skb) || bpf_skb_store_bytes(skb, 0, to.ethernet, sizeof(to.ethernet), 0))
+	if (!age(skb, ETHERNET_LENGTH, skb->protocol == __builtin_bswap16(ETHERTYPE_IP4)) ||
+	    bpf_skb_store_bytes(skb, 0, to.ethernet, sizeof(to.ethernet), 0))
 		return TC_ACT_SHOT; /* half rewritten: never seen */
 	if (to.direct)
 		return crossed(CROSSING_DIRECT, bpf_redirect_peer(to.device, 0));

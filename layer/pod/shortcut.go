@@ -182,10 +182,8 @@ func diffShortcuts(have *Picture) (changes layer.Changes) {
 // whyClosed says whose rules need to see packets between pods: those that need their
 // connections tracked, as whoever translates addresses does. Empty where nobody's do.
 func whyClosed(rules nft.Tracking, ranges []netip.Prefix) string {
-	for _, use := range rules.Uses {
-		if use.Touches(ranges) {
-			return fmt.Sprintf("packets between pods take no shortcuts: somebody's rules need to see them (%s)", use)
-		}
+	if use, found := rules.About(ranges); found {
+		return fmt.Sprintf("packets between pods take no shortcuts: somebody's rules need to see them (%s)", use)
 	}
 	return ""
 }

@@ -14,11 +14,12 @@ import (
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 )
 
 // pinnedMaps outlive the process; nothing else is in the object.
-var pinnedMaps = []string{datapathMapRemotes, datapathMapVteps, datapathMapPorts, datapathMapOutcomes}
+var pinnedMaps = []string{datapathMapRemotes, datapathMapVteps, datapathMapPorts, datapathMapGates, datapathMapOutcomes}
 
 // datapath is what the layer has in the kernel. It implements host.
 type datapath struct {
@@ -32,6 +33,7 @@ type datapath struct {
 	tcx      bool
 	attached map[hook]attach.Attachment
 	outcomes []string
+	rules    *nft.Net
 	lock     *os.File
 }
 
@@ -47,7 +49,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attach.Attachment{}, tcx: haveTCX()}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attach.Attachment{}, tcx: haveTCX(), rules: nft.In(settings.Netns)}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
@@ -129,6 +131,9 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 			return fmt.Errorf("set %s of the route programs: %w", name, err)
 		}
 	}
+	if err := d.openHomes(spec.Maps[datapathMapHomes]); err != nil {
+		return err
+	}
 	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
 	if err != nil {
 		return loadError(err)
@@ -144,6 +149,26 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 		d.programs[name] = program
 		delete(collection.Programs, name)
 	}
+	return nil
+}
+
+// openHomes opens the map that says where the node's own pods are. Where it is not there,
+// or another version's, the programs have an empty one.
+func (d *datapath) openHomes(spec *ebpf.MapSpec) error {
+	if d.settings.Homes == "" {
+		return nil
+	}
+	m, err := ebpf.LoadPinnedMap(d.settings.Homes, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned map %s: %w", d.settings.Homes, err)
+	}
+	if spec.Compatible(m) != nil {
+		return m.Close()
+	}
+	d.maps[datapathMapHomes] = m
 	return nil
 }
 

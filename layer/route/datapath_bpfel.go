@@ -18,19 +18,32 @@ type datapathAddress struct {
 	Word [4]uint32
 }
 
+type datapathHome struct {
+	_        structs.HostLayout
+	Device   uint32
+	Mtu      uint32
+	Direct   uint8
+	Zero     uint8
+	Ethernet [12]uint8
+	End      [2]uint8
+}
+
 type datapathOutcome uint32
 
 const (
-	datapathOutcomeOUTCOME_SENT        datapathOutcome = 0
-	datapathOutcomeOUTCOME_SENT_STACK  datapathOutcome = 1
-	datapathOutcomeOUTCOME_TAKEN       datapathOutcome = 2
-	datapathOutcomeOUTCOME_TAKEN_STACK datapathOutcome = 3
-	datapathOutcomeOUTCOME_TOO_BIG     datapathOutcome = 4
-	datapathOutcomeOUTCOME_EXPIRED     datapathOutcome = 5
-	datapathOutcomeOUTCOME_STRANGER    datapathOutcome = 6
-	datapathOutcomeOUTCOME_CONGESTED   datapathOutcome = 7
-	datapathOutcomeOUTCOME_UNWRITABLE  datapathOutcome = 8
-	datapathOutcomeOUTCOME_COUNT       datapathOutcome = 9
+	datapathOutcomeOUTCOME_SENT         datapathOutcome = 0
+	datapathOutcomeOUTCOME_SENT_DIRECT  datapathOutcome = 1
+	datapathOutcomeOUTCOME_SENT_STACK   datapathOutcome = 2
+	datapathOutcomeOUTCOME_TAKEN        datapathOutcome = 3
+	datapathOutcomeOUTCOME_TAKEN_DIRECT datapathOutcome = 4
+	datapathOutcomeOUTCOME_TAKEN_STACK  datapathOutcome = 5
+	datapathOutcomeOUTCOME_STACK        datapathOutcome = 6
+	datapathOutcomeOUTCOME_TOO_BIG      datapathOutcome = 7
+	datapathOutcomeOUTCOME_EXPIRED      datapathOutcome = 8
+	datapathOutcomeOUTCOME_STRANGER     datapathOutcome = 9
+	datapathOutcomeOUTCOME_CONGESTED    datapathOutcome = 10
+	datapathOutcomeOUTCOME_UNWRITABLE   datapathOutcome = 11
+	datapathOutcomeOUTCOME_COUNT        datapathOutcome = 12
 )
 
 type datapathRange struct {
@@ -49,6 +62,8 @@ type datapathRemote struct {
 	Near   uint8
 	Mac    [6]uint8
 	OwnMac [6]uint8
+	Direct uint8
+	Zero   [3]uint8
 }
 
 type datapathVtep struct {
@@ -62,6 +77,8 @@ type datapathVtep struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	datapathMapGates          = "gates"
+	datapathMapHomes          = "homes"
 	datapathMapOutcomes       = "outcomes"
 	datapathMapPorts          = "ports"
 	datapathMapRemotes        = "remotes"
@@ -126,6 +143,8 @@ type datapathProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathMapSpecs struct {
+	Gates    *ebpf.MapSpec `ebpf:"gates"`
+	Homes    *ebpf.MapSpec `ebpf:"homes"`
 	Outcomes *ebpf.MapSpec `ebpf:"outcomes"`
 	Ports    *ebpf.MapSpec `ebpf:"ports"`
 	Remotes  *ebpf.MapSpec `ebpf:"remotes"`
@@ -162,6 +181,8 @@ func (o *datapathObjects) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathMaps struct {
+	Gates    *ebpf.Map `ebpf:"gates"`
+	Homes    *ebpf.Map `ebpf:"homes"`
 	Outcomes *ebpf.Map `ebpf:"outcomes"`
 	Ports    *ebpf.Map `ebpf:"ports"`
 	Remotes  *ebpf.Map `ebpf:"remotes"`
@@ -170,6 +191,8 @@ type datapathMaps struct {
 
 func (m *datapathMaps) Close() error {
 	return _DatapathClose(
+		m.Gates,
+		m.Homes,
 		m.Outcomes,
 		m.Ports,
 		m.Remotes,

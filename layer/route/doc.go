@@ -1,10 +1,15 @@
 // Package route brings packets to the pods of other nodes.
 //
-// For each range of another node's pods it chooses the best way, and says why: direct,
-// a plain route, where the node is on the same segment; else VXLAN (RFC 7348). VXLAN is
-// written and read by eBPF programs at tc: no packet between pods goes through a vxlan
-// device, and large packets stay whole (GSO). On the wire it is the kernel's, so the other
-// end may be a plain node.
+// For each range of another node's pods it chooses the best way, and says why: direct
+// where the node is on the same segment; else VXLAN (RFC 7348). VXLAN is written and read
+// by eBPF programs at tc: no packet between pods goes through a vxlan device, and large
+// packets stay whole (GSO). On the wire it is the kernel's, so the other end may be a plain
+// node. Direct ways are routes, and from Linux 6.6 on pods' packets go past the stack by
+// the same programs: from the veth to the uplink, from the uplink to the pod.
+//
+// What goes past the stack does so in both directions or not at all: while a rule of others
+// needs to see pods' packets (connection tracking, translation), the programs leave all to
+// the stack. Packets of the node itself, and from outside the cluster, always go there.
 //
 // A vxlan device of the kernel, "millrace", is there all the same: by it goes what the
 // node's own stack sends to pods elsewhere, and what it is to see of what comes. It has
@@ -23,12 +28,13 @@
 // answers for.
 //
 // What it writes in the kernel: routes with protocol number 110 and metric 110, so that
-// others' to the same range win; the device; four maps, and a program and a link for each
+// others' to the same range win; the device; five maps, and a program and a link for each
 // pod's veth and each uplink (before Linux 6.6 clsact filters), pinned in a folder of its
 // own. What goes by the programs passes no forwarding rules of the host.
 //
-// What it costs: 53 bytes and the kernel's overhead for each range; each packet of a pod
-// is looked up once; two packets to each node a minute.
+// What it costs: 76 bytes and the kernel's overhead for each range; each packet of a pod
+// is looked up by its two ends, each that comes by an uplink by its sender; two packets to
+// each node a minute.
 //
 // Off means gone: Remove takes routes, device, links, maps and the folder away.
 //

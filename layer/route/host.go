@@ -40,7 +40,8 @@ func (d *datapath) mainRoutes() (routes []netlink.Route, err error) {
 
 // facts implements host.
 func (d *datapath) facts() (facts, error) {
-	f := facts{devices: map[int]fact{}}
+	f := facts{devices: map[int]fact{}, shortcuts: d.tcx}
+	f.rules, f.unread = d.rules.Tracking()
 	devices, err := d.devices()
 	if err != nil {
 		return f, err
@@ -113,15 +114,26 @@ func (d *datapath) devices() ([]link.Device, error) {
 
 // ports implements host. Those that have gone are forgotten.
 func (d *datapath) ports(facts) (ports []port, err error) {
-	devices, err := d.devices()
+	n, err := link.Open(d.settings.Netns)
 	if err != nil {
 		return nil, err
+	}
+	defer n.Close()
+	devices, err := n.Devices()
+	if err != nil {
+		return nil, err
+	}
+	filtered := map[int]bool{}
+	if d.tcx { // otherwise our programs are filters, too
+		if filtered, err = n.Filtered(); err != nil {
+			return nil, err
+		}
 	}
 	there := make(map[int]bool, len(devices))
 	for _, one := range devices {
 		there[one.Index] = true
 		for _, ofPod := range []bool{true, false} {
-			p := port{Index: one.Index, Name: one.Name, ofPod: ofPod}
+			p := port{Index: one.Index, Name: one.Name, ofPod: ofPod, filtered: filtered[one.Index]}
 			a := d.attached[p.hook()]
 			p.attached = a != nil && a.Alive()
 			p.pod = one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute

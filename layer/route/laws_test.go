@@ -53,7 +53,7 @@ func (p *paper) makeRoute(row *Row, _ int) error {
 func segment() facts {
 	return facts{
 		hops:    []hop{{to: netip.MustParsePrefix("192.0.2.0/24"), device: 2}, {to: netip.MustParsePrefix("2001:db8::/64"), device: 2}},
-		devices: map[int]fact{2: {name: "eth0", mtu: 1500, ethernet: true}},
+		devices: map[int]fact{2: {name: "eth0", mtu: 1500, ethernet: true}}, shortcuts: true,
 	}
 }
 
@@ -69,7 +69,7 @@ func TestPureLaws(t *testing.T) {
 		},
 		Faulty: func(object string) (layer.Layer, func()) {
 			l, p := New(Settings{Node: "n1"}), &paper{refuse: object}
-			l.host, l.tables = p, tables{remotes: bpfmap.NewFake[datapathRange, datapathRemote](100), vteps: bpfmap.NewFake[datapathAddress, datapathVtep](100)}
+			l.host, l.tables = p, tables{remotes: bpfmap.NewFake[datapathRange, datapathRemote](100), vteps: bpfmap.NewFake[datapathAddress, datapathVtep](100), gates: bpfmap.NewFake[uint32, uint32](1)}
 			return l, func() { p.refuse = "" }
 		},
 	})
@@ -94,12 +94,14 @@ func TestOrderOfNodes(t *testing.T) {
 	}
 }
 
-func TestLaws(t *testing.T) { laws(t) }
+func TestLaws(t *testing.T) { laws(t, ModeVXLAN) }
+
+func TestLawsDirect(t *testing.T) { laws(t, ModeAuto) }
 
 // The same where there is no tcx.
 func TestLawsOfFilters(t *testing.T) {
 	withoutTCX(t)
-	laws(t)
+	laws(t, ModeVXLAN)
 }
 
 func withoutTCX(t *testing.T) {
@@ -108,9 +110,9 @@ func withoutTCX(t *testing.T) {
 	t.Cleanup(func() { haveTCX = have })
 }
 
-func laws(t *testing.T) {
+func laws(t *testing.T, mode Mode) {
 	layertest.Laws(t, func(t *testing.T) layertest.Subject {
-		v := newVillage(t, ModeVXLAN, false)
+		v := newVillage(t, mode, false)
 		v.start(1)
 		alone := v.snapshot()
 		alone.Nodes = alone.Nodes[:1]

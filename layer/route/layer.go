@@ -16,6 +16,7 @@ import (
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -33,8 +34,12 @@ type Settings struct {
 	VNI  uint32
 	// Device is the name of the vxlan device; empty is DefaultDevice.
 	Device string
-	// Peer hands packets to pods past the node's ends of their veths: only where nothing
-	// has to run there, as the service layer's packet path does.
+	// Homes is the path of the pinned map that says where the node's own pods are
+	// (pod.Homes in the pins of layer/pod), which has to be there before Open; without it
+	// pods are found by the node's routes and neighbours.
+	Homes string
+	// Peer hands packets to pods that are not in it past the node's ends of their veths:
+	// only where nothing has to run there, as the service layer's packet path does.
 	Peer bool
 	// Netns is the path of the node's network namespace; empty for this process's own.
 	Netns string
@@ -89,6 +94,7 @@ type Layer struct {
 type tables struct {
 	remotes bpfmap.Table[datapathRange, datapathRemote]
 	vteps   bpfmap.Table[datapathAddress, datapathVtep]
+	gates   bpfmap.Table[uint32, uint32]
 }
 
 // host is what the layer needs of the kernel beside its tables.
@@ -150,6 +156,7 @@ func tablesOf(maps map[string]*ebpf.Map) tables {
 	return tables{
 		remotes: bpfmap.New[datapathRange, datapathRemote](maps[datapathMapRemotes]),
 		vteps:   bpfmap.New[datapathAddress, datapathVtep](maps[datapathMapVteps]),
+		gates:   bpfmap.New[uint32, uint32](maps[datapathMapGates]),
 	}
 }
 
@@ -196,9 +203,18 @@ func read(h host, t tables) (*Picture, error) {
 		row.torn = true // until its route is found
 		picture.rows[row.To] = row
 	}
+	gates, err := t.gates.All()
+	if err != nil {
+		return nil, err
+	}
+	picture.open = gates[0] != 0
 	routes, err := h.routes()
 	for _, route := range routes {
 		row := picture.rows[route.To]
+		if row != nil && row.Direct && route.Via == row.Via && route.index == row.index {
+			row.torn, row.set = false, route.set
+			continue
+		}
 		if row != nil && picture.device != nil && route.index == picture.device.index {
 			row.torn = row.ownMAC != picture.device.MAC
 			row.set = route.set
@@ -247,10 +263,10 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 // Look implements layer.Layer: it reads the pinned maps, the routes and the device. Of a pin
 // folder that does not exist the picture has only what the host is like.
 func (l *Layer) Look() (layer.Picture, error) {
-	d := &datapath{settings: l.settings}
+	d := &datapath{settings: l.settings, tcx: haveTCX(), rules: nft.In(l.settings.Netns)}
 	opened := map[string]*ebpf.Map{}
 	defer closeMaps(opened)
-	for _, name := range []string{datapathMapRemotes, datapathMapVteps} {
+	for _, name := range []string{datapathMapRemotes, datapathMapVteps, datapathMapGates} {
 		path := filepath.Join(l.settings.Pins, name)
 		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
 		if errors.Is(err, fs.ErrNotExist) {
@@ -303,6 +319,10 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	if wished != nil {
 		aim := resolve(l.settings, wished, picture.facts)
 		picture.left, picture.narrow = aim.left, aim.narrow
+		if aim.why != "" && len(aim.rows) > 0 {
+			picture.left = append(picture.left, aim.why)
+		}
+		picture.left = append(picture.left, byStack(picture.ports, aim.wires())...)
 	}
 	l.paths.aim(picture)
 	l.mu.Lock()
@@ -335,6 +355,12 @@ func (l *Layer) carryOut(have *Picture, change layer.Change) error {
 			return l.host.detach(s)
 		}
 		return l.host.attach(s)
+	case gate:
+		value := []uint32{1}
+		if gone {
+			value[0] = 0
+		}
+		return errors.Join(l.tables.gates.Put([]uint32{0}, value)...)
 	}
 	return fmt.Errorf("%s: unknown", change.Subject.Object())
 }
@@ -372,24 +398,26 @@ func (l *Layer) dropDevice(d *device) error {
 // makeRow writes the entry before the route that leads to it; of a way that is direct now,
 // the route first.
 func (l *Layer) makeRow(have *Picture, row *Row) error {
-	index := 0
-	if !row.Direct {
-		if have.device == nil {
-			return errors.New("its vxlan device is not there")
-		}
-		index = have.device.index
-		entry := entryOf(row, have.device)
-		if err := errors.Join(l.tables.remotes.Put([]datapathRange{rangeOf(row.To)}, []datapathRemote{entry})...); err != nil {
+	if row.Direct {
+		if err := l.host.makeRoute(row, 0); err != nil {
 			return err
 		}
-	}
-	if err := l.host.makeRoute(row, index); err != nil {
-		return err
-	}
-	if row.Direct {
+		if row.Shortcut {
+			return l.putRow(row, &device{})
+		}
 		return errors.Join(l.tables.remotes.Delete([]datapathRange{rangeOf(row.To)})...)
 	}
-	return nil
+	if have.device == nil {
+		return errors.New("its vxlan device is not there")
+	}
+	if err := l.putRow(row, have.device); err != nil {
+		return err
+	}
+	return l.host.makeRoute(row, have.device.index)
+}
+
+func (l *Layer) putRow(row *Row, d *device) error {
+	return errors.Join(l.tables.remotes.Put([]datapathRange{rangeOf(row.To)}, []datapathRemote{entryOf(row, d)})...)
 }
 
 func (l *Layer) dropRow(row *Row) error {
@@ -466,17 +494,29 @@ func fromRange(r datapathRange) netip.Prefix {
 
 // entryOf is what the programs know of a way.
 func entryOf(row *Row, d *device) datapathRemote {
-	entry := datapathRemote{Vtep: addressOf(row.Via), Local: addressOf(row.Local), Uplink: uint32(row.index), Mtu: uint16(min(row.MTU, 0xffff)), Mac: row.MAC, OwnMac: d.MAC}
+	entry := datapathRemote{Vtep: addressOf(row.Via), Uplink: uint32(row.index), Mtu: uint16(min(row.MTU, 0xffff)), Mac: row.MAC, OwnMac: d.MAC}
+	if row.Local.IsValid() {
+		entry.Local = addressOf(row.Local)
+	}
 	if row.Via.Is4() {
 		entry.Ip4 = 1
 	}
-	if row.Near {
+	if row.Near || row.Direct {
 		entry.Near = 1
+	}
+	if row.Direct {
+		entry.Direct = 1
 	}
 	return entry
 }
 
 // rowOf is the way that an entry was made of.
 func rowOf(key datapathRange, entry datapathRemote) *Row {
-	return &Row{To: fromRange(key), Via: fromAddress(entry.Vtep), Local: fromAddress(entry.Local), index: int(entry.Uplink), MTU: int(entry.Mtu), MAC: entry.Mac, Near: entry.Near != 0, ownMAC: entry.OwnMac}
+	row := &Row{To: fromRange(key), Via: fromAddress(entry.Vtep), index: int(entry.Uplink), MTU: int(entry.Mtu), ownMAC: entry.OwnMac}
+	if entry.Direct != 0 {
+		row.Direct, row.Shortcut = true, true
+		return row
+	}
+	row.Local, row.MAC, row.Near = fromAddress(entry.Local), entry.Mac, entry.Near != 0
+	return row
 }

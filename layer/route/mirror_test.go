@@ -12,8 +12,10 @@ type mirror struct {
 	vteps   map[netip.Addr]datapathVtep
 	port    uint16
 	vni     uint32
-	// pods are behind the node, with the MACs of their veths' two ends.
-	pods map[netip.Addr][2][6]byte
+	// pods are behind the node, with the MACs of their veths' two ends; uplink is where
+	// packets come from.
+	pods   map[netip.Addr][2][6]byte
+	uplink int
 	// relabel says that packets may be of another family than what is outside.
 	relabel bool
 }
@@ -79,17 +81,46 @@ func (m *mirror) remote(to netip.Addr) (best datapathRemote, found bool) {
 func (m *mirror) fromPod(frame, got []byte) (datapathOutcome, []byte) {
 	h, ok := readHead(frame, 14, binary.BigEndian.Uint16(frame[12:]))
 	to, found := m.remote(h.destination)
+	_, own := m.pods[h.source]
 	switch {
 	case !ok || !found:
 		return none, frame
+	case !own || to.Direct != 0 && hasOptions(frame):
+		return datapathOutcomeOUTCOME_STACK, frame
 	case h.hops <= 1:
 		return datapathOutcomeOUTCOME_EXPIRED, frame
 	case len(frame)-14 > int(to.Mtu):
 		return datapathOutcomeOUTCOME_TOO_BIG, frame
 	}
+	if to.Direct != 0 {
+		frame = bytes.Clone(frame)
+		h.hop(frame, 14)
+		return datapathOutcomeOUTCOME_SENT_DIRECT, frame
+	}
 	inner := bytes.Clone(frame[14:])
 	h.hop(inner, 0)
 	return datapathOutcomeOUTCOME_SENT, m.wrapped(frame[:12], inner, h, to, got)
+}
+
+// hasOptions says whether a frame's IP header has something that routers have to read.
+func hasOptions(frame []byte) bool {
+	if frame[12] == 8 {
+		return frame[14]&15 != 5
+	}
+	return frame[20] == 0
+}
+
+// forward says what becomes of a frame from other machines that is not of VXLAN.
+func (m *mirror) forward(frame []byte) (datapathOutcome, []byte) {
+	h, ok := readHead(frame, 14, binary.BigEndian.Uint16(frame[12:]))
+	from, found := m.remote(h.source)
+	macs, local := m.pods[h.destination]
+	if !ok || !found || from.Direct == 0 || int(from.Uplink) != m.uplink || !local || hasOptions(frame) || h.hops <= 1 || len(frame)-14 > 1500 {
+		return none, frame
+	}
+	frame = append(append(bytes.Clone(macs[1][:]), macs[0][:]...), frame[12:]...)
+	h.hop(frame, 14)
+	return datapathOutcomeOUTCOME_TAKEN_DIRECT, frame
 }
 
 // wrapped is a packet inside one of VXLAN.
@@ -142,22 +173,22 @@ func (m *mirror) fromWire(frame []byte) (datapathOutcome, []byte) {
 	kind := binary.BigEndian.Uint16(frame[12:])
 	outer, ok := readHead(frame, 14, kind)
 	if !ok {
-		return none, frame
+		return m.forward(frame)
 	}
 	udp := 54
 	if outer.ip4 {
 		udp = 34
 	}
 	if len(frame) < udp+8 || outer.ip4 && (frame[14] != 0x45 || frame[23] != 17 || binary.BigEndian.Uint16(frame[20:])&0x3fff != 0) || !outer.ip4 && frame[20] != 17 {
-		return none, frame
+		return m.forward(frame)
 	}
 	at := udp + 8 + 8 + 14
 	if binary.BigEndian.Uint16(frame[udp+2:]) != m.port || len(frame) < at+20 || frame[udp+8] != 8 || binary.BigEndian.Uint32(frame[udp+12:]) != m.vni<<8 {
-		return none, frame
+		return m.forward(frame)
 	}
 	here, there := m.vteps[outer.destination], m.vteps[outer.source]
 	if _, known := m.vteps[outer.source]; here.Device == 0 || !bytes.Equal(frame[udp+16:udp+22], here.Mac[:]) {
-		return none, frame
+		return m.forward(frame)
 	} else if !known || there.Device != 0 {
 		return datapathOutcomeOUTCOME_STRANGER, frame
 	}

@@ -21,6 +21,9 @@ type Picture struct {
 	rows   map[netip.Prefix]*Row
 	vteps  map[netip.Addr]bool // of other nodes
 	ports  []port
+	// open says that packets go past the stack; why, in plans, whose rules need to see them.
+	open   bool
+	why    string
 	lost   []lost
 	left   []string
 	narrow []string // findings
@@ -42,6 +45,9 @@ type Row struct {
 	// Device is what they leave by.
 	Device string `json:"device"`
 	index  int
+	// Shortcut says that packets of pods go that way past the node's stack, also where
+	// Direct; in VXLAN they always do.
+	Shortcut bool `json:"shortcut,omitempty"`
 	// MTU is the longest packet of pods, in bytes. set is that of the node's route: where it
 	// is Direct, 0 if the device's holds.
 	MTU int `json:"mtu,omitempty"`
@@ -62,8 +68,11 @@ type Row struct {
 // know.
 func (r *Row) equal(o *Row) bool {
 	return r.To == o.To && r.Direct == o.Direct && r.Via == o.Via && r.Local == o.Local && r.index == o.index &&
-		r.MTU == o.MTU && r.set == o.set && r.MAC == o.MAC && r.Near == o.Near && !r.torn && !o.torn
+		r.Shortcut == o.Shortcut && r.MTU == o.MTU && r.set == o.set && r.MAC == o.MAC && r.Near == o.Near && !r.torn && !o.torn
 }
+
+// byProgram says that programs take packets that way.
+func (r *Row) byProgram() bool { return r.Shortcut || !r.Direct }
 
 // overhead is what is put around a packet, in bytes.
 func (r *Row) overhead() int {
@@ -87,6 +96,9 @@ func (r *Row) Detail() string {
 	}
 	if r.Direct {
 		text += fmt.Sprintf(" direct via %s by %s mtu %d", r.Via, r.Device, r.MTU)
+		if r.Shortcut {
+			text += ", past the stack"
+		}
 	} else {
 		text += fmt.Sprintf(" vxlan to %s by %s mtu %d", r.Via, r.Device, r.MTU)
 	}
@@ -158,8 +170,10 @@ type port struct {
 	Name  string `json:"name"`
 	// ofPod says which program: that of pods, or that of wires.
 	ofPod bool
-	// pod says that a pod is behind the device, attached that the program is in force.
-	pod, attached bool
+	// pod says that a pod is behind the device, attached that the program is in force,
+	// filtered that somebody's filters look at what comes by it, which they would not see
+	// any more.
+	pod, attached, filtered bool
 }
 
 func (p port) program() string {
@@ -174,6 +188,15 @@ func (p port) Object() string { return "program " + p.program() + " of " + p.Nam
 
 // Detail implements layer.Subject.
 func (p port) Detail() string { return "" }
+
+// gate is whether packets go past the stack. It implements layer.Subject.
+type gate struct{}
+
+// Object implements layer.Subject.
+func (gate) Object() string { return "shortcuts to pods of other nodes" }
+
+// Detail implements layer.Subject.
+func (gate) Detail() string { return "" }
 
 // lost is something that was taken away. It implements layer.Subject.
 type lost string
@@ -225,6 +248,8 @@ func (p *Picture) note(change layer.Change) {
 	switch s := change.Subject.(type) {
 	case lost:
 		p.lost = nil
+	case gate:
+		p.open = !gone
 	case *device:
 		if p.device != nil && !p.device.same(s) {
 			maps.DeleteFunc(p.rows, func(_ netip.Prefix, r *Row) bool { return !r.Direct })

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -27,6 +28,25 @@ type facts struct {
 	devices map[int]fact
 	// paths are how long packets to nodes may be, by their addresses, where it was measured.
 	paths map[netip.Addr]measurement
+	// shortcuts says that the kernel can give a packet to a pod, or to a neighbour, past the
+	// stack.
+	shortcuts bool
+	// rules are those of others, unread why they cannot be known.
+	rules  nft.Tracking
+	unread error
+}
+
+// whyClosed says whose rules need to see packets between pods of the ranges. Empty where
+// nobody's do.
+func (f facts) whyClosed(ranges []netip.Prefix) string {
+	const what = "packets to pods of other nodes go through the stack: "
+	if f.unread != nil {
+		return what + "whether somebody's rules need to see them cannot be read: " + f.unread.Error()
+	}
+	if use, found := f.rules.About(ranges); found {
+		return what + fmt.Sprintf("somebody's rules need to see them (%s)", use)
+	}
+	return ""
 }
 
 // fact is a device that packets to other nodes may leave by.
@@ -86,6 +106,15 @@ type wish struct {
 	peers []peer
 }
 
+// ranges are those of all pods.
+func (w *wish) ranges() (all []netip.Prefix) {
+	all = slices.Clone(w.own.ranges)
+	for _, n := range w.peers {
+		all = append(all, n.ranges...)
+	}
+	return all
+}
+
 // plan reads a Snapshot. As long as this node is not in it, nobody knows where its own pods
 // are, and all stays as it is.
 func plan(settings Settings, snapshot *model.Snapshot) *Picture {
@@ -141,6 +170,7 @@ func macOf(addresses []netip.Addr) (mac [6]byte) {
 // resolve makes of a wish what is to be in the kernel of a host.
 func resolve(settings Settings, w *wish, f facts) *Picture {
 	p := newPicture()
+	p.why = f.whyClosed(w.ranges())
 	mtu, told := 0, map[netip.Addr]bool{}
 	for _, n := range w.peers {
 		for _, to := range n.ranges {
@@ -238,7 +268,8 @@ func direct(n peer, to netip.Prefix, f facts) *Row {
 		if via.Is6() {
 			passes = max(passes, min(at.mtu, leastMTU))
 		}
-		row := &Row{To: to, Node: n.name, Direct: true, Via: via, Device: at.name, index: h.device, MTU: passes, Why: "it is on the same segment"}
+		row := &Row{To: to, Node: n.name, Direct: true, Via: via, Device: at.name, index: h.device, Shortcut: f.shortcuts,
+			MTU: passes, Why: "it is on the same segment"}
 		if passes < at.mtu {
 			row.set = passes
 		}
@@ -286,6 +317,9 @@ func diff(settings Settings, have, want *Picture, prune bool) layer.Changes {
 	}
 	aim := resolve(settings, want.wish, have.facts)
 	there := have.rows
+	if have.open && aim.why != "" {
+		note(layer.Remove, gate{})
+	}
 	switch {
 	case aim.device == nil:
 	case have.device == nil:
@@ -311,6 +345,9 @@ func diff(settings Settings, have, want *Picture, prune bool) layer.Changes {
 			note(layer.Alter, aim.rows[to])
 		}
 	}
+	if !have.open && aim.why == "" && len(aim.rows) > 0 {
+		note(layer.Add, gate{})
+	}
 	if !prune {
 		return changes
 	}
@@ -333,26 +370,44 @@ func diff(settings Settings, have, want *Picture, prune bool) layer.Changes {
 	return changes
 }
 
-// wantedPorts are the devices whose programs are missing, and those that have one too
-// many.
-func wantedPorts(have, aim *Picture, prune bool) (missing, unwanted []port) {
+// wires are the devices by which packets go and come past the stack.
+func (p *Picture) wires() map[int]bool {
 	wires := map[int]bool{}
-	for _, row := range aim.rows {
-		if !row.Direct {
+	for _, row := range p.rows {
+		if row.byProgram() {
 			wires[row.index] = true
 		}
 	}
-	if !prune { // what is not known to be away may still come by them
-		for _, row := range have.rows {
-			wires[row.index] = wires[row.index] || !row.Direct
+	return wires
+}
+
+// wanted says that the program has something to do there.
+func (p port) wanted(wires map[int]bool) bool {
+	if p.ofPod {
+		return len(wires) > 0 && p.pod && !wires[p.Index]
+	}
+	return wires[p.Index]
+}
+
+// byStack says why packets that come by some devices go through the stack.
+func byStack(ports []port, wires map[int]bool) (why []string) {
+	for _, p := range ports {
+		if p.filtered && p.wanted(wires) {
+			why = append(why, fmt.Sprintf("what comes by %s goes through the stack: somebody's filters look at it (tc filter show dev %s ingress)", p.Name, p.Name))
 		}
 	}
-	tunnelled := aim.device != nil || have.device != nil && !prune
+	return why
+}
+
+// wantedPorts are the devices whose programs are missing, and those that have one too
+// many.
+func wantedPorts(have, aim *Picture, prune bool) (missing, unwanted []port) {
+	wires := aim.wires()
+	if !prune { // what is not known to be away may still come by them
+		maps.Copy(wires, have.wires())
+	}
 	for _, p := range have.ports {
-		wanted := tunnelled && p.pod && !wires[p.Index]
-		if !p.ofPod {
-			wanted = tunnelled && wires[p.Index]
-		}
+		wanted := p.wanted(wires) && !p.filtered
 		switch {
 		case wanted && !p.attached:
 			missing = append(missing, p)

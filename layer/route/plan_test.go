@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/tools/txtar"
 
+	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/model"
 )
 
@@ -44,6 +45,9 @@ func TestWays(t *testing.T) {
 			for _, why := range slices.Concat(aim.left, aim.narrow) {
 				text.WriteString("! " + why + "\n")
 			}
+			if why := resolve(settings, want.wish, have.facts).why; why != "" {
+				text.WriteString("! " + why + "\n")
+			}
 		}
 		for _, change := range changes {
 			have.note(change)
@@ -72,13 +76,17 @@ func addPort(ports []port, p port) []port {
 // clusterOf reads the lines of a cluster and of a host.
 func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, facts) {
 	t.Helper()
-	s, f := &model.Snapshot{Complete: true}, facts{devices: map[int]fact{}, paths: map[netip.Addr]measurement{}}
+	s, f := &model.Snapshot{Complete: true}, facts{devices: map[int]fact{}, paths: map[netip.Addr]measurement{}, shortcuts: true}
 	index := map[string]int{}
 	for line := range strings.Lines(text) {
 		words := strings.Fields(line)
 		switch words[0] {
 		case "incomplete":
 			s.Complete = false
+		case "old":
+			f.shortcuts = false
+		case "rule":
+			f.rules = nft.Tracking{Asked: true, Uses: []nft.Use{{Family: "ip", Table: "nat", Chain: "services", What: "translates destinations", To: netip.MustParsePrefix(words[1])}}}
 		case "vxlan":
 			settings.Mode = ModeVXLAN
 		case "device":
@@ -138,6 +146,7 @@ func TestEntries(t *testing.T) {
 		{To: netip.MustParsePrefix("fd00:244:2::/64"), Via: netip.MustParseAddr("2001:db8::2"), Local: netip.MustParseAddr("2001:db8::1"), index: 8, MTU: 8930},
 		{To: netip.MustParsePrefix("10.0.0.0/8"), Via: netip.MustParseAddr("2001:db8::2"), Local: netip.MustParseAddr("2001:db8::1"), index: 8, MTU: 1430},
 		{To: netip.MustParsePrefix("10.244.2.7/32"), Via: netip.MustParseAddr("192.0.2.2"), Local: netip.MustParseAddr("192.0.2.1"), index: 7, MTU: 1450},
+		{To: netip.MustParsePrefix("fd00:244:3::/64"), Direct: true, Shortcut: true, Via: netip.MustParseAddr("2001:db8::2"), index: 8, MTU: 1500},
 	} {
 		back := rowOf(rangeOf(row.To), entryOf(row, d))
 		if !back.equal(row) || back.ownMAC != d.MAC {

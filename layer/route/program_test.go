@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 
 	"github.com/millrace/millrace/kernel/netns"
 )
@@ -18,18 +19,22 @@ const (
 	redirected = uint32(7)          // TC_ACT_REDIRECT
 )
 
-// loaded is a node of a village, with its programs and what they ought to do. To node 3
-// packets go in IPv6.
+// loaded is a node of a village, with its programs and what they ought to do. Node 3 has
+// an address of IPv6 alone.
 type loaded struct {
 	*village
 	t      testing.TB
 	layer  *Layer
 	mirror *mirror
 	words  []string
+	wire   [6]byte // the uplink's
 }
 
-func load(t *testing.T) *loaded {
-	v := newVillage(t, ModeVXLAN, false)
+func load(t *testing.T) *loaded { return loadAs(t, ModeVXLAN, 4, 5) }
+
+// loadAs says how many ways and addresses there are to be in the maps.
+func loadAs(t *testing.T, mode Mode, ways, addresses int) *loaded {
+	v := newVillage(t, mode, false)
 	p := &loaded{village: v, t: t, layer: New(v.settings[0])}
 	must(t, p.layer.Open())
 	t.Cleanup(func() { p.layer.Close() })
@@ -37,7 +42,7 @@ func load(t *testing.T) *loaded {
 	cluster.Nodes[2].Addresses = cluster.Nodes[2].Addresses[1:]
 	v.apply(p.layer, cluster)
 	p.words = p.layer.host.(*datapath).outcomes
-	p.mirror = &mirror{remotes: map[netip.Prefix]datapathRemote{}, vteps: map[netip.Addr]datapathVtep{}, port: DefaultPort, vni: DefaultVNI, relabel: haveTCX(),
+	p.mirror = &mirror{remotes: map[netip.Prefix]datapathRemote{}, vteps: map[netip.Addr]datapathVtep{}, port: DefaultPort, vni: DefaultVNI, relabel: haveTCX(), uplink: v.uplinks[0],
 		pods: map[netip.Addr][2][6]byte{podAddress(0, false): {[6]byte(nodeMACs[0]), [6]byte(podMACs[0])}, podAddress(0, true): {[6]byte(nodeMACs[0]), [6]byte(podMACs[0])}}}
 	remotes, err := p.layer.tables.remotes.All()
 	must(t, err)
@@ -49,17 +54,35 @@ func load(t *testing.T) *loaded {
 	for key, entry := range vteps {
 		p.mirror.vteps[fromAddress(key)] = entry
 	}
-	if len(remotes) != 4 || len(vteps) != 5 {
-		t.Fatalf("%d ways and %d addresses, not 4 and 5", len(remotes), len(vteps))
+	if len(remotes) != ways || len(vteps) != addresses {
+		t.Fatalf("%d ways and %d addresses, not %d and %d", len(remotes), len(vteps), ways, addresses)
 	}
+	must(t, netns.Do(v.nodes[0], func() error {
+		uplink, err := netlink.LinkByName("uplink")
+		if err == nil {
+			p.wire = [6]byte(uplink.Attrs().HardwareAddr)
+		}
+		return err
+	}))
 	return p
 }
 
-// run gives a program a frame in the node.
+// run gives a program a frame in the node, that came by the pod's device or by the uplink
+// and is for it.
 func (p *loaded) run(program string, frame []byte) (verdict uint32, after []byte) {
 	p.t.Helper()
 	after = make([]byte, len(frame)+256)
-	options := &ebpf.RunOptions{Data: frame, DataOut: after}
+	var context struct { // struct __sk_buff up to ifindex
+		_       [10]uint32
+		IfIndex uint32
+	}
+	context.IfIndex = uint32(p.uplinks[0])
+	copy(frame, p.wire[:])
+	if program == datapathProgRouteFromPod {
+		context.IfIndex = uint32(p.ports[0])
+		copy(frame, nodeMACs[0])
+	}
+	options := &ebpf.RunOptions{Data: frame, DataOut: after, Context: context}
 	must(p.t, netns.Do(p.nodes[0], func() (err error) {
 		verdict, err = p.layer.host.(*datapath).programs[program].Run(options)
 		return err
@@ -93,7 +116,7 @@ func (p *loaded) same(program string, frame []byte) string {
 	says, expected := "untouched", passed
 	switch outcome {
 	case none:
-	case datapathOutcomeOUTCOME_SENT, datapathOutcomeOUTCOME_TAKEN, datapathOutcomeOUTCOME_TAKEN_STACK:
+	case datapathOutcomeOUTCOME_SENT, datapathOutcomeOUTCOME_TAKEN, datapathOutcomeOUTCOME_TAKEN_STACK, datapathOutcomeOUTCOME_SENT_DIRECT, datapathOutcomeOUTCOME_TAKEN_DIRECT:
 		expected = redirected
 	case datapathOutcomeOUTCOME_STRANGER, datapathOutcomeOUTCOME_CONGESTED:
 		expected = dropped
@@ -154,6 +177,9 @@ func TestFromPod(t *testing.T) {
 		{"10.244.1.7", "10.244.3.7", 0x03, 64, 10, "sent"},
 		{"fd00:244:1::7", "fd00:244:2::7", 0xff, 64, 10, "sent"},
 		{"fd00:244:1::7", "fd00:244:3::7", 0x02, 255, 10, "sent"},
+		{"10.244.1.8", "10.244.2.7", 0, 64, 10, "stack"}, // another pod's address
+		{"192.0.2.1", "10.244.2.7", 0, 64, 10, "stack"},
+		{"fd00:244:2::8", "fd00:244:2::7", 0, 64, 10, "stack"},
 		{"10.244.1.7", "10.244.4.7", 0, 64, 10, "untouched"},
 		{"10.244.1.7", "10.244.1.8", 0, 64, 10, "untouched"},
 		{"10.244.1.7", "192.0.2.2", 0, 64, 10, "untouched"},
@@ -297,20 +323,36 @@ func TestThereAndBack(t *testing.T) {
 // Random frames near those that mean something: programs and mirror agree.
 func TestDifferential(t *testing.T) {
 	p := load(t)
+	p.differ("sent", "taken", "taken_stack", "expired", "too_big", "stranger", "congested", "stack", "untouched")
+}
+
+// The same where nodes are on one segment.
+func TestDifferentialDirect(t *testing.T) {
+	needsTCX(t)
+	p := loadAs(t, ModeAuto, 4, 3)
+	p.differ("sent", "sent_direct", "taken_direct", "expired", "too_big", "stack", "untouched")
+}
+
+// differ compares programs and mirror, and asks for at least ten frames of each kind.
+func (p *loaded) differ(kinds ...string) {
+	t := p.t
 	random := rand.New(rand.NewPCG(3, 5))
 	seen := map[string]int{}
 	addresses := []string{"10.244.2.7", "10.244.1.7", "10.244.3.9", "192.0.2.1", "10.244.1.0"}
 	sixes := []string{"fd00:244:2::7", "fd00:244:1::7", "fd00:244:3::9", "2001:db8::1"}
 	one := func(all []string) string { return all[random.IntN(len(all))] }
-	for range 8000 {
+	for range 6000 {
 		tos, hops := byte(random.Uint32()), byte(random.IntN(4)*random.IntN(80))
-		inner := packet(one(addresses), one(addresses), tos, hops, random.IntN(1500))
+		inner := packet(one(addresses), one(addresses), tos, hops, random.IntN(1600))
 		if random.IntN(2) == 0 {
-			inner = packet(one(sixes), one(sixes), tos, hops, random.IntN(1500))
+			inner = packet(one(sixes), one(sixes), tos, hops, random.IntN(1600))
 		}
 		program, frame := datapathProgRouteFromPod, inner
 		if random.IntN(2) == 0 {
 			program, frame = datapathProgRouteFromWire, p.tunnelled(inner, random.IntN(2) == 0, byte(random.Uint32()))
+		}
+		if random.IntN(4) == 0 {
+			program, frame = datapathProgRouteFromWire, inner
 		}
 		for range random.IntN(3) {
 			at := 12 + random.IntN(min(len(frame)-12, 90))
@@ -322,9 +364,61 @@ func TestDifferential(t *testing.T) {
 		seen[p.same(program, frame)]++
 	}
 	t.Log(seen)
-	for _, what := range []string{"sent", "taken", "taken_stack", "expired", "too_big", "stranger", "congested", "untouched"} {
+	for _, what := range kinds {
 		if seen[what] < 10 {
 			t.Errorf("only %d frames were %s: the test is blind", seen[what], what)
+		}
+	}
+}
+
+// To and from nodes on the segment packets go as they are, one hop older; what the stack
+// has to answer, or to see, it gets untouched.
+func TestDirectPrograms(t *testing.T) {
+	needsTCX(t)
+	p := loadAs(t, ModeAuto, 4, 3)
+	options := func(frame []byte) []byte {
+		frame[14]++
+		return frame
+	}
+	byHop := func(frame []byte) []byte {
+		frame[20] = 0 // RFC 8200, 4.3
+		return frame
+	}
+	const out, in = datapathProgRouteFromPod, datapathProgRouteFromWire
+	for _, row := range []struct {
+		what, program string
+		frame         []byte
+		want          string
+	}{
+		{"IPv4", out, packet("10.244.1.7", "10.244.2.7", 0xb9, 64, 10), "sent_direct"},
+		{"IPv6", out, packet("fd00:244:1::7", "fd00:244:2::7", 0xb9, 2, 10), "sent_direct"},
+		{"IPv6, the other node has no IPv4", out, packet("fd00:244:1::7", "fd00:244:3::7", 0, 64, 10), "sent_direct"},
+		{"IPv4, the other node has none", out, packet("10.244.1.7", "10.244.3.7", 0, 64, 10), "sent"},
+		{"as long as the uplink takes", out, packet("10.244.1.7", "10.244.2.7", 0, 64, 1500-28), "sent_direct"},
+		{"longer", out, packet("10.244.1.7", "10.244.2.7", 0, 64, 1500-27), "too_big"},
+		{"IPv6, longer", out, packet("fd00:244:1::7", "fd00:244:2::7", 0, 64, 1500-47), "too_big"},
+		{"the last hop", out, packet("10.244.1.7", "10.244.2.7", 0, 1, 10), "expired"},
+		{"another's address", out, packet("10.244.1.8", "10.244.2.7", 0, 64, 10), "stack"},
+		{"the node's address", out, packet("192.0.2.1", "10.244.2.7", 0, 64, 10), "stack"},
+		{"IP options", out, options(packet("10.244.1.7", "10.244.2.7", 0, 64, 10)), "stack"},
+		{"IPv6, for each hop", out, byHop(packet("fd00:244:1::7", "fd00:244:2::7", 0, 64, 10)), "stack"},
+		{"to elsewhere", out, packet("10.244.1.7", "198.51.100.1", 0, 64, 10), "untouched"},
+		{"IPv4 comes", in, packet("10.244.2.7", "10.244.1.7", 0xb9, 64, 10), "taken_direct"},
+		{"IPv6 comes", in, packet("fd00:244:2::7", "fd00:244:1::7", 0xb9, 2, 10), "taken_direct"},
+		{"from a node that sends VXLAN", in, packet("10.244.3.7", "10.244.1.7", 0, 64, 10), "untouched"},
+		{"from another node itself", in, packet("192.0.2.2", "10.244.1.7", 0, 64, 10), "untouched"},
+		{"from outside", in, packet("198.51.100.1", "10.244.1.7", 0, 64, 10), "untouched"},
+		{"from a pod of this node", in, packet("10.244.1.8", "10.244.1.7", 0, 64, 10), "untouched"},
+		{"to the node", in, packet("10.244.2.7", "192.0.2.1", 0, 64, 10), "untouched"},
+		{"to a pod that is not there", in, packet("10.244.2.7", "10.244.1.99", 0, 64, 10), "untouched"},
+		{"to a pod of another node", in, packet("10.244.2.7", "10.244.2.9", 0, 64, 10), "untouched"},
+		{"comes with its last hop", in, packet("10.244.2.7", "10.244.1.7", 0, 1, 10), "untouched"},
+		{"comes with IP options", in, options(packet("10.244.2.7", "10.244.1.7", 0, 64, 10)), "untouched"},
+		{"comes too long for the pod", in, packet("10.244.2.7", "10.244.1.7", 0, 64, 1500-27), "untouched"},
+		{"comes in VXLAN from a node that sends none", in, p.tunnelled(packet("10.244.2.7", "10.244.1.7", 0, 64, 10), false, 0), "stranger"},
+	} {
+		if got := p.same(row.program, row.frame); got != row.want {
+			t.Errorf("%s: %s, not %s", row.what, got, row.want)
 		}
 	}
 }

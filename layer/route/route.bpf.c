@@ -1,18 +1,21 @@
 //go:build ignore
 
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
-/* VXLAN (RFC 7348) written at tc: what pods send to pods of other nodes is put into a
- * packet to that node, and what comes from there is taken out, without a vxlan device on
- * the way and without cutting large packets up (GSO).
+/* From pods of this node to pods of others and back, past the hosts' stacks.
  *
  *   pod -> route_from_pod -> uplink ~~~ uplink -> route_from_wire -> pod
+ *
+ * To a node on the same segment packets go as they are, one hop older, as by a router. To
+ * others in VXLAN (RFC 7348): what pods send is put into a packet to that node, and what
+ * comes from there is taken out, without a vxlan device on the way and without cutting
+ * large packets up (GSO).
  *
  * The node has a vxlan device of the kernel all the same. By it goes what the stack itself
  * sends to other nodes' pods (route_to_remote), and what the stack is to see of what
  * comes: what is for the node, for pods without a neighbour entry, and whatever these
  * programs do not understand.
  */
-#include "../../bpf/packet.h"
+#include "../../bpf/shortcut.h"
 
 /* A range of addresses; length is in bits, of 128. */
 struct range {
@@ -23,13 +26,15 @@ struct range {
 /* The way to another node. */
 struct remote {
 	struct address vtep;  /* where it takes packets, ... */
-	struct address local; /* ... and from where they come */
+	struct address local; /* ... and from where they come, in VXLAN */
 	__u32 uplink;         /* the device by which they go */
-	__u16 mtu;            /* the longest packet inside, in bytes */
-	__u8 ip4;             /* the packet outside is IPv4 */
+	__u16 mtu;            /* the longest packet of a pod, in bytes */
+	__u8 ip4;             /* vtep is an IPv4 address */
 	__u8 near;            /* vtep is a neighbour there; otherwise the node's routes are asked */
 	__u8 mac[6];          /* that of its vxlan device, ... */
 	__u8 own_mac[6];      /* ... and of ours */
+	__u8 direct;          /* packets go as they are, and come so */
+	__u8 zero[3];
 };
 
 /* By the ranges of their pods. */
@@ -68,15 +73,18 @@ struct {
 /* What became of packets. The names in metrics are read from this enum's BTF, in lower
  * case and without the prefix. */
 enum outcome {
-	OUTCOME_SENT,        /* of a pod, put into VXLAN */
-	OUTCOME_SENT_STACK,  /* of the node's stack, put into VXLAN */
-	OUTCOME_TAKEN,       /* taken out of VXLAN and given to a pod */
-	OUTCOME_TAKEN_STACK, /* taken out of VXLAN and given to the node's stack */
-	OUTCOME_TOO_BIG,     /* left to the stack, which says so to the sender */
-	OUTCOME_EXPIRED,     /* likewise: it has made too many hops */
-	OUTCOME_STRANGER,    /* dropped: it comes from no node of the cluster */
-	OUTCOME_CONGESTED,   /* dropped: a router met congestion, and the packet cannot say so (RFC 6040, 4.2) */
-	OUTCOME_UNWRITABLE,  /* left to the stack: the kernel refused to change the packet */
+	OUTCOME_SENT,         /* of a pod, put into VXLAN */
+	OUTCOME_SENT_DIRECT,  /* of a pod, given to the uplink as it is */
+	OUTCOME_SENT_STACK,   /* of the node's stack, put into VXLAN */
+	OUTCOME_TAKEN,        /* taken out of VXLAN and given to a pod */
+	OUTCOME_TAKEN_DIRECT, /* come as it is from a node on the segment, and given to a pod */
+	OUTCOME_TAKEN_STACK,  /* taken out of VXLAN and given to the node's stack */
+	OUTCOME_STACK,        /* of a pod, left to the stack, which has to see it or to check it */
+	OUTCOME_TOO_BIG,      /* left to the stack, which says so to the sender */
+	OUTCOME_EXPIRED,      /* likewise: it has made too many hops */
+	OUTCOME_STRANGER,     /* dropped: it comes from no node of the cluster */
+	OUTCOME_CONGESTED,    /* dropped: a router met congestion, and the packet cannot say so (RFC 6040, 4.2) */
+	OUTCOME_UNWRITABLE,   /* left to the stack: the kernel refused to change the packet */
 	OUTCOME_COUNT,
 };
 
@@ -90,7 +98,7 @@ struct {
 /* The UDP port of VXLAN, in network order, and the network's number in the upper 24 bits. */
 const volatile __be16 port = 0;
 const volatile __be32 vni = 0;
-/* Nothing has to run at the node's ends of pods' veths. */
+/* Nothing has to run at the node's ends of the veths of pods that are not in homes. */
 const volatile bool to_peer = false;
 /* The kernel can be told that the family of a packet changes (Linux 6.3). */
 const volatile bool can_relabel = false;
@@ -196,47 +204,29 @@ static __always_inline bool read_inner(struct __sk_buff *skb, __u32 at, __be16 t
 	return false;
 }
 
-/* fits says whether each packet that a large one will be cut into is short enough. */
-static __always_inline bool fits(struct __sk_buff *skb, const struct inner *in, __u32 mtu)
+/* has_options says whether there is something that routers have to read (RFC 791, 3.1; RFC
+ * 8200, 4.3). */
+static __always_inline bool has_options(const struct inner *in)
+{
+	return in->ip4 ? in->header != sizeof(struct ip4_header) : in->protocol == IP6_HOP_BY_HOP;
+}
+
+#define TOO_LONG 0xffff
+
+/* longest is the length of the packet, or of the longest that a large one will be cut
+ * into; TOO_LONG where that cannot be told. */
+static __always_inline __u32 longest(struct __sk_buff *skb, const struct inner *in)
 {
 	__u32 header = in->header;
 	__u8 offset;
 
-	if (skb->len - ETHERNET_LENGTH <= mtu)
-		return true;
 	if (!skb->gso_size)
-		return false;
+		return skb->len - in->at;
 	if (in->protocol == IPPROTO_UDP)
-		return header + UDP_HEADER + skb->gso_size <= mtu;
+		return header + UDP_HEADER + skb->gso_size;
 	if (in->protocol != IPPROTO_TCP || bpf_skb_load_bytes(skb, in->at + header + 12, &offset, 1))
-		return false;
-	return header + (offset >> 4) * 4 + skb->gso_size <= mtu;
-}
-
-/* hop takes one hop off the packet inside, as a router does (RFC 1812, 5.3.1). */
-static __always_inline bool hop(struct __sk_buff *skb, const struct inner *in)
-{
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-
-	if (in->at > HEADERS_LIMIT)
-		return false;
-	if (in->ip4) {
-		struct ip4_header *ip = data + in->at;
-
-		if ((void *)(ip + 1) > end)
-			return false;
-		__u32 sum = ip->checksum + __builtin_bswap16(0x0100); /* RFC 1141 */
-
-		ip->checksum = sum + (sum >= 0xffff);
-		ip->ttl--;
-		return true;
-	}
-	struct ip6_header *ip = data + in->at;
-
-	if ((void *)(ip + 1) > end)
-		return false;
-	ip->hops--;
-	return true;
+		return TOO_LONG;
+	return header + (offset >> 4) * 4 + skb->gso_size;
 }
 
 /* mark makes the congestion bits of the packet inside others. */
@@ -261,12 +251,13 @@ static __always_inline bool mark(struct __sk_buff *skb, const struct inner *in, 
 		ip->tos = tos;
 		return true;
 	}
-	__u8 *ip = data + in->at;
+	const __u8 *ip = data + in->at;
+	__u8 second;
 
-	if ((void *)(ip + sizeof(struct ip6_header)) > end)
+	if ((const void *)(ip + sizeof(struct ip6_header)) > end)
 		return false;
-	ip[1] = (ip[1] & 0x0f) | tos << 4;
-	return true;
+	second = (ip[1] & 0x0f) | tos << 4;
+	return !bpf_skb_store_bytes(skb, in->at + 1, &second, 1, BPF_F_RECOMPUTE_CSUM);
 }
 
 /* source_port is the same for all packets of a flow inside, so that the network between
@@ -369,15 +360,9 @@ static __always_inline bool wrap6(struct __sk_buff *skb, const struct remote *to
 	return write_inside(skb, ETHERNET_LENGTH + sizeof(*ip), to, short_length(length), source, in->ip4);
 }
 
-/* send puts the packet into one to the other node, and gives that to the uplink. The
- * congestion bits outside are those inside (RFC 6040, 4.1, normal mode), and so is the
- * class of service (RFC 2983, 3). */
-static __always_inline int send(struct __sk_buff *skb, const struct remote *to, const struct inner *in,
-				enum outcome outcome)
+/* to_uplink gives what the packet is now to the uplink. */
+static __always_inline int to_uplink(const struct remote *to)
 {
-	if (to->ip4 ? !wrap4(skb, to, in) : !wrap6(skb, to, in))
-		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
-	count(outcome);
 	if (!to->near)
 		return bpf_redirect_neigh(to->uplink, 0, 0, 0);
 	struct bpf_redir_neigh hop = { .nh_family = AF_INET6 };
@@ -390,31 +375,83 @@ static __always_inline int send(struct __sk_buff *skb, const struct remote *to, 
 	return bpf_redirect_neigh(to->uplink, &hop, sizeof(hop), 0);
 }
 
-static __always_inline const struct remote *remote_of(const struct inner *in)
+/* send puts the packet into one to the other node, and gives that to the uplink. The
+ * congestion bits outside are those inside (RFC 6040, 4.1, normal mode), and so is the
+ * class of service (RFC 2983, 3). */
+static __always_inline int send(struct __sk_buff *skb, const struct remote *to, const struct inner *in,
+				enum outcome outcome)
 {
-	struct range key = { .length = 128, .address = in->destination };
+	if (to->ip4 ? !wrap4(skb, to, in) : !wrap6(skb, to, in))
+		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
+	count(outcome);
+	return to_uplink(to);
+}
+
+static __always_inline const struct remote *remote_of(const struct address *address)
+{
+	struct range key = { .length = 128, .address = *address };
 
 	return bpf_map_lookup_elem(&remotes, &key);
 }
 
+/* ask asks the node's routes and neighbours for the way of a packet that long. */
+static __always_inline long ask(struct __sk_buff *skb, const struct inner *in, const struct address *from,
+				const struct address *to, __u32 length, struct bpf_fib_lookup *way)
+{
+	way->l4_protocol = in->protocol;
+	way->tot_len = length;
+	if (in->ip4) {
+		way->family = AF_INET;
+		way->source[0] = from->word[3];
+		way->destination[0] = to->word[3];
+	} else {
+		way->family = AF_INET6;
+		__builtin_memcpy(way->source, from, sizeof(way->source));
+		__builtin_memcpy(way->destination, to, sizeof(way->destination));
+	}
+	return bpf_fib_lookup(skb, way, sizeof(*way), 0);
+}
+
+/* is_senders says whether the address that a packet comes from is that of the pod behind
+ * the device: what the stack asks with strict rp_filter. */
+static __always_inline bool is_senders(struct __sk_buff *skb, const struct inner *in)
+{
+	struct home *home = bpf_map_lookup_elem(&homes, &in->source);
+	struct bpf_fib_lookup way = { .ifindex = skb->ifindex };
+	long answer;
+
+	if (home)
+		return home->device == skb->ifindex;
+	answer = ask(skb, in, &in->destination, &in->source, 1, &way);
+	return (answer == BPF_FIB_LKUP_RET_SUCCESS || answer == BPF_FIB_LKUP_RET_NO_NEIGH) &&
+	       way.ifindex == skb->ifindex;
+}
+
+/* A policy about what the pod may send has to be decided here, before the packet is given
+ * away: nothing on the node sees it afterwards but what is at the uplink. */
 SEC("tcx/ingress")
 int route_from_pod(struct __sk_buff *skb)
 {
 	const struct remote *to;
 	struct inner in;
 
-	if (!read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
+	if (!is_for_router(skb) || !read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
 		return TC_ACT_UNSPEC;
-	to = remote_of(&in);
+	to = remote_of(&in.destination);
 	if (!to)
 		return TC_ACT_UNSPEC;
+	if (!is_open() || !is_senders(skb, &in) || (to->direct && has_options(&in)))
+		return finish(OUTCOME_STACK, TC_ACT_UNSPEC);
 	if (in.hops <= 1)
 		return finish(OUTCOME_EXPIRED, TC_ACT_UNSPEC);
-	if (!fits(skb, &in, to->mtu))
+	if (longest(skb, &in) > to->mtu)
 		return finish(OUTCOME_TOO_BIG, TC_ACT_UNSPEC);
-	if (!hop(skb, &in))
+	if (!age(skb, in.at, in.ip4))
 		return TC_ACT_UNSPEC;
-	return send(skb, to, &in, OUTCOME_SENT);
+	if (!to->direct)
+		return send(skb, to, &in, OUTCOME_SENT);
+	count(OUTCOME_SENT_DIRECT);
+	return to_uplink(to);
 }
 
 /* What the stack sends to other nodes' pods leaves by our vxlan device; it has seen to
@@ -427,8 +464,8 @@ int route_to_remote(struct __sk_buff *skb)
 
 	if (!read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
 		return TC_ACT_UNSPEC;
-	to = remote_of(&in);
-	if (!to)
+	to = remote_of(&in.destination);
+	if (!to || to->direct)
 		return TC_ACT_UNSPEC;
 	return send(skb, to, &in, OUTCOME_SENT_STACK);
 }
@@ -522,7 +559,7 @@ static __always_inline bool congestion(struct __sk_buff *skb, const struct outer
 /* unwrap takes away what is outside; the Ethernet header stays. The checksum that the
  * device has verified was the outer one. */
 static __always_inline bool unwrap(struct __sk_buff *skb, const struct outer *out, const struct inner *in,
-				   const __u8 *source, const __u8 *destination)
+				   const __u8 *ethernet)
 {
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 	long refused;
@@ -540,32 +577,52 @@ static __always_inline bool unwrap(struct __sk_buff *skb, const struct outer *ou
 
 	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
 		return false;
-	__builtin_memcpy(frame->destination, destination, 6);
-	__builtin_memcpy(frame->source, source, 6);
+	__builtin_memcpy(frame, ethernet, sizeof(frame->destination) + sizeof(frame->source));
 	frame->type = out->type;
 	return true;
 }
 
-/* way_to asks the node's routes and neighbours for the pod that a packet is for. The
- * length is asked for here, or the kernel would take that with what is outside. */
-static __always_inline bool way_to(struct __sk_buff *skb, const struct inner *in, __u32 device,
-				   struct bpf_fib_lookup *way)
+/* Where a pod of this node is. */
+struct door {
+	__u32 device;      /* the node's end */
+	__u8 ethernet[12]; /* what frames to it begin with */
+	bool direct;       /* nothing has to run at the device */
+};
+
+/* find_door says where the pod is that a packet is for: pods of other network plug-ins are
+ * found by the node's routes and neighbours. False where there is none, and where the
+ * packet is too long for it. */
+static __always_inline bool find_door(struct __sk_buff *skb, const struct inner *in, __u32 device, struct door *door)
 {
-	__builtin_memset(way, 0, sizeof(*way));
-	way->ifindex = device;
-	way->l4_protocol = in->protocol;
-	way->tot_len = skb->gso_size ? 1 : skb->len - in->at;
-	if (in->ip4) {
-		way->family = AF_INET;
-		way->source[0] = in->source.word[3];
-		way->destination[0] = in->destination.word[3];
-	} else {
-		way->family = AF_INET6;
-		__builtin_memcpy(way->source, &in->source, sizeof(way->source));
-		__builtin_memcpy(way->destination, &in->destination, sizeof(way->destination));
+	struct home *home = bpf_map_lookup_elem(&homes, &in->destination);
+	struct bpf_fib_lookup way = { .ifindex = device };
+	__u32 length = longest(skb, in);
+
+	if (home) {
+		door->device = home->device;
+		door->direct = home->direct;
+		__builtin_memcpy(door->ethernet, home->ethernet, sizeof(door->ethernet));
+		return length <= home->mtu;
 	}
-	return bpf_fib_lookup(skb, way, sizeof(*way), 0) == BPF_FIB_LKUP_RET_SUCCESS &&
-	       bpf_map_lookup_elem(&ports, &way->ifindex);
+	if (ask(skb, in, &in->source, &in->destination, length, &way) != BPF_FIB_LKUP_RET_SUCCESS ||
+	    !bpf_map_lookup_elem(&ports, &way.ifindex))
+		return false;
+	door->device = way.ifindex;
+	door->direct = to_peer;
+	__builtin_memcpy(door->ethernet, way.dmac, 6);
+	__builtin_memcpy(door->ethernet + 6, way.smac, 6);
+	return true;
+}
+
+/* hand_over gives the packet to a pod. A policy about what the pod may get has to be
+ * decided before: nothing on the node sees it afterwards. */
+static __always_inline int hand_over(struct __sk_buff *skb, const struct door *door, enum outcome outcome)
+{
+	count(outcome);
+	if (!door->direct)
+		return bpf_redirect(door->device, 0);
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(door->device, 0);
 }
 
 /* to_stack gives the packet to the node's stack, as if it had come by our vxlan device,
@@ -574,8 +631,11 @@ static __always_inline int to_stack(struct __sk_buff *skb, const struct outer *o
 				    const struct vtep *here)
 {
 	__u32 device = here->device;
+	__u8 ethernet[12];
 
-	if (!unwrap(skb, out, in, out->mac, here->mac))
+	__builtin_memcpy(ethernet, here->mac, 6);
+	__builtin_memcpy(ethernet + 6, out->mac, 6);
+	if (!unwrap(skb, out, in, ethernet))
 		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
 	return finish(OUTCOME_TAKEN_STACK, bpf_redirect(device, BPF_F_INGRESS));
 }
@@ -590,35 +650,61 @@ static __always_inline bool same_mac(const __u8 *a, const __u8 *b)
 	return same;
 }
 
+/* take takes a packet of VXLAN apart that is for this node. */
+static __always_inline int take(struct __sk_buff *skb, const struct outer *out, const struct vtep *here)
+{
+	const struct vtep *there = bpf_map_lookup_elem(&vteps, &out->source);
+	struct door door;
+	struct inner in;
+
+	if (!there || there->device)
+		return finish(OUTCOME_STRANGER, TC_ACT_SHOT);
+	if (!read_inner(skb, out->inner, out->type, &in))
+		return TC_ACT_UNSPEC;
+	if (!congestion(skb, out, &in))
+		return finish(OUTCOME_CONGESTED, TC_ACT_SHOT);
+	if (!is_open() || in.hops <= 1 || (!can_relabel && out->ip4 != in.ip4) ||
+	    !find_door(skb, &in, here->device, &door))
+		return to_stack(skb, out, &in, here);
+	if (!age(skb, in.at, in.ip4) || !unwrap(skb, out, &in, door.ethernet))
+		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
+	return hand_over(skb, &door, OUTCOME_TAKEN);
+}
+
+/* forward hands a packet to a pod of this node that comes from one of a node on the
+ * segment, by the device that leads back there. Everything else goes on to the stack: what
+ * is for the node, what comes from outside the cluster, and what is to be answered. */
+static __always_inline int forward(struct __sk_buff *skb)
+{
+	const struct remote *from;
+	struct door door;
+	struct inner in;
+
+	if (!is_open() || !is_for_router(skb) || !read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
+		return TC_ACT_UNSPEC;
+	from = remote_of(&in.source);
+	if (!from || !from->direct || from->uplink != skb->ifindex || has_options(&in) || in.hops <= 1 ||
+	    !find_door(skb, &in, skb->ifindex, &door))
+		return TC_ACT_UNSPEC;
+	if (!age(skb, in.at, in.ip4))
+		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
+	if (bpf_skb_store_bytes(skb, 0, door.ethernet, sizeof(door.ethernet), 0))
+		return TC_ACT_SHOT; /* half rewritten: never seen */
+	return hand_over(skb, &door, OUTCOME_TAKEN_DIRECT);
+}
+
 SEC("tcx/ingress")
 int route_from_wire(struct __sk_buff *skb)
 {
-	const struct vtep *here, *there;
-	struct bpf_fib_lookup way;
+	const struct vtep *here;
 	struct outer out;
-	struct inner in;
 
 	if (!read_outer(skb, &out))
-		return TC_ACT_UNSPEC;
+		return forward(skb);
 	here = bpf_map_lookup_elem(&vteps, &out.destination);
 	if (!here || !here->device || !same_mac(out.mac, here->mac))
-		return TC_ACT_UNSPEC;
-	there = bpf_map_lookup_elem(&vteps, &out.source);
-	if (!there || there->device)
-		return finish(OUTCOME_STRANGER, TC_ACT_SHOT);
-	if (!read_inner(skb, out.inner, out.type, &in))
-		return TC_ACT_UNSPEC;
-	if (!congestion(skb, &out, &in))
-		return finish(OUTCOME_CONGESTED, TC_ACT_SHOT);
-	if (in.hops <= 1 || (!can_relabel && out.ip4 != in.ip4) || !way_to(skb, &in, here->device, &way))
-		return to_stack(skb, &out, &in, here);
-	if (!hop(skb, &in) || !unwrap(skb, &out, &in, way.smac, way.dmac))
-		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
-	count(OUTCOME_TAKEN);
-	if (!to_peer)
-		return bpf_redirect(way.ifindex, 0);
-	bpf_skb_change_type(skb, PACKET_HOST);
-	return bpf_redirect_peer(way.ifindex, 0);
+		return forward(skb);
+	return take(skb, &out, here);
 }
 
 char __license[] SEC("license") = "Dual MIT/GPL";

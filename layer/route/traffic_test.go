@@ -79,13 +79,37 @@ func TestPeer(t *testing.T) {
 	}
 }
 
-// Direct routes carry pods' packets as they are.
+// Direct ways carry pods' packets as they are: past the stacks, or where the kernel cannot
+// do that, by plain routes.
 func TestDirect(t *testing.T) {
+	for _, old := range []bool{false, true} {
+		t.Run(fmt.Sprintf("by routes alone %v", old), func(t *testing.T) {
+			if old {
+				withoutTCX(t)
+			}
+			carryDirect(t)
+		})
+	}
+}
+
+func carryDirect(t *testing.T) {
 	v := newVillage(t, ModeAuto, false)
 	l := v.start(0)
 	v.start(1)
+	const bytes = 16 << 20
 	for _, inner := range []bool{false, true} {
-		must(t, v.carry(0, inner, 1<<20))
+		for from := range v.nodes {
+			before, stack := counted(t, l), v.forwarded(0)
+			must(t, v.carry(from, inner, bytes))
+			after, passed := counted(t, l), v.forwarded(0)-stack
+			for _, what := range []string{"sent_direct", "taken_direct"} {
+				n := after[what] - before[what]
+				t.Logf("IPv6 %v, from pod %d: %s %d packets, %.1f KB each; the stack forwarded %d", inner, from+1, what, n, bytes/1024/float64(max(n, 1)), passed)
+				if haveTCX() && (n == 0 || bytes/n < 4000 || passed > 0) || !haveTCX() && (n > 0 || passed == 0) {
+					t.Errorf("IPv6 %v, from pod %d: %d packets were %s for %d bytes, and the stack forwarded %d", inner, from+1, n, what, bytes, passed)
+				}
+			}
+		}
 	}
 	if n := counted(t, l)["sent"]; n > 0 {
 		t.Errorf("%d packets went in VXLAN", n)
@@ -227,4 +251,10 @@ func (v *village) sendLong(space string, to netip.AddrPort, long, short int) (to
 		return errors.Join(err, wrong)
 	})
 	return told, err
+}
+
+func needsTCX(t *testing.T) {
+	if !haveTCX() {
+		t.Skip("tcx needs Linux 6.6: without it direct ways are routes alone")
+	}
 }
