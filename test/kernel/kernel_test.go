@@ -55,7 +55,7 @@ var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWri
 
 // routeTests are that the programs are accepted and decide as they should, and that pods of
 // two nodes, and a node and a pod, reach each other, also where the other end is plain.
-var routeTests = []string{"TestFromPod", "TestFromWire", "TestCongestion", "TestPodsOfTwoNodes", "TestNodeToPod", "TestTooLong"}
+var routeTests = []string{"TestFromPod", "TestFromWire", "TestCongestion", "TestPodsOfTwoNodes", "TestNodeToPod", "TestTooLong", "TestDirect"}
 
 // serviceTests are what of the data path is always tested there: that every
 // program is accepted, both paths, and the laws.
