@@ -234,6 +234,7 @@ func TestChecksDoNotFire(t *testing.T) {
 		{id: "HS-26", what: "no limit", change: limited("usage_usec 1\n", "usage_usec 2\n")},
 		{id: "HS-26", what: "now and then", change: limited("nr_periods 0\nnr_throttled 0\n", "nr_periods 20\nnr_throttled 4\n")},
 		{id: "MT-01", what: "programs steer it", change: func(w *world) { w.node.devices[2].MTU, w.node.devices[2].Steered = 1500, true }},
+		{id: "MT-01", what: "routes have their own", change: func(w *world) { w.node.devices[2].MTU, w.node.devices[2].Alias = 1500, "millrace route" }},
 		{id: "MT-06", what: "no tunnel", change: all(grows("node Ip.FragCreates", 400), func(w *world) { w.node.devices = w.node.devices[:2] })},
 		{id: "MT-12", what: "a pair that leads elsewhere", change: func(w *world) { w.pod.devices[0].MTU, w.pod.devices[0].PeerNamespace = 1500, 4 }},
 		{id: "PX-08", what: "it runs", change: func(w *world) { w.kubeProxy = kubeProxyRules; w.kubeProxy.Process = 30 }},

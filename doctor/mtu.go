@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/millrace/millrace/kernel/link"
 )
@@ -10,10 +11,14 @@ import (
 // more.
 var overheads = map[string]int{"vxlan": 50, "geneve": 50, "ipip": 20, "sit": 20, "gre": 24, "wireguard": 60}
 
+// ownAlias begins the alias of millrace's devices: each route by its tunnel has an MTU of its
+// own.
+const ownAlias = "millrace "
+
 var mtuChecks = []Check{{
 	ID: "MT-01", Layer: "mtu", Title: "the packets of a tunnel do not fit the network below it", Severity: Warning, Scope: Node,
 	Reads:   []string{Devices},
-	When:    "the MTU of a tunnel and what it adds (VXLAN and Geneve 50 bytes, WireGuard 60, GRE 24, IPIP 20) exceed that of the device below it; not of tunnels that programs steer (external)",
+	When:    "the MTU of a tunnel and what it adds (VXLAN and Geneve 50 bytes, WireGuard 60, GRE 24, IPIP 20) exceed that of the device below it; not of tunnels that programs steer (external), as millrace's own",
 	Effect:  "Each full packet is cut into fragments, or dropped where the outer header forbids it: transfers hang while small packets pass.",
 	Source:  "https://docs.cilium.io/en/stable/network/concepts/routing/ (50 bytes for VXLAN); https://www.rfc-editor.org/rfc/rfc7348#section-4.3",
 	Fix:     "lower the MTU in the network plug-in's configuration, then make the pods anew",
@@ -54,7 +59,7 @@ func tunnelFits(v *view) {
 	}
 	for _, tunnel := range all {
 		added := overheads[tunnel.Kind]
-		if added == 0 || tunnel.Steered || !tunnel.Up {
+		if added == 0 || tunnel.Steered || !tunnel.Up || strings.HasPrefix(tunnel.Alias, ownAlias) {
 			continue
 		}
 		at := slices.IndexFunc(all, func(d link.Device) bool { return d.Index == tunnel.Peer })

@@ -123,6 +123,14 @@ func (n *Net) Veth(v Veth) (int, error) {
 	return index, nil
 }
 
+// SetMTU says how long packets of a link may be, in bytes.
+func (n *Net) SetMTU(index, mtu int) error {
+	if err := n.handle.LinkSetMTU(byIndex(index), mtu); err != nil {
+		return fmt.Errorf("set mtu of link %d to %d: %w", index, mtu, err)
+	}
+	return nil
+}
+
 // Up sets a link up.
 func (n *Net) Up(index int) error {
 	if err := n.handle.LinkSetUp(byIndex(index)); err != nil {
@@ -184,11 +192,13 @@ type Route struct {
 	Source netip.Addr
 	// Protocol says who made it (rtnetlink(7), rtm_protocol); 0 is an administrator.
 	Protocol int
+	// MTU is the longest packet that takes it, in bytes; 0 is the link's.
+	MTU int
 }
 
 // asNetlink is the route as rtnetlink has it.
 func (r Route) asNetlink() *netlink.Route {
-	route := &netlink.Route{LinkIndex: r.Link, Dst: ipNet(r.To.Masked()), Protocol: netlink.RouteProtocol(r.Protocol)}
+	route := &netlink.Route{LinkIndex: r.Link, Dst: ipNet(r.To.Masked()), Protocol: netlink.RouteProtocol(r.Protocol), MTU: r.MTU}
 	if r.Source.IsValid() {
 		route.Src = r.Source.AsSlice()
 	}
@@ -219,19 +229,33 @@ func (n *Net) SetRoute(r Route) error {
 
 // Routes lists the unicast routes of the main table that one protocol has made.
 func (n *Net) Routes(protocol int) ([]Route, error) {
-	filter := &netlink.Route{Protocol: netlink.RouteProtocol(protocol)}
+	return n.routes(&netlink.Route{Protocol: netlink.RouteProtocol(protocol)}, netlink.RT_FILTER_PROTOCOL)
+}
+
+// Table lists the unicast routes of the main table, one that spreads its packets over
+// several links once for each.
+func (n *Net) Table() ([]Route, error) { return n.routes(&netlink.Route{}, 0) }
+
+func (n *Net) routes(filter *netlink.Route, mask uint64) (routes []Route, err error) {
 	found, err := whole("routes", func() ([]netlink.Route, error) {
-		return n.handle.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_PROTOCOL)
+		return n.handle.RouteListFiltered(netlink.FAMILY_ALL, filter, mask)
 	})
-	var routes []Route
 	for _, r := range found {
 		to, ok := prefix(r.Dst)
 		if !ok || r.Type != unix.RTN_UNICAST {
 			continue
 		}
-		via, _ := netip.AddrFromSlice(r.Gw)
 		source, _ := netip.AddrFromSlice(r.Src)
-		routes = append(routes, Route{To: to, Via: via.Unmap(), Link: r.LinkIndex, Source: source.Unmap(), Protocol: protocol})
+		add := func(link int, gw net.IP) {
+			via, _ := netip.AddrFromSlice(gw)
+			routes = append(routes, Route{To: to, Via: via.Unmap(), Link: link, Source: source.Unmap(), Protocol: int(r.Protocol), MTU: r.MTU})
+		}
+		for _, hop := range r.MultiPath {
+			add(hop.LinkIndex, hop.Gw)
+		}
+		if len(r.MultiPath) == 0 {
+			add(r.LinkIndex, r.Gw)
+		}
 	}
 	return routes, err
 }

@@ -107,8 +107,11 @@ func (l *Layer) add(r *cni.Request, config *cni.Config, key pool.Key) (*types100
 	}
 	pod := podOf(lease)
 	if err = l.save(l.pool.Book()); err == nil {
-		mtu, from := l.mtu, sources(l.cluster, l.own)
-		err = l.unlocked(&l.building, func() error { return l.host.build(pod, space, mtu, from) })
+		to, from := l.lengths.of(pod), sources(l.cluster, l.own)
+		err = l.unlocked(&l.building, func() error { return l.host.build(pod, space, to, from) })
+		if err == nil {
+			l.inside[key] = to
+		}
 	}
 	if err != nil {
 		l.pool.Give(key, time.Now())
@@ -123,8 +126,8 @@ func podOf(lease pool.Lease) *Pod { return &Pod{Lease: lease, Device: deviceName
 func (l *Layer) result(pod *Pod, r *cni.Request) *types100.Result {
 	inside := 1
 	result := &types100.Result{CNIVersion: types100.ImplementedSpecVersion, Interfaces: []*types100.Interface{
-		{Name: pod.Device, Mac: nodeMAC(pod.Key).String(), Mtu: l.mtu},
-		{Name: pod.Interface, Mac: podMAC(pod.Key).String(), Mtu: l.mtu, Sandbox: r.Space},
+		{Name: pod.Device, Mac: nodeMAC(pod.Key).String(), Mtu: l.lengths.device},
+		{Name: pod.Interface, Mac: podMAC(pod.Key).String(), Mtu: l.lengths.device, Sandbox: r.Space},
 	}}
 	for _, addr := range pod.Addresses {
 		gateway := gatewayOf(addr)

@@ -75,10 +75,13 @@ type Layer struct {
 	building, removing int
 	pool               *pool.Pool
 	save               func(pool.Book) error
-	// own are the node's addresses, cluster those that the cluster knows; mtu is that of
-	// its way out.
+	// own are the node's addresses, cluster those that the cluster knows.
 	own, cluster []netip.Addr
-	mtu          int
+	// others are the ranges of other nodes, lengths what new pods get by that, and inside
+	// what those have that run.
+	others  []netip.Prefix
+	lengths lengths
+	inside  map[pool.Key]lengths
 	// closed is why packets take no shortcuts, as it was seen last.
 	closed string
 	// aside is where a file was put that could not be read, and why.
@@ -93,19 +96,25 @@ type host interface {
 	look() (facts, error)
 	// build makes a pod's devices, one end in the namespace at space, and all that
 	// belongs to them; demolish removes them by the name of the node's end.
-	build(pod *Pod, space string, mtu int, sources []netip.Addr) error
+	build(pod *Pod, space string, to lengths, sources []netip.Addr) error
 	demolish(device string) error
 	// mend puts back what is missing on the node's side.
 	mend(pod *Pod, sources []netip.Addr) error
 	// check lists what is missing on both sides.
 	check(pod *Pod, space string) (missing []string, err error)
+	// spaces are the paths of pods' namespaces, by their addresses. inside says how long
+	// packets of a pod may be, and correct makes that others.
+	spaces() map[netip.Addr]string
+	inside(pod *Pod, space string) (lengths, error)
+	correct(pod *Pod, space string, to lengths) error
 }
 
 var _ layer.Layer = (*Layer)(nil)
 
 // New makes the layer. It touches nothing before Open.
 func New(settings Settings) *Layer {
-	l := &Layer{settings: settings, host: node{settings.Netns}, install: installation{settings: settings, self: "/proc/self/exe"}, answers: map[string]uint64{}, mtu: defaultMTU,
+	l := &Layer{settings: settings, host: node{settings.Netns}, install: installation{settings: settings, self: "/proc/self/exe"}, answers: map[string]uint64{},
+		lengths: facts{mtu: defaultMTU}.lengths(nil), inside: map[pool.Key]lengths{},
 		busy: map[pool.Key]bool{}, pool: pool.Open(pool.Book{}, settings.cooldown(), time.Now()), save: settings.file().Write}
 	l.idle = sync.NewCond(&l.mu)
 	return l
@@ -224,7 +233,12 @@ func (l *Layer) open() (err error) {
 }
 
 // Read implements layer.Layer.
-func (l *Layer) Read() (layer.Picture, error) { return l.Refresh(nil) }
+func (l *Layer) Read() (layer.Picture, error) {
+	l.mu.Lock()
+	l.lookAgain()
+	l.mu.Unlock()
+	return l.Refresh(nil)
+}
 
 // Refresh implements layer.Layer: pods come and go beside the agent's verbs, so that all
 // is looked at anew.
@@ -235,12 +249,13 @@ func (l *Layer) Refresh(layer.Picture) (layer.Picture, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
-	l.mtu, l.own = found.mtu, found.own
+	l.lengths, l.own = found.lengths(l.others), found.own
 	l.pool.Reserve(found.own)
 	p := picture(l.pool.Book(), found)
 	if p.files, err = l.install.look(); err != nil {
 		return nil, err
 	}
+	l.lookInside(p.pods)
 	if l.shortcuts != nil {
 		devices := []int{}
 		for _, d := range found.devices {
@@ -256,7 +271,7 @@ func (l *Layer) Refresh(layer.Picture) (layer.Picture, error) {
 
 // picture is what a book and the kernel say together.
 func picture(book pool.Book, found facts) *Picture {
-	p := &Picture{ranges: book.Ranges, mtu: found.mtu}
+	p := &Picture{ranges: book.Ranges, facts: found}
 	var pods []*Pod
 	for _, lease := range book.Leases {
 		pods = append(pods, &Pod{Lease: lease, Device: deviceName(lease.Key)})
@@ -321,11 +336,13 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	picture, wish := have.(*Picture), want.(*Picture)
-	l.cluster = wish.node
+	l.cluster, l.others = wish.node, wish.others
+	l.lengths = picture.facts.lengths(l.others)
+	spaces := sync.OnceValue(l.host.spaces)
 	var done layer.Changes
 	var failures []error
 	for _, change := range changes {
-		if err := l.carryOut(change); err != nil {
+		if err := l.carryOut(change, spaces); err != nil {
 			failures = append(failures, fmt.Errorf("%c %s: %w", change.Op, change.Subject.Object(), err))
 			continue
 		}
@@ -345,12 +362,14 @@ func order(ranges, as []netip.Prefix) {
 	slices.SortStableFunc(ranges, func(a, b netip.Prefix) int { return at(a) - at(b) })
 }
 
-func (l *Layer) carryOut(change layer.Change) error {
+func (l *Layer) carryOut(change layer.Change, spaces func() map[netip.Addr]string) error {
 	switch s := change.Subject.(type) {
 	case podRange:
 		return l.useRange(netip.Prefix(s), change.Op != layer.Remove)
 	case *Pod:
 		return l.putRight(s)
+	case *correction:
+		return l.correct(s, spaces)
 	case *shortcut:
 		return l.setShortcut(s)
 	case nowhere:
@@ -430,7 +449,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 	for _, r := range l.pool.Ranges() {
 		words = append(words, r.String())
 	}
-	d.Settings = map[string]string{"ranges": strings.Join(words, ", "), "mtu": fmt.Sprint(l.mtu), "socket": l.settings.Socket}
+	d.Settings = map[string]string{"ranges": strings.Join(words, ", "), "mtu": l.lengths.String(), "socket": l.settings.Socket}
 	for name, n := range l.answers {
 		d.Reasons[name] = n
 	}

@@ -17,8 +17,10 @@ type Picture struct {
 	node []netip.Addr
 	// pods are those that were given a network; in pictures of the kernel.
 	pods []*Pod
-	// mtu is that of the node's way out, in bytes.
-	mtu int
+	// others are the ranges of other nodes; in wanted pictures.
+	others []netip.Prefix
+	// facts are what the kernel said of the node.
+	facts facts
 	// files are those there that runtimes read, and whether each is as it is to be; install
 	// are those to be there, in their order, in wanted pictures.
 	files   map[installed]bool
@@ -38,8 +40,10 @@ type Pod struct {
 	Way string `json:"way,omitempty"`
 	// state says what is to be done about it.
 	state state
-	// mtu is the device's, in bytes.
-	mtu int
+	// mtu is the device's, in bytes; inside is what is in the pod's namespace, nothing if
+	// that could not be seen.
+	mtu    int
+	inside lengths
 }
 
 type state byte
@@ -133,6 +137,8 @@ func (p *Picture) note(change layer.Change) {
 				p.pods[i] = &mended
 			}
 		}
+	case *correction:
+		s.pod.inside = s.to
 	case *shortcut:
 		for addr, home := range s.homes {
 			p.sights.homes[addr] = home

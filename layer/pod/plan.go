@@ -13,6 +13,9 @@ func plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	picture := &Picture{}
 	for _, node := range snapshot.Nodes {
 		if node.Name != settings.Node {
+			for _, r := range node.PodCIDRs {
+				picture.others = append(picture.others, r.Masked())
+			}
 			continue
 		}
 		for _, r := range node.PodCIDRs {
@@ -52,6 +55,11 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 			add(layer.Alter, pod)
 		case gone:
 			add(layer.Remove, pod)
+		}
+	}
+	if prune { // else other nodes may not be known
+		for _, c := range corrections(have, want.others) {
+			add(layer.Alter, c)
 		}
 	}
 	changes = append(changes, diffShortcuts(have)...)
@@ -103,8 +111,9 @@ type facts struct {
 	routes map[netip.Addr]route
 	// own are the node's addresses.
 	own []netip.Addr
-	// mtu is that of the node's way out, in bytes.
-	mtu int
+	// mtu is that of the node's way out, in bytes, and table those of its routes.
+	mtu   int
+	table map[netip.Prefix]int
 }
 
 type device struct {

@@ -84,7 +84,7 @@ type node struct{ netns string }
 
 // look implements host.
 func (n node) look() (facts, error) {
-	f := facts{devices: map[string]device{}, routes: map[netip.Addr]route{}}
+	f := facts{devices: map[string]device{}, routes: map[netip.Addr]route{}, table: map[netip.Prefix]int{}}
 	net, err := link.Open(n.netns)
 	if err != nil {
 		return f, err
@@ -101,10 +101,24 @@ func (n node) look() (facts, error) {
 		}
 	}
 	f.mtu = uplinkMTU(devices)
-	routes, err := net.Routes(routeProtocol)
-	for _, r := range routes {
-		if r.To.IsSingleIP() {
-			f.routes[r.To.Addr()] = route{r.Link, r.Source}
+	mtus := map[int]int{}
+	for _, d := range devices {
+		mtus[d.Index] = d.MTU
+	}
+	table, err := net.Table()
+	for _, r := range table {
+		if r.Protocol == routeProtocol {
+			if r.To.IsSingleIP() {
+				f.routes[r.To.Addr()] = route{r.Link, r.Source}
+			}
+			continue
+		}
+		mtu := mtus[r.Link]
+		if r.MTU > 0 {
+			mtu = min(mtu, r.MTU)
+		}
+		if is := f.table[r.To]; mtu > 0 && (is == 0 || mtu < is) {
+			f.table[r.To] = mtu
 		}
 	}
 	return f, err
@@ -130,7 +144,7 @@ func uplinkMTU(devices []link.Device) int {
 
 // build implements host. What an earlier try left is removed first, and what this one
 // made if it cannot be completed.
-func (n node) build(pod *Pod, space string, mtu int, sources []netip.Addr) (err error) {
+func (n node) build(pod *Pod, space string, to lengths, sources []netip.Addr) (err error) {
 	outer, err := link.Open(n.netns)
 	if err != nil {
 		return err
@@ -145,14 +159,14 @@ func (n node) build(pod *Pod, space string, mtu int, sources []netip.Addr) (err 
 		return err
 	}
 	pod.Index, err = outer.Veth(link.Veth{
-		Name: pod.Device, MAC: nodeMAC(pod.Key), MTU: mtu, Alias: aliasOf(pod.Lease),
+		Name: pod.Device, MAC: nodeMAC(pod.Key), MTU: to.device, Alias: aliasOf(pod.Lease),
 		Peer: pod.Interface, PeerMAC: podMAC(pod.Key), PeerNamespace: space,
 	})
 	if errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("the pod has an interface %s already: %w", pod.Interface, err)
 	}
 	if err == nil {
-		if err = furnish(inner, pod); err == nil {
+		if err = furnish(inner, pod, to); err == nil {
 			err = mend(outer, pod, sources)
 		}
 	}
@@ -163,7 +177,7 @@ func (n node) build(pod *Pod, space string, mtu int, sources []netip.Addr) (err 
 }
 
 // furnish gives the pod's end its addresses, neighbours and routes.
-func furnish(inner *link.Net, pod *Pod) error {
+func furnish(inner *link.Net, pod *Pod, to lengths) error {
 	index, err := inner.Index(pod.Interface)
 	if err != nil {
 		return err
@@ -187,12 +201,8 @@ func furnish(inner *link.Net, pod *Pod) error {
 		if err := inner.Route(link.Route{To: netip.PrefixFrom(gateway, gateway.BitLen()), Link: index}); err != nil {
 			return err
 		}
-		everywhere := netip.PrefixFrom(gateway, 0).Masked()
-		if err := inner.Route(link.Route{To: everywhere, Via: gateway, Link: index}); err != nil {
-			return err
-		}
 	}
-	return nil
+	return setRoutes(inner, index, to)
 }
 
 // mend implements host.
