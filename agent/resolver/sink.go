@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/millrace/millrace/model"
 )
 
 const (
@@ -30,63 +32,13 @@ const (
 // Sink is where names outside the cluster are answered without the Resolver: the kernel.
 type Sink interface {
 	// Learn says what is known of some names, each whole. What does not fit is left out.
-	Learn([]Outside) error
+	Learn([]model.Outside) error
 	// Forget says that nothing is known of some any more.
 	Forget(names []string) error
 	// Asked are the names that are there.
-	Asked() ([]Asked, error)
+	Asked() ([]model.Asked, error)
 	// Learned is what is known of those names, or was until its time was over.
-	Learned() ([]Outside, error)
-}
-
-// Outside is what is known of a name that is not the cluster's, of both families at one
-// moment.
-type Outside struct {
-	// Name is in lower case, without a final dot.
-	Name    string
-	A, AAAA Known
-}
-
-// State is what is known of one family of a name.
-type State uint8
-
-// What may be known: addresses, that the name has none of that family, that there is no
-// such name. The zero value is nothing.
-const (
-	Unknown State = iota
-	Addresses
-	NoData
-	Absent
-)
-
-// Known is one family of a name.
-type Known struct {
-	State State
-	// Chain are the aliases that lead to the addresses, or to what has none, in their order.
-	Chain     []Alias
-	Addresses []netip.Addr
-	// SOA is the record of a negative answer, packed; its TTL is as of now.
-	SOA []byte
-	// Until is when it is no longer known.
-	Until time.Time
-	// Stale says that no server could be asked, and this is what was known last (RFC 8767).
-	Stale bool
-}
-
-// Alias is what a CNAME record leads to, without a final dot, and its TTL as of now.
-type Alias struct {
-	Target string
-	TTL    time.Duration
-}
-
-// Asked is a name in the kernel.
-type Asked struct {
-	// Name is in lower case, without a final dot.
-	Name string
-	// Last is when a pod asked for it last.
-	Last time.Time
-	// A and AAAA are until when they are known.
-	A, AAAA time.Time
+	Learned() ([]model.Outside, error)
 }
 
 // Run tells the sink what is learned, keeps fresh what pods ask for, and reads again the
@@ -143,7 +95,7 @@ func (r *Resolver) teach(ctx context.Context, name string) {
 			return
 		}
 	}
-	var all []Outside
+	var all []model.Outside
 	c, now := r.settled(), r.now()
 	for name := range names {
 		if of, ok := r.known(name, now); ok {
@@ -155,7 +107,7 @@ func (r *Resolver) teach(ctx context.Context, name string) {
 
 // learn tells the kernel what was known with a configuration. If that is another one by now,
 // what it had forgotten may be back, and is taken from it again.
-func (r *Resolver) learn(by *config, all []Outside) {
+func (r *Resolver) learn(by *config, all []model.Outside) {
 	if len(all) == 0 {
 		return
 	}
@@ -213,7 +165,7 @@ func (r *Resolver) freshen(now time.Time, every time.Duration) {
 	if c == nil {
 		return
 	}
-	var stale []Outside
+	var stale []model.Outside
 	for _, a := range asked {
 		name := dns.Fqdn(a.Name)
 		to := c.forward(name)
@@ -263,7 +215,7 @@ func (r *Resolver) recall() {
 		return
 	}
 	now := r.now()
-	var stale []Outside
+	var stale []model.Outside
 	c := r.settled()
 	for _, of := range all {
 		name := dns.Fqdn(of.Name)
@@ -283,11 +235,11 @@ func (r *Resolver) recall() {
 
 // recallFamily keeps what was known of one family; it says whether no server had answered
 // a moment ago. r.mu is held.
-func (r *Resolver) recallFamily(at key, k Known, now time.Time) (silent bool) {
+func (r *Resolver) recallFamily(at key, k model.Known, now time.Time) (silent bool) {
 	if have := r.cache.peek(at, now); have.usable() {
 		return false
 	}
-	a, ok := k.answer(at, now)
+	a, ok := recalled(k, at, now)
 	if !ok {
 		return false
 	}
@@ -304,8 +256,8 @@ func (r *Resolver) recallFamily(at key, k Known, now time.Time) (silent bool) {
 	return silent
 }
 
-// answer is what knownOf made k of, with what is left of its time, a second at least.
-func (k Known) answer(at key, now time.Time) (*answer, bool) {
+// recalled is what knownOf made k of, with what is left of its time, a second at least.
+func recalled(k model.Known, at key, now time.Time) (*answer, bool) {
 	left := max(k.Until.Sub(now), 0).Round(time.Second)
 	if k.Stale {
 		left = 0
@@ -321,7 +273,7 @@ func (k Known) answer(at key, now time.Time) (*answer, bool) {
 		name = target
 	}
 	switch k.State {
-	case Addresses:
+	case model.KnownAddresses:
 		for _, addr := range k.Addresses {
 			add(at.kind, left, func(h dns.RR_Header) dns.RR {
 				if addr.Is4() {
@@ -331,8 +283,8 @@ func (k Known) answer(at key, now time.Time) (*answer, bool) {
 			})
 		}
 		return a, len(k.Addresses) > 0
-	case NoData, Absent:
-		if k.State == Absent {
+	case model.KnownNoData, model.KnownAbsent:
+		if k.State == model.KnownAbsent {
 			a.rcode = dns.RcodeNameError
 		}
 		record, _, err := dns.UnpackRR(k.SOA, 0)
@@ -346,14 +298,14 @@ func (k Known) answer(at key, now time.Time) (*answer, bool) {
 
 // known is what is known of a name, if both families are; what is stale only if no server
 // has answered just now.
-func (r *Resolver) known(name string, now time.Time) (of Outside, ok bool) {
+func (r *Resolver) known(name string, now time.Time) (of model.Outside, ok bool) {
 	if strings.Contains(name, "\\") {
 		return of, false
 	}
 	of.Name = strings.TrimSuffix(name, ".")
 	for _, family := range []struct {
 		kind uint16
-		to   *Known
+		to   *model.Known
 	}{{dns.TypeA, &of.A}, {dns.TypeAAAA, &of.AAAA}} {
 		f := r.cache.peek(key{name, family.kind}, now)
 		if !f.fresh() && !(f.usable() && f.resting(now)) {
@@ -364,12 +316,12 @@ func (r *Resolver) known(name string, now time.Time) (of Outside, ok bool) {
 		}
 	}
 	// Resolvers that ask for both, as musl does, take a name for absent if one answer says so.
-	return of, (of.A.State == Absent) == (of.AAAA.State == Absent)
+	return of, (of.A.State == model.KnownAbsent) == (of.AAAA.State == model.KnownAbsent)
 }
 
 // knownOf is one family. False for what cannot be told: a negative answer without its
 // record is kept by nobody.
-func knownOf(f found, now time.Time) (k Known, ok bool) {
+func knownOf(f found, now time.Time) (k model.Known, ok bool) {
 	m, err := f.unpack()
 	if err != nil {
 		return k, false
@@ -384,7 +336,7 @@ func knownOf(f found, now time.Time) (k Known, ok bool) {
 			if strings.Contains(record.Target, "\\") {
 				return k, false
 			}
-			k.Chain = append(k.Chain, Alias{strings.TrimSuffix(record.Target, "."), time.Duration(record.Hdr.Ttl) * time.Second})
+			k.Chain = append(k.Chain, model.Alias{Target: strings.TrimSuffix(record.Target, "."), TTL: time.Duration(record.Hdr.Ttl) * time.Second})
 		case *dns.A:
 			if addr, ok := netip.AddrFromSlice(record.A.To4()); ok {
 				k.Addresses = append(k.Addresses, addr)
@@ -396,12 +348,12 @@ func knownOf(f found, now time.Time) (k Known, ok bool) {
 		}
 	}
 	if len(k.Addresses) > 0 {
-		k.State = Addresses
+		k.State = model.KnownAddresses
 		return k, true
 	}
-	k.State = NoData
+	k.State = model.KnownNoData
 	if f.rcode == dns.RcodeNameError {
-		k.State = Absent
+		k.State = model.KnownAbsent
 	}
 	if len(m.Ns) != 1 {
 		return k, false

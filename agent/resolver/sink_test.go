@@ -23,7 +23,7 @@ import (
 // kernel remembers what it is told.
 type kernel struct {
 	mu    sync.Mutex
-	knows map[string]Outside
+	knows map[string]model.Outside
 	asked map[string]time.Time
 	// late is called before it takes up what it is told, and told is how often it was.
 	late func()
@@ -31,10 +31,10 @@ type kernel struct {
 }
 
 func newKernel() *kernel {
-	return &kernel{knows: map[string]Outside{}, asked: map[string]time.Time{}}
+	return &kernel{knows: map[string]model.Outside{}, asked: map[string]time.Time{}}
 }
 
-func (k *kernel) Learn(all []Outside) error {
+func (k *kernel) Learn(all []model.Outside) error {
 	if k.late != nil {
 		k.late()
 	}
@@ -56,30 +56,30 @@ func (k *kernel) Forget(names []string) error {
 	return nil
 }
 
-func (k *kernel) Asked() (all []Asked, err error) {
+func (k *kernel) Asked() (all []model.Asked, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for name, of := range k.knows {
-		all = append(all, Asked{Name: name, Last: k.asked[name], A: of.A.Until, AAAA: of.AAAA.Until})
+		all = append(all, model.Asked{Name: name, Last: k.asked[name], A: of.A.Until, AAAA: of.AAAA.Until})
 	}
 	return all, nil
 }
 
-func (k *kernel) Learned() (all []Outside, err error) {
+func (k *kernel) Learned() (all []model.Outside, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return slices.Collect(maps.Values(k.knows)), nil
 }
 
-func (k *kernel) of(name string) (Outside, bool) {
+func (k *kernel) of(name string) (model.Outside, bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	of, ok := k.knows[name]
 	return of, ok
 }
 
-// text is a family on one line.
-func (k Known) text(now time.Time) string {
+// textOf is a family on one line.
+func textOf(k model.Known, now time.Time) string {
 	var chain []string
 	for _, a := range k.Chain {
 		chain = append(chain, fmt.Sprintf("%s for %v", a.Target, a.TTL))
@@ -206,7 +206,7 @@ func TestZonesThatAreLeftAreForgotten(t *testing.T) {
 		asks(t, first, question(name+".", dns.TypeA))
 		until(t, name+" is learned", func() bool { _, ok := k.of(name); return ok })
 	}
-	both := map[string]Outside{}
+	both := map[string]model.Outside{}
 	for _, name := range names {
 		both[name], _ = k.of(name)
 	}
@@ -248,7 +248,7 @@ func TestKernelLearns(t *testing.T) {
 		until(t, name+" is learned", func() bool { _, ok := k.of(name + ".example.com"); return ok })
 		of, _ := k.of(name + ".example.com")
 		now := time.Now()
-		if a, aaaa := of.A.text(now), of.AAAA.text(now); a != want[0] || aaaa != want[1] {
+		if a, aaaa := textOf(of.A, now), textOf(of.AAAA, now); a != want[0] || aaaa != want[1] {
 			t.Errorf("%s:\nA    %s\nAAAA %s\nnot\nA    %s\nAAAA %s", name, a, aaaa, want[0], want[1])
 		}
 	}
@@ -398,7 +398,7 @@ func TestOnlyWhatIsOthersIsForgotten(t *testing.T) {
 			}
 			r.cache.put(at, a, packed, time.Now())
 		}
-		k.Learn([]Outside{{Name: name}})
+		k.Learn([]model.Outside{{Name: name}})
 	}
 	again := func() {
 		r.mu.Lock()
@@ -479,15 +479,15 @@ func TestKernelIsKeptFresh(t *testing.T) {
 	r.freshen(learned.Add(late+time.Second), askEvery)
 	of, _ := k.of("only4.example.com")
 	now := learned.Add(late + time.Second)
-	if got := of.A.text(now); got != "stale addresses [192.0.2.1] via [] for 30s" {
+	if got := textOf(of.A, now); got != "stale addresses [192.0.2.1] via [] for 30s" {
 		t.Errorf("no server answers, and the kernel has %s", got)
 	}
-	if got := of.AAAA.text(now); got != "stale nodata [] by example.com. for 30 via [] for 30s" {
+	if got := textOf(of.AAAA, now); got != "stale nodata [] by example.com. for 30 via [] for 30s" {
 		t.Errorf("no server answers, and the kernel has %s", got)
 	}
 	for _, name := range []string{"www.example.com", "no.example.com"} {
 		if of, _ := k.of(name); of.A.Stale {
-			t.Errorf("%s: nobody asks for it, and it is kept: %s", name, of.A.text(now))
+			t.Errorf("%s: nobody asks for it, and it is kept: %s", name, textOf(of.A, now))
 		}
 	}
 }

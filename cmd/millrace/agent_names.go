@@ -33,7 +33,7 @@ func answersFor(zone string, heard func() time.Time, layers []layer.Layer, log *
 		if names, ok := l.(*dns.Layer); ok {
 			a := &answering{Layer: names, log: log}
 			a.resolver = resolver.New(resolver.Settings{
-				Zone: zone, Heard: heard, DenyFor: dns.DenyFor, SayFor: dns.SayFor, Service: dns.DefaultService, Sink: learning{names}, Log: log,
+				Zone: zone, Heard: heard, DenyFor: dns.DenyFor, SayFor: dns.SayFor, Service: dns.DefaultService, Sink: names, Log: log,
 			})
 			layers[i] = a
 			return a
@@ -91,57 +91,4 @@ func (a *answering) Describe() (layer.Description, error) {
 		d.Degraded = append(d.Degraded, "these DNS servers do not answer: "+strings.Join(s.Down, ", ")+"; names outside the cluster are answered from what is known, others are left to the cluster's DNS servers")
 	}
 	return d, nil
-}
-
-// learning is the kernel as what the resolver teaches. It implements resolver.Sink.
-type learning struct{ names *dns.Layer }
-
-// Learn implements resolver.Sink.
-func (l learning) Learn(all []resolver.Outside) error {
-	of := make([]dns.Outside, len(all))
-	for i, o := range all {
-		of[i] = dns.Outside{Name: o.Name, A: learned(o.A), AAAA: learned(o.AAAA)}
-	}
-	return l.names.Learn(of)
-}
-
-// learned is the same in the layer's words: neither package knows the other.
-func learned(k resolver.Known) dns.Known {
-	to := dns.Known{State: dns.State(k.State), Addresses: k.Addresses, SOA: k.SOA, Until: k.Until, Stale: k.Stale}
-	for _, alias := range k.Chain {
-		to.Chain = append(to.Chain, dns.Alias(alias))
-	}
-	return to
-}
-
-// recalled is learned the other way round.
-func recalled(k dns.Known) resolver.Known {
-	to := resolver.Known{State: resolver.State(k.State), Addresses: k.Addresses, SOA: k.SOA, Until: k.Until, Stale: k.Stale}
-	for _, alias := range k.Chain {
-		to.Chain = append(to.Chain, resolver.Alias(alias))
-	}
-	return to
-}
-
-// Learned implements resolver.Sink.
-func (l learning) Learned() ([]resolver.Outside, error) {
-	all, err := l.names.Learned()
-	of := make([]resolver.Outside, len(all))
-	for i, o := range all {
-		of[i] = resolver.Outside{Name: o.Name, A: recalled(o.A), AAAA: recalled(o.AAAA)}
-	}
-	return of, err
-}
-
-// Forget implements resolver.Sink.
-func (l learning) Forget(names []string) error { return l.names.Forget(names) }
-
-// Asked implements resolver.Sink.
-func (l learning) Asked() ([]resolver.Asked, error) {
-	all, err := l.names.Asked()
-	of := make([]resolver.Asked, len(all))
-	for i, a := range all {
-		of[i] = resolver.Asked(a)
-	}
-	return of, err
 }

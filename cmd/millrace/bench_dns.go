@@ -192,13 +192,13 @@ func (n *namesServer) apply() (err error) {
 }
 
 // outside are the names of others, known for longer than a benchmark lasts.
-func (n *namesServer) outside() (all []dns.Outside) {
+func (n *namesServer) outside() (all []model.Outside) {
 	until := time.Now().Add(24 * time.Hour)
 	for name, address := range n.spec.Outside {
-		all = append(all, dns.Outside{
+		all = append(all, model.Outside{
 			Name: name,
-			A:    dns.Known{State: dns.Addresses, Addresses: []netip.Addr{address}, Until: until},
-			AAAA: dns.Known{State: dns.NoData, Until: until},
+			A:    model.Known{State: model.KnownAddresses, Addresses: []netip.Addr{address}, Until: until},
+			AAAA: model.Known{State: model.KnownNoData, Until: until},
 		})
 	}
 	return all

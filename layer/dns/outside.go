@@ -12,63 +12,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/model"
 )
-
-// State is what is known of one family of a name.
-type State uint8
-
-const (
-	// Unknown: others are asked.
-	Unknown State = iota
-	// Addresses are those of Known.
-	Addresses
-	// NoData: the name exists, and has no address of the family.
-	NoData
-	// Absent: there is no such name.
-	Absent
-)
-
-// Outside is a name that is not one of the cluster's, and what is known of it: both
-// families together, so that they are of one moment.
-type Outside struct {
-	// Name is the whole name, with or without a final dot, in any case.
-	Name    string
-	A, AAAA Known
-}
-
-// Known is what is known of one family of a name.
-type Known struct {
-	State State
-	// Chain are the aliases that lead from the name to the one that has the addresses, or
-	// to the one that has none, in order.
-	Chain []Alias
-	// Addresses are of the family, at most eight.
-	Addresses []netip.Addr
-	// SOA is the record of a negative answer (RFC 2308) as it stands in messages, its names
-	// not compressed, its TTL as of now; or nil.
-	SOA []byte
-	// Until is when it is not known any more; it is so sooner if a record's TTL ends.
-	Until time.Time
-	// Stale says that the record's TTLs are over, and no server says more at the moment
-	// (RFC 8767). Pods may keep it for 30 seconds.
-	Stale bool
-}
-
-// Alias is a CNAME record.
-type Alias struct {
-	// Target is what it leads to, TTL what is left of its time now, in whole seconds.
-	Target string
-	TTL    time.Duration
-}
-
-// Asked is when a name that was learned was asked for.
-type Asked struct {
-	Name string
-	// Last is when a pod did so, to a second; when it was learned, if none did since.
-	Last time.Time
-	// A and AAAA are when they are not known any more; zero for what is not known.
-	A, AAAA time.Time
-}
 
 const (
 	mostAliases = 7
@@ -77,13 +23,13 @@ const (
 	spared = 7.0 / 8
 )
 
-// Learn makes the programs answer for names outside the cluster; what was known of them is
-// replaced. Those that do not fit into an entry (96 bytes of name, eight addresses of a
-// family, 144 bytes of other records) are forgotten: they are no error. If the table is
-// full, names make room that are not known any more, or were asked for longest ago. It
-// returns the errors of names that could not be written, which are forgotten then. It may
-// be called by several goroutines at a time.
-func (l *Layer) Learn(of []Outside) error {
+// Learn makes the programs answer for names outside the cluster, which may have a final dot
+// and be in any case; what was known of them is replaced. Those that do not fit into an
+// entry (96 bytes of name, eight addresses of a family, 144 bytes of other records) are
+// forgotten: they are no error. If the table is full, names make room that are not known
+// any more, or were asked for longest ago. It returns the errors of names that could not
+// be written, which are forgotten then. It may be called by several goroutines at a time.
+func (l *Layer) Learn(of []model.Outside) error {
 	l.learning.Lock()
 	defer l.learning.Unlock()
 	if l.host == nil {
@@ -155,15 +101,15 @@ func (l *Layer) dropSome(now clock) error {
 	if err != nil {
 		return err
 	}
-	slices.SortFunc(all, func(a, b Asked) int {
-		overA, overB := a.until().Before(now.time), b.until().Before(now.time)
+	slices.SortFunc(all, func(a, b model.Asked) int {
+		overA, overB := endOfAll(a).Before(now.time), endOfAll(b).Before(now.time)
 		if overA != overB {
 			return map[bool]int{true: -1, false: 1}[overA]
 		}
 		return a.Last.Compare(b.Last)
 	})
 	n := len(all) - int(spared*float64(l.tables.outside.Capacity()))
-	for n < len(all) && n > 0 && all[n].until().Before(now.time) {
+	for n < len(all) && n > 0 && endOfAll(all[n]).Before(now.time) {
 		n++
 	}
 	var names []string
@@ -173,8 +119,8 @@ func (l *Layer) dropSome(now clock) error {
 	return l.forget(names)
 }
 
-// until is when nothing is known of the name any more.
-func (a Asked) until() time.Time {
+// endOfAll is when nothing is known of a name any more.
+func endOfAll(a model.Asked) time.Time {
 	if a.A.After(a.AAAA) {
 		return a.A
 	}
@@ -214,7 +160,7 @@ func (l *Layer) forget(names []string) error {
 // Asked lists the names that were learned and not forgotten, in no order, also those that
 // an earlier process learned: what is asked for often may be asked of the servers before
 // its time is over.
-func (l *Layer) Asked() ([]Asked, error) {
+func (l *Layer) Asked() ([]model.Asked, error) {
 	l.learning.Lock()
 	defer l.learning.Unlock()
 	if l.host == nil {
@@ -227,17 +173,17 @@ func (l *Layer) Asked() ([]Asked, error) {
 	return l.asked(now)
 }
 
-func (l *Layer) asked(now clock) ([]Asked, error) {
+func (l *Layer) asked(now clock) ([]model.Asked, error) {
 	entries, err := l.tables.outside.All()
 	if err != nil {
 		return nil, fmt.Errorf("read the names outside the cluster: %w", err)
 	}
-	all := make([]Asked, 0, len(entries))
+	all := make([]model.Asked, 0, len(entries))
 	for key, entry := range entries {
-		one := Asked{Name: nameOf(key), Last: now.timeOf(entry.Asked)}
-		for i, until := range []*time.Time{&one.A, &one.AAAA} {
+		one := model.Asked{Name: nameOf(key), Last: now.timeOf(entry.Asked)}
+		for i, end := range []*time.Time{&one.A, &one.AAAA} {
 			if known := entry.Known[i]; known.State != datapathKnownStateKNOWN_NOT {
-				*until = now.timeOf(known.Until)
+				*end = now.timeOf(known.Until)
 			}
 		}
 		all = append(all, one)
@@ -267,22 +213,22 @@ func (c clock) bootOf(t time.Time) uint64 {
 func bare(name string) string { return lower(strings.TrimSuffix(name, ".")) }
 
 // outsideOf is what the kernel is told of a name. False if it does not fit.
-func outsideOf(o Outside, now clock) (entry datapathOutsideName, ok bool) {
+func outsideOf(o model.Outside, now clock) (entry datapathOutsideName, ok bool) {
 	if !fits(bare(o.Name)) || strings.Contains(o.Name, `\`) { // an escape of the text form (RFC 1035, 5.1)
 		return entry, false
 	}
 	entry.Since, entry.Asked = now.boot, now.boot
 	name := append(wire(strings.TrimSuffix(o.Name, ".")), 0)
-	families := []Known{o.A, o.AAAA}
+	families := []model.Known{o.A, o.AAAA}
 	levelAliases(families)
 	var parts [2][]byte
 	for i, known := range families {
 		k := &entry.Known[i]
 		k.State = datapathKnownState(known.State)
-		if known.State == Unknown {
+		if known.State == model.KnownNot {
 			continue
 		}
-		if known.State > Absent {
+		if known.State > model.KnownAbsent {
 			return entry, false
 		}
 		end := endOf(known, now.time)
@@ -293,10 +239,10 @@ func outsideOf(o Outside, now clock) (entry datapathOutsideName, ok bool) {
 		if known.Stale {
 			k.Stale = 1
 		}
-		if known.State != Addresses && known.SOA != nil {
+		if known.State != model.KnownAddresses && known.SOA != nil {
 			k.Negative = 1
 		}
-		if known.State == Addresses && !entry.Addresses.add(known.Addresses, i == 0) {
+		if known.State == model.KnownAddresses && !entry.Addresses.add(known.Addresses, i == 0) {
 			return entry, false
 		}
 		size := []int{4, 16}[i]
@@ -336,9 +282,9 @@ func (a *datapathAddresses) add(addresses []netip.Addr, ip4 bool) bool {
 
 // levelAliases gives both families the shorter TTLs, where they have the same aliases: so
 // that they are written once.
-func levelAliases(families []Known) {
+func levelAliases(families []model.Known) {
 	a, b := slices.Clone(families[0].Chain), slices.Clone(families[1].Chain)
-	if !slices.EqualFunc(a, b, func(a, b Alias) bool { return a.Target == b.Target }) {
+	if !slices.EqualFunc(a, b, func(a, b model.Alias) bool { return a.Target == b.Target }) {
 		return
 	}
 	for i := range a {
@@ -348,7 +294,7 @@ func levelAliases(families []Known) {
 }
 
 // endOf is when the first record's time is over. Stale ones have none.
-func endOf(known Known, now time.Time) time.Time {
+func endOf(known model.Known, now time.Time) time.Time {
 	end := known.Until
 	if known.Stale {
 		return end
@@ -358,7 +304,7 @@ func endOf(known Known, now time.Time) time.Time {
 			end = t
 		}
 	}
-	if soa := known.SOA; known.State != Addresses && soa != nil {
+	if soa := known.SOA; known.State != model.KnownAddresses && soa != nil {
 		if _, ttl, ok := readSOA(soa); ok && now.Add(time.Duration(ttl)*time.Second).Before(end) {
 			end = now.Add(time.Duration(ttl) * time.Second)
 		}
@@ -368,7 +314,7 @@ func endOf(known Known, now time.Time) time.Time {
 
 // packRecords writes the aliases and the SOA record as the program wants them; what the
 // latter says is known for no longer than is left. The name has its final zero.
-func packRecords(name []byte, known Known, left time.Duration) (records []byte, ok bool) {
+func packRecords(name []byte, known model.Known, left time.Duration) (records []byte, ok bool) {
 	if len(known.Chain) > mostAliases {
 		return nil, false
 	}
@@ -384,7 +330,7 @@ func packRecords(name []byte, known Known, left time.Duration) (records []byte, 
 		before, begin = append(before, target), append(begin, len(name)+len(records))
 		records = append(records, target...)
 	}
-	if known.State == Addresses || known.SOA == nil {
+	if known.State == model.KnownAddresses || known.SOA == nil {
 		return records, true
 	}
 	owner, _, ok := readSOA(known.SOA)

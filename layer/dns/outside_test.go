@@ -13,7 +13,29 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/millrace/millrace/kernel/bpfmap"
+
+	"github.com/millrace/millrace/model"
 )
+
+// Short names for rows of tests.
+type (
+	Outside = model.Outside
+	Known   = model.Known
+	Alias   = model.Alias
+	Asked   = model.Asked
+	State   = model.KnownState
+)
+
+const (
+	Unknown   = model.KnownNot
+	Addresses = model.KnownAddresses
+	NoData    = model.KnownNoData
+	Absent    = model.KnownAbsent
+)
+
+func about(name string, a, aaaa Known) Outside { return Outside{Name: name, A: a, AAAA: aaaa} }
+
+func cname(target string, ttl time.Duration) Alias { return Alias{Target: target, TTL: ttl} }
 
 // townSearch is what kubelet gives a pod of namespace shop, on a host with a domain.
 var townSearch = []string{"shop.svc.cluster.local", "svc.cluster.local", "cluster.local", "corp.example"}
@@ -60,7 +82,7 @@ func neighbours() []Outside {
 	}
 	behind := func(k Known, targets ...string) Known {
 		for i, target := range targets {
-			k.Chain = append(k.Chain, Alias{target, time.Duration(400-i) * time.Second})
+			k.Chain = append(k.Chain, cname(target, time.Duration(400-i)*time.Second))
 		}
 		return k
 	}
@@ -76,34 +98,34 @@ func neighbours() []Outside {
 	}
 	a, aaaa := at("192.0.2.1", "192.0.2.2"), at("2001:db8::1")
 	all := []Outside{
-		{"Api.Example.com.", a, aaaa},
-		{"v4.example.com", at("192.0.2.4"), noData},
-		{"empty.example.com", noData, noData},
-		{"nosuch.example.com", absent, absent},
-		{"www.example.com", behind(a, "cdn.example.net", "EDGE.example.org."), behind(aaaa, "cdn.example.net", "edge.example.org")},
-		{"www4.example.com", behind(a, "cdn.example.net"), behind(Known{State: NoData, Until: soon, SOA: soaOf("example.net.", 300)}, "cdn.example.net")},
-		{"two.example.com", behind(a, "one.example.net"), behind(aaaa, "other.example.net")},
-		{"dangling.example.com", behind(absent, "x.example.com"), behind(absent, "x.example.com")},
-		{"half.example.com", a, Known{}},
-		{"odd.example.com", a, absent},
-		{"old.example.com", old(a), old(aaaa)},
-		{"aged.example.com", a, old(aaaa)},
-		{"stale.example.com", stale(behind(a, "was.example.net")), stale(aaaa)},
-		{"gone.example.com", stale(absent), stale(absent)},
-		{"nosoa.example.com", bare, bare},
-		{"root.example", Known{State: Absent, Until: soon, SOA: soaOf(".", 300)}, Known{State: Absent, Until: soon, SOA: soaOf(".", 300)}},
-		{"eight.example.com", at(eight4...), at(eight6...)},
-		{"git.dev.corp.example", at("198.51.100.5"), Known{State: NoData, Until: soon, SOA: soaOf("corp.example.", 300)}},
-		{long1, behind(at(eight4...), strings.Repeat("t", 50)+".example"), behind(at(eight6...), strings.Repeat("t", 50)+".example")},
-		{long2, behind(at(eight4...), strings.Repeat("t", 50)+".example"), behind(at(eight6[:7]...), strings.Repeat("t", 50)+".example")},
+		about("Api.Example.com.", a, aaaa),
+		about("v4.example.com", at("192.0.2.4"), noData),
+		about("empty.example.com", noData, noData),
+		about("nosuch.example.com", absent, absent),
+		about("www.example.com", behind(a, "cdn.example.net", "EDGE.example.org."), behind(aaaa, "cdn.example.net", "edge.example.org")),
+		about("www4.example.com", behind(a, "cdn.example.net"), behind(Known{State: NoData, Until: soon, SOA: soaOf("example.net.", 300)}, "cdn.example.net")),
+		about("two.example.com", behind(a, "one.example.net"), behind(aaaa, "other.example.net")),
+		about("dangling.example.com", behind(absent, "x.example.com"), behind(absent, "x.example.com")),
+		about("half.example.com", a, Known{}),
+		about("odd.example.com", a, absent),
+		about("old.example.com", old(a), old(aaaa)),
+		about("aged.example.com", a, old(aaaa)),
+		about("stale.example.com", stale(behind(a, "was.example.net")), stale(aaaa)),
+		about("gone.example.com", stale(absent), stale(absent)),
+		about("nosoa.example.com", bare, bare),
+		about("root.example", Known{State: Absent, Until: soon, SOA: soaOf(".", 300)}, Known{State: Absent, Until: soon, SOA: soaOf(".", 300)}),
+		about("eight.example.com", at(eight4...), at(eight6...)),
+		about("git.dev.corp.example", at("198.51.100.5"), Known{State: NoData, Until: soon, SOA: soaOf("corp.example.", 300)}),
+		about(long1, behind(at(eight4...), strings.Repeat("t", 50)+".example"), behind(at(eight6...), strings.Repeat("t", 50)+".example")),
+		about(long2, behind(at(eight4...), strings.Repeat("t", 50)+".example"), behind(at(eight6[:7]...), strings.Repeat("t", 50)+".example")),
 	}
 	// The host's domain has none of these, and somebody asked.
 	for _, name := range []string{"api.example.com", "v4.example.com", "empty.example.com", "nosuch.example.com", "www.example.com", "www4.example.com",
 		"dangling.example.com", "half.example.com", "odd.example.com", "old.example.com", "stale.example.com", "gone.example.com", "eight.example.com", long1, long2,
 		"web.shop.svc.cluster.local"} {
-		all = append(all, Outside{name + ".corp.example", corp, corp})
+		all = append(all, about(name+".corp.example", corp, corp))
 	}
-	return append(all, Outside{"two.example.com.corp.example", stale(corp), stale(corp)})
+	return append(all, about("two.example.com.corp.example", stale(corp), stale(corp)))
 }
 
 // TestOutside asks for names outside, and for what the search list of a pod makes of names.
@@ -175,8 +197,8 @@ func TestOutside(t *testing.T) {
 		{"api.example.com.other.svc.cluster.local.", "nxdomain", "nxdomain"},
 	})
 	// ndots 5: with five dots a name is tried as it is at first
-	p.learn(Outside{"a.b.c.d.example", neighbours()[0].A, neighbours()[0].AAAA}, Outside{"a.b.c.d.e.example", neighbours()[0].A, neighbours()[0].AAAA},
-		Outside{"a.b.c.d.example.corp.example", neighbours()[3].A, neighbours()[3].AAAA}, Outside{"a.b.c.d.e.example.corp.example", neighbours()[3].A, neighbours()[3].AAAA})
+	p.learn(about("a.b.c.d.example", neighbours()[0].A, neighbours()[0].AAAA), about("a.b.c.d.e.example", neighbours()[0].A, neighbours()[0].AAAA),
+		about("a.b.c.d.example.corp.example", neighbours()[3].A, neighbours()[3].AAAA), about("a.b.c.d.e.example.corp.example", neighbours()[3].A, neighbours()[3].AAAA))
 	p.search("shop.svc.cluster.local", "cluster.local")
 	p.asks([]asked{
 		{"a.b.c.d.example.shop.svc.cluster.local.", "a.b.c.d.example. 192.0.2.1 192.0.2.2", "a.b.c.d.example. 2001:db8::1"},
@@ -279,7 +301,7 @@ func TestTTLsAreCountedDown(t *testing.T) {
 	})
 	// The host's domain has it absent for 3 s more, so the alias may be kept as long.
 	brief := Known{State: Absent, Until: time.Now().Add(3500 * time.Millisecond), SOA: soaOf("corp.example.", 300)}
-	p.learn(Outside{"api.example.com.corp.example", brief, brief})
+	p.learn(about("api.example.com.corp.example", brief, brief))
 	p.asks([]asked{{"api.example.com.shop.svc.cluster.local.", "api.example.com. 192.0.2.1 192.0.2.2", "api.example.com. 2001:db8::1"}})
 }
 
@@ -320,7 +342,7 @@ func TestUnfit(t *testing.T) {
 	good := neighbours()[0]
 	chain := func(n, length int) (all []Alias) {
 		for i := range n {
-			all = append(all, Alias{strings.Repeat(string(rune('a'+i)), length) + ".example", time.Minute})
+			all = append(all, cname(strings.Repeat(string(rune('a'+i)), length)+".example", time.Minute))
 		}
 		return all
 	}
@@ -332,9 +354,9 @@ func TestUnfit(t *testing.T) {
 		"eight aliases":          func(o *Outside) { o.A.Chain = chain(8, 1) },
 		"long aliases":           func(o *Outside) { o.A.Chain = chain(3, 40) },
 		"different aliases":      func(o *Outside) { o.A.Chain, o.AAAA.Chain = chain(1, 60), chain(2, 30) },
-		"an alias that is none":  func(o *Outside) { o.A.Chain = []Alias{{"a..b", time.Minute}} },
-		"an alias to the root":   func(o *Outside) { o.A.Chain = []Alias{{".", time.Minute}} },
-		"an escape":              func(o *Outside) { o.A.Chain = []Alias{{`a\.b.example`, time.Minute}} },
+		"an alias that is none":  func(o *Outside) { o.A.Chain = []Alias{cname("a..b", time.Minute)} },
+		"an alias to the root":   func(o *Outside) { o.A.Chain = []Alias{cname(".", time.Minute)} },
+		"an escape":              func(o *Outside) { o.A.Chain = []Alias{cname(`a\.b.example`, time.Minute)} },
 		"another zone's SOA":     func(o *Outside) { o.A = Known{State: NoData, Until: good.A.Until, SOA: soaOf("example.net.", 60)} },
 		"half an SOA":            func(o *Outside) { o.A = Known{State: NoData, Until: good.A.Until, SOA: soaOf("com.", 60)[:30]} },
 		"an SOA and more":        func(o *Outside) { o.A = Known{State: NoData, Until: good.A.Until, SOA: append(soaOf("com.", 60), 0)} },
@@ -369,7 +391,7 @@ func TestRoom(t *testing.T) {
 	outside := bpfmap.NewFake[datapathName, datapathOutsideName](room)
 	l.host, l.tables = nobody{}, tables{outside: outside, writings: bpfmap.NewFake[datapathTable, uint64](2)}
 	good := neighbours()[0]
-	name := func(i int) Outside { return Outside{fmt.Sprintf("n%d.example", i), good.A, good.AAAA} }
+	name := func(i int) Outside { return about(fmt.Sprintf("n%d.example", i), good.A, good.AAAA) }
 	for i := range room {
 		o := name(i)
 		if i%16 == 3 {

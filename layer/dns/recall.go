@@ -6,12 +6,14 @@ import (
 	"net/netip"
 	"strings"
 	"time"
+
+	"github.com/millrace/millrace/model"
 )
 
 // Learned lists what is known of the names that were learned and not forgotten, in no
 // order, also by an earlier process; of those whose time is over, what was known last.
 // Names that cannot be read are left out. TTLs are as of now, 0 where they are over.
-func (l *Layer) Learned() ([]Outside, error) {
+func (l *Layer) Learned() ([]model.Outside, error) {
 	l.learning.Lock()
 	defer l.learning.Unlock()
 	if l.host == nil {
@@ -25,7 +27,7 @@ func (l *Layer) Learned() ([]Outside, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the names outside the cluster: %w", err)
 	}
-	all := make([]Outside, 0, len(entries))
+	all := make([]model.Outside, 0, len(entries))
 	for key, entry := range entries {
 		if o, ok := entry.recall(nameOf(key), now); ok {
 			all = append(all, o)
@@ -35,23 +37,23 @@ func (l *Layer) Learned() ([]Outside, error) {
 }
 
 // recall is what outsideOf made an entry of.
-func (e *datapathOutsideName) recall(name string, now clock) (o Outside, ok bool) {
+func (e *datapathOutsideName) recall(name string, now clock) (o model.Outside, ok bool) {
 	o.Name = name
 	var records [recordBytes]byte
 	for i, word := range e.Record {
 		binary.LittleEndian.PutUint64(records[8*i:], word)
 	}
 	passed := time.Duration(now.boot - e.Since)
-	for i, to := range []*Known{&o.A, &o.AAAA} {
+	for i, to := range []*model.Known{&o.A, &o.AAAA} {
 		k := e.Known[i]
-		if *to = (Known{State: State(k.State), Until: now.timeOf(k.Until), Stale: k.Stale > 0}); to.State == Unknown {
+		if *to = (model.Known{State: model.KnownState(k.State), Until: now.timeOf(k.Until), Stale: k.Stale > 0}); to.State == model.KnownNot {
 			continue
 		}
 		text := append(append(wire(name), 0), records[min(8*int(k.From), recordBytes):]...)
-		if !to.recallRecords(text, k, passed) {
+		if !recallRecords(to, text, k, passed) {
 			return o, false
 		}
-		if to.State == Addresses {
+		if to.State == model.KnownAddresses {
 			to.Addresses = e.Addresses.list(i == 0)
 		}
 	}
@@ -60,14 +62,14 @@ func (e *datapathOutsideName) recall(name string, now clock) (o Outside, ok bool
 
 // recallRecords reads the aliases and the SOA record behind a name. False if that is not
 // what they are.
-func (k *Known) recallRecords(text []byte, of datapathKnown, passed time.Duration) bool {
+func recallRecords(k *model.Known, text []byte, of datapathKnown, passed time.Duration) bool {
 	at := lengthOfName(text)
 	for range int(of.Aliases) {
 		r, ok := recordAt(text, at)
 		if !ok || r.kind != typeCNAME || lengthOfName(r.data) != len(r.data) {
 			return false
 		}
-		k.Chain = append(k.Chain, Alias{Target: dotted(r.data), TTL: max(0, r.ttl-passed).Truncate(time.Second)})
+		k.Chain = append(k.Chain, model.Alias{Target: dotted(r.data), TTL: max(0, r.ttl-passed).Truncate(time.Second)})
 		at = r.end
 	}
 	if of.Negative == 0 {

@@ -25,7 +25,7 @@ func TestRecalled(t *testing.T) {
 			continue
 		}
 		for i, pair := range [][2]Known{{o.A, got.A}, {o.AAAA, got.AAAA}} {
-			if learned, recalled := pair[0].text(), pair[1].text(); learned != recalled {
+			if learned, recalled := textOf(pair[0]), textOf(pair[1]); learned != recalled {
 				t.Errorf("%s, family %d:\nlearned  %s\nrecalled %s", o.Name, i, learned, recalled)
 			}
 		}
@@ -36,8 +36,8 @@ func TestRecalled(t *testing.T) {
 	}
 }
 
-// text is what is known, without the time at which it ends and the spelling of aliases.
-func (k Known) text() string {
+// textOf is what is known, without the time at which it ends and the spelling of aliases.
+func textOf(k Known) string {
 	slices.SortFunc(k.Addresses, netip.Addr.Compare)
 	var chain []string
 	for _, alias := range k.Chain {

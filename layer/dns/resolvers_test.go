@@ -106,17 +106,17 @@ func randomNames(n int) (names []string, of []Outside) {
 			aaaa = Known{State: Addresses, Until: until, Addresses: []netip.Addr{netip.MustParseAddr(fmt.Sprintf("2001:db8::%x", i+1))}}
 		}
 		if random.IntN(4) == 0 {
-			chain := []Alias{{fmt.Sprintf("cdn%d.example.net", i), time.Hour}}
+			chain := []Alias{cname(fmt.Sprintf("cdn%d.example.net", i), time.Hour)}
 			a.Chain, aaaa.Chain = chain, chain
 			if aaaa.State == NoData {
 				aaaa.SOA = soaOf("example.net.", 3600)
 			}
 		}
 		names = append(names, name)
-		of = append(of, Outside{name, a, aaaa}, Outside{name + ".corp.example", absent, absent})
+		of = append(of, about(name, a, aaaa), about(name+".corp.example", absent, absent))
 	}
 	for _, name := range []string{"nosuch.example", "nosuch.example.corp.example", "web.shop.svc.cluster.local.corp.example"} {
-		of = append(of, Outside{name, absent, absent})
+		of = append(of, about(name, absent, absent))
 	}
 	return names, of
 }
