@@ -2,6 +2,8 @@ package model
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -43,4 +45,40 @@ type Upstream struct {
 	ServerName string
 	// TCP says that it is to be asked over TCP alone.
 	TCP bool
+}
+
+// HasAllNames says that a Service which is not in the Snapshot does not exist, or is one
+// of Strangers.
+func (s *Snapshot) HasAllNames() bool { return s.Complete && s.Unread == 0 && s.Named }
+
+// Strangers are Services that have names and are not in the Snapshot, or not whole: those
+// of other proxies, and those that cannot be used as they are.
+func (s *Snapshot) Strangers() []Name {
+	all := slices.Clone(s.Others)
+	for _, problem := range s.Problems {
+		object, ok := strings.CutPrefix(problem.Object, "Service ")
+		namespace, name, named := strings.Cut(object, "/")
+		if ok && named {
+			all = append(all, Name{Namespace: namespace, Name: name})
+		}
+	}
+	return all
+}
+
+// Label is what an endpoint is called below its Service: its host name, or its address
+// with "-" for "." and ":", which ends in no "-": fd00--0 for fd00::.
+func (e Endpoint) Label() string {
+	if e.Hostname != "" {
+		return e.Hostname
+	}
+	label := strings.NewReplacer(".", "-", ":", "-").Replace(e.Address.String())
+	if strings.HasSuffix(label, "-") {
+		label += "0"
+	}
+	return label
+}
+
+// HasEndpoint says whether anybody is behind a port, be it one that is about to end.
+func (p ServicePort) HasEndpoint() bool {
+	return slices.ContainsFunc(p.Backends, func(b Backend) bool { return b.Ready || b.Serving })
 }

@@ -36,28 +36,14 @@ type snapshot struct {
 
 func newSnapshot(s *model.Snapshot, dnsService model.Name) *snapshot {
 	strangers := map[model.Name]bool{}
-	for _, name := range s.Others {
+	for _, name := range s.Strangers() {
 		strangers[name] = true
-	}
-	for _, problem := range s.Problems {
-		object, ok := strings.CutPrefix(problem.Object, "Service ")
-		namespace, name, whole := strings.Cut(object, "/")
-		if ok && whole {
-			strangers[model.Name{Namespace: namespace, Name: name}] = true
-		}
 	}
 	of := &snapshot{Snapshot: s, strangers: strangers}
 	for _, service := range s.Services {
-		of.served = of.served || service.Name == dnsService && hasEndpoint(service)
+		of.served = of.served || service.Name == dnsService && slices.ContainsFunc(service.Ports, model.ServicePort.HasEndpoint)
 	}
 	return of
-}
-
-// hasEndpoint says whether anybody is behind a Service.
-func hasEndpoint(s *model.Service) bool {
-	return slices.ContainsFunc(s.Ports, func(p model.ServicePort) bool {
-		return slices.ContainsFunc(p.Backends, func(b model.Backend) bool { return b.Ready || b.Serving })
-	})
 }
 
 // trust is what may be said of the cluster: known, what is known of it; deny, that other
@@ -69,9 +55,6 @@ func (r *Resolver) trust(s *snapshot, now time.Time) (known, deny bool) {
 	ago := now.Sub(r.settings.Heard())
 	return ago <= r.settings.SayFor || !s.served, ago <= r.settings.DenyFor
 }
-
-// whole says that what is not there does not exist.
-func (s *snapshot) whole() bool { return s.Complete && s.Unread == 0 && s.Named }
 
 // service finds a Service; known is false for one of which others know more.
 func (s *snapshot) service(name model.Name) (service *model.Service, known bool) {
@@ -103,7 +86,7 @@ type record struct {
 // https://coredns.io/plugins/kubernetes/); what its settings might change is handed back.
 func (r *Resolver) cluster(ctx context.Context, from string, c *config, q *query, now time.Time) (*dns.Msg, Source) {
 	s := r.snapshot.Load()
-	if s == nil || !s.whole() || c.left != "" || c.ttl <= 0 || strings.Contains(q.name, "\\") {
+	if s == nil || !s.HasAllNames() || c.left != "" || c.ttl <= 0 || strings.Contains(q.name, "\\") {
 		return nil, HandedBack
 	}
 	known, deny := r.trust(s, now)
@@ -222,7 +205,7 @@ func portOf(prefix []string) (port, protocol string) {
 // name.
 func endpointsOf(s *model.Service, name string, prefix []string) (records []record) {
 	for _, e := range s.Endpoints {
-		if host := hostOf(e); e.Ready && (len(prefix) == 0 || strings.EqualFold(host, prefix[0])) {
+		if host := e.Label(); e.Ready && (len(prefix) == 0 || strings.EqualFold(host, prefix[0])) {
 			records = append(records, record{host + "." + name, e.Address, 0})
 		}
 	}
@@ -233,7 +216,7 @@ func endpointsOf(s *model.Service, name string, prefix []string) (records []reco
 func endpointPorts(s *model.Service, name string, prefix []string, port, protocol string) (records []record) {
 	hosts := map[netip.Addr][]string{} // one that is in two slices may have two
 	for _, e := range s.Endpoints {
-		if host := hostOf(e); len(prefix) != 1 || strings.EqualFold(host, prefix[0]) {
+		if host := e.Label(); len(prefix) != 1 || strings.EqualFold(host, prefix[0]) {
 			hosts[e.Address] = append(hosts[e.Address], host)
 		}
 	}
@@ -259,18 +242,6 @@ func endpointPorts(s *model.Service, name string, prefix []string, port, protoco
 // called says whether a port is meant by a name and a protocol, which may be missing.
 func called(p *model.ServicePort, name, protocol string) bool {
 	return (name == "" || strings.EqualFold(name, p.Name)) && (protocol == "" || strings.EqualFold(protocol, p.Protocol.String()))
-}
-
-// hostOf is the label of an endpoint below its Service: its host name, or its address.
-func hostOf(e model.Endpoint) string {
-	if e.Hostname != "" {
-		return e.Hostname
-	}
-	host := strings.NewReplacer(".", "-", ":", "-").Replace(e.Address.String())
-	if strings.HasSuffix(host, "-") {
-		host += "0"
-	}
-	return host
 }
 
 // zoneAnswer makes an answer of the cluster's zone.

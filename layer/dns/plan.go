@@ -45,12 +45,12 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 		}
 	}
 	p.last = next
-	for _, name := range strangers(snapshot) {
+	for _, name := range snapshot.Strangers() {
 		if !there[name] {
 			picture.add(leftTo(serviceName(name)))
 		}
 	}
-	picture.whole = snapshot.Complete && snapshot.Unread == 0 && snapshot.Named
+	picture.whole = snapshot.HasAllNames()
 	picture.cut(settings.names)
 	return picture
 }
@@ -67,20 +67,6 @@ func leftWhole(zone string, dns *model.DNS) string {
 		return fmt.Sprintf("they serve %s: say --dns %s", dns.Zone, dns.Zone)
 	}
 	return ""
-}
-
-// strangers are Services that have names and are not in the Snapshot: those of other
-// proxies, and those that cannot be used as they are.
-func strangers(snapshot *model.Snapshot) []model.Name {
-	all := slices.Clone(snapshot.Others)
-	for _, problem := range snapshot.Problems {
-		object, ok := strings.CutPrefix(problem.Object, "Service ")
-		namespace, name, whole := strings.Cut(object, "/")
-		if ok && whole {
-			all = append(all, model.Name{Namespace: namespace, Name: name})
-		}
-	}
-	return all
 }
 
 // serviceName is a Service's name below the zone.
@@ -114,14 +100,9 @@ func headlessRows(name string, endpoints []model.Endpoint) []*Row {
 		if !e.Ready {
 			continue
 		}
-		host := e.Hostname
-		if host == "" {
-			if host = strings.NewReplacer(".", "-", ":", "-").Replace(e.Address.String()); strings.HasSuffix(host, "-") {
-				host += "0" // fd00:: is fd00--0
-			}
-		}
+		below := e.Label() + "." + name
 		of[name] = append(of[name], e.Address)
-		of[host+"."+name] = append(of[host+"."+name], e.Address)
+		of[below] = append(of[below], e.Address)
 	}
 	rows := make([]*Row, 0, len(of))
 	for name, addresses := range of {
@@ -140,9 +121,7 @@ func (p *Picture) addResolvers(s *model.Service) {
 		for _, addr := range s.ClusterIPs {
 			p.resolvers[addr] = true
 		}
-		for _, b := range port.Backends {
-			p.served = p.served || b.Ready || b.Serving
-		}
+		p.served = p.served || port.HasEndpoint()
 	}
 }
 
