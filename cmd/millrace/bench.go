@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -51,15 +52,7 @@ their tools are not installed they are left out, and the report says so.`,
 		if err = page.finish(report.WriteHTML, err); err != nil {
 			return err
 		}
-		if s.json() {
-			err = printJSON(report)
-		} else {
-			err = report.WriteTable(os.Stdout)
-		}
-		if err == nil && report.Failed() {
-			return &failure{exitFindings, errors.New("operations through millrace failed: the figures do not count")}
-		}
-		return err
+		return s.show(report, report.WriteTable, report.Failed(), "operations through millrace failed: the figures do not count")
 	}, exitFindings, exitUnavailable, exitPrivilege)
 	c.Flags().IntSliceVar(&options.Services, "services", []int{10, 1000}, "how many Services there are; each number is measured beside the others")
 	c.Flags().BoolVar(&options.AllSizes, "all-sizes", false, "load iptables and nftables in every size, also where that takes many minutes")
@@ -70,4 +63,19 @@ their tools are not installed they are left out, and the report says so.`,
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DefaultRoundTime, "how long a turn lasts, all operations together")
 	c.Flags().StringVar(&html, "html", "", "write the report to this file, too, as one page with plots that needs nothing else")
 	return c
+}
+
+// show prints a report, as a table where JSON is not asked for. Where something failed in
+// what was measured, it returns why that matters.
+func (s *settings) show(report any, table func(io.Writer) error, failed bool, why string) error {
+	var err error
+	if s.json() {
+		err = printJSON(report)
+	} else {
+		err = table(os.Stdout)
+	}
+	if err == nil && failed {
+		return &failure{exitFindings, errors.New(why)}
+	}
+	return err
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
@@ -45,71 +44,38 @@ module proxy, once. unbound, cc and musl-gcc are taken where they are installed.
 		if err != nil {
 			return err
 		}
-		if s.json() {
-			err = printJSON(report)
-		} else {
-			err = report.WriteDNSTable(os.Stdout)
-		}
-		if err == nil && report.DNSFailed() {
-			return &failure{exitFindings, errors.New("lookups through millrace failed: the figures do not count")}
-		}
-		return err
+		return s.show(report, report.WriteDNSTable, report.DNSFailed(), "lookups through millrace failed: the figures do not count")
 	}, exitFindings, exitUnavailable, exitPrivilege)
 	c.Flags().IntVar(&options.Rounds, "rounds", bench.DNSRounds, "how often each has its turn; 6 or more give an interval")
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DNSRoundTime, "how long a turn lasts, all operations together")
 	return c
 }
 
-// attachNames starts the process that serves names, which ends with its input.
+// attachNames starts the process that serves names.
 func attachNames(spec bench.DNSSpec) (bench.DNSAttached, error) {
-	// Of its own are the mounts, so that what it pins is gone with it, however it ends.
-	s, err := startServer(&unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}, "dns")
+	s, err := startApart("dns", spec)
 	if err != nil {
-		return bench.DNSAttached{}, fmt.Errorf("start the process that serves names: %w", err)
+		return bench.DNSAttached{}, err
 	}
-	err = s.orders.Encode(spec)
-	var answer namesAnswer
-	if err == nil {
-		err = s.answers.Decode(&answer)
-	}
-	switch {
-	case err != nil:
-		err = s.lost(err)
-	case answer.Error != "":
-		err = errors.Join(&failure{answer.Status, errors.New(answer.Error)}, s.close())
-	}
-	return bench.DNSAttached{Pid: s.command.Process.Pid, Close: s.close}, err
-}
-
-// namesAnswer is what the process that serves names says when it does.
-type namesAnswer struct {
-	Error  string
-	Status int
+	return bench.DNSAttached{Pid: s.command.Process.Pid, Close: s.close}, nil
 }
 
 // serveNames serves names until its input ends.
 func serveNames(ctx context.Context, in io.Reader, out io.Writer) error {
-	orders, answers := gob.NewDecoder(in), gob.NewEncoder(out)
-	var spec bench.DNSSpec
-	if err := orders.Decode(&spec); err != nil {
-		return fmt.Errorf("read what to serve: %w", err)
-	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	n, err := newNames(spec)
-	if err == nil {
-		err = n.begin(ctx)
+	var spec bench.DNSSpec
+	var n *namesServer
+	err := serveUntilEnd(in, out, &spec, func() (err error) {
+		if n, err = newNames(spec); err != nil {
+			return err
+		}
+		return n.begin(ctx)
+	})
+	if n != nil {
+		err = errors.Join(err, n.layer.Close())
 	}
-	answer := namesAnswer{}
-	if err != nil {
-		refused := refusal(err)
-		answer.Error, answer.Status = refused.Error, refused.Status
-	}
-	if err := answers.Encode(answer); err != nil {
-		return fmt.Errorf("answer the benchmark: %w", err)
-	}
-	_, err = io.Copy(io.Discard, in)
-	return errors.Join(err, n.layer.Close())
+	return err
 }
 
 // namesServer is the layer dns at work in a benchmark.

@@ -2,8 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
-	"os"
+	"io"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -34,15 +33,8 @@ nobody looks. Every packet that died must be in the totals of trace.`,
 		if err != nil {
 			return err
 		}
-		if s.json() {
-			err = printJSON(report)
-		} else {
-			err = report.WriteDropsTable(os.Stdout, options.Watchers)
-		}
-		if err == nil && report.Miscounted(options.Watchers) {
-			return &failure{exitFindings, errors.New("packets died that are not in the totals")}
-		}
-		return err
+		table := func(w io.Writer) error { return report.WriteDropsTable(w, options.Watchers) }
+		return s.show(report, table, report.Miscounted(options.Watchers), "packets died that are not in the totals")
 	}, exitFindings, exitUnavailable, exitPrivilege)
 	c.Flags().IntVar(&options.Rounds, "rounds", bench.DefaultRounds, "how often each has its turn; 6 or more give an interval")
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.DropsRoundTime, "how long a turn lasts, all operations together")

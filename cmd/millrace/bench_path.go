@@ -2,15 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/gob"
 	"errors"
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/bench"
 	"github.com/millrace/millrace/layer/route"
@@ -37,38 +34,18 @@ that to another way in the same round. Every UDP packet must arrive.`,
 		if err != nil {
 			return err
 		}
-		if s.json() {
-			err = printJSON(report)
-		} else {
-			err = report.WritePathTable(os.Stdout)
-		}
-		if err == nil && report.PathFailed() {
-			return &failure{exitFindings, errors.New("operations through millrace failed: the figures do not count")}
-		}
-		return err
+		return s.show(report, report.WritePathTable, report.PathFailed(), "operations through millrace failed: the figures do not count")
 	}, exitFindings, exitUnavailable, exitPrivilege)
 	c.Flags().IntVar(&options.Rounds, "rounds", bench.DefaultRounds, "how often each has its turn; 6 or more give an interval")
 	c.Flags().DurationVar(&options.RoundTime, "round-time", bench.PathRoundTime, "how long a turn lasts, all operations together")
 	return c
 }
 
-// attachPath starts the process that serves routes, which ends with its input.
+// attachPath starts the process that serves routes.
 func attachPath(spec bench.PathSpec) (func() error, error) {
-	// Of its own are the mounts, so that what it pins is gone with it, however it ends.
-	s, err := startServer(&unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}, "path")
+	s, err := startApart("path", spec)
 	if err != nil {
-		return nil, fmt.Errorf("start the process that serves routes: %w", err)
-	}
-	err = s.orders.Encode(spec)
-	var answer serveAnswer
-	if err == nil {
-		err = s.answers.Decode(&answer)
-	}
-	switch {
-	case err != nil:
-		return nil, s.lost(err)
-	case answer.Error != "":
-		return nil, errors.Join(&failure{answer.Status, errors.New(answer.Error)}, s.close())
+		return nil, err
 	}
 	return s.close, nil
 }
@@ -76,18 +53,11 @@ func attachPath(spec bench.PathSpec) (func() error, error) {
 // servePath has VXLAN in force between two nodes until its input ends.
 func servePath(in io.Reader, out io.Writer) error {
 	var spec bench.PathSpec
-	if err := gob.NewDecoder(in).Decode(&spec); err != nil {
-		return fmt.Errorf("read what to serve: %w", err)
-	}
-	layers, err := openPath(spec)
-	answer := serveAnswer{}
-	if err != nil {
-		answer = refusal(err)
-	}
-	if err := gob.NewEncoder(out).Encode(answer); err != nil {
-		return fmt.Errorf("answer the benchmark: %w", err)
-	}
-	_, err = io.Copy(io.Discard, in)
+	var layers []*route.Layer
+	err := serveUntilEnd(in, out, &spec, func() (err error) {
+		layers, err = openPath(spec)
+		return err
+	})
 	for _, l := range layers {
 		err = errors.Join(err, l.Close())
 	}

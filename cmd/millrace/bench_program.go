@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"os"
+	"io"
 
 	"github.com/spf13/cobra"
 
@@ -40,10 +40,8 @@ program is attached anywhere. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.`,
 		if err != nil {
 			return err
 		}
-		if s.json() {
-			return printJSON(report)
-		}
-		return report.WriteProgramTable(os.Stdout, options.Shots)
+		table := func(w io.Writer) error { return report.WriteProgramTable(w, options.Shots) }
+		return s.show(report, table, false, "")
 	}, exitUnavailable, exitPrivilege)
 	c.Flags().IntVar(&options.Services, "services", 10000, "how many Services there are")
 	c.Flags().IntVar(&options.Rounds, "rounds", bench.DefaultRounds, "how often each kind of packet has its turn; 6 or more give an interval")

@@ -37,7 +37,7 @@ type serveOrder struct {
 	Count   int
 }
 
-// serveAnswer is the outcome of a load or of a change.
+// serveAnswer is the outcome of a load or of a change, or of another beginning.
 type serveAnswer struct {
 	Took                       time.Duration
 	KernelBytes, ResidentBytes uint64
@@ -116,6 +116,19 @@ func startServer(attributes *unix.SysProcAttr, what ...string) (*server, error) 
 	return s, s.command.Start()
 }
 
+// startApart starts a process that serves what a specification says, with mounts of its
+// own, so that what it pins is gone with it, however it ends; and waits until it serves.
+func startApart(what string, spec any) (*server, error) {
+	s, err := startServer(&unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}, what)
+	if err != nil {
+		return nil, fmt.Errorf("start the process that serves: %w", err)
+	}
+	if _, err := s.ask(spec); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
 func (s *server) load(variant string, spec bench.AttachSpec) (serveAnswer, error) {
 	services := spec.Services
 	spec.Services = nil
@@ -130,9 +143,9 @@ func (s *server) load(variant string, spec bench.AttachSpec) (serveAnswer, error
 	return s.ask(services[len(services)-1])
 }
 
-// ask sends a Service and waits for what comes of it.
-func (s *server) ask(service *model.Service) (answer serveAnswer, err error) {
-	if err = s.orders.Encode(service); err == nil {
+// ask sends an order, such as a Service, and waits for what comes of it.
+func (s *server) ask(order any) (answer serveAnswer, err error) {
+	if err = s.orders.Encode(order); err == nil {
 		err = s.answers.Decode(&answer)
 	}
 	if err != nil {
@@ -179,6 +192,23 @@ func benchServeCommand() *cobra.Command {
 	})
 	c.Hidden = true
 	return c
+}
+
+// serveUntilEnd is the other side of startApart: it reads what to serve, says whether that
+// began, and returns when the input ends.
+func serveUntilEnd(in io.Reader, out io.Writer, spec any, begin func() error) error {
+	if err := gob.NewDecoder(in).Decode(spec); err != nil {
+		return fmt.Errorf("read what to serve: %w", err)
+	}
+	answer := serveAnswer{}
+	if err := begin(); err != nil {
+		answer = refusal(err)
+	}
+	if err := gob.NewEncoder(out).Encode(answer); err != nil {
+		return fmt.Errorf("answer the benchmark: %w", err)
+	}
+	_, err := io.Copy(io.Discard, in)
+	return err
 }
 
 // serveBench does what the benchmark says until it says no more.
