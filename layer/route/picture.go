@@ -210,8 +210,8 @@ func (l lost) Detail() string { return "" }
 // measure says how long packets by plain routes may be, which depends on their devices.
 func (p *Picture) measure() {
 	for _, row := range p.rows {
-		if !row.Direct {
-			continue
+		if row.byProgram() {
+			continue // its entry says so
 		}
 		row.MTU = p.facts.devices[row.index].mtu
 		if row.set > 0 {
