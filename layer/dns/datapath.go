@@ -251,15 +251,7 @@ func adapt(spec *ebpf.CollectionSpec, settings Settings) error {
 
 // loadError turns a failed load into what the user can do about it.
 func loadError(err error) error {
-	const act = "load the dns program"
-	var refused *ebpf.VerifierError
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}}
-	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
-		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for it (%v)", err), Since: "Linux 5.15 with CONFIG_BPF_SYSCALL"}
-	}
-	return fmt.Errorf("%s: %w", act, err)
+	return need.Loading("load the dns program", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 }
 
 // settle puts the program in force at the devices that an earlier process served, and

@@ -100,7 +100,7 @@ func (d *datapath) load() error {
 	}
 	loaded, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
 	if err != nil {
-		return fmt.Errorf("load the pod program: %w", err)
+		return need.Loading("load the pod program", "Linux 6.6 with CONFIG_BPF_SYSCALL", err)
 	}
 	defer loaded.Close()
 	for _, name := range pinnedMaps {

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -174,15 +173,7 @@ func (d *datapath) openHomes(spec *ebpf.MapSpec) error {
 
 // loadError turns a failed load into what the user can do about it.
 func loadError(err error) error {
-	const act = "load the route programs"
-	var refused *ebpf.VerifierError
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}}
-	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
-		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for them (%v)", err), Since: "Linux 5.15 with CONFIG_BPF_SYSCALL"}
-	}
-	return fmt.Errorf("%s: %w", act, err)
+	return need.Loading("load the route programs", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 }
 
 // settle puts the programs in force where an earlier process' are, and pins the maps.

@@ -365,16 +365,7 @@ func (d *datapath) cookie() uint64 { return d.node }
 
 // loadError turns a failed load into what the user can do about it.
 func loadError(err error) error {
-	const act = "load the service programs"
-	var refused *ebpf.VerifierError
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return &need.Privilege{Act: act, Capabilities: []string{"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}}
-	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSYS), errors.As(err, &refused):
-		return &need.Feature{Act: act, Feature: fmt.Sprintf("support for them (%v)", err),
-			Since: "Linux 5.15 with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF"}
-	}
-	return fmt.Errorf("%s: %w", act, err)
+	return need.Loading("load the service programs", "Linux 5.15 with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF", err)
 }
 
 // settle puts waiting programs in force. Calling it again does nothing.
