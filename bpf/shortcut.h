@@ -48,6 +48,17 @@ static __always_inline bool is_for_router(const struct __sk_buff *skb)
 	return skb->pkt_type == PACKET_HOST && !skb->vlan_present;
 }
 
+/* readdress writes what a frame begins with. False if there is no room for it. */
+static __always_inline bool readdress(struct __sk_buff *skb, const __u8 *ethernet)
+{
+	void *frame = (void *)(long)skb->data;
+
+	if (frame + ETHERNET_LENGTH > (void *)(long)skb->data_end)
+		return false;
+	__builtin_memcpy(frame, ethernet, sizeof(((struct home *)0)->ethernet));
+	return true;
+}
+
 /* age makes the packet whose IP header is at an offset one hop older (RFC 1812, 5.3.1;
  * RFC 8200, 3). The IPv4 checksum goes up by what the time to live goes down (RFC 1141).
  * IPv6 has none, so there the sum that a card has made of the packet goes with it. */

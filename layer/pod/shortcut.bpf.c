@@ -77,12 +77,12 @@ static __always_inline bool read_journey(struct __sk_buff *skb, struct journey *
 /* find_home says where a packet goes that may take the shortcut; NULL for others. */
 static __always_inline struct home *find_home(struct __sk_buff *skb, const struct journey *j)
 {
-	struct home *from = bpf_map_lookup_elem(&homes, &j->source), *to;
+	struct home *to = bpf_map_lookup_elem(&homes, &j->destination), *from;
 
-	if (!from || from->device != skb->ifindex)
+	if (!to || to->device == skb->ifindex) /* most of what is not for a pod of the node ends here */
 		return NULL;
-	to = bpf_map_lookup_elem(&homes, &j->destination);
-	if (!to || to->device == skb->ifindex || to->mtu < from->mtu)
+	from = bpf_map_lookup_elem(&homes, &j->source);
+	if (!from || from->device != skb->ifindex || to->mtu < from->mtu)
 		return NULL;
 	return to;
 }
@@ -100,7 +100,7 @@ int pod_from_pod(struct __sk_buff *skb)
 		return crossed(CROSSING_STACK, TC_ACT_UNSPEC);
 	to = *found; /* what follows may move the packet, not the entry */
 	if (!age(skb, ETHERNET_LENGTH, skb->protocol == __builtin_bswap16(ETHERTYPE_IP4)) ||
-	    bpf_skb_store_bytes(skb, 0, to.ethernet, sizeof(to.ethernet), 0))
+	    !readdress(skb, to.ethernet))
 		return TC_ACT_SHOT; /* half rewritten: never seen */
 	if (to.direct)
 		return crossed(CROSSING_DIRECT, bpf_redirect_peer(to.device, 0));

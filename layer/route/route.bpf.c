@@ -616,13 +616,10 @@ static __always_inline bool find_door(struct __sk_buff *skb, const struct inner 
 
 /* hand_over gives the packet to a pod. A policy about what the pod may get has to be
  * decided before: nothing on the node sees it afterwards. */
-static __always_inline int hand_over(struct __sk_buff *skb, const struct door *door, enum outcome outcome)
+static __always_inline int hand_over(const struct door *door, enum outcome outcome)
 {
 	count(outcome);
-	if (!door->direct)
-		return bpf_redirect(door->device, 0);
-	bpf_skb_change_type(skb, PACKET_HOST);
-	return bpf_redirect_peer(door->device, 0);
+	return door->direct ? bpf_redirect_peer(door->device, 0) : bpf_redirect(door->device, 0);
 }
 
 /* to_stack gives the packet to the node's stack, as if it had come by our vxlan device,
@@ -668,7 +665,8 @@ static __always_inline int take(struct __sk_buff *skb, const struct outer *out, 
 		return to_stack(skb, out, &in, here);
 	if (!age(skb, in.at, in.ip4) || !unwrap(skb, out, &in, door.ethernet))
 		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
-	return hand_over(skb, &door, OUTCOME_TAKEN);
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return hand_over(&door, OUTCOME_TAKEN);
 }
 
 /* forward hands a packet to a pod of this node that comes from one of a node on the
@@ -686,11 +684,9 @@ static __always_inline int forward(struct __sk_buff *skb)
 	if (!from || !from->direct || from->uplink != skb->ifindex || has_options(&in) || in.hops <= 1 ||
 	    !find_door(skb, &in, skb->ifindex, &door))
 		return TC_ACT_UNSPEC;
-	if (!age(skb, in.at, in.ip4))
-		return finish(OUTCOME_UNWRITABLE, TC_ACT_UNSPEC);
-	if (bpf_skb_store_bytes(skb, 0, door.ethernet, sizeof(door.ethernet), 0))
+	if (!age(skb, in.at, in.ip4) || !readdress(skb, door.ethernet))
 		return TC_ACT_SHOT; /* half rewritten: never seen */
-	return hand_over(skb, &door, OUTCOME_TAKEN_DIRECT);
+	return hand_over(&door, OUTCOME_TAKEN_DIRECT);
 }
 
 SEC("tcx/ingress")
