@@ -108,3 +108,53 @@ func (c *client) measureDatagrams(do command) (result outcome) {
 	result.P50, result.P99 = result.P50/datagramBatch, result.P99/datagramBatch
 	return result
 }
+
+// streamWrite is what a stream gives to the kernel at once, in bytes.
+const streamWrite = 64 << 10
+
+// room is for what nobody looks at: all zeros of a stream, there and here.
+var room [4 * streamWrite]byte
+
+// measureStream writes to one connection for the time it is given, and waits until the
+// server has read all of it. The processor time is that until then.
+func (c *client) measureStream(do command) (result outcome) {
+	target := rawAddress(do.Targets[0])
+	fd, errno, step := open(&target)
+	if step != "" {
+		result.note(errno, step)
+		return result
+	}
+	defer closeSocket(fd)
+	c.request[0] = askSink
+	cpu := processTime(0) + processTime(do.Server)
+	if _, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&c.request)), messageSize); errno != 0 {
+		result.note(errno, "write")
+		return result
+	}
+	c.repeat(do, &result, func() (unix.Errno, string) {
+		for sent := uintptr(0); sent < streamWrite; {
+			n, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&room)), streamWrite-sent)
+			if errno != 0 {
+				return errno, "write"
+			}
+			sent += n
+		}
+		return 0, ""
+	})
+	if _, _, errno := unix.RawSyscall(unix.SYS_SHUTDOWN, fd, unix.SHUT_WR, 0); errno != 0 {
+		result.note(errno, "shutdown")
+	}
+	result.note(toTheEnd(fd))
+	result.CPU = processTime(0) + processTime(do.Server) - cpu
+	return result
+}
+
+// swallow reads a stream to its end.
+func swallow(fd uintptr) {
+	for {
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&room)), unsafe.Sizeof(room))
+		if errno != 0 || n == 0 {
+			return
+		}
+	}
+}

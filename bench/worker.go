@@ -26,6 +26,7 @@ const (
 	askEcho = 'e' // answer, close, and look for the next connection at once
 	askMore = 'm' // answer, and wait for the next request on this connection
 	askName = 'n' // answer with the address that the request arrived at, close, and go to sleep
+	askSink = 's' // read all that comes until the end, close, and go to sleep
 	askLast = 'l' // answer, close, and go to sleep: no connection follows soon
 )
 
@@ -161,6 +162,8 @@ func (c *client) perform(do command) outcome {
 		return c.measureConnections(do)
 	case Request:
 		return c.measureRequests(do)
+	case Stream:
+		return c.measureStream(do)
 	case Datagram:
 		return c.measureDatagrams(do)
 	}
@@ -428,6 +431,10 @@ func answer(fd uintptr) byte {
 		asked := message[0]
 		if asked == askName {
 			nameOf(int(fd), &message)
+		}
+		if asked == askSink {
+			swallow(fd)
+			return askLast
 		}
 		_, _, errno = unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&message)), messageSize)
 		if asked != askMore || errno != 0 {

@@ -7,7 +7,7 @@ import (
 	"github.com/millrace/millrace/bench"
 )
 
-// All ways between two nodes carry everything, and the figures and aims are there.
+// All ways between pods carry everything, and the figures and aims are there.
 func TestBenchPath(t *testing.T) {
 	needsRoot(t)
 	stdout, stderr, status := finish(t, product("bench", "path", "--rounds", "2", "--round-time", "30ms", "-o", "json"))
@@ -15,10 +15,15 @@ func TestBenchPath(t *testing.T) {
 	if err := json.Unmarshal([]byte(stdout), &report); err != nil || status != exitOK {
 		t.Fatalf("exit status %d, %v:\n%s\n%s", status, err, stdout, stderr)
 	}
-	for _, variant := range []string{bench.Routed, bench.KernelVXLAN, bench.MillraceVXLAN, bench.MillracePeer} {
-		for _, operation := range []string{bench.Connection, bench.Request, bench.Datagram} {
+	whole := []string{bench.Frame, bench.Request, bench.Connection, bench.Datagram, bench.Stream}
+	wires, calls := append(whole, bench.WireStream), []string{bench.Request, bench.Connection}
+	for variant, operations := range map[string][]string{
+		bench.Routed: wires, bench.KernelVXLAN: wires, bench.MillraceDirect: wires, bench.MillraceVXLAN: wires, bench.MillraceClusterIP: calls,
+		bench.SameRouted: whole, bench.SameBridge: whole, bench.SameMillrace: whole, bench.SameClusterIP: calls,
+	} {
+		for _, operation := range operations {
 			for _, metric := range []string{bench.MetricP50(operation), bench.MetricCPU(operation), bench.MetricCount(operation)} {
-				if row := report.Row(variant, 1, "", metric); row == nil || row.Min <= 0 {
+				if row := report.Row(variant, 1, "", metric); row == nil || row.Max <= 0 {
 					t.Errorf("%s: %s is %+v", variant, metric, row)
 				}
 			}
@@ -27,7 +32,7 @@ func TestBenchPath(t *testing.T) {
 			}
 		}
 	}
-	if len(report.Goals) != 6 || len(report.Warnings) > 0 {
-		t.Errorf("%d aims, not 6; warnings %v", len(report.Goals), report.Warnings)
+	if len(report.Goals) != 10 || len(report.Warnings) > 0 {
+		t.Errorf("%d aims, not 10; warnings %v", len(report.Goals), report.Warnings)
 	}
 }

@@ -36,15 +36,7 @@ func Counters(device string) (map[string]uint64, error) {
 		return nil, fmt.Errorf("read counters of %s: make a socket: %w", device, err)
 	}
 	defer unix.Close(fd)
-	ask := func(data []byte) error {
-		r := request{data: unsafe.Pointer(&data[0])}
-		copy(r.name[:unix.IFNAMSIZ-1], device)
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&r)))
-		if errno != 0 {
-			return errno
-		}
-		return nil
-	}
+	ask := func(data []byte) error { return askDevice(fd, device, data) }
 	info := make([]byte, 20) // struct ethtool_sset_info: cmd, reserved, mask of 64 bits, a number
 	host.PutUint32(info, getSetInfo)
 	host.PutUint64(info[8:], 1<<setStats)
@@ -74,4 +66,44 @@ func Counters(device string) (map[string]uint64, error) {
 		counters[string(name)] = host.Uint64(values[8+8*i:])
 	}
 	return counters, nil
+}
+
+func askDevice(fd int, device string, data []byte) error {
+	r := request{data: unsafe.Pointer(&data[0])}
+	copy(r.name[:unix.IFNAMSIZ-1], device)
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&r)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// Offload is what a device, or the kernel for it, does with packets that are longer than
+// its MTU. Its value is the order of linux/ethtool.h that sets it.
+type Offload uint32
+
+// The offloads (ethtool -K): TSO and GSO are that a device takes such packets, GRO that what
+// comes is put together to such.
+const (
+	TSO Offload = 0x1f // ETHTOOL_STSO
+	GSO Offload = 0x24 // ETHTOOL_SGSO
+	GRO Offload = 0x2c // ETHTOOL_SGRO
+)
+
+// SetOffload switches an offload of a device of the calling thread's network namespace.
+func SetOffload(device string, offload Offload, on bool) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("set an offload of %s: make a socket: %w", device, err)
+	}
+	defer unix.Close(fd)
+	value := make([]byte, 8) // struct ethtool_value
+	host.PutUint32(value, uint32(offload))
+	if on {
+		host.PutUint32(value[4:], 1)
+	}
+	if err := askDevice(fd, device, value); err != nil {
+		return fmt.Errorf("set an offload of %s: %w", device, err)
+	}
+	return nil
 }
