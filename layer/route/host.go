@@ -323,6 +323,9 @@ func (d *datapath) routes() (rows []*Row, err error) {
 // makeRoute implements host.
 func (d *datapath) makeRoute(row *Row, device int) error {
 	r := &netlink.Route{Dst: ipNet(row.To), Table: unix.RT_TABLE_MAIN, Protocol: Protocol, Priority: metric, LinkIndex: device, Scope: netlink.SCOPE_LINK, MTU: row.set}
+	// Of IPv6 the kernel heeds it at once only so when it forwards (ip6_dst_mtu_maybe_forward);
+	// what routers say is heeded all the same.
+	r.MTULock = row.set > 0 && row.To.Addr().Is6()
 	if row.Direct {
 		r.LinkIndex, r.Gw, r.Scope = row.index, row.Via.AsSlice(), netlink.SCOPE_UNIVERSE
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -252,12 +253,19 @@ func (v *valley) cell(what string, outside int) {
 }
 
 // cutUp is how many fragments the middle has made.
-func (v *valley) cutUp() (n uint64) {
+func (v *valley) cutUp() uint64 { return v.counter(v.middle, "Ip.FragCreates") }
+
+// counter is a number of the kernel's in a namespace.
+func (v *village) counter(space, name string) (n uint64) {
 	v.t.Helper()
-	must(v.t, netns.Do(v.middle, func() error {
-		text, err := os.ReadFile("/proc/thread-self/net/snmp")
+	file, read := "snmp", proc.Counter
+	if !strings.Contains(name, ".") {
+		file, read = "snmp6", proc.Line
+	}
+	must(v.t, netns.Do(space, func() error {
+		text, err := os.ReadFile("/proc/thread-self/net/" + file)
 		if err == nil {
-			n, err = proc.Counter(string(text), "Ip.FragCreates")
+			n, err = read(string(text), name)
 		}
 		return err
 	}))
@@ -285,5 +293,64 @@ func TestATransferGoesOn(t *testing.T) {
 			must(t, <-carried)
 			t.Logf("it went on within %.1f s", time.Since(begun).Seconds())
 		})
+	}
+}
+
+// A datagram that is too long for the measured way, and must not be cut up, is answered by
+// the node, although its uplink would take it: its sender is told what passes, and what
+// fits arrives. By direct routes and in VXLAN, in both families.
+func TestTooLongForThePath(t *testing.T) {
+	for _, mode := range []Mode{ModeAuto, ModeVXLAN} {
+		t.Run(string(mode), func(t *testing.T) {
+			v := newValley(t, mode, false)
+			v.silence(true)
+			v.takes(1400)
+			v.watch()
+			v.learned(1500, 1400)
+			mtu := map[Mode]int{ModeAuto: 1400, ModeVXLAN: 1350}[mode]
+			for _, six := range []bool{false, true} {
+				v.refused(six, mtu)
+			}
+		})
+	}
+}
+
+// What it saves that pods' routes say how long packets may be, too: without that the first
+// long packet to each destination is lost, answered, and sent again; with it nothing is.
+func TestPodsThatAreTold(t *testing.T) {
+	v := newVillage(t, ModeVXLAN, false)
+	v.start(0)
+	v.start(1)
+	for _, six := range []bool{false, true} {
+		for _, told := range []bool{false, true} {
+			for i := range v.pods {
+				n, err := link.Open(v.pods[i])
+				must(t, err)
+				defer n.Close()
+				index, err := n.Index("eth0")
+				must(t, err)
+				mtu := map[bool]int{false: 0, true: 1450}[told]
+				for _, via := range []string{"169.254.1.1", "fe80::1"} {
+					to := netip.MustParseAddr(via)
+					must(t, n.SetRoute(link.Route{To: netip.PrefixFrom(to, 0).Masked(), Via: to, Link: index, MTU: mtu}))
+				}
+			}
+			errors := map[bool]string{false: "Icmp.InDestUnreachs", true: "Icmp6InPktTooBigs"}[six]
+			var before, after [2]uint64
+			count := func(to *[2]uint64) {
+				for i := range v.pods {
+					to[0] += v.counter(v.pods[i], errors)
+					to[1] += v.counter(v.pods[i], "Tcp.RetransSegs")
+				}
+			}
+			count(&before)
+			must(t, v.carry(0, six, 1<<20))
+			count(&after)
+			answered, again := after[0]-before[0], after[1]-before[1]
+			t.Logf("IPv6 %v, told %v: 1 MB each way, %d times answered that a packet is too long, %d sent again", six, told, answered, again)
+			if told != (answered == 0) {
+				t.Errorf("IPv6 %v, told %v: %d times answered that a packet is too long", six, told, answered)
+			}
+		}
 	}
 }

@@ -193,27 +193,34 @@ func TestTooLong(t *testing.T) {
 			v.start(1)
 			mtu := map[bool]int{false: 1450, true: 1430}[outer]
 			for _, six := range []bool{false, true} {
-				to := netip.AddrPortFrom(podAddress(1, six), 82)
-				var server *net.UDPConn
-				must(t, netns.Do(v.pods[1], func() (err error) {
-					server, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(to))
-					return err
-				}))
-				header := map[bool]int{false: 28, true: 48}[six]
-				told, err := v.sendLong(v.pods[0], to, 1500-header, mtu-header)
-				if err != nil || told != mtu {
-					t.Errorf("inner IPv6 %v: told that %d bytes fit, not %d: %v", six, told, mtu, err)
-				}
-				_ = server.SetReadDeadline(time.Now().Add(5 * time.Second))
-				if n, err := server.Read(make([]byte, 2000)); err != nil || n != mtu-header {
-					t.Errorf("inner IPv6 %v: %d bytes came, not %d: %v", six, n, mtu-header, err)
-				}
-				server.Close()
+				v.refused(six, mtu)
 			}
 			if n := counted(t, l)["too_big"]; n != 2 {
 				t.Errorf("%d packets were too long, not 2", n)
 			}
 		})
+	}
+}
+
+// refused sends a datagram that takes the uplink's MTU, wants to be told of another, and
+// one of that length to arrive.
+func (v *village) refused(six bool, mtu int) {
+	v.t.Helper()
+	to := netip.AddrPortFrom(podAddress(1, six), 82)
+	var server *net.UDPConn
+	must(v.t, netns.Do(v.pods[1], func() (err error) {
+		server, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(to))
+		return err
+	}))
+	defer server.Close()
+	header := map[bool]int{false: 28, true: 48}[six]
+	told, err := v.sendLong(v.pods[0], to, 1500-header, mtu-header)
+	if err != nil || told != mtu {
+		v.t.Errorf("inner IPv6 %v: told that %d bytes fit, not %d: %v", six, told, mtu, err)
+	}
+	_ = server.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if n, err := server.Read(make([]byte, 2000)); err != nil || n != mtu-header {
+		v.t.Errorf("inner IPv6 %v: %d bytes came, not %d: %v", six, n, mtu-header, err)
 	}
 }
 
