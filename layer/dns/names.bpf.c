@@ -474,6 +474,19 @@ static __always_inline bool between(__u32 *number, __u32 least, __u32 most)
 	return *number <= most;
 }
 
+/* MASKED is a number of which no other bits are left. The verifier of Linux 6.1 forgets a
+ * comparison where the compiler keeps a copy of the number on the stack; so it is masked where
+ * it is used, by an instruction that the compiler cannot leave out. */
+#define MASKED(number, mask)                                                                                           \
+	({                                                                                                             \
+		__u32 n = (number);                                                                                    \
+		asm volatile("%0 &= %1" : "+r"(n) : "i"(mask));                                                        \
+		n;                                                                                                     \
+	})
+
+/* SIZED is one that is not 0 either: the size of what a helper reads or writes. */
+#define SIZED(number, mask) (MASKED((number)-1, mask) + 1)
+
 static __always_inline __u16 number_at(const __u8 *at)
 {
 	return at[0] << 8 | at[1];
@@ -508,9 +521,9 @@ static __always_inline bool has_plain_header(const __u8 *message)
 	       !number_at(message + 6) && !number_at(message + 8) && number_at(message + 10) <= 1;
 }
 
-/* read_question copies a query to the desk and reads it. It returns an outcome, or
- * OUTCOME_COUNT to go on. */
-static __always_inline enum outcome read_question(struct __sk_buff *skb, __u32 at, __u32 length)
+/* read_question copies a query to the desk and reads it. A global function, so that it
+ * is verified once. It returns an outcome, or OUTCOME_COUNT to go on. */
+__noinline enum outcome read_question(struct __sk_buff *skb, __u32 at, __u32 length)
 {
 	__u32 zero = 0;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
@@ -519,9 +532,9 @@ static __always_inline enum outcome read_question(struct __sk_buff *skb, __u32 a
 		return OUTCOME_NOT_PLAIN;
 	struct question *q = &desk->question;
 
-	if (bpf_skb_load_bytes(skb, at, desk->asked, length))
+	if (bpf_skb_load_bytes(skb, at, desk->asked, SIZED(length, 0xff)))
 		return OUTCOME_NOT_PLAIN;
-	*(__u32 *)(desk->asked + length) = 0; /* checksums are made of words */
+	*(__u32 *)(desk->asked + MASKED(length, 0xff)) = 0; /* checksums are made of words */
 	q->length = length;
 	q->edns = desk->asked[11];
 	if (!has_plain_header(desk->asked) || !read_name(desk, q))
@@ -759,7 +772,7 @@ static __always_inline __u32 find_stem(struct desk *desk, const struct search_li
 	if (!list->count || !length || length > SUFFIX_LIMIT || length >= desk->question.name || stem >= WIRE_LIMIT)
 		return 0;
 	for (int i = 0; i < SUFFIX_LIMIT / 8; i++) {
-		__u64 word = *(__u64 *)(desk->lower + stem + 8 * i);
+		__u64 word = *(__u64 *)(desk->lower + MASKED(stem, 0xff) + 8 * i);
 
 		if (length <= 8 * i)
 			break;
@@ -812,13 +825,18 @@ static __always_inline bool fits(const struct desk *desk)
 }
 
 /* collapse looks for the name that the resolver will come to in the end, when it asks for
- * its first candidate, which does not exist. */
-static __always_inline enum outcome collapse(struct __sk_buff *skb, struct desk *desk, enum outcome first)
+ * its first candidate, which does not exist. A global function, so that what is around it
+ * has registers enough. */
+__noinline enum outcome collapse(struct __sk_buff *skb, enum outcome first)
 {
-	const __u32 device = skb->ifindex;
+	__u32 zero = 0, device = skb->ifindex;
+	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
 	const struct search_list *list = bpf_map_lookup_elem(&searches, &device);
 	enum outcome outcome = first;
-	__u32 stem = list ? find_stem(desk, list) : 0;
+
+	if (!desk || !list)
+		return first;
+	__u32 stem = find_stem(desk, list);
 
 	if (!stem)
 		return first;
@@ -835,14 +853,17 @@ static __always_inline enum outcome collapse(struct __sk_buff *skb, struct desk 
 	return try(skb, list, stem, 0);
 }
 
-/* at_most_said bounds an offset in said. The verifier of Linux 6.1 forgets a comparison where
- * the compiler keeps a copy of the number on the stack; so it is masked where it is used, by
- * an instruction that the compiler cannot leave out. No answer gets as long, but for one made
- * of an entry that is being written. */
+/* at_most_said bounds an offset in said. No answer gets as long, but for one made of an entry
+ * that is being written. */
 static __always_inline __u32 at_most_said(__u32 at)
 {
-	asm volatile("%0 &= %1" : "+r"(at) : "i"(SAID_MASK));
-	return at;
+	return MASKED(at, SAID_MASK);
+}
+
+/* at_most_question bounds the offset of the word in which a question ends. */
+static __always_inline __u32 at_most_question(__u32 at)
+{
+	return MASKED(at, 0xfc);
 }
 
 /* put writes eight bytes of the answer. */
@@ -1086,7 +1107,7 @@ static __always_inline __u32 put_zone(struct desk *desk, __u32 at, __u32 owner, 
 
 /* write_answer writes on the desk what stands in the answer behind the question, at its place,
  * and returns the answer's length; 0 if there is none, for what is known changed meanwhile. */
-static __always_inline __u32 write_answer(struct __sk_buff *skb, enum outcome outcome)
+__noinline __u32 write_answer(struct __sk_buff *skb, enum outcome outcome)
 {
 	__u32 zero = 0;
 	struct desk *desk = bpf_map_lookup_elem(&desks, &zero);
@@ -1099,7 +1120,7 @@ static __always_inline __u32 write_answer(struct __sk_buff *skb, enum outcome ou
 	if (!between(&at, DNS_HEADER + 5, QUERY_LIMIT))
 		return 0;
 	/* checksums are made of words: that in which the question ends is whole */
-	put(desk, at & ~3U, *(__u32 *)(desk->asked + (at & ~3U)));
+	put(desk, at & ~3U, *(__u32 *)(desk->asked + at_most_question(at)));
 	if (desk->finding.is_alias) {
 		owner = at + RECORD_HEAD;
 		at = put_alias(desk, at);
@@ -1198,10 +1219,11 @@ static __always_inline bool turn_round(struct __sk_buff *skb, const struct datag
 static __always_inline __s64 sum_of(struct desk *desk, __u32 same, __u32 length, __u32 sum)
 {
 	const struct head *asked = (const void *)desk->asked, *said = &desk->head;
-	__u32 before = (desk->question.length + 3 - same) & 0x1c, after = (length + 3 - same) & 0x3fc;
+	__u32 before = desk->question.length + 3 - same, after = length + 3 - same;
 
 	sum += (__u16)~asked->flags + said->flags + said->answers + said->authorities;
-	return bpf_csum_diff((__be32 *)(desk->asked + same), before, (__be32 *)(desk->said + same), after, sum);
+	return bpf_csum_diff((__be32 *)(desk->asked + at_most_question(same)), MASKED(before, 0x1c),
+			     (__be32 *)(desk->said + at_most_question(same)), MASKED(after, 0x3fc), sum);
 }
 
 /* send makes the packet the answer on the desk. The question stays as it was asked: resolvers
@@ -1210,7 +1232,8 @@ static __always_inline __s64 sum_of(struct desk *desk, __u32 same, __u32 length,
  * is none (RFC 768). Ports and addresses merely change places. */
 static __always_inline bool send(struct __sk_buff *skb, const struct datagram *d, struct desk *desk, __u32 length)
 {
-	__u32 same = desk->question.end & 0xfc, tail = length - same, checksum = d->udp + UDP_CHECKSUM, lengths;
+	__u32 same = at_most_question(desk->question.end), tail = length - same, checksum = d->udp + UDP_CHECKSUM,
+	      lengths;
 	__s64 sum;
 
 	lengths = (__u16)~__builtin_bswap16(UDP_HEADER + desk->question.length);
@@ -1220,7 +1243,8 @@ static __always_inline bool send(struct __sk_buff *skb, const struct datagram *d
 		return false;
 	return !bpf_l4_csum_replace(skb, checksum, 0, sum, BPF_F_MARK_MANGLED_0) &&
 	       !bpf_l4_csum_replace(skb, checksum, 0, lengths, BPF_F_MARK_MANGLED_0 | BPF_F_PSEUDO_HDR) &&
-	       !bpf_skb_store_bytes(skb, d->udp + UDP_HEADER + same, desk->said + same, tail, 0) &&
+	       !bpf_skb_store_bytes(skb, d->udp + UDP_HEADER + same, desk->said + at_most_question(same),
+				    SIZED(tail, 0x1ff), 0) &&
 	       turn_round(skb, d, &desk->head, length);
 }
 
@@ -1266,7 +1290,7 @@ int dns_from_pod(struct __sk_buff *skb)
 		return leave(skb, &d, OUTCOME_NOT_PLAIN);
 	outcome = look(skb);
 	if (is_absent(outcome) && desk->finding.is_settled)
-		outcome = collapse(skb, desk, outcome);
+		outcome = collapse(skb, outcome);
 	if (outcome >= OUTCOME_COLLAPSED)
 		return leave(skb, &d, outcome < OUTCOME_COUNT ? outcome : OUTCOME_LEFT);
 	__u32 length = write_answer(skb, outcome);

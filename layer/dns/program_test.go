@@ -518,6 +518,30 @@ func TestNamesAreWrittenMeanwhile(t *testing.T) {
 	})
 }
 
+// While names are written, also by an agent that was killed then, those that are found are
+// answered, and of others nothing is said.
+func TestWhileNamesAreWritten(t *testing.T) {
+	p := load(t, town())
+	becomes := func(name string, kind dnsmessage.Type, want datapathOutcome) {
+		t.Helper()
+		before := p.counts()
+		n := p.count(want)
+		if p.run(datagramOf(client4, dns4, asking(t, name, kind, false))); p.count(want) != n+1 {
+			t.Errorf("%s is not %s: the counters were\n%s\nand are\n%s", name, p.word(want), before, p.counts())
+		}
+	}
+	must(t, p.layer.tables.begin(datapathTableTABLE_NAMES))
+	must(t, p.layer.tables.begin(datapathTableTABLE_NAMES)) // a successor
+	becomes("web.shop.svc.cluster.local.", dnsmessage.TypeA, datapathOutcomeOUTCOME_ANSWERED)
+	becomes("db-0.db.shop.svc.cluster.local.", dnsmessage.TypeA, datapathOutcomeOUTCOME_ANSWERED)
+	becomes("four.shop.svc.cluster.local.", dnsmessage.TypeAAAA, datapathOutcomeOUTCOME_NODATA)
+	becomes("nosuch.shop.svc.cluster.local.", dnsmessage.TypeA, datapathOutcomeOUTCOME_UNSURE)
+	becomes("api.example.com.cluster.local.", dnsmessage.TypeA, datapathOutcomeOUTCOME_UNSURE)
+	must(t, p.layer.tables.end(datapathTableTABLE_NAMES))
+	becomes("nosuch.shop.svc.cluster.local.", dnsmessage.TypeA, datapathOutcomeOUTCOME_NXDOMAIN)
+	becomes("web.shop.svc.cluster.local.", dnsmessage.TypeA, datapathOutcomeOUTCOME_ANSWERED)
+}
+
 // writtenMeanwhile asks for a second for a name that is being written all the time.
 func (p *loaded) writtenMeanwhile(name string, want netip.Addr, write func()) {
 	p.t.Helper()
