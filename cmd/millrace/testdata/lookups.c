@@ -2,9 +2,9 @@
  *
  * Looks the names up in turn, both families at once, as the C library does that this is
  * linked with, PAUSE microseconds after one another, until it has done so COUNT times and
- * its input has ended. A name without addresses must not exist. Says what is otherwise, and
- * at the end: lookups, how many failed, how many took WAIT milliseconds or more, and how
- * many milliseconds the longest took. */
+ * its input has ended, or ENOUGH have failed. A name without addresses must not exist. Says
+ * what is otherwise, and at the end: lookups, how many failed, how many took WAIT
+ * milliseconds or more, and how many milliseconds the longest took. */
 #include <netdb.h>
 #include <poll.h>
 #include <stdio.h>
@@ -16,6 +16,8 @@
 
 /* What glibc says of a name without addresses: its EAI_NODATA, which is no standard's. */
 enum { NO_ADDRESSES = -5 };
+
+enum { ENOUGH = 5 };
 
 static long now(void)
 {
@@ -70,7 +72,7 @@ int main(int count, char **words)
 	     longest = 0;
 	int first = 4, over = 0;
 
-	for (; lookups < least || !over; lookups++) {
+	for (; failed < ENOUGH && (lookups < least || !over); lookups++) {
 		char name[256], found[1024];
 		const char *list, *comma;
 		int n, want = 0;
@@ -85,7 +87,7 @@ int main(int count, char **words)
 		took = now() - took;
 		longest = took > longest ? took : longest;
 		waits += took >= wait;
-		if (n != want && failed++ < 5)
+		if (n != want && ++failed)
 			printf("%s is%s after %ld ms, not %s\n", name, found, took, list);
 		over = over || is_input_over();
 		usleep(pause);
