@@ -105,6 +105,9 @@ type Snapshot struct {
 	Others []Name
 	// DNS is how the cluster's DNS servers are configured; nil where that is not known.
 	DNS *DNS
+	// Masquerade is what the cluster says of packets that leave it; nil where it says
+	// nothing.
+	Masquerade *Masquerade
 
 	// Ignored counts objects of kinds that nobody here reads, by kind.
 	Ignored map[string]int

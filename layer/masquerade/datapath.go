@@ -1,0 +1,337 @@
+package masquerade
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/bits"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/millrace/millrace/kernel/attach"
+	"github.com/millrace/millrace/kernel/bpfmap"
+	"github.com/millrace/millrace/kernel/conntrack"
+	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/kernel/portrange"
+	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/model"
+)
+
+// pinnedMaps outlive the process.
+var pinnedMaps = []string{datapathMapRanges, datapathMapWires, datapathMapFlows, datapathMapPlaces, datapathMapOutcomes, datapathMapExhausted}
+
+// datapath is what the layer has in the kernel. It implements host.
+type datapath struct {
+	settings Settings
+	maps     map[string]*ebpf.Map
+	programs map[string]*ebpf.Program
+	tcx      bool
+	attached map[hook]attach.Attachment
+	outcomes []string
+	// firstPort and portCount are the source ports of flows; low and high what the kernel
+	// gives to sockets.
+	firstPort, portCount uint16
+	low, high            int
+	// adopted says that the maps are those that an earlier process left. Where they are
+	// not, its programs serve until settle.
+	adopted, settled bool
+	// asks says that the programs can ask what nf_conntrack tracks.
+	asks bool
+	lock *os.File
+}
+
+// open takes over what an earlier process left, or makes it anew.
+func open(settings Settings) (*datapath, error) {
+	const act = "open the masquerade layer"
+	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
+		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
+	}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attach.Attachment{}, tcx: haveTCX()}
+	if err := d.open(); err != nil {
+		d.close()
+		return nil, fmt.Errorf("%s: %w", act, err)
+	}
+	return d, nil
+}
+
+func (d *datapath) open() (err error) {
+	if d.lock, err = layer.Lock("pin folder", d.settings.Pins); err != nil {
+		return err
+	}
+	if d.low, d.high, err = portrange.Local(d.settings.Netns); err != nil {
+		return err
+	}
+	d.firstPort, d.portCount = portrange.Free(d.low, d.high)
+	if err := d.adopt(); err != nil {
+		return err
+	}
+	d.asks = conntrack.IsLoaded()
+	if err = d.load(); err != nil && d.asks {
+		d.asks = false // it is a module, and its functions are not for us
+		err = d.load()
+	}
+	if err != nil {
+		return need.Loading("load the masquerade programs", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
+	}
+	if err := d.openAttachments(); err != nil {
+		return err
+	}
+	if d.adopted || len(d.attached) == 0 {
+		return d.settle()
+	}
+	return nil
+}
+
+// specOf are the programs and maps for these settings.
+func (s Settings) specOf() (*ebpf.CollectionSpec, error) {
+	spec, err := loadDatapath()
+	if err != nil {
+		return nil, fmt.Errorf("read embedded programs: %w", err)
+	}
+	// a flow has two entries, and is there before the one that it takes the place of has gone
+	const slack = 1024
+	spec.Maps[datapathMapFlows].MaxEntries = uint32(2*s.flows() + slack)
+	spec.Maps[datapathMapPlaces].MaxEntries = uint32(s.flows())
+	return spec, nil
+}
+
+// adopt opens the maps that an earlier process left, if they are of the same layout and
+// size. A change of what a field means has to change its size, or its map's name.
+func (d *datapath) adopt() error {
+	spec, err := d.settings.specOf()
+	if err != nil {
+		return err
+	}
+	found := map[string]*ebpf.Map{}
+	for _, name := range pinnedMaps {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
+		if err == nil && spec.Maps[name].Compatible(m) != nil {
+			m.Close()
+			m, err = nil, fs.ErrNotExist
+		}
+		if err != nil {
+			closeMaps(found)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			return fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+		found[name] = m
+	}
+	d.maps, d.adopted = found, true
+	return nil
+}
+
+// load loads the programs over the maps that are there and makes the others.
+func (d *datapath) load() error {
+	spec, err := d.settings.specOf()
+	if err != nil {
+		return err
+	}
+	if d.outcomes, err = outcomeNames(spec); err != nil {
+		return err
+	}
+	for name, value := range map[string]any{
+		datapathVarFirstPort: d.firstPort, datapathVarPortCount: d.portCount,
+		datapathVarPlacesMask: uint32(d.settings.flows() - 1), datapathVarAsksConntrack: d.asks,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s of the masquerade programs: %w", name, err)
+		}
+	}
+	if !d.asks {
+		conntrack.AskNobody(spec)
+	}
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
+	if err != nil {
+		return err
+	}
+	defer collection.Close()
+	for _, name := range pinnedMaps {
+		if d.maps[name] == nil {
+			d.maps[name] = collection.DetachMap(name)
+		}
+	}
+	for name := range collection.Programs {
+		d.programs[name] = collection.DetachProgram(name)
+	}
+	return nil
+}
+
+// sameLayout says whether maps are as this version's.
+func sameLayout(opened map[string]*ebpf.Map) error {
+	spec, err := loadDatapath()
+	if err != nil {
+		return err
+	}
+	for name, m := range opened {
+		if m.KeySize() != spec.Maps[name].KeySize || m.ValueSize() != spec.Maps[name].ValueSize {
+			return fmt.Errorf("map %s is another version's: use the millrace that made it", name)
+		}
+	}
+	return nil
+}
+
+// settle puts the programs in force where an earlier process' are, and pins the maps.
+// Calling it again does nothing.
+func (d *datapath) settle() error {
+	if d.settled {
+		return nil
+	}
+	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
+		return err
+	}
+	for at, a := range d.attached {
+		if err := a.Run(d.programs[at.program]); err != nil {
+			if a.Alive() {
+				return fmt.Errorf("switch %s at device %d to the new program: %w", at.program, at.device, err)
+			}
+			_ = d.detachAt(at) // its device has gone
+		}
+	}
+	d.settled = true
+	return nil
+}
+
+// lost implements host.
+func (d *datapath) lost() (gone []lost) {
+	if !d.settled {
+		return nil
+	}
+	for _, name := range pinnedMaps {
+		if !bpfmap.IsPinned(d.maps[name], filepath.Join(d.settings.Pins, name)) {
+			gone = append(gone, lost(name))
+		}
+	}
+	for _, at := range d.hooks() {
+		if a := d.attached[at]; a.Alive() && !a.Kept() {
+			gone = append(gone, lost(at.pin()))
+		}
+	}
+	return gone
+}
+
+// restore implements host.
+func (d *datapath) restore() error {
+	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
+		return fmt.Errorf("make pin folder: %w", err)
+	}
+	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
+	for _, a := range d.attached {
+		failures = append(failures, a.Keep())
+	}
+	return errors.Join(failures...)
+}
+
+// sweepPlaces is how many places masq_sweep looks at in one run (SWEEP_PLACES).
+const sweepPlaces = 256
+
+// sweep implements host.
+func (d *datapath) sweep() (alive int, err error) {
+	frame := make([]byte, 64)
+	for first := 0; first < d.settings.flows(); first += sweepPlaces {
+		frame[0], frame[1], frame[2], frame[3] = byte(first), byte(first>>8), byte(first>>16), byte(first>>24)
+		found, err := d.programs[datapathProgMasqSweep].Run(&ebpf.RunOptions{Data: frame})
+		if err != nil {
+			return 0, fmt.Errorf("sweep flows: %w", err)
+		}
+		alive += int(found)
+	}
+	return alive, nil
+}
+
+// describe implements host.
+func (d *datapath) describe(to *layer.Description) error {
+	to.Settings = map[string]string{"ports": fmt.Sprintf("%d-%d", d.firstPort, int(d.firstPort)+int(d.portCount)-1)}
+	if !d.tcx {
+		to.Degraded = append(to.Degraded, "packets are seen by clsact filters: tcx needs Linux 6.6")
+	}
+	if d.portCount < 1024 || int(d.firstPort) <= d.high && int(d.firstPort)+int(d.portCount) > d.low {
+		to.Degraded = append(to.Degraded, fmt.Sprintf("pods have %d source ports towards each destination, from %d on, beside those of the node's own sockets: net.ipv4.ip_local_port_range is %d %d",
+			d.portCount, d.firstPort, d.low, d.high))
+	}
+	for i := range to.Maps {
+		to.Maps[i].Bytes = bpfmap.Bytes(d.maps[datapathMapFlows]) + bpfmap.Bytes(d.maps[datapathMapPlaces])
+	}
+	for _, at := range d.hooks() {
+		if a := d.attached[at]; a.Alive() {
+			to.Programs = append(to.Programs, layer.Program{Name: at.program, Hook: at.attach().String() + " " + a.Name(), Device: a.Name(), Link: a.ID()})
+		}
+	}
+	exhausted, err := d.exhausted()
+	to.Degraded = append(to.Degraded, exhausted...)
+	if err != nil {
+		return err
+	}
+	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
+	return err
+}
+
+// shown is how many destinations without a free port are named.
+const shown = 5
+
+// exhausted says towards whom no port was found, the most frequent first.
+func (d *datapath) exhausted() (texts []string, err error) {
+	counts, err := bpfmap.New[datapathDestination, uint64](d.maps[datapathMapExhausted]).All()
+	if err != nil {
+		return nil, err
+	}
+	all := make([]datapathDestination, 0, len(counts))
+	for to := range counts {
+		all = append(all, to)
+	}
+	slices.SortFunc(all, func(a, b datapathDestination) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), strings.Compare(a.text(), b.text()))
+	})
+	for i, to := range all {
+		if i == shown {
+			texts = append(texts, fmt.Sprintf("no source port was found towards %d destinations more", len(all)-shown))
+			break
+		}
+		texts = append(texts, fmt.Sprintf("no source port was found %d times towards %s: pods of this node have used nearly all %d at once; "+
+			"let them keep their connections open and share them, spread the pods over more nodes, or let them keep their addresses there (nonMasqueradeCIDRs)", counts[to], to.text(), d.portCount))
+	}
+	return texts, nil
+}
+
+// text is "192.0.2.7:443/tcp"; of pings it is the address.
+func (t datapathDestination) text() string {
+	addr, protocol := fromAddress(t.Address), model.Protocol(t.Protocol)
+	if protocol != model.TCP && protocol != model.UDP {
+		return addr.String() + " by pings"
+	}
+	return netip.AddrPortFrom(addr, bits.ReverseBytes16(t.Port)).String() + "/" + protocol.String()
+}
+
+// outcomeNames are the words of `enum outcome`, in order.
+func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
+	return bpfmap.Words(spec.Types, "outcome", "OUTCOME_", int(datapathOutcomeOUTCOME_COUNT))
+}
+
+func (d *datapath) close() {
+	closeMaps(d.maps)
+	for _, a := range d.attached {
+		a.Close()
+	}
+	for _, program := range d.programs {
+		program.Close()
+	}
+	if d.lock != nil {
+		d.lock.Close()
+	}
+}
+
+func closeMaps(maps map[string]*ebpf.Map) {
+	for _, m := range maps {
+		m.Close()
+	}
+}
