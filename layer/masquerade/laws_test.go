@@ -93,6 +93,18 @@ func TestOrderOfRanges(t *testing.T) {
 	}
 }
 
+// Of a cluster that is not known whole nothing is planned: what is native may be missing.
+func TestIncomplete(t *testing.T) {
+	known := (&island{}).snapshot(2)
+	known.Complete = false
+	nothing := newPicture()
+	nothing.devices = uplinkOnly()
+	l := New(Settings{Node: "n1"})
+	if changes := l.Diff(nothing, l.Plan(known), false); len(changes) > 0 {
+		t.Errorf("planned all the same:\n%v", changes)
+	}
+}
+
 func TestLaws(t *testing.T) { laws(t) }
 
 // The same where there is no tcx.

@@ -30,12 +30,12 @@ type wish struct {
 	pods []netip.Prefix
 }
 
-// plan reads a Snapshot. As long as this node is not in it, nobody knows which its pods
-// are, and all stays as it is.
+// plan reads a Snapshot. As long as that is not complete, or this node is not in it, nobody
+// knows what is native, or whose pods these are, and all stays as it is.
 func plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	picture := newPicture()
 	at := slices.IndexFunc(snapshot.Nodes, func(n *model.Node) bool { return n.Name == settings.Node })
-	if at < 0 {
+	if at < 0 || !snapshot.Complete {
 		return picture
 	}
 	w := &wish{pods: snapshot.Nodes[at].PodCIDRs}

@@ -220,7 +220,7 @@ func (c *Cluster) leave(o *Object) {
 	case *model.Node:
 		c.dirtyNodes = true
 		delete(c.nodesInForce, o.Key())
-	case *model.DNS:
+	case *model.DNS, *model.Masquerade:
 		c.remarked = true
 	}
 }
@@ -266,7 +266,7 @@ func (c *Cluster) arrive(o *Object) {
 		c.nodesInForce[o.Key()] = o
 	case *model.Workload:
 		c.workloads.set(o.Key(), v)
-	case *model.DNS:
+	case *model.DNS, *model.Masquerade:
 		c.remarked = true
 	}
 }

@@ -7,9 +7,11 @@ import (
 	"github.com/millrace/millrace/source/corefile"
 )
 
-// IsConfiguration says whether a ConfigMap is one that is read: that of CoreDNS.
+// IsConfiguration says whether a ConfigMap is one that is read: that of CoreDNS, and that
+// of ip-masq-agent.
 func IsConfiguration(namespace, name string) bool {
-	return model.Name{Namespace: namespace, Name: name} == corefile.ConfigMap
+	n := model.Name{Namespace: namespace, Name: name}
+	return n == corefile.ConfigMap || n == MasqueradeConfigMap
 }
 
 // dns reads the configuration of CoreDNS.

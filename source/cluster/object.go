@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/millrace/millrace/model"
+	"github.com/millrace/millrace/source/corefile"
 )
 
 // Key identifies an object in a cluster. Objects without a namespace (Node,
@@ -46,8 +47,8 @@ func (k Key) Compare(o Key) int {
 // cluster is a hundred thousand of them, so that each byte here counts.
 type Object struct {
 	name model.Name
-	// value is a *model.Service, *slice, *model.Pod, *model.Node, *model.Workload or
-	// *model.DNS, or nil where nothing is to be kept. A Service is without
+	// value is a *model.Service, *slice, *model.Pod, *model.Node, *model.Workload,
+	// *model.DNS or *model.Masquerade, or nil where nothing is to be kept. A Service is without
 	// endpoints at first, later the one that was shown last.
 	value any
 	// trouble is nil where there is none.
@@ -184,8 +185,13 @@ func (r *reader) value(obj runtime.Object) any {
 	case *corev1.Node:
 		return r.node(obj)
 	case *corev1.ConfigMap:
-		if IsConfiguration(obj.Namespace, obj.Name) {
+		switch r.object.name {
+		case corefile.ConfigMap:
 			return dns(obj.Data)
+		case MasqueradeConfigMap:
+			if m := r.masquerade(obj.Data); m != nil {
+				return m
+			}
 		}
 	default:
 		if w := r.workload(obj); w != nil {

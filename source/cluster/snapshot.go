@@ -32,6 +32,9 @@ func (c *Cluster) Snapshot() *model.Snapshot {
 		if dns := c.dnsNow(); !reflect.DeepEqual(dns, c.last.DNS) {
 			next.DNS, changed = dns, true
 		}
+		if m := c.masqueradeNow(); !reflect.DeepEqual(m, c.last.Masquerade) {
+			next.Masquerade, changed = m, true
+		}
 	}
 	next.Unread, next.Named = c.unread, c.named
 	changed = changed || next.Named != c.last.Named

@@ -4,7 +4,7 @@
 // It takes YAML and JSON, many documents in a file, List and typed lists such as
 // ServiceList, and of them the kinds Namespace, Pod, Deployment, StatefulSet,
 // DaemonSet, ReplicaSet, Job, Service, EndpointSlice and Node, and of ConfigMaps
-// kube-system/coredns, decoded with Kubernetes' own types. Objects of other kinds are passed over and counted. It
+// kube-system/coredns and kube-system/ip-masq-agent, decoded with Kubernetes' own types. Objects of other kinds are passed over and counted. It
 // is not for talking to an API server, and it writes nothing in the kernel.
 //
 // # Folders

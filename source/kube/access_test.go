@@ -149,11 +149,12 @@ func TestRoleIsWhatIsAskedFor(t *testing.T) {
 	b.shows("web")
 	b.watched()
 	b.end()
-	if b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, b.url), Node: "n1", Names: true}); err != nil {
+	if b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, b.url), Node: "n1", Names: true, Masquerade: true}); err != nil {
 		t.Fatal(err)
 	}
+	b.apply(masqueradeMap)
 	b.run()
-	b.until("the Corefile was asked for", func(s *model.Snapshot) bool { return s.DNS != nil })
+	b.until("the Corefile was asked for, and ip-masq-agent's configuration", func(s *model.Snapshot) bool { return s.DNS != nil && s.Masquerade != nil })
 	b.apply(configMap)
 	if _, err := ConfigMap(t.Context(), Settings{Kubeconfig: kubeconfig(t, b.url)}, "kube-system", "kube-proxy", "config.conf"); err != nil {
 		t.Error(err)

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
@@ -106,6 +107,76 @@ func TestCorefileIsFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.until("it is gone", left("there is no ConfigMap"))
+}
+
+const masqueradeMap = `---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: ip-masq-agent, namespace: kube-system}
+data:
+  config: |
+    nonMasqueradeCIDRs: [172.16.0.0/12]
+`
+
+// masqueradeBed is a bed whose Source asks for names, and for what is masqueraded.
+func masqueradeBed(t *testing.T) *bed {
+	b := newBed(t)
+	var err error
+	b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, "http://192.0.2.1"), Servers: []string{b.url}, Node: "n1", Names: true, Masquerade: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.apply(nodes + service("web", "10.96.0.2"))
+	return b
+}
+
+// The configuration of ip-masq-agent comes beside that of CoreDNS, changes, and goes; one
+// that is malformed is told and changes nothing.
+func TestMasqueradeIsFollowed(t *testing.T) {
+	b := masqueradeBed(t)
+	b.apply(corefileMap)
+	b.run()
+	says := func(want string) func(*model.Snapshot) bool {
+		return func(s *model.Snapshot) bool {
+			if !s.Complete || s.DNS == nil || s.DNS.Left != "" {
+				return false
+			}
+			return s.Masquerade == nil && want == "" || s.Masquerade != nil && fmt.Sprint(s.Masquerade.Not) == want
+		}
+	}
+	b.until("nobody says anything", says(""))
+	b.apply(masqueradeMap)
+	b.until("it is read", says("[172.16.0.0/12]"))
+	b.apply(strings.ReplaceAll(masqueradeMap, "172.16.0.0/12", "10.0.0.0/8"))
+	b.until("a change comes", says("[10.0.0.0/8]"))
+	b.apply(strings.ReplaceAll(masqueradeMap, "172.16.0.0/12", "10.0.0.0"))
+	b.until("a malformed one is told, and the last stays", func(s *model.Snapshot) bool {
+		return says("[10.0.0.0/8]")(s) && len(s.Problems) == 1 && strings.Contains(s.Problems[0].Error(), "ConfigMap kube-system/ip-masq-agent: data.config: nonMasqueradeCIDRs[0]")
+	})
+	if err := b.Remove(masqueradeMap); err != nil {
+		t.Fatal(err)
+	}
+	b.until("it is gone, and the Corefile is not", says(""))
+}
+
+// Who may not read it goes on without, and says so.
+func TestMasqueradeMayNotBeRead(t *testing.T) {
+	b := masqueradeBed(t)
+	b.apply(masqueradeMap)
+	b.Fault(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.RawQuery, "ip-masq-agent") {
+			return false
+		}
+		kubetest.Refuse(w, http.StatusForbidden, metav1.StatusReasonForbidden, "configmaps is forbidden")
+		return true
+	})
+	b.run()
+	b.until("the rest is there, and why this is not", func(s *model.Snapshot) bool {
+		return s.Complete && len(s.Services) > 0 && s.Masquerade == nil && len(s.Problems) == 1 &&
+			strings.HasPrefix(s.Problems[0].Error(), "kube configmaps kube-system/ip-masq-agent: cannot be followed") && strings.Contains(s.Problems[0].Text, "forbidden")
+	})
+	b.Fault(nil)
+	b.until("it may be read", func(s *model.Snapshot) bool { return s.Masquerade != nil })
 }
 
 // Who may not read the ConfigMap has complete Snapshots, which say that.

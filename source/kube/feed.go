@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 
+	"github.com/millrace/millrace/model"
 	"github.com/millrace/millrace/source/cluster"
 )
 
@@ -76,7 +77,7 @@ type feed struct {
 }
 
 func newFeed(s *Source, k kind) *feed {
-	return &feed{source: s, kind: k, silent: time.Now(), file: cluster.NewFile("kube " + k.resource), kept: map[cluster.Key]struct{}{}}
+	return &feed{source: s, kind: k, silent: time.Now(), file: cluster.NewFile("kube " + k.title()), kept: map[cluster.Key]struct{}{}}
 }
 
 // run follows the kind until ctx ends.
@@ -308,7 +309,8 @@ func (f *feed) settle(begun time.Time, version string, seen map[cluster.Key]stru
 func (f *feed) sweep(c *cluster.Cluster, seen map[cluster.Key]struct{}, reason string) bool {
 	var gone []cluster.Key
 	for k := range c.Keys(f.kind.object) {
-		if _, there := seen[k]; !there {
+		ours := f.kind.name == (model.Name{}) || f.kind.name == k.Name
+		if _, there := seen[k]; ours && !there {
 			gone = append(gone, k)
 		}
 	}

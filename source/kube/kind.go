@@ -5,6 +5,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
+	"github.com/millrace/millrace/model"
+	"github.com/millrace/millrace/source/cluster"
 	"github.com/millrace/millrace/source/corefile"
 )
 
@@ -28,6 +30,28 @@ type kind struct {
 	never string
 	// beside: a Snapshot is complete without it.
 	beside bool
+	// name is that of the one object that is asked for; the zero value is all.
+	name model.Name
+	// may: where the API server forbids to read it, a Snapshot is complete without it.
+	may bool
+}
+
+// title is what a kind is called in messages.
+func (k kind) title() string {
+	if k.name == (model.Name{}) {
+		return k.resource
+	}
+	return k.resource + " " + k.name.String()
+}
+
+// oneConfigMap is the kind of one ConfigMap.
+func oneConfigMap(name model.Name) kind {
+	return kind{
+		resource: "configmaps", path: "/api/v1/namespaces/" + name.Namespace + "/configmaps", object: "ConfigMap",
+		fields: "metadata.name=" + name.Name,
+		list:   func() runtime.Object { return &corev1.ConfigMapList{} },
+		name:   name,
+	}
 }
 
 // kindsFor are the kinds that are watched for a node, or with the pods of all nodes.
@@ -35,8 +59,10 @@ type kind struct {
 // The selectors are kube-proxy's: a Service with the label service-proxy-name is
 // another proxy's, and headless Services are for DNS, as are slices with the
 // label headless: with names all of these are asked for, too. Slices without a Service
-// are somebody else's private matter. With names also the configuration of CoreDNS is.
-func kindsFor(node string, names bool) []kind {
+// are somebody else's private matter. With names also the configuration of CoreDNS is,
+// and with masquerade that of ip-masq-agent.
+func kindsFor(settings Settings) []kind {
+	node, names := settings.Node, settings.Names
 	const ours = "!service.kubernetes.io/service-proxy-name"
 	services, addressed, slices := ours, "spec.clusterIP!="+corev1.ClusterIPNone, discoveryv1.LabelServiceName+",!"+corev1.IsHeadlessService+","+ours
 	if names {
@@ -74,12 +100,14 @@ func kindsFor(node string, names bool) []kind {
 		},
 	}
 	if names {
-		all = append(all, kind{
-			resource: "configmaps", path: "/api/v1/namespaces/" + corefile.ConfigMap.Namespace + "/configmaps", object: "ConfigMap",
-			fields: "metadata.name=" + corefile.ConfigMap.Name,
-			list:   func() runtime.Object { return &corev1.ConfigMapList{} },
-			beside: true,
-		})
+		dns := oneConfigMap(corefile.ConfigMap)
+		dns.beside = true
+		all = append(all, dns)
+	}
+	if settings.Masquerade {
+		masquerade := oneConfigMap(cluster.MasqueradeConfigMap)
+		masquerade.may = true
+		all = append(all, masquerade)
 	}
 	return all
 }

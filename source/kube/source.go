@@ -27,6 +27,8 @@ type Settings struct {
 	// Names asks also for the Services that are for DNS alone: headless ones, and those
 	// of other proxies.
 	Names bool
+	// Masquerade asks also for the configuration of ip-masq-agent.
+	Masquerade bool
 	// Account is the folder of the service account; empty for where Kubernetes
 	// mounts it.
 	Account string
@@ -79,7 +81,7 @@ func Open(settings Settings) (*Source, error) {
 	if settings.Names {
 		s.cluster.SetNamed()
 	}
-	for _, k := range kindsFor(settings.Node, settings.Names) {
+	for _, k := range kindsFor(settings) {
 		s.feeds = append(s.feeds, newFeed(s, k))
 	}
 	s.listen()
@@ -214,8 +216,14 @@ func (s *Source) listed(f *feed) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f.listed = true
+	s.complete()
+}
+
+// complete notes that all is known, if it is. It is called with s.mu held.
+func (s *Source) complete() {
 	for _, other := range s.feeds {
-		if !other.listed && !other.kind.beside {
+		forbidden := other.kind.may && other.tried && apierrors.IsForbidden(other.trouble)
+		if !other.listed && !other.kind.beside && !forbidden {
 			return
 		}
 	}
@@ -251,6 +259,7 @@ func (s *Source) failed(f *feed, err error) {
 	}
 	f.trouble, f.tried = err, true
 	s.remark(f)
+	s.complete()
 	s.ring()
 	var all []error
 	for _, other := range s.feeds {
@@ -286,8 +295,8 @@ func (s *Source) remark(f *feed) {
 		say("%d that the API server does not list any more stay in force until %s, because %s: if they are really gone, restart the agent",
 			n, f.keptUntil.UTC().Format(time.RFC3339), f.reason)
 	}
-	s.cluster.Remark(f.kind.resource, r)
-	if f.kind.beside {
+	s.cluster.Remark(f.kind.title(), r)
+	if f.kind.name == corefile.ConfigMap {
 		s.cluster.SetNoDNS(f.noDNS())
 	}
 }
