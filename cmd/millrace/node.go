@@ -205,7 +205,7 @@ func isFolder(path string) bool {
 }
 
 func (p *place) routes() *route.Layer {
-	return route.New(route.Settings{Node: p.node, Pins: filepath.Join(p.pins, "route")})
+	return route.New(route.Settings{Node: p.node, Pins: filepath.Join(p.pins, "route"), Homes: filepath.Join(p.pins, "pod", pod.Homes)})
 }
 
 func (p *place) trace() *trace.Layer {
