@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/layer/layertest"
 )
 
 // forwarded is how many packets a node's stack has passed on (ForwDatagrams of
@@ -126,6 +127,66 @@ func (v *village) passes(l *Layer, stack bool, when string) {
 	if passed = v.forwarded(0) - passed; stack != (passed > long) || stack != (past == 0) {
 		v.t.Errorf("%s: %d packets went through the stack, and %d past it: %v", when, passed, past, after)
 	}
+}
+
+// Where others have connections tracked, and their table is full, pods of two nodes reach
+// each other all the same, and no entry is made for them.
+func TestFullConntrack(t *testing.T) {
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Skip("needs nft")
+	}
+	for _, mode := range []Mode{ModeAuto, ModeVXLAN} {
+		t.Run(string(mode), func(t *testing.T) {
+			needsTCX(t)
+			v := newVillage(t, mode, false)
+			v.rules("add table inet t\nadd chain inet t f { type filter hook forward priority 0; }\nadd rule inet t f ip saddr 198.18.0.0/15 ct state new accept")
+			l := v.start(0)
+			v.start(1)
+			must(t, v.carry(0, false, 1000))
+			if n := v.tracked(); n > 0 {
+				t.Errorf("%d connections of pods are tracked", n)
+			}
+			must(t, netns.Do(v.nodes[0], layertest.FillConntrack))
+			full := v.tracked()
+			stack := counted(t, l)["taken_stack"]
+			for range 20 {
+				for _, six := range []bool{false, true} {
+					must(t, v.carry(0, six, 1000))
+					must(t, v.carry(1, six, 1000))
+				}
+			}
+			if n := v.tracked(); n != full {
+				t.Errorf("%d entries before, %d after", full, n)
+			}
+			if n := counted(t, l)["taken_stack"] - stack; n > 0 {
+				t.Errorf("%d packets were given to the stack", n)
+			}
+			// That the table is full the node itself shows.
+			server := v.listen(v.nodes[1], netip.MustParseAddrPort("192.0.2.2:84"))
+			defer server()
+			must(t, netns.Do(v.nodes[0], func() error {
+				c, err := net.DialTimeout("tcp", "192.0.2.2:84", 300*time.Millisecond)
+				if err == nil {
+					c.Close()
+					t.Error("the node reaches others while the table is full: the test is blind")
+				}
+				return nil
+			}))
+		})
+	}
+}
+
+// tracked is how many entries the first node's connection tracking has.
+func (v *village) tracked() (n int) {
+	v.t.Helper()
+	must(v.t, netns.Do(v.nodes[0], func() error {
+		text, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+		if err == nil {
+			n, err = strconv.Atoi(strings.TrimSpace(string(text)))
+		}
+		return err
+	}))
+	return n
 }
 
 // counter is a program that counts packets and lets them pass.
