@@ -145,23 +145,8 @@ func TestAnswers(t *testing.T) {
 func (p *loaded) ask(query []byte) string {
 	p.t.Helper()
 	want := p.mirror.decide(query)
-	for _, ends := range [][2]netip.AddrPort{{client4, dns4}, {client6, dns6}} {
-		frame := datagramOf(ends[0], ends[1], query)
-		before, begun := p.count(want.outcome), time.Now()
-		verdict, after := p.run(frame)
-		if p.count(want.outcome) != before+1 {
-			p.t.Fatalf("%x: the mirror says %s, the counters say %v", query, p.word(want.outcome), p.counts())
-		}
-		if want.outcome > datapathOutcomeOUTCOME_COLLAPSED {
-			if verdict != passed || !bytes.Equal(frame, after) {
-				p.t.Fatalf("%x: %s, but the verdict is %d, and the packet after it %x", query, p.word(want.outcome), int32(verdict), after)
-			}
-			continue
-		}
-		if verdict != redirected {
-			p.t.Fatalf("%x: %s, but the verdict is %d", query, p.word(want.outcome), int32(verdict))
-		}
-		p.check(query, want, opened(p.t, after, ends[1], ends[0]), begun)
+	for _, ends := range transports {
+		p.askOver(ends, query, want)
 	}
 	if want.outcome > datapathOutcomeOUTCOME_COLLAPSED {
 		return p.word(want.outcome)
@@ -177,6 +162,32 @@ func (p *loaded) ask(query []byte) string {
 		text = append(text, addr.String())
 	}
 	return strings.Join(text, " ")
+}
+
+// transports are a client and the DNS Service, of both families.
+var transports = [][2]netip.AddrPort{{client4, dns4}, {client6, dns6}}
+
+// askOver gives the program a query over one transport. It returns the answer; nil for none.
+func (p *loaded) askOver(ends [2]netip.AddrPort, query []byte, want said) []byte {
+	p.t.Helper()
+	frame := datagramOf(ends[0], ends[1], query)
+	before, begun := p.count(want.outcome), time.Now()
+	verdict, after := p.run(frame)
+	if p.count(want.outcome) != before+1 {
+		p.t.Fatalf("%x: the mirror says %s, the counters say %v", query, p.word(want.outcome), p.counts())
+	}
+	if want.outcome > datapathOutcomeOUTCOME_COLLAPSED {
+		if verdict != passed || !bytes.Equal(frame, after) {
+			p.t.Fatalf("%x: %s, but the verdict is %d, and the packet after it %x", query, p.word(want.outcome), int32(verdict), after)
+		}
+		return nil
+	}
+	if verdict != redirected {
+		p.t.Fatalf("%x: %s, but the verdict is %d", query, p.word(want.outcome), int32(verdict))
+	}
+	answer := opened(p.t, after, ends[1], ends[0])
+	p.check(query, want, answer, begun)
+	return answer
 }
 
 // check reads an answer with somebody else's parser.
