@@ -51,7 +51,16 @@ type entry struct {
 	ttl     time.Duration
 	// failed is when it could not be had last.
 	failed time.Time
+	owner  *holding
+	other  string // another pod that used it, the last one
 	place  *list.Element
+}
+
+// holding is what is kept for one pod, as a rule what it was the first to ask for.
+type holding struct {
+	pod    string
+	bytes  int
+	recent *list.List // of *entry, the last used in front
 }
 
 func (e *entry) size() int { return len(e.key.name) + len(e.message) + entryBytes }
@@ -90,58 +99,76 @@ func (f *found) unpack() (*dns.Msg, error) {
 	return m, nil
 }
 
-// cache keeps answers, those that were used last, up to a number of bytes.
+// cache keeps answers up to a number of bytes. Where there is no room, the pod that holds
+// the most gives up what was used the longest ago, to another one that has used it and holds
+// less, or for good: who asks for very much pushes out what nobody else wants.
 type cache struct {
 	mu      sync.Mutex
 	most    int
 	bytes   int
 	entries map[key]*entry
-	recent  *list.List // of *entry, the last used in front
+	pods    map[string]*holding // none that is empty
 }
+
+// nobody holds what no pod has asked for: what an earlier agent has learned.
+const nobody = ""
 
 func newCache(most int) *cache {
-	return &cache{most: most, entries: map[key]*entry{}, recent: list.New()}
+	return &cache{most: most, entries: map[key]*entry{}, pods: map[string]*holding{}}
 }
 
-// get finds what is known of a key, and notes that it was used.
-func (c *cache) get(k key, now time.Time) found { return c.find(k, now, true) }
-
-// peek is get for who is not a pod.
-func (c *cache) peek(k key, now time.Time) found { return c.find(k, now, false) }
-
-func (c *cache) find(k key, now time.Time, used bool) found {
+// get finds what is known of a key, and notes that a pod has used it.
+func (c *cache) get(k key, pod string, now time.Time) found {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if e := c.entries[k]; e != nil {
+		e.owner.recent.MoveToFront(e.place)
+		if pod != e.owner.pod {
+			e.other = pod
+		}
+	}
+	return c.find(k, now)
+}
+
+// peek is get for who is not a pod.
+func (c *cache) peek(k key, now time.Time) found {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.find(k, now)
+}
+
+func (c *cache) find(k key, now time.Time) found {
 	e := c.entries[k]
 	if e == nil {
 		return found{}
-	}
-	if used {
-		c.recent.MoveToFront(e.place)
 	}
 	f := found{message: e.message, rcode: e.rcode, age: now.Sub(e.stored), ttl: e.ttl, failed: e.failed}
 	f.left = e.ttl - f.age
 	return f
 }
 
-// put keeps an answer with its message. One that must not be kept takes the place of an
-// older one all the same.
-func (c *cache) put(k key, a *answer, packed []byte, now time.Time) {
+// put keeps an answer with its message, for a pod if it is nobody's yet. One that must not
+// be kept takes the place of an older one all the same.
+func (c *cache) put(k key, pod string, a *answer, packed []byte, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.drop(c.entries[k])
+	other := nobody
+	if e := c.entries[k]; e != nil {
+		pod, other = e.owner.pod, e.other
+		c.drop(e)
+	}
 	if a.ttl > 0 {
-		c.add(&entry{key: k, message: packed, rcode: a.rcode, stored: now, ttl: a.ttl})
+		c.add(&entry{key: k, owner: c.holding(pod), other: other, message: packed, rcode: a.rcode, stored: now, ttl: a.ttl})
 	}
 }
 
-// fail notes that a key could not be had.
-func (c *cache) fail(k key, now time.Time) {
+// fail notes that a key could not be had, which a pod has asked for.
+func (c *cache) fail(k key, pod string, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[k]
 	if e == nil {
-		e = &entry{key: k}
+		e = &entry{key: k, owner: c.holding(pod)}
 		c.add(e)
 	}
 	e.failed = now
@@ -158,20 +185,53 @@ func (c *cache) forget(which func(name string) bool) {
 	}
 }
 
+func (c *cache) holding(pod string) *holding {
+	if h := c.pods[pod]; h != nil {
+		return h
+	}
+	return &holding{pod: pod, recent: list.New()}
+}
+
+// add keeps an entry for its owner, and makes room.
 func (c *cache) add(e *entry) {
-	e.place = c.recent.PushFront(e)
-	c.entries[e.key] = e
-	for c.bytes += e.size(); c.bytes > c.most && c.recent.Len() > 1; {
-		c.drop(c.recent.Back().Value.(*entry))
+	c.place(e)
+	for c.bytes > c.most && len(c.entries) > 1 {
+		from := c.largest()
+		e := from.recent.Back().Value.(*entry)
+		heir := c.holding(e.other)
+		c.drop(e)
+		if e.other != nobody && heir.bytes+e.size() < from.bytes {
+			e.owner, e.other = heir, from.pod
+			c.place(e)
+		}
 	}
 }
 
-func (c *cache) drop(e *entry) {
-	if e != nil {
-		c.recent.Remove(e.place)
-		delete(c.entries, e.key)
-		c.bytes -= e.size()
+func (c *cache) place(e *entry) {
+	c.pods[e.owner.pod] = e.owner
+	e.place = e.owner.recent.PushFront(e)
+	c.entries[e.key] = e
+	e.owner.bytes += e.size()
+	c.bytes += e.size()
+}
+
+// largest is the holding of most bytes.
+func (c *cache) largest() (largest *holding) {
+	for _, h := range c.pods {
+		if largest == nil || h.bytes > largest.bytes {
+			largest = h
+		}
 	}
+	return largest
+}
+
+func (c *cache) drop(e *entry) {
+	e.owner.recent.Remove(e.place)
+	if e.owner.bytes -= e.size(); e.owner.bytes == 0 {
+		delete(c.pods, e.owner.pod)
+	}
+	delete(c.entries, e.key)
+	c.bytes -= e.size()
 }
 
 // usage is how many answers there are, and the memory they take.

@@ -76,7 +76,8 @@ type Resolver struct {
 
 // flight is a question that servers are being asked.
 type flight struct {
-	early bool // begun before anybody waited
+	pod   string // that began it
+	early bool   // begun before anybody waited
 	done  chan struct{}
 	found found // what came of it, once done is closed
 	err   error
@@ -159,13 +160,13 @@ func (r *Resolver) outside(ctx context.Context, from string, c *config, name str
 		return nil, HandedBack
 	}
 	k := key{name, kind}
-	have := r.cache.get(k, now)
+	have := r.cache.get(k, from, now)
 	switch {
 	case have.fresh():
 		if have.soon() && !have.resting(now) {
 			r.fetchEarly(c, to, k)
 		} else {
-			r.pair(c, to, k, now)
+			r.pair(c, to, k, from, now)
 		}
 		return given(have, Cache)
 	case have.resting(now) && have.usable():
@@ -179,11 +180,11 @@ func (r *Resolver) outside(ctx context.Context, from string, c *config, name str
 		return nil, Refused
 	}
 	defer done()
-	f := r.fetch(c, to, k)
+	f := r.fetch(c, to, k, from)
 	if f == nil {
 		return nil, Refused
 	}
-	r.pair(c, to, k, now)
+	r.pair(c, to, k, from, now)
 	patience := backAfter
 	if have.usable() {
 		patience = staleAfter
@@ -196,7 +197,7 @@ func (r *Resolver) outside(ctx context.Context, from string, c *config, name str
 			return given(f.found, Upstream)
 		}
 	case <-late.C:
-		r.cache.fail(k, r.now()) // who asks next need not wait; whatever is said yet counts
+		r.cache.fail(k, from, r.now()) // who asks next need not wait; whatever is said yet counts
 	case <-ctx.Done():
 		return nil, HandedBack
 	}
@@ -217,13 +218,13 @@ func given(f found, source Source) (*dns.Msg, Source) {
 }
 
 // pair asks for the other family as well where the kernel is to learn both.
-func (r *Resolver) pair(c *config, to *forward, k key, now time.Time) {
+func (r *Resolver) pair(c *config, to *forward, k key, pod string, now time.Time) {
 	other, ok := k.other()
 	if r.settings.Sink == nil || !ok {
 		return
 	}
 	if have := r.cache.peek(other, now); !have.fresh() && !have.resting(now) {
-		r.fetch(c, to, other)
+		r.fetch(c, to, other, pod)
 	}
 }
 
@@ -240,27 +241,29 @@ func (k key) other() (key, bool) {
 
 var errOld = errors.New("the servers to be asked are others now")
 
-// fetch asks servers, or joins who is asking them already; nil if too many are.
-func (r *Resolver) fetch(c *config, to *forward, k key) *flight {
-	return r.begin(c, to, k, false)
+// fetch asks servers for a pod, or joins who is asking them already; nil if too many are.
+func (r *Resolver) fetch(c *config, to *forward, k key, pod string) *flight {
+	return r.begin(c, to, k, &flight{pod: pod})
 }
 
 // fetchEarly asks servers for what pods will ask for, if not too much is asked for so; what
 // pods wait for has room of its own.
-func (r *Resolver) fetchEarly(c *config, to *forward, k key) { r.begin(c, to, k, true) }
+func (r *Resolver) fetchEarly(c *config, to *forward, k key) {
+	r.begin(c, to, k, &flight{pod: nobody, early: true})
+}
 
-func (r *Resolver) begin(c *config, to *forward, k key, early bool) *flight {
+func (r *Resolver) begin(c *config, to *forward, k key, f *flight) *flight {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if f := r.flights[k]; f != nil {
-		return f
+	if has := r.flights[k]; has != nil {
+		return has
 	}
-	if early && r.early >= earlyWaiting || !early && len(r.flights)-r.early >= allWaiting {
+	if f.early && r.early >= earlyWaiting || !f.early && len(r.flights)-r.early >= allWaiting {
 		return nil
 	}
-	f := &flight{early: early, done: make(chan struct{})}
+	f.done = make(chan struct{})
 	r.flights[k] = f
-	if early {
+	if f.early {
 		r.early++
 	}
 	go r.fly(c, to, k, f)
@@ -278,10 +281,10 @@ func (r *Resolver) fly(c *config, to *forward, k key, f *flight) {
 	case err == nil:
 		if f.found.message, err = a.pack(k); err == nil {
 			f.found.rcode, f.found.ttl, f.found.left = a.rcode, a.ttl, max(a.ttl, 1)
-			r.cache.put(k, a, f.found.message, now)
+			r.cache.put(k, f.pod, a, f.found.message, now)
 		}
 	case !errors.Is(err, errOld) && r.ctx.Err() == nil:
-		r.cache.fail(k, now)
+		r.cache.fail(k, f.pod, now)
 	}
 	f.err = err
 	delete(r.flights, k)

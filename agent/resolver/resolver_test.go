@@ -462,16 +462,16 @@ func TestCacheIsBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.put(k, a, packed, now)
+		c.put(k, "pod", a, packed, now)
 		if c.bytes > c.most {
 			t.Fatalf("%d bytes after %d names", c.bytes, i)
 		}
-		if f := c.get(key{"n0.example.com.", dns.TypeA}, now); !f.fresh() {
+		if f := c.get(key{"n0.example.com.", dns.TypeA}, "pod", now); !f.fresh() {
 			t.Fatalf("what is used is gone after %d names", i)
 		}
 	}
 	entries, bytes := c.usage()
-	if entries < 20 || entries != len(c.entries) || entries != c.recent.Len() {
+	if entries < 20 || entries != len(c.entries) || entries != c.pods["pod"].recent.Len() || bytes != c.pods["pod"].bytes {
 		t.Errorf("%d entries, %d bytes", entries, bytes)
 	}
 	sum := 0
@@ -480,6 +480,44 @@ func TestCacheIsBounded(t *testing.T) {
 	}
 	if sum != bytes {
 		t.Errorf("%d bytes, counted %d", sum, bytes)
+	}
+}
+
+// A pod that asks for very much pushes out what is kept for itself. What another pod has
+// asked for stays, also what both have asked for.
+func TestFloodKeepsWhatOthersHave(t *testing.T) {
+	u := newUpstream(t, func(m *dns.Msg, _ bool) {
+		m.Answer = append(m.Answer, rr(m.Question[0].Name+" 600 IN TXT \"yes\""))
+	})
+	r := newResolver(t, forwardsTo(u))
+	r.cache.most = 100_000 // some 300 answers
+	ask := func(pod, name string) {
+		t.Helper()
+		packed, _ := question(name, dns.TypeTXT).Pack()
+		if _, ok := r.Resolve(context.Background(), pod, packed); !ok {
+			t.Errorf("%s: %s is handed back", pod, name)
+		}
+	}
+	all := func(pod, name string, n int) (asked int64) {
+		t.Helper()
+		before := u.asked.Load()
+		for i := range n {
+			ask(pod, fmt.Sprintf("%s%d.example.com.", name, i))
+		}
+		return u.asked.Load() - before
+	}
+	all("greedy", "shared", 10)
+	all("modest", "shared", 10)
+	all("modest", "own", 10)
+	all("greedy", "own", 10) // does not make them its own
+	if asked := all("greedy", "flood", eachBurst/2); asked < eachBurst/2 {
+		t.Fatalf("the server was asked %d times for %d names: the test is blind", asked, eachBurst/2)
+	}
+	if entries, bytes := r.cache.usage(); bytes > r.cache.most || entries > 500 {
+		t.Fatalf("%d answers in %d bytes", entries, bytes)
+	}
+	if asked := all("modest", "own", 10) + all("modest", "shared", 10); asked > 0 {
+		t.Errorf("%d of 20 answers of another pod are gone", asked)
 	}
 }
 

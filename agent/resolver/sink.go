@@ -249,9 +249,9 @@ func (r *Resolver) recallFamily(at key, k model.Known, now time.Time) (silent bo
 	}
 	over := max(now.Sub(k.Until), staleMost-recalledMost)
 	silent = k.Stale && now.Sub(k.Until) < staleTTL
-	r.cache.put(at, a, packed, now.Add(-a.ttl-over))
+	r.cache.put(at, nobody, a, packed, now.Add(-a.ttl-over))
 	if silent {
-		r.cache.fail(at, now)
+		r.cache.fail(at, nobody, now)
 	}
 	return silent
 }

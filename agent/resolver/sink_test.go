@@ -323,7 +323,7 @@ func TestEarlyQuestionsHaveABound(t *testing.T) {
 	}
 	refused := 0
 	for i := range allWaiting {
-		if r.fetch(c, to, key{fmt.Sprintf("n%d.example.com.", i), dns.TypeA}) == nil {
+		if r.fetch(c, to, key{fmt.Sprintf("n%d.example.com.", i), dns.TypeA}, "pod") == nil {
 			refused++
 		}
 	}
@@ -396,7 +396,7 @@ func TestOnlyWhatIsOthersIsForgotten(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r.cache.put(at, a, packed, time.Now())
+			r.cache.put(at, nobody, a, packed, time.Now())
 		}
 		k.Learn([]model.Outside{{Name: name}})
 	}
@@ -474,8 +474,8 @@ func TestKernelIsKeptFresh(t *testing.T) {
 		return r.cache.peek(key{"only4.example.com.", dns.TypeA}, time.Now()).failed.After(learned) &&
 			r.cache.peek(key{"only4.example.com.", dns.TypeAAAA}, time.Now()).failed.After(learned)
 	})
-	r.cache.fail(key{"only4.example.com.", dns.TypeA}, learned.Add(late)) // as it would be then
-	r.cache.fail(key{"only4.example.com.", dns.TypeAAAA}, learned.Add(late))
+	r.cache.fail(key{"only4.example.com.", dns.TypeA}, nobody, learned.Add(late)) // as it would be then
+	r.cache.fail(key{"only4.example.com.", dns.TypeAAAA}, nobody, learned.Add(late))
 	r.freshen(learned.Add(late+time.Second), askEvery)
 	of, _ := k.of("only4.example.com")
 	now := learned.Add(late + time.Second)
