@@ -1,6 +1,7 @@
 package resolver
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/miekg/dns"
@@ -32,7 +33,7 @@ type query struct {
 
 // read takes a message apart; ok is false for all that is no plain question, and so is for
 // others to answer: other classes and operations, more than one question, DNSSEC's bits DO
-// and CD, EDNS options, types that are no data.
+// and CD, EDNS options but a cookie, types that are no data.
 func read(message []byte) (q query, ok bool) {
 	if len(message) > mostQuery {
 		return q, false
@@ -52,12 +53,18 @@ func read(message []byte) (q query, ok bool) {
 	}
 	if len(m.Extra) == 1 {
 		opt, isOPT := m.Extra[0].(*dns.OPT)
-		if !isOPT || opt.Version() != 0 || opt.Do() || len(opt.Option) > 0 || opt.Hdr.Name != "." || opt.Hdr.Ttl != 0 {
+		if !isOPT || opt.Version() != 0 || opt.Do() || !passable(opt.Option) || opt.Hdr.Name != "." || opt.Hdr.Ttl != 0 {
 			return q, false
 		}
 		q.edns, q.size = true, min(max(int(opt.UDPSize()), leastUDP), mostUDP)
 	}
 	return q, true
+}
+
+// passable says whether options are none that an answer would have to heed: a cookie is for
+// servers that know cookies, and others leave it out (RFC 6891, 6.1.2). dig sends one.
+func passable(options []dns.EDNS0) bool {
+	return !slices.ContainsFunc(options, func(o dns.EDNS0) bool { return o.Option() != dns.EDNS0COOKIE })
 }
 
 // forwarded says whether a type is one of records that can be asked for and kept. Those

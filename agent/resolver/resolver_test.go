@@ -318,6 +318,33 @@ func until(t testing.TB, what string, is func() bool) {
 	}
 }
 
+// cookie is what dig sends with a question.
+var cookie = &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0011223344556677"}
+
+// A question with a cookie is answered as by who knows none: without one. The server is not
+// given it either: it is between the pod and whom the pod asks.
+func TestCookies(t *testing.T) {
+	var given atomic.Int64
+	u := newUpstream(t, func(m *dns.Msg, tcp bool) {
+		if opt := m.IsEdns0(); opt != nil && len(opt.Option) > 0 {
+			given.Add(1)
+		}
+		zone(m, tcp)
+	})
+	r := newResolver(t, forwardsTo(u))
+	for _, name := range []string{"www.example.com.", "nothing.example.com.", "www.example.com."} {
+		m := question(name, dns.TypeA)
+		m.SetEdns0(1232, false).IsEdns0().Option = []dns.EDNS0{cookie}
+		got, plain := asks(t, r, m), asks(t, r, question(name, dns.TypeA))
+		if said(got) != said(plain) || got == nil || len(got.IsEdns0().Option) > 0 {
+			t.Errorf("%s with a cookie: %s, options %v; without: %s", name, said(got), got.IsEdns0(), said(plain))
+		}
+	}
+	if given.Load() > 0 {
+		t.Error("the server was given the pod's cookie")
+	}
+}
+
 // What is no plain question is for others; so is all of a zone that is left to them.
 func TestHandedBack(t *testing.T) {
 	u := newUpstream(t, zone)
@@ -333,8 +360,11 @@ func TestHandedBack(t *testing.T) {
 		"DO":    with(func(m *dns.Msg) { m.SetEdns0(1232, true) }),
 		"CD":    with(func(m *dns.Msg) { m.CheckingDisabled = true }),
 		"no RD": with(func(m *dns.Msg) { m.RecursionDesired = false }),
-		"a cookie": with(func(m *dns.Msg) {
-			m.SetEdns0(1232, false).IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0011223344556677"}}
+		"a subnet": with(func(m *dns.Msg) {
+			m.SetEdns0(1232, false).IsEdns0().Option = []dns.EDNS0{cookie, &dns.EDNS0_SUBNET{Code: dns.EDNS0SUBNET, Family: 1, Address: net.IPv4zero}}
+		}),
+		"the server's name": with(func(m *dns.Msg) {
+			m.SetEdns0(1232, false).IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_NSID{Code: dns.EDNS0NSID}}
 		}),
 		"EDNS 1":         with(func(m *dns.Msg) { m.SetEdns0(1232, false).IsEdns0().SetVersion(1) }),
 		"CHAOS":          with(func(m *dns.Msg) { m.Question[0].Qclass = dns.ClassCHAOS }),

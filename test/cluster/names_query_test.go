@@ -85,6 +85,9 @@ func (t *town) edns(random *rand.Rand, q *query, m *dns.Msg) {
 		q.leave("DO")
 	case 1:
 		m.IsEdns0().Option = append(m.IsEdns0().Option, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"})
+		q.leave("a cookie")
+	case 2:
+		m.IsEdns0().Option = append(m.IsEdns0().Option, &dns.EDNS0_NSID{Code: dns.EDNS0NSID})
 		q.leave("an EDNS option")
 	}
 }

@@ -447,6 +447,8 @@ func differ(q *query, ours, theirs *dns.Msg) (all []difference) {
 	case (one == nil) != (other == nil):
 		add("edns", "EDNS is %v, CoreDNS' %v", one, other)
 	case one == nil:
+	case len(one.Option) == 0 && len(other.Option) == 1 && other.Option[0].Option() == dns.EDNS0COOKIE && one.Hdr.Ttl == other.Hdr.Ttl:
+		add("edns-cookie", "there is no cookie, CoreDNS has %v", other.Option[0])
 	case one.UDPSize() != other.UDPSize() && one.Hdr.Ttl == other.Hdr.Ttl && len(one.Option)+len(other.Option) == 0:
 		add("edns-size", "the UDP size is %d, CoreDNS' %d", one.UDPSize(), other.UDPSize())
 	case one.String() != other.String():
