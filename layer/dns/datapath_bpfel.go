@@ -46,6 +46,8 @@ type datapathDesk struct {
 	Now      uint64
 	Writings [2]uint64
 	Name     datapathName
+	Length   uint32
+	Zero     uint32
 	Finding  struct {
 		_         structs.HostLayout
 		Number    uint64

@@ -288,7 +288,9 @@ struct desk {
 	__u8 lower[WIRE_LIMIT + NAME_LIMIT + ZONE_LIMIT]; /* the candidate in lower case, and what follows */
 	__u64 now;                                        /* in nanoseconds since boot */
 	__u64 writings[TABLE_COUNT];                      /* as they were then */
-	struct name name;                                 /* what was looked up last */
+	struct name name;                                 /* what was looked up last, ... */
+	__u32 length;                                     /* ... and its length */
+	__u32 zero;
 	struct finding finding;
 	struct found found;
 	struct question question;
@@ -551,10 +553,10 @@ static __always_inline bool make_key(struct desk *desk, __u32 from, __u32 to)
 {
 	if (from > to || from >= WIRE_LIMIT || to - from > NAME_LIMIT)
 		return false;
-	__u32 length = to - from;
-
+	desk->length = to - from;
 	for (int i = 0; i < NAME_LIMIT / 8; i++) {
 		__u64 word = *(__u64 *)(desk->lower + from + 8 * i);
+		__u32 length = reread(&desk->length);
 
 		if (length <= 8 * i)
 			word = 0;
@@ -760,7 +762,11 @@ __noinline enum outcome look(struct __sk_buff *skb)
 	desk->finding.number = 0;
 	desk->finding.table = TABLE_NAMES;
 	desk->finding.is_settled = false;
-	return read_zone(desk, &desk->candidate) ? look_inside(desk, authority) : look_outside(desk);
+	bool inside = read_zone(desk, &desk->candidate);
+
+	/* what it found is read anew: else the verifier follows each number of labels */
+	asm volatile("" ::: "memory");
+	return inside ? look_inside(desk, authority) : look_outside(desk);
 }
 
 /* find_stem is the length of what stands before the first domain of the pod's search list,
