@@ -246,6 +246,8 @@ func TestNamesThroughTheAgent(t *testing.T) {
 		t.Errorf("the agent answered %d of 100 queries for what the kernel has learned", more)
 	}
 
+	n.showsNamesOutside()
+
 	known := map[string]string{"www.example.com.": bothFamilies, "first.example.com.": bothFamilies, "web.default.svc.cluster.local.": "10.96.0.1"}
 	outside.ttl.Store(2) // over soon, and given all the same
 	looks("for a moment", "brief.example.com.", bothFamilies)
@@ -298,6 +300,25 @@ func (n *node) knowsTheCluster(p *asker) {
 	texts, err := r.LookupTXT(ctx, "dns-version.cluster.local.")
 	if err != nil || !slices.Equal(texts, []string{"1.1.0"}) {
 		n.t.Errorf("TXT: %v, %v", texts, err)
+	}
+}
+
+// showsNamesOutside: what was learned of names outside, and for how long it is known.
+func (n *node) showsNamesOutside() {
+	n.t.Helper()
+	stdout, _, status := millrace(n.t, "show", "names", "WWW.example", "--pins", n.pins, "--run", n.run, "-o", "json")
+	var shown struct{ Outside []nameOutside }
+	if err := json.Unmarshal([]byte(stdout), &shown); err != nil || status != exitOK || len(shown.Outside) != 1 {
+		n.t.Fatalf("show names WWW.example -o json: %v: %s", err, stdout)
+	}
+	o := shown.Outside[0]
+	if o.Name != "www.example.com" || o.A == nil || o.AAAA == nil || fmt.Sprint(o.A.Addresses, o.AAAA.Addresses) != "[192.0.2.1] [2001:db8::1]" ||
+		o.A.Answer != "addresses" || time.Until(o.A.Until) > 5*time.Minute+time.Second || time.Until(o.A.Until) < time.Minute || o.A.Stale {
+		n.t.Errorf("show names -o json: %s", stdout)
+	}
+	stdout, _, _ = millrace(n.t, "show", "names", "--pins", n.pins, "--run", n.run)
+	if !strings.Contains(stdout, "NAME OUTSIDE") || !strings.Contains(stdout, "192.0.2.1, for ") || !strings.Contains(stdout, "first.example.com") {
+		n.t.Errorf("show names: %s", stdout)
 	}
 }
 

@@ -2,10 +2,16 @@ package dns
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"path/filepath"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/cilium/ebpf"
 
 	"github.com/millrace/millrace/model"
 )
@@ -19,11 +25,37 @@ func (l *Layer) Learned() ([]model.Outside, error) {
 	if l.host == nil {
 		return nil, errNotOpen
 	}
+	return l.tables.learned()
+}
+
+// LookLearned is Learned for who has not opened the layer: it reads the pinned map, in the
+// order of names. Where there is none nothing was learned.
+func (l *Layer) LookLearned() ([]model.Outside, error) {
+	path := filepath.Join(l.settings.Pins, datapathMapOutside)
+	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read pinned map %s: %w", path, err)
+	}
+	opened := map[string]*ebpf.Map{datapathMapOutside: m}
+	defer closeMaps(opened)
+	if err := sameLayout(opened); err != nil {
+		return nil, fmt.Errorf("read the names in %s: %w", l.settings.Pins, err)
+	}
+	all, err := tablesOf(opened).learned()
+	slices.SortFunc(all, func(a, b model.Outside) int { return strings.Compare(a.Name, b.Name) })
+	return all, err
+}
+
+// learned are the names outside that are in force.
+func (t tables) learned() ([]model.Outside, error) {
 	now, err := clockNow()
 	if err != nil {
 		return nil, err
 	}
-	entries, err := l.tables.outside.All()
+	entries, err := t.outside.All()
 	if err != nil {
 		return nil, fmt.Errorf("read the names outside the cluster: %w", err)
 	}
