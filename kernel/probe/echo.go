@@ -53,10 +53,12 @@ type Hop struct {
 
 // echo is a socket that sends echo requests to one address.
 type echo struct {
-	fd      int
+	fd      int // by which answers come
+	out     int // by which requests go, and errors come
 	to      netip.Addr
 	id, seq uint16
 	packets int
+	tunnel  *Tunnel // that requests go by, if any
 }
 
 // heard is what came back for a packet.
@@ -77,17 +79,23 @@ func MTU(ctx context.Context, space string, to netip.Addr, most int) (p Path, er
 	if err != nil {
 		return p, err
 	}
+	defer e.close()
+	return e.longest(ctx, small, most)
+}
+
+// longest finds how long packets are answered: least to most bytes.
+func (e *echo) longest(ctx context.Context, least, most int) (p Path, err error) {
 	p.Tried = most
-	defer func() { p.Packets = e.packets; unix.Close(e.fd) }()
-	first, err := e.ask(ctx, small, smallTries, smallFor)
+	defer func() { p.Packets = e.packets }()
+	first, err := e.ask(ctx, least, smallTries, smallFor)
 	if err != nil {
 		return p, err
 	}
 	if !first.answered {
-		return p, fmt.Errorf("%w to %d packets of %d bytes", ErrSilent, smallTries, small)
+		return p, fmt.Errorf("%w to %d packets of %d bytes", ErrSilent, smallTries, least)
 	}
 	wait := min(max(4*first.took, leastWait), mostWait)
-	passed, failed := small, most+1
+	passed, failed := least, most+1
 	for size, announced := most, 0; passed+1 < failed; {
 		h, err := e.ask(ctx, size, sizeTries, wait)
 		switch {
@@ -140,7 +148,7 @@ func FirstHop(ctx context.Context, space string, to netip.Addr) (Hop, error) {
 	if err != nil {
 		return Hop{}, err
 	}
-	defer unix.Close(e.fd)
+	defer e.close()
 	for _, wait := range []time.Duration{hopFor, time.Second} {
 		h, err := e.ask(ctx, small, 1, wait)
 		switch {
@@ -185,10 +193,20 @@ func openEcho(space string, to netip.Addr, hops int) (*echo, error) {
 		}
 		return unix.Connect(e.fd, address)
 	})
-	if err != nil && e.fd > 0 {
-		unix.Close(e.fd)
+	e.out = e.fd
+	if err != nil {
+		e.close()
 	}
 	return e, err
+}
+
+func (e *echo) close() {
+	if e.fd > 0 {
+		unix.Close(e.fd)
+	}
+	if e.out > 0 && e.out != e.fd {
+		unix.Close(e.out)
+	}
 }
 
 // ask sends packets of a size until one is answered, or somebody says why not.
@@ -214,11 +232,11 @@ func (e *echo) once(size int, wait time.Duration) (heard, error) {
 			break
 		}
 	}
-	unix.GetsockoptInt(e.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	unix.GetsockoptInt(e.out, unix.SOL_SOCKET, unix.SO_ERROR)
 	e.seq++
 	e.packets++
 	begun := time.Now()
-	if err := unix.Send(e.fd, e.request(size), 0); err != nil {
+	if err := unix.Send(e.out, e.packet(size), 0); err != nil {
 		return heard{}, fmt.Errorf("send %d bytes: %w", size, err)
 	}
 	for {
@@ -226,21 +244,29 @@ func (e *echo) once(size int, wait time.Duration) (heard, error) {
 		if left <= 0 {
 			return heard{}, nil
 		}
-		ready := []unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLIN}}
+		ready := []unix.PollFd{{Fd: int32(e.fd), Events: unix.POLLIN}, {Fd: int32(e.out)}}
 		if _, err := unix.Poll(ready, int(left.Milliseconds())+1); err != nil && !errors.Is(err, unix.EINTR) {
 			return heard{}, fmt.Errorf("wait for an answer: %w", err)
 		}
-		if ready[0].Revents&unix.POLLERR != 0 {
+		if ready[1].Revents&unix.POLLERR != 0 {
 			if h, told := e.told(); told {
 				h.took = time.Since(begun)
 				return h, nil
 			}
-			unix.GetsockoptInt(e.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+			unix.GetsockoptInt(e.out, unix.SOL_SOCKET, unix.SO_ERROR)
 		}
 		if ready[0].Revents&unix.POLLIN != 0 && e.replied() {
 			return heard{answered: true, took: time.Since(begun)}, nil
 		}
 	}
+}
+
+// packet is what is sent for a packet of size bytes on the wire.
+func (e *echo) packet(size int) []byte {
+	if e.tunnel == nil {
+		return e.request(size)
+	}
+	return e.tunnel.wrap(e.request(size - e.tunnel.overhead()))
 }
 
 // request is an echo request that makes a packet of size bytes. The kernel makes the
@@ -301,7 +327,7 @@ func (e *echo) replied() bool {
 // MSG_ERRQUEUE; struct sock_extended_err of ip(7)).
 func (e *echo) told() (h heard, ok bool) {
 	b, control := make([]byte, 512), make([]byte, 512)
-	_, n, _, _, err := unix.Recvmsg(e.fd, b, control, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+	_, n, _, _, err := unix.Recvmsg(e.out, b, control, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
 	if err != nil {
 		return h, false
 	}

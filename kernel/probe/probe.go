@@ -1,5 +1,5 @@
 // Package probe sends a few packets and says what came back: an echo request of a size
-// that may not be cut, or that may take one step only, a DNS query, a TCP connection that
+// that may not be cut, also in VXLAN, or that may take one step only, a DNS query, a TCP connection that
 // is closed again. Each function answers one question, of one address, from one network
 // namespace.
 //

@@ -296,6 +296,27 @@ func TestATransferGoesOn(t *testing.T) {
 	}
 }
 
+// Where all ICMP is filtered on the way, it is measured in VXLAN, which nobody takes for
+// ICMP.
+func TestAllICMPIsFiltered(t *testing.T) {
+	for _, six := range []bool{false, true} {
+		t.Run(fmt.Sprintf("outer IPv6 %v", six), func(t *testing.T) {
+			v := newValley(t, ModeVXLAN, six)
+			v.sh(v.middle, "nft 'table inet t { chain c { type filter hook forward priority 0; meta l4proto { icmp, icmpv6 } drop; }; chain d { type filter hook output priority 0; icmp type destination-unreachable drop; icmpv6 type packet-too-big drop; }; }'")
+			v.takes(1400)
+			v.watch()
+			for _, text := range v.learned(1500, 1400) {
+				if !strings.Contains(text, "at most 1400 bytes") || !strings.Contains(text, "nobody says so") {
+					t.Errorf("a node says %q", text)
+				}
+			}
+			v.cell("all ICMP is filtered", 1400)
+			v.takes(1500)
+			v.learned(1500, 1500)
+		})
+	}
+}
+
 // A datagram that is too long for the measured way, and must not be cut up, is answered by
 // the node, although its uplink would take it: its sender is told what passes, and what
 // fits arrives. By direct routes and in VXLAN, in both families.

@@ -27,6 +27,8 @@ type measurement struct {
 	probe.Path
 	// most is the device's MTU when it was measured, in bytes; 0 if it never was.
 	most int
+	// inside says that only what was in VXLAN was answered.
+	inside bool
 	// left says that an earlier process found it out: its routes say so.
 	left bool
 }
@@ -45,16 +47,37 @@ type paths struct {
 	netns string
 	every time.Duration
 	mtu   func(ctx context.Context, space string, to netip.Addr, most int) (probe.Path, error)
+	inner func(ctx context.Context, space string, by probe.Tunnel, most int) (probe.Path, error)
 
 	mu    sync.Mutex // guards what follows
 	known map[netip.Addr]measurement
-	aims  map[netip.Addr]int // the nodes' addresses, and the longest packets to them
+	aims  map[netip.Addr]aim // the nodes' addresses
 	begun bool
 	news  chan struct{}
 }
 
 func newPaths(netns string) *paths {
-	return &paths{netns: netns, every: pathsEvery, mtu: probe.MTU, known: map[netip.Addr]measurement{}, aims: map[netip.Addr]int{}, news: make(chan struct{}, 1)}
+	return &paths{netns: netns, every: pathsEvery, mtu: probe.MTU, inner: probe.TunnelMTU, known: map[netip.Addr]measurement{}, aims: map[netip.Addr]aim{}, news: make(chan struct{}, 1)}
+}
+
+// aim is what is measured of a way: the longest packet, and how to send it where ICMP is
+// filtered, nil if that cannot be.
+type aim struct {
+	most   int
+	tunnel *probe.Tunnel
+}
+
+// tunnelOf is from this node's vxlan device to another's, each with the first address of a
+// range.
+func tunnelOf(own *device, row *Row) *probe.Tunnel {
+	if own == nil || row.Direct || row.To.Addr().Is6() {
+		return nil
+	}
+	source := sameFamily(own.Addresses, row.To.Addr())
+	if !source.IsValid() {
+		return nil
+	}
+	return &probe.Tunnel{From: row.Local, To: netip.AddrPortFrom(row.Via, own.Port), VNI: own.VNI, FromMAC: own.MAC, ToMAC: row.MAC, Source: source, Target: row.To.Addr()}
 }
 
 // all is what is known.
@@ -67,16 +90,22 @@ func (p *paths) all() map[netip.Addr]measurement {
 // aim says which ways there are: what has gone is forgotten, and what is new is measured
 // soon.
 func (p *paths) aim(picture *Picture) {
-	aims := map[netip.Addr]int{}
+	aims := map[netip.Addr]aim{}
 	for _, row := range picture.rows {
-		if at, there := picture.facts.devices[row.index]; there && row.Via.IsValid() {
-			aims[row.Via] = at.mtu
+		at, there := picture.facts.devices[row.index]
+		if !there || !row.Via.IsValid() {
+			continue
 		}
+		tunnel := tunnelOf(picture.device, row)
+		if tunnel == nil {
+			tunnel = aims[row.Via].tunnel // that of another range
+		}
+		aims[row.Via] = aim{at.mtu, tunnel}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.aims = aims
-	maps.DeleteFunc(p.known, func(to netip.Addr, _ measurement) bool { return aims[to] == 0 })
+	maps.DeleteFunc(p.known, func(to netip.Addr, _ measurement) bool { return aims[to].most == 0 })
 	if len(p.due(false)) > 0 {
 		select {
 		case p.news <- struct{}{}:
@@ -112,8 +141,8 @@ func left(picture *Picture) map[netip.Addr]measurement {
 // due are the addresses to be measured: all, or those that are new or whose devices have
 // another MTU. The lock is held.
 func (p *paths) due(all bool) (due []netip.Addr) {
-	for to, most := range p.aims {
-		if all || p.known[to].most != most {
+	for to, aim := range p.aims {
+		if all || p.known[to].most != aim.most {
 			due = append(due, to)
 		}
 	}
@@ -155,12 +184,12 @@ func (p *paths) measure(ctx context.Context, due []netip.Addr) bool {
 		case free <- struct{}{}:
 		}
 		p.mu.Lock()
-		most := p.aims[to]
+		aim, was := p.aims[to], p.known[to]
 		p.mu.Unlock()
 		several.Go(func() {
 			defer func() { <-free }()
-			found, err := p.mtu(ctx, p.netns, to, most)
-			if p.learn(to, most, found, err) {
+			found, err := p.ask(ctx, to, aim, was.inside)
+			if p.learn(to, found, err) {
 				p.mu.Lock()
 				differ = true
 				p.mu.Unlock()
@@ -172,22 +201,41 @@ func (p *paths) measure(ctx context.Context, due []netip.Addr) bool {
 	return differ
 }
 
+// ask measures one path: by ICMP, or in VXLAN where that is filtered, the one first that was
+// answered before.
+func (p *paths) ask(ctx context.Context, to netip.Addr, aim aim, inside bool) (m measurement, err error) {
+	m.most = aim.most
+	if inside && aim.tunnel != nil {
+		if m.Path, err = p.inner(ctx, p.netns, *aim.tunnel, aim.most); err == nil {
+			m.inside = true
+			return m, nil
+		}
+	}
+	m.Path, err = p.mtu(ctx, p.netns, to, aim.most)
+	if errors.Is(err, probe.ErrSilent) && !inside && aim.tunnel != nil {
+		m.Path, err = p.inner(ctx, p.netns, *aim.tunnel, aim.most)
+		m.inside = err == nil
+	}
+	return m, err
+}
+
 // learn takes in what a measurement found, and says whether that is something else. Of one
 // without a result what was measured before still holds: the node may be off. What an
 // earlier process left does not, if nobody answers: it may be older than its uplink.
-func (p *paths) learn(to netip.Addr, most int, found probe.Path, err error) bool {
+func (p *paths) learn(to netip.Addr, now measurement, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.aims[to] == 0 {
+	if p.aims[to].most == 0 {
 		return false // it has gone meanwhile
 	}
 	was := p.known[to]
-	now := measurement{Path: found, most: most}
 	if err != nil {
-		now = measurement{Path: was.Path, most: most, left: was.left}
+		most := now.most
+		now = was
 		if was.left && (errors.Is(err, probe.ErrSilent) || errors.Is(err, probe.ErrUnsent)) {
-			now = measurement{most: most}
+			now = measurement{}
 		}
+		now.most = most
 	}
 	p.known[to] = now
 	return now.narrow() != was.narrow() || now.narrow() > 0 && now.Announced != was.Announced

@@ -65,7 +65,7 @@ func TestWhatIsKnownOfPaths(t *testing.T) {
 	}
 	delete(picture.rows, row.To)
 	p.aim(picture)
-	if len(p.all()) > 0 || p.learn(to, 9000, probe.Path{Tried: 9000, Passed: 1400}, nil) {
+	if len(p.all()) > 0 || p.learn(to, measurement{Path: probe.Path{Tried: 9000, Passed: 1400}, most: 9000}, nil) {
 		t.Errorf("the node has gone, and known is %v", p.all())
 	}
 }
