@@ -29,7 +29,8 @@ Runs until it is stopped. What it has put into the kernel stays in force
 without it, and the next agent takes it over: stopping, restarting and
 upgrading lose no packet. With the word pods it gives the node's pods their
 network, too: it answers the CNI plugin, which is this program as a container
-runtime starts it, and keeps the routes to other nodes' pods. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
+runtime starts it, keeps the routes to other nodes' pods, and masquerades what
+pods send out of the cluster. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
 path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
 namespaces; with --dns CAP_SYS_PTRACE, to read their search lists; with pods
 CAP_SYS_ADMIN.`,
@@ -37,7 +38,7 @@ CAP_SYS_ADMIN.`,
 		if err := at.also(args); err != nil {
 			return err
 		}
-		from.names = at.dns != ""
+		from.names, from.masquerade = at.dns != "", at.pods
 		if dryRun {
 			return plan(ctx, s, &at, &from, &proxy)
 		}

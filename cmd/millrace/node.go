@@ -16,6 +16,7 @@ import (
 	"github.com/millrace/millrace/kernel/sysctl"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/dns"
+	"github.com/millrace/millrace/layer/masquerade"
 	"github.com/millrace/millrace/layer/pod"
 	"github.com/millrace/millrace/layer/route"
 	"github.com/millrace/millrace/layer/service"
@@ -133,7 +134,7 @@ func (p *place) isOff(l layer.Layer) bool {
 	switch l.(type) {
 	case *dns.Layer:
 		return p.dns == ""
-	case *pod.Layer, *route.Layer:
+	case *pod.Layer, *route.Layer, *masquerade.Layer:
 		return !p.pods
 	}
 	return false
@@ -143,11 +144,12 @@ func (p *place) isOff(l layer.Layer) bool {
 // which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
 	// Names after the services: their program has to be in front of those. Routes after
-	// pods: what stays on the node never comes to their program.
-	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names(), p.network(), p.routes()}
+	// pods: what stays on the node never comes to their program. What leaves the cluster
+	// last: its program sees what all others have made of a packet.
+	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names(), p.network(), p.routes(), p.masquerade()}
 }
 
-// podsWord, behind a command, switches the layers pod and route on.
+// podsWord, behind a command, switches the layers pod, route and masquerade on.
 const podsWord = "pods"
 
 // also reads which layers are asked for beside those that always are.
@@ -206,6 +208,10 @@ func isFolder(path string) bool {
 
 func (p *place) routes() *route.Layer {
 	return route.New(route.Settings{Node: p.node, Pins: filepath.Join(p.pins, "route"), Homes: filepath.Join(p.pins, "pod", pod.Homes)})
+}
+
+func (p *place) masquerade() *masquerade.Layer {
+	return masquerade.New(masquerade.Settings{Node: p.node, Pins: filepath.Join(p.pins, "masquerade")})
 }
 
 func (p *place) trace() *trace.Layer {

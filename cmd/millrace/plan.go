@@ -24,12 +24,12 @@ func planCommand(s *settings) *cobra.Command {
 Reads the manifests or asks the API server once, compares what is asked for with what is pinned on this
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
 pinned everything is new. With the word pods it is about an agent that gives the
-node's pods their network, too, with the ways to those of other nodes.`,
+node's pods their network, too, with the ways to those of other nodes and to the world.`,
 	}, readsOnly, func(ctx context.Context, args []string) error {
 		if err := at.also(args); err != nil {
 			return err
 		}
-		from.names = at.dns != ""
+		from.names, from.masquerade = at.dns != "", at.pods
 		return plan(ctx, s, &at, &from, &proxy)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)

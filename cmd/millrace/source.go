@@ -18,6 +18,8 @@ type wishes struct {
 	servers []string
 	// names asks also for the Services that are for DNS alone.
 	names bool
+	// masquerade asks also for the configuration of ip-masq-agent.
+	masquerade bool
 }
 
 const sourceForms = "dir:PATH, a file or folder of manifests; kube:PATH, the API server that a kubeconfig names; kube: the one of the pod this runs in"
@@ -40,7 +42,7 @@ func (w *wishes) open(node string) (agent.Source, error) {
 	case w.source == "":
 		return nil, usage("--source is missing: say --source dir:PATH or kube:PATH")
 	case kind == "kube" && named:
-		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node, Names: w.names}))
+		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node, Names: w.names, Masquerade: w.masquerade}))
 	case len(w.servers) > 0:
 		return nil, usage("--api-server goes with --source kube: only")
 	case kind != "dir" || path == "":

@@ -208,26 +208,10 @@ func (l *Layer) sweepUntil(ctx context.Context) {
 	}
 }
 
-// Look implements layer.Layer: it reads the pinned maps. A pin folder that does not exist
-// is an empty picture.
+// Look implements layer.Layer: it reads the pinned maps. Where there is no pin folder
+// nothing is in force.
 func (l *Layer) Look() (layer.Picture, error) {
-	opened := map[string]*ebpf.Map{}
-	defer closeMaps(opened)
-	for _, name := range []string{datapathMapRanges, datapathMapWires} {
-		path := filepath.Join(l.settings.Pins, name)
-		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
-		if errors.Is(err, fs.ErrNotExist) {
-			return newPicture(), nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
-		}
-		opened[name] = m
-	}
-	if err := sameLayout(opened); err != nil {
-		return nil, fmt.Errorf("read the ranges in %s: %w", l.settings.Pins, err)
-	}
-	picture, err := read(tablesOf(opened))
+	picture, err := look(l.settings.Pins)
 	if err != nil {
 		return nil, err
 	}
@@ -239,6 +223,27 @@ func (l *Layer) Look() (layer.Picture, error) {
 		}
 	}
 	return picture, err
+}
+
+// look reads the maps that are pinned in a folder.
+func look(pins string) (*Picture, error) {
+	opened := map[string]*ebpf.Map{}
+	defer closeMaps(opened)
+	for _, name := range []string{datapathMapRanges, datapathMapWires} {
+		path := filepath.Join(pins, name)
+		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) {
+			return newPicture(), nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
+		}
+		opened[name] = m
+	}
+	if err := sameLayout(opened); err != nil {
+		return nil, fmt.Errorf("read the ranges in %s: %w", pins, err)
+	}
+	return read(tablesOf(opened))
 }
 
 // Apply implements layer.Layer. The result is have, altered.

@@ -25,6 +25,6 @@
 // A pod that runs keeps its devices and routes until it ends, when the kernel removes
 // them with its namespace; an agent that is started again finds whose they are.
 //
-// Not here: routes to other nodes (layer/route), masquerade, portMappings, bandwidth,
-// network policies.
+// Not here: routes to other nodes (layer/route), masquerade (layer/masquerade),
+// portMappings, bandwidth, network policies.
 package pod
