@@ -29,6 +29,8 @@ type node struct {
 	manifests, run, pins string
 	agent                *exec.Cmd
 	log                  bytes.Buffer
+	// gc is what a runtime says of what it knows, in the plugin's configuration.
+	gc string
 }
 
 func newNode(t *testing.T) *node {
@@ -41,13 +43,18 @@ func (n *node) source() string { return "dir:" + n.manifests }
 // start runs an agent as its own process, in the bed's namespace, with more flags.
 func (n *node) start(more ...string) {
 	n.t.Helper()
-	n.agent = product(append([]string{"agent", "--source", n.source(), "--node", "n1", "--cgroup", n.Cgroup, "--pins", n.pins, "--run", n.run, "--metrics", ""}, more...)...)
-	n.agent.Stderr = &n.log
-	if err := netns.Do(n.NetNS, n.agent.Start); err != nil {
+	n.t.Cleanup(n.kill)
+	if err := n.launch(more...); err != nil {
 		n.t.Fatal(err)
 	}
-	n.t.Cleanup(n.kill)
 	n.until("the agent is ready", func(s agent.Status) bool { return s.Ready })
+}
+
+// launch starts an agent and waits for nothing.
+func (n *node) launch(more ...string) error {
+	n.agent = product(append([]string{"agent", "--source", n.source(), "--node", "n1", "--cgroup", n.Cgroup, "--pins", n.pins, "--run", n.run, "--metrics", ""}, more...)...)
+	n.agent.Stderr = &n.log
+	return netns.Do(n.NetNS, n.agent.Start)
 }
 
 func (n *node) kill() {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -31,7 +30,7 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.10}]}
 func (n *node) plugin(command, container, space string) (stdout string, status int) {
 	n.t.Helper()
 	c := product()
-	c.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion":"1.1.0","name":"town","type":"millrace","socket":%q}`, filepath.Join(n.run, "cni.sock")))
+	c.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion":"1.1.0","name":"town","type":"millrace","socket":%q%s}`, filepath.Join(n.run, "cni.sock"), n.gc))
 	c.Env = append(os.Environ(), "CNI_COMMAND="+command, "CNI_CONTAINERID="+container, "CNI_IFNAME=eth0", "CNI_NETNS="+space,
 		"CNI_PATH=/opt/cni/bin", "CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME="+container)
 	stdout, stderr, status := finish(n.t, c)
@@ -72,16 +71,11 @@ func TestPodsOfANode(t *testing.T) {
 	n.start("pods")
 	addresses := map[string]netip.Addr{}
 	for container, space := range spaces {
-		out, status := n.plugin("ADD", container, space)
-		var result struct {
-			IPs []struct {
-				Address netip.Prefix `json:"address"`
-			} `json:"ips"`
+		all := n.add(container, space)
+		if len(all) != 1 {
+			t.Fatalf("ADD of %s: %v\n%s", container, all, n.log.String())
 		}
-		if err := json.Unmarshal([]byte(out), &result); err != nil || status != 0 || len(result.IPs) != 1 {
-			t.Fatalf("ADD of %s: %s, %v\n%s", container, out, err, n.log.String())
-		}
-		addresses[container] = result.IPs[0].Address.Addr()
+		addresses[container] = all[0]
 	}
 	talks := func(what string) {
 		t.Helper()

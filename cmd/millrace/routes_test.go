@@ -114,17 +114,48 @@ func (n *node) second(netNS string) *node {
 	return &node{Bed: &bed, t: n.t, manifests: n.manifests, run: n.run + "-2", pins: n.pins + "-2"}
 }
 
+// pairOfNodes are n1 and n2, on one segment or with a router in between, whose manifests
+// name a third.
+func pairOfNodes(t *testing.T, near bool) (n1, n2 *node) {
+	t.Helper()
+	n1 = newNode(t)
+	n1.run = filepath.Join("/tmp", fmt.Sprint("millrace-test-", os.Getpid())) // sockets have short paths
+	t.Cleanup(func() { os.RemoveAll(n1.run); os.RemoveAll(n1.run + "-2") })
+	forward(t, n1.NetNS)
+	n2 = n1.second(space(t, "node2"))
+	second := [2]string{"192.0.2.2", "2001:db8:1::2"}
+	if near {
+		wire(t, "eth0", [2]string{n1.NetNS, n2.NetNS}, [2][]string{{"192.0.2.1/24", "2001:db8:1::1/64"}, {"192.0.2.2/24", "2001:db8:1::2/64"}}, true)
+	} else {
+		router := space(t, "router")
+		second = [2]string{"198.51.100.2", "2001:db8:2::2"}
+		wire(t, "eth0", [2]string{n1.NetNS, router}, [2][]string{{"192.0.2.1/24", "2001:db8:1::1/64"}, {"192.0.2.254/24", "2001:db8:1::fe/64"}}, true)
+		wire(t, "eth1", [2]string{n2.NetNS, router}, [2][]string{{"198.51.100.2/24", "2001:db8:2::2/64"}, {"198.51.100.254/24", "2001:db8:2::fe/64"}}, true)
+	}
+	write(t, filepath.Join(n1.manifests, "nodes.yaml"), fmt.Sprintf(nodesWithRanges, second[0], second[1]))
+	return n1, n2
+}
+
 // add asks the plugin for a pod's network, and returns its addresses.
-func (n *node) add(container, space string) (all []netip.Addr) {
+func (n *node) add(container, space string) []netip.Addr {
 	n.t.Helper()
 	out, status := n.plugin("ADD", container, space)
+	if status != 0 {
+		n.t.Fatalf("ADD of %s: %s\n%s", container, out, n.log.String())
+	}
+	return addressesIn(n.t, out)
+}
+
+// addressesIn reads the answer to an ADD.
+func addressesIn(t *testing.T, out string) (all []netip.Addr) {
+	t.Helper()
 	var result struct {
 		IPs []struct {
 			Address netip.Prefix `json:"address"`
 		} `json:"ips"`
 	}
-	if err := json.Unmarshal([]byte(out), &result); err != nil || status != 0 {
-		n.t.Fatalf("ADD of %s: %s, %v\n%s", container, out, err, n.log.String())
+	if err := json.Unmarshal([]byte(out), &result); err != nil {
+		t.Errorf("the answer to an ADD is %s: %v", out, err)
 	}
 	for _, ip := range result.IPs {
 		all = append(all, ip.Address.Addr())
@@ -165,21 +196,7 @@ func TestPodsOfTwoNodes(t *testing.T) {
 	for _, near := range []bool{true, false} {
 		name := map[bool]string{true: "on a segment", false: "behind a router"}[near]
 		t.Run(name, func(t *testing.T) {
-			n1 := newNode(t)
-			n1.run = filepath.Join("/tmp", fmt.Sprint("millrace-test-", os.Getpid()))
-			t.Cleanup(func() { os.RemoveAll(n1.run); os.RemoveAll(n1.run + "-2") })
-			forward(t, n1.NetNS)
-			n2 := n1.second(space(t, "node2"))
-			second := [2]string{"192.0.2.2", "2001:db8:1::2"}
-			if near {
-				wire(t, "eth0", [2]string{n1.NetNS, n2.NetNS}, [2][]string{{"192.0.2.1/24", "2001:db8:1::1/64"}, {"192.0.2.2/24", "2001:db8:1::2/64"}}, true)
-			} else {
-				router := space(t, "router")
-				second = [2]string{"198.51.100.2", "2001:db8:2::2"}
-				wire(t, "eth0", [2]string{n1.NetNS, router}, [2][]string{{"192.0.2.1/24", "2001:db8:1::1/64"}, {"192.0.2.254/24", "2001:db8:1::fe/64"}}, true)
-				wire(t, "eth1", [2]string{n2.NetNS, router}, [2][]string{{"198.51.100.2/24", "2001:db8:2::2/64"}, {"198.51.100.254/24", "2001:db8:2::fe/64"}}, true)
-			}
-			write(t, filepath.Join(n1.manifests, "nodes.yaml"), fmt.Sprintf(nodesWithRanges, second[0], second[1]))
+			n1, n2 := pairOfNodes(t, near)
 			if planned := n1.says("plan", "pods", "--source", n1.source(), "--node", "n1"); !strings.Contains(planned, "+ route 10.244.2.0/24 -> n2 ") {
 				t.Errorf("the plan is\n%s", planned)
 			}
