@@ -102,6 +102,27 @@ func (d *datapath) notePort(at hook, there bool) error {
 	return nil
 }
 
+// notePorts tells the programs so of all devices: one may have gone while no process looked,
+// and what has its number next is no pod's.
+func (d *datapath) notePorts() error {
+	ports := bpfmap.New[uint32, uint8](d.maps[datapathMapPorts])
+	known, err := ports.All()
+	if err != nil {
+		return err
+	}
+	var gone []uint32
+	for device := range known {
+		if d.attached[hook{datapathProgRouteFromPod, int(device)}] == nil {
+			gone = append(gone, device)
+		}
+	}
+	failures := ports.Delete(gone)
+	for at := range d.attached {
+		failures = append(failures, d.notePort(at, true))
+	}
+	return errors.Join(failures...)
+}
+
 func (d *datapath) make(at hook, name string) (attach.Attachment, error) {
 	if !d.tcx {
 		f := d.filterAt(at, name)

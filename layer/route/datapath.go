@@ -194,12 +194,8 @@ func (d *datapath) settle() error {
 			delete(d.attached, at)
 		}
 	}
-	if !d.adopted { // the map of ports is new
-		for at := range d.attached {
-			if err := d.notePort(at, true); err != nil {
-				return err
-			}
-		}
+	if err := d.notePorts(); err != nil {
+		return err
 	}
 	d.settled = true
 	return nil

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -263,5 +264,22 @@ func (v *village) sendLong(space string, to netip.AddrPort, long, short int) (to
 func needsTCX(t *testing.T) {
 	if !haveTCX() {
 		t.Skip("tcx needs Linux 6.6: without it direct ways are routes alone")
+	}
+}
+
+// A pod's device that went while no process looked is forgotten by the next: its number may
+// be another device's by then.
+func TestDevicesThatWentMeanwhile(t *testing.T) {
+	v := newVillage(t, ModeVXLAN, false)
+	l := v.start(0)
+	must(t, l.host.(*datapath).maps[datapathMapPorts].Put(uint32(4711), uint8(1)))
+	must(t, l.Close())
+	ports := v.start(0).host.(*datapath).maps[datapathMapPorts]
+	var there uint8
+	if err := ports.Lookup(uint32(4711), &there); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Errorf("the device that went: %d, %v", there, err)
+	}
+	if err := ports.Lookup(uint32(v.ports[0]), &there); err != nil || there != 1 {
+		t.Errorf("the one that is there: %d, %v", there, err)
 	}
 }
