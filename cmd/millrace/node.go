@@ -186,6 +186,10 @@ func (p *place) names() *dns.Layer {
 func (p *place) network() *pod.Layer {
 	if p.podLayer == nil {
 		settings := pod.Settings{Node: p.node, Pins: filepath.Join(p.pins, "pod"), Folder: filepath.Join(p.run, "pod"), Socket: filepath.Join(p.run, "cni.sock")}
+		settings.HostLocal = hostLocal
+		if isFolder(mountedHostLocal) {
+			settings.HostLocal = mountedHostLocal
+		}
 		if isFolder(mountedPlugins) && isFolder(mountedNetworks) {
 			settings.Plugins, settings.Networks = mountedPlugins, mountedNetworks
 		}
@@ -199,6 +203,13 @@ func (p *place) network() *pod.Layer {
 const (
 	mountedPlugins  = "/host/opt/cni/bin"
 	mountedNetworks = "/host/etc/cni/net.d"
+)
+
+// hostLocal is where the plugin host-local writes down which addresses it has given, and
+// mountedHostLocal where a container finds that.
+const (
+	hostLocal        = "/var/lib/cni/networks"
+	mountedHostLocal = "/host/var/lib/cni/networks"
 )
 
 func isFolder(path string) bool {

@@ -152,7 +152,7 @@ func (l *Layer) del(key pool.Key) error {
 		return err
 	}
 	if _, had := l.pool.Lease(key); !had {
-		return nil
+		return releaseOfOthers(l.settings.HostLocal, key)
 	}
 	l.pool.Give(key, time.Now())
 	return l.save(l.pool.Book())

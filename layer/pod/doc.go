@@ -25,6 +25,8 @@
 // A pod that runs keeps its devices and routes until it ends, when the kernel removes
 // them with its namespace; an agent that is started again finds whose they are.
 //
+// Where another plug-in has been, its pods' addresses are not given as long as they run.
+//
 // Not here: routes to other nodes (layer/route), masquerade (layer/masquerade),
 // portMappings, bandwidth, network policies.
 package pod

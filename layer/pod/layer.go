@@ -39,6 +39,9 @@ type Settings struct {
 	// the plugin, and a list that names it, are kept there. Where they are empty, somebody
 	// else sees to that.
 	Plugins, Networks string
+	// HostLocal is where the plugin host-local writes which addresses it has given: none of
+	// them is given here. Empty where it has given none.
+	HostLocal string
 	// Cooldown is how long an address rests before it is given again; 0 is
 	// pool.DefaultCooldown.
 	Cooldown time.Duration
@@ -250,7 +253,11 @@ func (l *Layer) Refresh(layer.Picture) (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	l.lengths, l.own = found.lengths(l.others), found.own
-	l.pool.Reserve(found.own)
+	given, err := leasesOfOthers(l.settings.HostLocal, bootTime())
+	if err != nil {
+		return nil, err
+	}
+	l.pool.Reserve(slices.Concat(found.own, found.elsewhere(), given))
 	p := picture(l.pool.Book(), found)
 	if p.files, err = l.install.look(); err != nil {
 		return nil, err

@@ -149,6 +149,17 @@ func (f facts) addressesOf(device int) (all []netip.Addr) {
 	return all
 }
 
+// elsewhere are the addresses to which somebody else's routes lead, such as to a pod of
+// another plug-in.
+func (f facts) elsewhere() (all []netip.Addr) {
+	for to := range f.table {
+		if to.IsSingleIP() {
+			all = append(all, to.Addr())
+		}
+	}
+	return all
+}
+
 // sources are the node's own addresses, as the cluster knows them, that packets of the
 // node to its pods have: at most one of each family.
 func sources(node, own []netip.Addr) (chosen []netip.Addr) {

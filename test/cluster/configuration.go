@@ -12,28 +12,28 @@ func configure(n node, w wish) error {
 	return errors.Join(
 		plugins(w),
 		write("/etc/hosts", fmt.Sprintf("127.0.0.1 localhost\n::1 localhost\n%s %s\n%s %s\n", n.v4(), n.name(), n.v6(), n.name()), 0o644),
-		write("/etc/containerd.toml", containerdConfiguration(w), 0o644),
+		write("/etc/containerd.toml", containerdConfiguration(), 0o644),
 		write("/etc/kubelet.yaml", kubeletConfiguration(), 0o644),
 		write("/etc/kube-proxy.yaml", kubeProxyConfiguration(w.mode, n.name(), pki("kube-proxy.kubeconfig")), 0o644),
 		podNetwork(n, w))
 }
 
-// pluginFolder is where the CNI plug-ins of the distribution are, and ourPluginFolder the
-// usual one, in which millrace puts its own.
-const pluginFolder, ourPluginFolder = "/usr/lib/cni", "/opt/cni/bin"
+// pluginFolder is where nodes have their CNI plug-ins, as usual.
+const pluginFolder = "/opt/cni/bin"
 
-// plugins puts those of the distribution into the usual folder that a node needs beside
-// millrace's: containerd starts loopback itself, and portmap is for hostPort.
+// plugins puts those of the distribution there that a node needs: containerd starts loopback
+// itself, and portmap is for hostPort.
 func plugins(w wish) error {
-	if w.cni != millrace {
-		return nil
+	names := []string{"loopback", "portmap"}
+	if w.cni == "ptp" {
+		names = append(names, "ptp", "host-local")
 	}
-	for _, name := range []string{"loopback", "portmap"} {
-		content, err := os.ReadFile(filepath.Join(pluginFolder, name))
+	for _, name := range names {
+		content, err := os.ReadFile(filepath.Join("/usr/lib/cni", name))
 		if err != nil {
 			return err
 		}
-		if err := write(filepath.Join(ourPluginFolder, name), string(content), 0o755); err != nil {
+		if err := write(filepath.Join(pluginFolder, name), string(content), 0o755); err != nil {
 			return err
 		}
 	}
@@ -42,11 +42,7 @@ func plugins(w wish) error {
 
 // Without CAP_SYS_RESOURCE, as in many virtual machines, runc cannot lower an OOM
 // score, and no pod would start: so it is told not to.
-func containerdConfiguration(w wish) string {
-	folder := pluginFolder
-	if w.cni == millrace {
-		folder = ourPluginFolder
-	}
+func containerdConfiguration() string {
 	return fmt.Sprintf(`version = 2
 [plugins."io.containerd.internal.v1.opt"]
 path = "/var/lib/containerd/opt"
@@ -61,7 +57,7 @@ SystemdCgroup = false
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "%s"
 conf_dir = "/etc/cni/net.d"
-`, pauseImage, folder)
+`, pauseImage, pluginFolder)
 }
 
 func kubeletConfiguration() string {

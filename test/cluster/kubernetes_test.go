@@ -30,6 +30,7 @@ func TestKubernetes(t *testing.T) {
 	t.Run("names", TestInstalledAnswersNames)
 	t.Run("replaced", TestInstalledAgentsAreReplacedWithoutLoss)
 	t.Run("removed", TestInstalledIsRemoved)
+	t.Run("pods", TestInstalledPodNetworkTakesOver)
 }
 
 // On one on which nobody else gives pods their network: every pod gets it here, those of

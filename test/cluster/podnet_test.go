@@ -87,6 +87,19 @@ func talkersOf(t *testing.T, which ...string) []talker {
 func TestPodNetworkCarries(t *testing.T) {
 	needsPodNetwork(t)
 	pods := begin(t)
+	reachEachOther(t, pods)
+	for _, n := range allNodes() {
+		for _, to := range pods {
+			for _, ip := range to.Status.PodIPs {
+				on(t, n, "curl -s -m 5 http://"+hostPort(ip.IP, 8080)+"/hostname")
+			}
+		}
+	}
+}
+
+// reachEachOther: each pod every other one, which sees its address.
+func reachEachOther(t *testing.T, pods []talker) {
+	t.Helper()
 	for _, from := range pods {
 		for _, to := range pods {
 			if len(to.Status.PodIPs) != 2 {
@@ -98,13 +111,6 @@ func TestPodNetworkCarries(t *testing.T) {
 				if want := from.Status.PodIPs[i].IP; from.Metadata.Name != to.Metadata.Name && !strings.Contains(seen, want) {
 					t.Errorf("from %s to %s of %s: it sees %q, not %s", from.Spec.NodeName, ip.IP, to.Spec.NodeName, seen, want)
 				}
-			}
-		}
-	}
-	for _, n := range allNodes() {
-		for _, to := range pods {
-			for _, ip := range to.Status.PodIPs {
-				on(t, n, "curl -s -m 5 http://"+hostPort(ip.IP, 8080)+"/hostname")
 			}
 		}
 	}
@@ -250,6 +256,43 @@ func sameBook(t *testing.T, n node) error {
 		return fmt.Errorf("pods run at %v, addresses are given to %v, of %d pods with %d devices", runs, given, len(shown.Pods), devices)
 	}
 	return nil
+}
+
+// On a cluster whose pods have their network from ptp and host-local: they go over one by
+// one, and all reach each other at each step, in both families. No address is given twice.
+func TestInstalledPodNetworkTakesOver(t *testing.T) {
+	needsInstalled(t)
+	old := begin(t)
+	kubectlOf(t, "apply", "-f", filepath.Join(root, millracePods))
+	kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=1m")
+	reachEachOther(t, talkersOf(t, "-n", "podnet"))
+	if devices := on(t, 1, "ip -o link show type veth"); strings.Contains(devices, ": mr") {
+		t.Fatalf("something was replaced by itself: %s", devices)
+	}
+	gone := old[slices.IndexFunc(old, func(one talker) bool { return one.Spec.NodeName == node(1).name() })]
+	kubectlOf(t, "-n", "podnet", "delete", "pod", gone.Metadata.Name)
+	kubectlOf(t, "-n", "podnet", "rollout", "status", "daemonset/talker", "--timeout=1m")
+	if devices := on(t, 1, "ip -o link show type veth"); strings.Count(devices, ": mr") != 1 {
+		t.Errorf("one pod was replaced, and the devices are %s", devices)
+	}
+	reachEachOther(t, talkersOf(t, "-n", "podnet"))
+	for _, what := range []string{"-n podnet daemonset/talker", "-n kube-system deployment/coredns"} {
+		words := strings.Fields(what)
+		kubectlOf(t, "rollout", "restart", words[0], words[1], words[2])
+		kubectlOf(t, "rollout", "status", words[0], words[1], words[2], "--timeout=2m")
+	}
+	reachEachOther(t, talkersOf(t, "-n", "podnet"))
+	for _, n := range allNodes() {
+		err := until(t.Context(), n.name()+" to have no pod of the other plug-in", time.Minute, func() error {
+			if others := on(t, n, "ls /var/lib/cni/networks/pods | grep '[0-9]$' | grep -v last || true"); strings.TrimSpace(others) != "" {
+				return fmt.Errorf("addresses of host-local are %s", others)
+			}
+			return sameBook(t, n)
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // What was installed is removed by its documented commands: of the network nothing is left
