@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"math/big"
 	"net"
 	"net/netip"
@@ -48,12 +49,19 @@ func TestGuessesAreNotBelieved(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stranger.Close()
+	neighbour, err := net.ListenPacket("udp", fmt.Sprintf("127.0.0.2:%d", packets.LocalAddr().(*net.UDPAddr).Port))
+	if err != nil {
+		t.Skipf("the port is taken at another address: %v", err)
+	}
+	defer neighbour.Close()
 	var mu sync.Mutex
 	ports := map[string]bool{}
 	guesses := map[string]func(q, m *dns.Msg){
 		"id":       func(_, m *dns.Msg) { m.Id++ },
 		"question": func(_, m *dns.Msg) { m.Question[0].Name = "guess.example.com." },
 		"type":     func(_, m *dns.Msg) { m.Question[0].Qtype = dns.TypeAAAA },
+		"class":    func(_, m *dns.Msg) { m.Question[0].Qclass = dns.ClassCHAOS },
+		"two":      func(_, m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) },
 		"query":    func(_, m *dns.Msg) { m.Response = false },
 		"none":     func(_, m *dns.Msg) { m.Question = nil },
 	}
@@ -74,7 +82,8 @@ func TestGuessesAreNotBelieved(t *testing.T) {
 			forged := new(dns.Msg).SetReply(q)
 			forged.Answer = append(forged.Answer, rr(q.Question[0].Name+evil))
 			right, _ := forged.Pack()
-			stranger.WriteTo(right, from) // right in all but where it is from
+			stranger.WriteTo(right, from)  // right in all but the port it is from, ...
+			neighbour.WriteTo(right, from) // ... or the address
 			guess := way.Load().(string)
 			rounds := 1
 			if guess == "storm" {
@@ -87,12 +96,13 @@ func TestGuessesAreNotBelieved(t *testing.T) {
 			}
 			m := new(dns.Msg).SetReply(q)
 			zone(m, false)
+			m.Question[0].Name = strings.ToUpper(m.Question[0].Name) // there are servers that do not keep it
 			packed, _ := m.Pack()
 			packets.WriteTo(packed, from)
 		}
 	}()
 	at := netip.MustParseAddrPort(packets.LocalAddr().String())
-	for _, guess := range []string{"id", "question", "type", "query", "none", "storm"} {
+	for _, guess := range []string{"id", "question", "type", "class", "two", "query", "none", "storm"} {
 		way.Store(guess)
 		r := newResolver(t, &model.DNS{TTL: 5 * time.Second, Forwards: []model.Forward{{Zone: ".", To: []model.Upstream{{Address: at}}}}})
 		if got := said(asks(t, r, question("www.example.com.", dns.TypeA))); got != "NOERROR; www.example.com. 300 IN A 192.0.2.1" {
