@@ -412,19 +412,25 @@ static __always_inline long ask(struct __sk_buff *skb, const struct inner *in, c
 	return bpf_fib_lookup(skb, way, sizeof(*way), 0);
 }
 
+/* leads_back says whether the node's routes lead to the address that a packet comes from by
+ * the device by which it came. A function of its own, so that pods that are in homes pay
+ * nothing for it. */
+static __noinline bool leads_back(struct __sk_buff *skb, const struct inner *in)
+{
+	struct bpf_fib_lookup way = { .ifindex = skb->ifindex };
+	long answer = ask(skb, in, &in->destination, &in->source, 1, &way);
+
+	return (answer == BPF_FIB_LKUP_RET_SUCCESS || answer == BPF_FIB_LKUP_RET_NO_NEIGH) &&
+	       way.ifindex == skb->ifindex;
+}
+
 /* is_senders says whether the address that a packet comes from is that of the pod behind
  * the device: what the stack asks with strict rp_filter. */
 static __always_inline bool is_senders(struct __sk_buff *skb, const struct inner *in)
 {
 	struct home *home = bpf_map_lookup_elem(&homes, &in->source);
-	struct bpf_fib_lookup way = { .ifindex = skb->ifindex };
-	long answer;
 
-	if (home)
-		return home->device == skb->ifindex;
-	answer = ask(skb, in, &in->destination, &in->source, 1, &way);
-	return (answer == BPF_FIB_LKUP_RET_SUCCESS || answer == BPF_FIB_LKUP_RET_NO_NEIGH) &&
-	       way.ifindex == skb->ifindex;
+	return home ? home->device == skb->ifindex : leads_back(skb, in);
 }
 
 /* A policy about what the pod may send has to be decided here, before the packet is given
@@ -589,21 +595,13 @@ struct door {
 	bool direct;       /* nothing has to run at the device */
 };
 
-/* find_door says where the pod is that a packet is for: pods of other network plug-ins are
- * found by the node's routes and neighbours. False where there is none, and where the
- * packet is too long for it. */
-static __always_inline bool find_door(struct __sk_buff *skb, const struct inner *in, __u32 device, struct door *door)
+/* ask_door finds a pod by the node's routes and neighbours: one of another network plug-in.
+ * A function of its own, as leads_back. */
+static __noinline bool ask_door(struct __sk_buff *skb, const struct inner *in, __u32 device, struct door *door)
 {
-	struct home *home = bpf_map_lookup_elem(&homes, &in->destination);
 	struct bpf_fib_lookup way = { .ifindex = device };
 	__u32 length = longest(skb, in);
 
-	if (home) {
-		door->device = home->device;
-		door->direct = home->direct;
-		__builtin_memcpy(door->ethernet, home->ethernet, sizeof(door->ethernet));
-		return length <= home->mtu;
-	}
 	if (ask(skb, in, &in->source, &in->destination, length, &way) != BPF_FIB_LKUP_RET_SUCCESS ||
 	    !bpf_map_lookup_elem(&ports, &way.ifindex))
 		return false;
@@ -612,6 +610,20 @@ static __always_inline bool find_door(struct __sk_buff *skb, const struct inner 
 	__builtin_memcpy(door->ethernet, way.dmac, 6);
 	__builtin_memcpy(door->ethernet + 6, way.smac, 6);
 	return true;
+}
+
+/* find_door says where the pod is that a packet is for. False where there is none, and
+ * where the packet is too long for it. */
+static __always_inline bool find_door(struct __sk_buff *skb, const struct inner *in, __u32 device, struct door *door)
+{
+	struct home *home = bpf_map_lookup_elem(&homes, &in->destination);
+
+	if (!home)
+		return ask_door(skb, in, device, door);
+	door->device = home->device;
+	door->direct = home->direct;
+	__builtin_memcpy(door->ethernet, home->ethernet, sizeof(door->ethernet));
+	return longest(skb, in) <= home->mtu;
 }
 
 /* hand_over gives the packet to a pod. A policy about what the pod may get has to be
