@@ -326,6 +326,7 @@ type freshLookups struct {
 	looked  int
 	failed  []string
 	waited  int
+	late    int // not found, for the test's server outside was not heard in 2 s: the agent waits no longer
 	longest time.Duration
 }
 
@@ -346,7 +347,11 @@ func (r *trouble) looksUpFresh() *freshLookups {
 			if took > 4900*time.Millisecond {
 				f.waited++
 			}
-			if got != bothFamilies {
+			switch {
+			case got == bothFamilies:
+			case took > 2*time.Second && took < 4900*time.Millisecond:
+				f.late++
+			default:
 				f.failed = append(f.failed, fmt.Sprintf("%s is %q, %v, after %v", name, got, err, took))
 			}
 		}
@@ -359,8 +364,8 @@ func (f *freshLookups) end(t *testing.T) {
 	t.Helper()
 	close(f.stop)
 	f.done.Wait()
-	t.Logf("%d lookups of names that nobody had asked for, %d failed, %d were asked again, the longest took %v", f.looked, len(f.failed), f.waited, f.longest)
-	if len(f.failed) > 0 || f.looked == 0 {
+	t.Logf("%d lookups of names that nobody had asked for, %d failed, %d were too late for a busy machine, %d were asked again, the longest took %v", f.looked, len(f.failed), f.late, f.waited, f.longest)
+	if len(f.failed) > 0 || f.late > 1+f.looked/50 || f.looked == 0 {
 		t.Errorf("%d of %d lookups of names that nobody had asked for failed: %s", len(f.failed), f.looked, strings.Join(f.failed[:min(5, len(f.failed))], "\n"))
 	}
 }
