@@ -149,10 +149,12 @@ func TestPodNetworkIsShown(t *testing.T) {
 	}
 }
 
-// addsToTime is how many pods' networks are timed, and mostOfAnAdd what 99 of 100 may take.
+// addsToTime is how many pods' networks are timed, and mostOfAnAdd what 99 of 100 may take
+// where 99 of 100 starts of a plugin that does nothing take less than quiet.
 const (
 	addsToTime  = 100
 	mostOfAnAdd = 50 * time.Millisecond
+	quiet       = 25 * time.Millisecond
 )
 
 // timeAdds starts plugins as containerd does, in the node, and prints the nanoseconds that
@@ -177,9 +179,9 @@ done
 `
 
 // The plugin and the agent take less than 50 ms of a pod's start, 99 of 100 times: the whole
-// process that containerd waits for. Where the machine is busy with other things the plugin
-// loopback, which does nothing, takes its time, too: that is taken off. The best of three
-// tries counts.
+// process that containerd waits for. Where the machine is so busy with other things that
+// loopback, which does nothing, takes its time, too, it is 50 of 100. The best of three tries
+// counts.
 func TestPodNetworkAddsInTime(t *testing.T) {
 	needsPodNetwork(t)
 	for try := 1; ; try++ {
@@ -195,12 +197,15 @@ func TestPodNetworkAddsInTime(t *testing.T) {
 			slices.Sort(took[i])
 			t.Logf("%d ADDs of %s: p50 %v, p99 %v, longest %v", len(took[i]), name, percentile(took[i], 50), percentile(took[i], 99), percentile(took[i], 100))
 		}
-		more := percentile(took[1], 99) - percentile(took[0], 99)
+		of := 99
+		if percentile(took[0], 99) > quiet {
+			of = 50
+		}
 		switch {
-		case percentile(took[1], 99) < mostOfAnAdd || more < mostOfAnAdd:
+		case percentile(took[1], of) < mostOfAnAdd:
 			return
 		case try == 3:
-			t.Fatalf("99 of 100 ADDs take up to %v, %v more than of a plugin that does nothing, not %v", percentile(took[1], 99), more, mostOfAnAdd)
+			t.Fatalf("%d of 100 ADDs take up to %v, not %v", of, percentile(took[1], of), mostOfAnAdd)
 		}
 	}
 }
