@@ -31,6 +31,7 @@ var packages = []struct {
 	{"layer/dns", []string{"-test.run=^(" + strings.Join(dnsTests, "|") + ")$"}, dnsTests},
 	{"layer/pod", []string{"-test.run=^(" + strings.Join(podTests, "|") + ")$"}, podTests},
 	{"layer/route", []string{"-test.run=^(" + strings.Join(routeTests, "|") + ")$"}, routeTests},
+	{"layer/masquerade", []string{"-test.run=^(" + strings.Join(masqueradeTests, "|") + ")$"}, masqueradeTests},
 	{"lab", labFlags(), labTests},
 }
 
@@ -52,6 +53,10 @@ func traceFlags() []string {
 // grows, and that what is known is said where nobody else can.
 var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestOutside", "TestOutsideIsWrittenMeanwhile", "TestAnotherLayout", "TestFailOpen",
 	"TestHandedUp", "TestKilledUnderLoad", "TestSuccessorAnswers", "TestOneAfterTheOther", "TestAgentHangs", "TestTheMapGrows", "TestAgentAndServersAreGone"}
+
+// masqueradeTests are that the programs are accepted and write what they should, and that
+// pods reach the world, by pings and in fragments too.
+var masqueradeTests = []string{"TestThereAndBack", "TestToWire", "TestPodsReachTheWorld", "TestFragments", "TestPings", "TestRoutersAreHeard"}
 
 // routeTests are that the programs are accepted and decide as they should, and that pods of
 // two nodes, and a node and a pod, reach each other, also where the other end is plain.
