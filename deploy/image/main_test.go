@@ -94,6 +94,10 @@ func TestManifestsNameTheImage(t *testing.T) {
 		if pods != (name == "millrace-pods.yaml") {
 			t.Errorf("of %s it is %v that it is for the pod network:\n%s", name, pods, manifest)
 		}
+		// Paths between nodes are measured through raw sockets, and nothing else takes them.
+		if raw := strings.Contains(manifest, "\n                - SYSLOG\n                - NET_RAW\n"); raw != pods {
+			t.Errorf("of %s it is %v that the agent may open raw sockets:\n%s", name, raw, manifest)
+		}
 	}
 	if left, _ := filepath.Glob(filepath.Join(to, "image-*")); len(left) > 0 {
 		t.Errorf("left behind: %q", left)

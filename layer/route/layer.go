@@ -141,8 +141,8 @@ func (l *Layer) Diff(have, want layer.Picture, prune bool) layer.Changes {
 	return diff(l.settings, have.(*Picture), want.(*Picture), prune)
 }
 
-// Open implements layer.Layer. It needs CAP_BPF and CAP_NET_ADMIN; errors are
-// *need.Privilege, *need.Feature or name the object and the cause.
+// Open implements layer.Layer. It needs CAP_BPF and CAP_NET_ADMIN, and Watch CAP_NET_RAW to
+// measure paths: without, Describe says that none is. Errors are *need.Privilege, *need.Feature or name the object and the cause.
 func (l *Layer) Open() error {
 	d, err := open(l.settings)
 	if err != nil {
@@ -436,6 +436,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 	l.mu.Lock()
 	d.Objects, d.Degraded = l.rows, append(d.Degraded, l.left...)
 	l.mu.Unlock()
+	d.Degraded = append(d.Degraded, l.paths.unmeasured()...)
 	d.Settings = map[string]string{"mode": string(cmp.Or(l.settings.Mode, ModeAuto)), "port": fmt.Sprint(l.settings.port()), "vni": fmt.Sprint(l.settings.vni())}
 	return d, l.host.describe(&d)
 }

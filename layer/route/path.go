@@ -31,6 +31,8 @@ type measurement struct {
 	inside bool
 	// left says that an earlier process found it out: its routes say so.
 	left bool
+	// unsent is why it could not be measured the last time; empty if it could.
+	unsent string
 }
 
 // narrow is the longest packet that passes where that is less than what was tried, else 0.
@@ -220,8 +222,9 @@ func (p *paths) ask(ctx context.Context, to netip.Addr, aim aim, inside bool) (m
 }
 
 // learn takes in what a measurement found, and says whether that is something else. Of one
-// without a result what was measured before still holds: the node may be off. What an
-// earlier process left does not, if nobody answers: it may be older than its uplink.
+// without a result what was measured before still holds: the node may be off, or nothing may
+// be sent from here. What an earlier process left does not, if nobody answers: it may be
+// older than its uplink.
 func (p *paths) learn(to netip.Addr, now measurement, err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -232,13 +235,27 @@ func (p *paths) learn(to netip.Addr, now measurement, err error) bool {
 	if err != nil {
 		most := now.most
 		now = was
-		if was.left && (errors.Is(err, probe.ErrSilent) || errors.Is(err, probe.ErrUnsent)) {
+		if was.left && errors.Is(err, probe.ErrSilent) {
 			now = measurement{}
 		}
-		now.most = most
+		now.most, now.unsent = most, ""
+		if errors.Is(err, probe.ErrUnsent) {
+			now.unsent = err.Error()
+		}
 	}
 	p.known[to] = now
 	return now.narrow() != was.narrow() || now.narrow() > 0 && now.Announced != was.Announced
+}
+
+// unmeasured says that paths could not be measured, and why not the first of them.
+func (p *paths) unmeasured() []string {
+	known := p.all()
+	maps.DeleteFunc(known, func(_ netip.Addr, m measurement) bool { return m.unsent == "" })
+	if len(known) == 0 {
+		return nil
+	}
+	first := slices.MinFunc(slices.Collect(maps.Keys(known)), netip.Addr.Compare)
+	return []string{fmt.Sprintf("how long packets to other nodes may be is not measured, of %d (the first is %s): %s. Until it is, what devices and routes say is believed, and what was measured before", len(known), first, known[first].unsent)}
 }
 
 // finding says that the way to a node takes less than its device sends; empty if it does

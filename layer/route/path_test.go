@@ -5,7 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/probe"
 )
@@ -39,7 +45,8 @@ func TestWhatIsKnownOfPaths(t *testing.T) {
 		differ bool
 		narrow int
 	}{
-		{"an earlier process' is believed, while answers come and go", fails(errors.New("answers come and go")), false, 1350},
+		{"an earlier process' is believed, if nothing can be sent", fails(fmt.Errorf("open a socket: %w", probe.ErrUnsent)), false, 1350},
+		{"and while answers come and go", fails(errors.New("answers come and go")), false, 1350},
 		{"and forgotten, if nobody answers", fails(probe.ErrSilent), true, 0},
 		{"all passes", passed(1500), false, 0},
 		{"less passes", passed(1400), true, 1400},
@@ -68,4 +75,57 @@ func TestWhatIsKnownOfPaths(t *testing.T) {
 	if len(p.all()) > 0 || p.learn(to, measurement{Path: probe.Path{Tried: 9000, Passed: 1400}, most: 9000}, nil) {
 		t.Errorf("the node has gone, and known is %v", p.all())
 	}
+}
+
+// An agent that may not open raw sockets says so, and changes nothing of what the one
+// before it had measured.
+func TestPathsWithoutRawSockets(t *testing.T) {
+	v := newValley(t, ModeVXLAN, false)
+	v.takes(1400)
+	v.silence(true)
+	before := v.layers[0]
+	before.paths.measure(t.Context(), before.paths.due(true))
+	v.refresh(0)
+	before.paths.measure(t.Context(), before.paths.due(true))
+	v.refresh(0)
+	if d, err := before.Describe(); err != nil || strings.Contains(fmt.Sprint(d.Degraded), "is not measured") {
+		t.Errorf("an agent that may says %q, %v", d.Degraded, err)
+	}
+	must(t, before.Close())
+	const kept = "ip route show proto 110 10.244.2.0/24 | grep -qw 'mtu 1350'"
+	v.sh(v.nodes[0], kept)
+	c := exec.Command(os.Args[0], "-test.run", "^TestAsAgentWithoutRawSockets$", "-test.v")
+	c.Env = append(os.Environ(), "WITHOUT_RAW="+v.nodes[0], "PINS="+v.settings[0].Pins)
+	var said []byte
+	ended := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good: whatever it starts from now on lacks the capability
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0)
+		if err == nil {
+			said, err = c.CombinedOutput()
+		}
+		ended <- err
+	}()
+	if err := <-ended; err != nil || !strings.Contains(string(said), "how long packets to other nodes may be is not measured, of 1 (the first is 192.0.2.2): open a raw socket, which takes CAP_NET_RAW: operation not permitted") {
+		t.Errorf("the next one, without CAP_NET_RAW: %v\n%s", err, said)
+	}
+	v.sh(v.nodes[0], kept)
+}
+
+// TestAsAgentWithoutRawSockets is that agent, in a process of its own: a capability is
+// taken from all its threads.
+func TestAsAgentWithoutRawSockets(t *testing.T) {
+	space := os.Getenv("WITHOUT_RAW")
+	if space == "" {
+		return
+	}
+	v := &valley{village: &village{t: t}}
+	v.settings[0] = Settings{Node: "n1", Mode: ModeVXLAN, Netns: space, Pins: os.Getenv("PINS")}
+	l := v.start(0)
+	v.layers[0] = l
+	l.paths.measure(t.Context(), l.paths.due(true))
+	v.refresh(0)
+	d, err := l.Describe()
+	must(t, err)
+	t.Log(strings.Join(d.Degraded, "\n"))
 }
