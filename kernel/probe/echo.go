@@ -5,8 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +28,8 @@ const (
 	hopFor = 3500 * time.Millisecond
 	// mostAnnounced is how many routers may say a smaller size, one after the other.
 	mostAnnounced = 8
+	// mostStrange errors about other packets are passed over at a time.
+	mostStrange = 64
 )
 
 // Path is how long packets on a way may be, in bytes with the IP header.
@@ -163,9 +165,14 @@ func FirstHop(ctx context.Context, space string, to netip.Addr) (Hop, error) {
 	return Hop{}, ErrSilent
 }
 
+// newEcho begins anywhere: who cannot see the packets has to guess 32 bits.
+func newEcho(to netip.Addr) *echo {
+	return &echo{to: to, id: uint16(rand.Uint32()), seq: uint16(rand.Uint32())}
+}
+
 // openEcho opens a socket for echoes that may not be cut, with a limit of hops unless 0.
 func openEcho(space string, to netip.Addr, hops int) (*echo, error) {
-	e := &echo{to: to, id: uint16(os.Getpid()) ^ uint16(time.Now().UnixNano())}
+	e := newEcho(to)
 	family, protocol := unix.AF_INET, unix.IPPROTO_ICMP
 	level, discover, errs, limit := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_RECVERR, unix.IP_TTL
 	probing := unix.IP_PMTUDISC_PROBE
@@ -323,21 +330,36 @@ func (e *echo) replied() bool {
 	}
 }
 
-// told reads one error that a router or this kernel has told of a packet (recvmsg(2),
-// MSG_ERRQUEUE; struct sock_extended_err of ip(7)).
+// told reads the next error that a router or this kernel has told of the last packet
+// (recvmsg(2), MSG_ERRQUEUE; struct sock_extended_err of ip(7)), past those that quote
+// another: anybody can send these.
 func (e *echo) told() (h heard, ok bool) {
 	b, control := make([]byte, 512), make([]byte, 512)
-	_, n, _, _, err := unix.Recvmsg(e.out, b, control, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
-	if err != nil {
-		return h, false
+	for range mostStrange {
+		quoted, n, _, _, err := unix.Recvmsg(e.out, b, control, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		if err != nil {
+			return h, false
+		}
+		if h, ok = e.errorOf(control[:n], b[:quoted]); ok {
+			return h, true
+		}
 	}
-	messages, err := unix.ParseSocketControlMessage(control[:n])
+	return h, false
+}
+
+// errorOf reads one error, and what it quotes of the packet behind the headers that the
+// socket made. What this kernel says itself quotes nothing.
+func (e *echo) errorOf(control, quoted []byte) (h heard, ok bool) {
+	messages, err := unix.ParseSocketControlMessage(control)
 	if err != nil {
 		return h, false
 	}
 	const size = 16 // of the struct; who told it comes after
 	for _, m := range messages {
 		if len(m.Data) < size || m.Header.Type != unix.IP_RECVERR && m.Header.Type != unix.IPV6_RECVERR {
+			continue
+		}
+		if m.Data[4] != unix.SO_EE_ORIGIN_LOCAL && !e.quotes(quoted) {
 			continue
 		}
 		number, kind, info := unix.Errno(binary.NativeEndian.Uint32(m.Data)), m.Data[5], binary.NativeEndian.Uint32(m.Data[8:])
@@ -353,6 +375,20 @@ func (e *echo) told() (h heard, ok bool) {
 		return h, true
 	}
 	return h, false
+}
+
+// quotes says whether what an error quotes is of the last request. A router need not quote
+// more than 8 bytes behind the IP header (RFC 792). Of a request in a tunnel that is the UDP
+// header alone, whose source port, by which the kernel found the socket, has to do.
+func (e *echo) quotes(b []byte) bool {
+	if e.tunnel != nil {
+		if before := vxlanHeader + ethernet + ip4Header; len(b) >= before+8 {
+			b = b[before:]
+		} else {
+			return true
+		}
+	}
+	return len(b) >= 8 && binary.BigEndian.Uint16(b[4:]) == e.id && binary.BigEndian.Uint16(b[6:]) == e.seq
 }
 
 // offender is the address of a struct sockaddr_in or sockaddr_in6.

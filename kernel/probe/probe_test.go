@@ -116,6 +116,84 @@ func TestMTU(t *testing.T) {
 	}
 }
 
+// Anybody can say that packets are too big, of any router's address; what is not about the
+// packet that was sent is passed over, also where there is much of it.
+func TestTooBigByStrangers(t *testing.T) {
+	s := newStreet(t)
+	s.shell(s.there, "nft 'table inet t { chain c { type filter hook input priority 0; meta l4proto {icmp, icmpv6} drop; }; }'")
+	for _, to := range []netip.Addr{there4, there6} {
+		e, err := openEcho(s.here, to, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.close()
+		for _, row := range []struct {
+			what      string
+			id, seq   uint16 // by how much they differ from the request's
+			announced int
+		}{{"of another socket", 1, 0, 0}, {"of another request", 0, 1, 0}, {"of this one", 0, 0, 1300}} {
+			stop, stopped := make(chan bool), make(chan bool)
+			go func(id, seq uint16) {
+				defer close(stopped)
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						s.tooBig(to, 1300, id, seq)
+						time.Sleep(time.Millisecond)
+					}
+				}
+			}(e.id+row.id, e.seq+1+row.seq)
+			wait := 300 * time.Millisecond
+			if row.announced > 0 {
+				wait = 10 * time.Second // it ends when it is heard
+			}
+			h, err := e.once(1400, wait)
+			close(stop)
+			<-stopped
+			if err != nil || h.announced != row.announced || h.answered {
+				t.Errorf("%s, %s: %+v, %v", to, row.what, h, err)
+			}
+		}
+	}
+}
+
+// tooBig has the middle say to here that a request to an address is too big.
+func (s *street) tooBig(to netip.Addr, mtu uint32, id, seq uint16) {
+	s.t.Helper()
+	request := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16([]byte{8, 0, 0, 0}, id), seq)
+	text := binary.BigEndian.AppendUint32([]byte{3, 4, 0, 0}, mtu)
+	from := netip.MustParseAddr("10.1.0.1")
+	header := make([]byte, ip4Header)
+	header[0], header[8], header[9] = 0x45, 64, unix.IPPROTO_ICMP
+	binary.BigEndian.PutUint16(header[2:], 1400)
+	family, protocol, at := unix.AF_INET, unix.IPPROTO_ICMP, 12
+	if to.Is6() {
+		request[0], text[0], text[1], from = 128, 2, 0, netip.MustParseAddr("fd00:1::1")
+		header = make([]byte, ip6Header)
+		header[0], header[6], header[7] = 0x60, unix.IPPROTO_ICMPV6, 64
+		binary.BigEndian.PutUint16(header[4:], 1400-ip6Header)
+		family, protocol, at = unix.AF_INET6, unix.IPPROTO_ICMPV6, 8
+	}
+	copy(header[at:], slices.Concat(from.AsSlice(), to.AsSlice()))
+	text = slices.Concat(text, header, request)
+	if to.Is4() {
+		binary.BigEndian.PutUint16(text[2:], checksum(text))
+	}
+	err := netns.Do(s.middle, func() error {
+		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, text, 0, sockaddr(netip.AddrPortFrom(from, 0)))
+	})
+	if err != nil {
+		s.t.Error(err)
+	}
+}
+
 func TestMTUOfWhatDoesNotAnswer(t *testing.T) {
 	s := newStreet(t)
 	s.shell(s.there, "nft 'table inet t { chain c { type filter hook input priority 0; meta l4proto {icmp, icmpv6} drop; }; }'")

@@ -5,9 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
-	"os"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,7 +59,8 @@ func (t *Tunnel) wrap(message []byte) []byte {
 // TunnelMTU finds how long packets that may not be cut reach the other node in VXLAN: at
 // most bytes, with the outer IP header. It is as MTU, of what filters ICMP on the way.
 func TunnelMTU(ctx context.Context, space string, t Tunnel, most int) (p Path, err error) {
-	e := &echo{to: t.Target, tunnel: &t, id: uint16(os.Getpid()) ^ uint16(time.Now().UnixNano())}
+	e := newEcho(t.Target)
+	e.tunnel = &t
 	defer e.close()
 	if err := within(space, e.openTunnel); err != nil {
 		return p, err
