@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/millrace/millrace/kernel/probe"
@@ -174,17 +175,17 @@ func (p *paths) watch(ctx context.Context, changed func()) {
 	}
 }
 
-// measure says whether a path was found to be another than it was taken for.
+// measure says whether a path was found to be another than it was taken for. It ends when
+// all that it began has.
 func (p *paths) measure(ctx context.Context, due []netip.Addr) bool {
 	var several sync.WaitGroup
-	var differ bool
+	var differ atomic.Bool
 	free := make(chan struct{}, pathsAtOnce)
 	for _, to := range due {
-		select {
-		case <-ctx.Done():
-			return differ
-		case free <- struct{}{}:
+		if ctx.Err() != nil {
+			break
 		}
+		free <- struct{}{} // each ends soon after ctx
 		p.mu.Lock()
 		aim, was := p.aims[to], p.known[to]
 		p.mu.Unlock()
@@ -192,15 +193,13 @@ func (p *paths) measure(ctx context.Context, due []netip.Addr) bool {
 			defer func() { <-free }()
 			found, err := p.ask(ctx, to, aim, was.inside)
 			if p.learn(to, found, err) {
-				p.mu.Lock()
-				differ = true
-				p.mu.Unlock()
+				differ.Store(true)
 			}
 		})
 		time.Sleep(pathsApart)
 	}
 	several.Wait()
-	return differ
+	return differ.Load()
 }
 
 // ask measures one path: by ICMP, or in VXLAN where that is filtered, the one first that was
@@ -258,11 +257,14 @@ func (p *paths) unmeasured() []string {
 	return []string{fmt.Sprintf("how long packets to other nodes may be is not measured, of %d (the first is %s): %s. Until it is, what devices and routes say is believed, and what was measured before", len(known), first, known[first].unsent)}
 }
 
-// finding says that the way to a node takes less than its device sends; empty if it does
-// not.
+// finding says that the way to a node takes less than its device sends, or the route there
+// if somebody set that to less; empty if it does not.
 func (r *Row) finding(f facts) string {
-	m, at := f.paths[r.Via], f.devices[r.index]
-	if m.narrow() == 0 || m.narrow() >= at.mtu {
+	m, set, what := f.paths[r.Via], f.devices[r.index].mtu, r.Device
+	if h, found := f.way(r.Via); found && h.mtu > 0 && h.mtu < set {
+		set, what = h.mtu, "the route there by "+r.Device
+	}
+	if m.narrow() == 0 || m.narrow() >= set {
 		return ""
 	}
 	said := "nobody says so by ICMP"
@@ -273,9 +275,9 @@ func (r *Row) finding(f facts) string {
 		said = "as it was found before"
 	}
 	text := fmt.Sprintf("packets of at most %d bytes pass to node %s (%s), and %s has an MTU of %d; %s. Packets of pods there are kept to %d; make the way take %d, or set an MTU of %d on both nodes",
-		m.Passed, r.Node, r.Via, r.Device, at.mtu, said, r.MTU, at.mtu, m.Passed)
+		m.Passed, r.Node, r.Via, what, set, said, r.MTU, set, m.Passed)
 	if r.outside() > m.Passed {
-		text += fmt.Sprintf(" (they are cut up on the way: %d is the least for pods)", leastMTU)
+		text += fmt.Sprintf(" (they are cut up on the way, or lost: %d is the least for pods there)", r.MTU)
 	}
 	return text
 }

@@ -9,7 +9,9 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -74,6 +76,28 @@ func TestWhatIsKnownOfPaths(t *testing.T) {
 	p.aim(picture)
 	if len(p.all()) > 0 || p.learn(to, measurement{Path: probe.Path{Tried: 9000, Passed: 1400}, most: 9000}, nil) {
 		t.Errorf("the node has gone, and known is %v", p.all())
+	}
+}
+
+// Measuring ends when all that it began has, also where it is to end early.
+func TestMeasuringWaits(t *testing.T) {
+	p := newPaths("")
+	var running atomic.Int32
+	ctx, end := context.WithCancel(t.Context())
+	p.mtu = func(ctx context.Context, _ string, _ netip.Addr, _ int) (probe.Path, error) {
+		if running.Add(1) == pathsAtOnce {
+			end()
+		}
+		defer running.Add(-1)
+		<-ctx.Done()
+		time.Sleep(20 * time.Millisecond)
+		return probe.Path{}, ctx.Err()
+	}
+	for i := range byte(3 * pathsAtOnce) {
+		p.aims[netip.AddrFrom4([4]byte{192, 0, 2, i})] = aim{most: 1500}
+	}
+	if p.measure(ctx, p.due(true)) || running.Load() > 0 {
+		t.Errorf("it ended, and %d measurements run", running.Load())
 	}
 }
 

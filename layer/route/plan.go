@@ -264,7 +264,8 @@ func direct(n peer, to netip.Prefix, f facts) *Row {
 			continue
 		}
 		at := f.devices[h.device]
-		_, passes := f.most(h, via)
+		set, passes := f.most(h, via)
+		passes = max(passes, min(set, leastMTU)) // what was seen to pass may be what somebody says
 		if via.Is6() {
 			passes = max(passes, min(at.mtu, leastMTU))
 		}
