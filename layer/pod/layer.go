@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -85,6 +86,8 @@ type Layer struct {
 	others  []netip.Prefix
 	lengths lengths
 	inside  map[pool.Key]lengths
+	// unset is of pods whose routes could not be set, and why.
+	unset map[pool.Key]string
 	// closed is why packets take no shortcuts, as it was seen last.
 	closed string
 	// aside is where a file was put that could not be read, and why.
@@ -117,7 +120,7 @@ var _ layer.Layer = (*Layer)(nil)
 // New makes the layer. It touches nothing before Open.
 func New(settings Settings) *Layer {
 	l := &Layer{settings: settings, host: node{settings.Netns}, install: installation{settings: settings, self: "/proc/self/exe"}, answers: map[string]uint64{},
-		lengths: facts{mtu: defaultMTU}.lengths(nil), inside: map[pool.Key]lengths{},
+		lengths: facts{mtu: defaultMTU}.lengths(nil), inside: map[pool.Key]lengths{}, unset: map[pool.Key]string{},
 		busy: map[pool.Key]bool{}, pool: pool.Open(pool.Book{}, settings.cooldown(), time.Now()), save: settings.file().Write}
 	l.idle = sync.NewCond(&l.mu)
 	return l
@@ -338,7 +341,7 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 }
 
 // Apply implements layer.Layer. The result is have, altered. A pod that began or ended
-// since have was read is left as it is.
+// since have was read is left as it is, and so is one that cannot be set in its own namespace.
 func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Picture, layer.Changes, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -349,7 +352,11 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	var done layer.Changes
 	var failures []error
 	for _, change := range changes {
-		if err := l.carryOut(change, spaces); err != nil {
+		err := l.carryOut(change, spaces)
+		if errors.Is(err, errInPod) {
+			continue // Describe says so; one pod does not keep the node from being ready
+		}
+		if err != nil {
 			failures = append(failures, fmt.Errorf("%c %s: %w", change.Op, change.Subject.Object(), err))
 			continue
 		}
@@ -474,6 +481,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 			d.Degraded = append(d.Degraded, why)
 		}
 	}
+	d.Degraded = append(d.Degraded, slices.Sorted(maps.Values(l.unset))...)
 	if l.shortcuts == nil {
 		return d, nil
 	}

@@ -187,15 +187,20 @@ func (l *Layer) lookInside(pods []*Pod) {
 	}
 }
 
-// lookAgain forgets of which pods nothing could be seen, and of those that have gone.
+// lookAgain forgets of which pods nothing could be seen or set, and of those that have gone.
 func (l *Layer) lookAgain() {
+	clear(l.unset)
 	maps.DeleteFunc(l.inside, func(key pool.Key, is lengths) bool {
 		_, held := l.pool.Lease(key)
 		return is.device == 0 || !held
 	})
 }
 
-// correct sets the routes of one pod right.
+// errInPod says that a pod's own namespace does not let itself be set: a process in it with
+// CAP_NET_ADMIN may have altered it, which is no fault of the node.
+var errInPod = errors.New("its network namespace does not take them")
+
+// correct sets the routes of one pod right. With errInPod it is left alone until lookAgain.
 func (l *Layer) correct(c *correction, spaces func() map[netip.Addr]string) error {
 	key := c.pod.Key
 	if _, held := l.pool.Lease(key); !held || l.busy[key] {
@@ -209,6 +214,10 @@ func (l *Layer) correct(c *correction, spaces func() map[netip.Addr]string) erro
 	err := l.host.correct(c.pod, space, c.to)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // it ended just now
+	}
+	if errors.Is(err, errInPod) {
+		c.pod.inside = lengths{}
+		l.inside[key], l.unset[key] = c.pod.inside, fmt.Sprintf("%s keeps the MTUs that it has: %v; if nobody means it to have another network, delete the pod", c.pod.Object(), err)
 	}
 	if err == nil {
 		l.inside[key] = c.to
@@ -279,7 +288,21 @@ func (n node) correct(pod *Pod, space string, to lengths) error {
 		return err
 	}
 	if is.device != to.device {
-		if err := errors.Join(outer.SetMTU(pod.Index, to.device), inner.SetMTU(index, to.device)); err != nil {
+		if err := outer.SetMTU(pod.Index, to.device); err != nil {
+			return err
+		}
+	}
+	err = correctIn(inner, index, is, to)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", errInPod, err)
+	}
+	return err
+}
+
+// correctIn is what of it is in the pod's namespace.
+func correctIn(inner *link.Net, index int, is, to lengths) error {
+	if is.device != to.device {
+		if err := inner.SetMTU(index, to.device); err != nil {
 			return err
 		}
 	}

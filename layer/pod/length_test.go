@@ -13,6 +13,7 @@ import (
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer/pod/pool"
+	"github.com/millrace/millrace/model"
 )
 
 // What a node's routes take is what its pods' routes are given: one number where that is
@@ -133,4 +134,74 @@ func TestRunningPodsAreCorrected(t *testing.T) {
 	if d, err := l.Describe(); err != nil || d.Settings["mtu"] != "1400" {
 		t.Errorf("the layer says %v, %v", d.Settings, err)
 	}
+}
+
+// A pod that was given CAP_NET_ADMIN can alter its network so that nothing can be set there.
+// It is told and left alone: the others are corrected, and the layer's changes are made.
+func TestAPodThatCannotBeCorrected(t *testing.T) {
+	b := newTown(t)
+	spaces := map[string]string{"broken": b.space("broken"), "web": b.space("web")}
+	for _, space := range spaces {
+		run := exec.Command("sleep", "600") // a namespace is found by its processes
+		must(t, netns.Do(space, run.Start))
+		t.Cleanup(func() { _ = run.Process.Kill(); _ = run.Wait() })
+	}
+	ip := func(space, arguments string) {
+		t.Helper()
+		must(t, netns.Do(space, func() error { return exec.Command("ip", strings.Fields(arguments)...).Run() }))
+	}
+	n, err := link.Open(b.NetNS)
+	must(t, err)
+	defer n.Close()
+	uplink, err := n.Index("uplink")
+	must(t, err)
+	ranges := []string{"10.244.1.0/24"}
+	l := b.open(ranges...)
+	b.add(l, "broken")
+	b.add(l, "web")
+	snapshot := cluster(ranges...)
+	third := netip.MustParsePrefix("10.244.3.0/24")
+	snapshot.Nodes = append(snapshot.Nodes, &model.Node{Name: "n3", PodCIDRs: []netip.Prefix{third}})
+	apply := func() {
+		t.Helper()
+		have, err := l.Read()
+		must(t, err)
+		want := l.Plan(snapshot)
+		have, _, err = l.Apply(have, want, l.Diff(have, want, true))
+		if left := l.Diff(have, want, true); err != nil || len(left) > 0 {
+			t.Errorf("still to do are %v, %v", left, err)
+		}
+	}
+	says := func(what string, degraded bool) {
+		t.Helper()
+		d, err := l.Describe()
+		if is := strings.Contains(fmt.Sprint(d.Degraded), "pod shop/broken keeps the MTUs that it has: its network namespace does not take them: "); err != nil || is != degraded {
+			t.Errorf("%s: the layer says %q, %v", what, d.Degraded, err)
+		}
+		for _, text := range d.Degraded {
+			if strings.Contains(text, "shop/web") {
+				t.Errorf("%s: the layer says %q", what, text)
+			}
+		}
+	}
+	ip(spaces["broken"], "link set eth0 down")
+	for to, mtu := range map[string]int{"10.244.2.0/24": 1350, "10.244.3.0/24": 1300} {
+		must(t, n.Route(link.Route{To: netip.MustParsePrefix(to), Via: netip.MustParseAddr("198.51.100.1"), Link: uplink, MTU: mtu}))
+	}
+	for range 2 {
+		apply()
+		says("its device is down", true)
+	}
+	for _, lease := range l.pool.Leases() {
+		if pod := podOf(lease); pod.Pod == "shop/web" {
+			if is, err := (node{}).inside(pod, spaces["web"]); err != nil || !slices.Contains(slices.Collect(maps.Values(is.routes)), 1300) {
+				t.Errorf("the other pod has %s, %v", told(is), err)
+			}
+		}
+	}
+	ip(spaces["broken"], "link set eth0 up")
+	ip(spaces["broken"], "route add 169.254.1.1/32 dev eth0")
+	ip(spaces["broken"], "route add default via 169.254.1.1 dev eth0")
+	apply()
+	says("its network is as it was", false)
 }
