@@ -120,7 +120,7 @@ func TestExitStatuses(t *testing.T) {
 		{[]string{"plan", "--source", "dir:/absent"}, exitData, "/absent: no such file or directory"},
 		{[]string{"plan", "--source", "dir:" + broken, "--pins", "/absent"}, exitData, "spec.ports[0].port"},
 		{[]string{"status", "--run", "/absent"}, exitFailed, "is an agent running?"},
-		{[]string{"show"}, exitUsage, "services, backends, names, queries, pods, settings, flows or drops"},
+		{[]string{"show"}, exitUsage, "services, backends, names, queries, pods, routes, settings, flows or drops"},
 		{[]string{"lab", "status", "--name", "absent"}, exitFailed, `no lab "absent" is up`},
 		{[]string{"lab", "up"}, exitUsage, "-f is missing"},
 		{[]string{"lab", "up", "-f", broken, "--name", "Bad_Name"}, exitUsage, "bad lab name"},

@@ -207,8 +207,10 @@ func (l *Layer) correct(c *correction, spaces func() map[netip.Addr]string) erro
 		return nil // it ended meanwhile, or is about to
 	}
 	space := spaces()[c.pod.Addresses[0]]
-	if space == "" {
-		return nil // likewise
+	if space == "" { // likewise, or no process of it is to be seen: nothing is known of it
+		c.pod.inside = lengths{}
+		l.inside[key] = c.pod.inside
+		return nil
 	}
 	delete(l.inside, key) // until it is known again
 	err := l.host.correct(c.pod, space, c.to)

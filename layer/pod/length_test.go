@@ -136,6 +136,28 @@ func TestRunningPodsAreCorrected(t *testing.T) {
 	}
 }
 
+// A pod of which no process is to be seen cannot be corrected, and is not tried again and
+// again.
+func TestAPodWithoutProcesses(t *testing.T) {
+	b := newTown(t)
+	b.space("web")
+	n, err := link.Open(b.NetNS)
+	must(t, err)
+	defer n.Close()
+	uplink, err := n.Index("uplink")
+	must(t, err)
+	ranges := []string{"10.244.1.0/24"}
+	l := b.open(ranges...)
+	b.add(l, "web")
+	must(t, n.Route(link.Route{To: netip.MustParsePrefix("10.244.2.0/24"), Via: netip.MustParseAddr("198.51.100.1"), Link: uplink, MTU: 1350}))
+	if changes := b.apply(l, ranges...); !strings.Contains(fmt.Sprint(changes), "mtu of pod shop/web") {
+		t.Errorf("a way takes less, and the changes are %v", changes)
+	}
+	if changes := b.apply(l, ranges...); len(changes) > 0 {
+		t.Errorf("tried, and still to do: %v", changes)
+	}
+}
+
 // A pod that was given CAP_NET_ADMIN can alter its network so that nothing can be set there.
 // It is told and left alone: the others are corrected, and the layer's changes are made.
 func TestAPodThatCannotBeCorrected(t *testing.T) {
