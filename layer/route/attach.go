@@ -30,7 +30,7 @@ type hook struct {
 }
 
 // programs are those of the layer.
-var programs = []string{datapathProgRouteFromPod, datapathProgRouteFromWire, datapathProgRouteToRemote}
+var programs = []string{datapathProgRouteFromPod, datapathProgRouteFromWire, datapathProgRouteToRemote, datapathProgRouteUnwrapped}
 
 // hookOf reads the name of a pin.
 func hookOf(pin string) (hook, bool) {

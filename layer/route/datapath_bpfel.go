@@ -77,19 +77,20 @@ type datapathVtep struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	datapathMapGates          = "gates"
-	datapathMapHomes          = "homes"
-	datapathMapOutcomes       = "outcomes"
-	datapathMapPorts          = "ports"
-	datapathMapRemotes        = "remotes"
-	datapathMapVteps          = "vteps"
-	datapathProgRouteFromPod  = "route_from_pod"
-	datapathProgRouteFromWire = "route_from_wire"
-	datapathProgRouteToRemote = "route_to_remote"
-	datapathVarCanRelabel     = "can_relabel"
-	datapathVarPort           = "port"
-	datapathVarToPeer         = "to_peer"
-	datapathVarVni            = "vni"
+	datapathMapGates           = "gates"
+	datapathMapHomes           = "homes"
+	datapathMapOutcomes        = "outcomes"
+	datapathMapPorts           = "ports"
+	datapathMapRemotes         = "remotes"
+	datapathMapVteps           = "vteps"
+	datapathProgRouteFromPod   = "route_from_pod"
+	datapathProgRouteFromWire  = "route_from_wire"
+	datapathProgRouteToRemote  = "route_to_remote"
+	datapathProgRouteUnwrapped = "route_unwrapped"
+	datapathVarCanRelabel      = "can_relabel"
+	datapathVarPort            = "port"
+	datapathVarToPeer          = "to_peer"
+	datapathVarVni             = "vni"
 )
 
 // loadDatapath returns the embedded CollectionSpec for datapath.
@@ -134,9 +135,10 @@ type datapathSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathProgramSpecs struct {
-	RouteFromPod  *ebpf.ProgramSpec `ebpf:"route_from_pod"`
-	RouteFromWire *ebpf.ProgramSpec `ebpf:"route_from_wire"`
-	RouteToRemote *ebpf.ProgramSpec `ebpf:"route_to_remote"`
+	RouteFromPod   *ebpf.ProgramSpec `ebpf:"route_from_pod"`
+	RouteFromWire  *ebpf.ProgramSpec `ebpf:"route_from_wire"`
+	RouteToRemote  *ebpf.ProgramSpec `ebpf:"route_to_remote"`
+	RouteUnwrapped *ebpf.ProgramSpec `ebpf:"route_unwrapped"`
 }
 
 // datapathMapSpecs contains maps before they are loaded into the kernel.
@@ -214,9 +216,10 @@ type datapathVariables struct {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathPrograms struct {
-	RouteFromPod  *ebpf.Program `ebpf:"route_from_pod"`
-	RouteFromWire *ebpf.Program `ebpf:"route_from_wire"`
-	RouteToRemote *ebpf.Program `ebpf:"route_to_remote"`
+	RouteFromPod   *ebpf.Program `ebpf:"route_from_pod"`
+	RouteFromWire  *ebpf.Program `ebpf:"route_from_wire"`
+	RouteToRemote  *ebpf.Program `ebpf:"route_to_remote"`
+	RouteUnwrapped *ebpf.Program `ebpf:"route_unwrapped"`
 }
 
 func (p *datapathPrograms) Close() error {
@@ -224,6 +227,7 @@ func (p *datapathPrograms) Close() error {
 		p.RouteFromPod,
 		p.RouteFromWire,
 		p.RouteToRemote,
+		p.RouteUnwrapped,
 	)
 }
 

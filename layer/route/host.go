@@ -181,10 +181,15 @@ func (d *datapath) device() (*device, error) {
 		return nil, err
 	}
 	is := &device{Name: there.Name, VNI: uint32(there.VxlanId), Port: uint16(there.Port), MTU: there.MTU, index: there.Index}
+	if there.FlowBased { // it takes all numbers, and the program that asks for senders asks for ours
+		is.VNI, is.Guarded = d.settings.vni(), true
+	}
 	copy(is.MAC[:], there.HardwareAddr)
 	is.torn = there.Flags&net.FlagUp == 0
-	if a := d.attached[hook{datapathProgRouteToRemote, there.Index}]; d.programs != nil && (a == nil || !a.Alive()) {
-		is.torn = true
+	for _, at := range deviceHooks(there.Index) {
+		if a := d.attached[at]; d.programs != nil && (a == nil || !a.Alive()) {
+			is.torn = true
+		}
 	}
 	err = d.inNetns(func() error {
 		addresses, err := netlink.AddrList(there, netlink.FAMILY_ALL)
@@ -221,22 +226,31 @@ func (d *datapath) makeDevice(want *device) (int, error) {
 			return 0, err
 		}
 	}
-	if err := d.inNetns(func() error { return alterDevice(is, want) }); err != nil {
-		return 0, err
+	// Programs first: as soon as it is up, it takes packets.
+	for _, at := range deviceHooks(is.index) {
+		if err := d.attachAt(at, want.Name); err != nil {
+			return 0, err
+		}
 	}
-	return is.index, d.attachAt(hook{datapathProgRouteToRemote, is.index}, want.Name)
+	return is.index, d.inNetns(func() error { return alterDevice(is, want) })
+}
+
+// deviceHooks are the programs of the vxlan device.
+func deviceHooks(index int) []hook {
+	return []hook{{datapathProgRouteUnwrapped, index}, {datapathProgRouteToRemote, index}}
 }
 
 // addDevice makes the vxlan device. Neighbours on it need no asking: whom a frame is for
-// is written by the program. Its own table of neighbours stays empty, and it learns none.
+// is written by the program. It has no table of neighbours: it is one whose packets carry
+// who sent them (FlowBased), so that route_unwrapped can ask, and it hears both families.
 func (d *datapath) addDevice(want *device) error {
 	err := d.inNetns(func() error {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name, attrs.HardwareAddr, attrs.MTU = want.Name, want.MAC[:], want.MTU
-		vxlan := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(want.VNI), Port: int(want.Port), Learning: false, UDP6ZeroCSumRx: true}
+		vxlan := &netlink.Vxlan{LinkAttrs: attrs, Port: int(want.Port), FlowBased: true, Learning: false, UDP6ZeroCSumRx: true}
 		if err := netlink.LinkAdd(vxlan); err != nil {
 			if errors.Is(err, unix.EEXIST) {
-				return fmt.Errorf("%w: another vxlan device has id %d and port %d", err, want.VNI, want.Port)
+				return fmt.Errorf("%w: another vxlan device has port %d", err, want.Port)
 			}
 			return err
 		}
@@ -263,6 +277,9 @@ func alterDevice(is, want *device) error {
 		}
 	}
 	if err := netlink.LinkSetUp(at); err != nil {
+		if errors.Is(err, unix.EADDRINUSE) {
+			err = fmt.Errorf("%w: another vxlan device or a process has UDP port %d (ss -lun; ip -d link show type vxlan)", err, want.Port)
+		}
 		return fmt.Errorf("set device %s up: %w", want.Name, err)
 	}
 	for _, a := range want.Addresses {
@@ -291,10 +308,11 @@ func (d *datapath) dropDevice() error {
 	if there == nil || err != nil {
 		return err
 	}
-	at := hook{datapathProgRouteToRemote, there.Index}
-	if a := d.attached[at]; a != nil {
-		_ = a.Detach()
-		delete(d.attached, at)
+	for _, at := range deviceHooks(there.Index) {
+		if a := d.attached[at]; a != nil {
+			_ = a.Detach()
+			delete(d.attached, at)
+		}
 	}
 	err = d.inNetns(func() error { return netlink.LinkDel(there) })
 	if err != nil && !errors.Is(err, unix.ENODEV) {

@@ -1,12 +1,10 @@
 package route
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -49,17 +47,6 @@ func newValley(t *testing.T, mode Mode, six bool) *valley {
 		v.layers[i] = v.start(i)
 	}
 	return v
-}
-
-func (v *valley) sh(space, command string) {
-	v.t.Helper()
-	c := exec.Command("sh", "-ec", command)
-	var out bytes.Buffer
-	c.Stdout, c.Stderr = &out, &out
-	must(v.t, netns.Do(space, c.Start))
-	if err := c.Wait(); err != nil {
-		v.t.Fatalf("%s: %v: %s", command, err, out.String())
-	}
 }
 
 // takes says how long packets may be that the middle forwards, in bytes.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
 )
 
 // mirror decides in Go what the programs decide in C.
@@ -82,6 +83,9 @@ func (m *mirror) fromPod(frame, got []byte) (datapathOutcome, []byte) {
 	h, ok := readHead(frame, 14, binary.BigEndian.Uint16(frame[12:]))
 	to, found := m.remote(h.destination)
 	_, own := m.pods[h.source]
+	if ok && isUDPTo(frame, m.port) && (m.isVTEP(h.source) || m.isVTEP(h.destination)) {
+		return datapathOutcomeOUTCOME_STRANGER, frame
+	}
 	switch {
 	case !ok || !found:
 		return none, frame
@@ -100,6 +104,42 @@ func (m *mirror) fromPod(frame, got []byte) (datapathOutcome, []byte) {
 	inner := bytes.Clone(frame[14:])
 	h.hop(inner, 0)
 	return datapathOutcomeOUTCOME_SENT, m.wrapped(frame[:12], inner, h, to, got)
+}
+
+func (m *mirror) isVTEP(a netip.Addr) bool {
+	_, is := m.vteps[a]
+	return is
+}
+
+// isUDPTo says whether a frame is UDP to a port, also behind options and extension headers
+// (RFC 8200, 4.1), and the first part of it; or whether there are too many of those.
+func isUDPTo(frame []byte, port uint16) bool {
+	at, next := 54, frame[20]
+	if frame[12] == 8 {
+		if binary.BigEndian.Uint16(frame[20:])&0x1fff != 0 {
+			return false
+		}
+		at, next = 14+int(frame[14]&15)*4, frame[23]
+	}
+	for headers := 0; frame[12] != 8 && slices.Contains([]byte{0, 43, 44, 51, 60}, next); headers++ {
+		if headers == 8 || at > 1024 || at+8 > len(frame) {
+			return true
+		}
+		switch {
+		case next == 44 && binary.BigEndian.Uint16(frame[at+2:])&0xfff8 != 0:
+			return false
+		case next == 44:
+			next, at = frame[at], at+8
+		case next == 51:
+			next, at = frame[at], at+(int(frame[at+1])+2)*4
+		default:
+			next, at = frame[at], at+(int(frame[at+1])+1)*8
+		}
+	}
+	if frame[12] != 8 && at > 1024 {
+		return true
+	}
+	return next == 17 && at+4 <= len(frame) && binary.BigEndian.Uint16(frame[at+2:]) == port
 }
 
 // hasOptions says whether a frame's IP header has something that routers have to read.

@@ -120,12 +120,14 @@ type device struct {
 	// Addresses are the first of each of this node's pod ranges: from them the stack speaks
 	// to pods of other nodes, and answers find the way back.
 	Addresses []netip.Addr `json:"addresses"`
-	torn      bool
+	// Guarded says that packets by it are asked who sent them.
+	Guarded bool `json:"guarded"`
+	torn    bool
 }
 
 // same says that one can become the other without being made anew.
 func (d *device) same(o *device) bool {
-	return d.Name == o.Name && d.VNI == o.VNI && d.Port == o.Port && d.MAC == o.MAC
+	return d.Name == o.Name && d.VNI == o.VNI && d.Port == o.Port && d.MAC == o.MAC && d.Guarded == o.Guarded
 }
 
 func (d *device) equal(o *device) bool {

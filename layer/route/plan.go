@@ -204,7 +204,7 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 		}
 	}
 	if mtu > 0 {
-		p.device = &device{Name: settings.device(), VNI: settings.vni(), Port: settings.port(), MTU: mtu, MAC: macOf(w.own.addresses), VTEPs: w.own.addresses}
+		p.device = &device{Name: settings.device(), VNI: settings.vni(), Port: settings.port(), MTU: mtu, MAC: macOf(w.own.addresses), VTEPs: w.own.addresses, Guarded: true}
 		for _, own := range w.own.ranges {
 			p.device.Addresses = append(p.device.Addresses, own.Masked().Addr())
 		}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -163,6 +164,12 @@ func (p *loaded) tunnelled(inner []byte, six bool, tos byte) []byte {
 	return p.mirror.wrapped(make([]byte, 12), inner[14:], h, entry, bytes.Repeat([]byte{0xc1}, 60))
 }
 
+// behind puts an extension header of eight bytes before what follows the IPv6 header.
+func behind(frame []byte, header byte, head ...byte) []byte {
+	frame[20] = header
+	return slices.Insert(frame, 54, append(head, make([]byte, 8-len(head))...)...)
+}
+
 func TestFromPod(t *testing.T) {
 	p := load(t)
 	for _, row := range []struct {
@@ -193,6 +200,50 @@ func TestFromPod(t *testing.T) {
 	} {
 		if got := p.same(datapathProgRouteFromPod, packet(row.from, row.to, row.tos, row.hops, row.payload)); got != row.want {
 			t.Errorf("%s -> %s with %d bytes: %s, not %s", row.from, row.to, row.payload, got, row.want)
+		}
+	}
+	for _, row := range []struct {
+		what, from, to string
+		alter          func([]byte) []byte
+		want           string
+	}{
+		{"to a node", "10.244.1.7", "192.0.2.2", nil, "stranger"},
+		{"to its own", "10.244.1.7", "192.0.2.1", nil, "stranger"},
+		{"in the name of a node", "192.0.2.2", "10.244.2.7", nil, "stranger"},
+		{"to another pod", "10.244.1.7", "10.244.2.7", nil, "sent"},
+		{"to elsewhere", "10.244.1.7", "198.51.100.1", nil, "untouched"},
+		{"to another port", "10.244.1.7", "192.0.2.2", func(f []byte) []byte { f[37]--; return f }, "untouched"},
+		{"by TCP", "10.244.1.7", "192.0.2.2", func(f []byte) []byte { f[23] = 6; return f }, "untouched"},
+		{"a first fragment", "10.244.1.7", "192.0.2.2", func(f []byte) []byte { f[20] = 0x20; return f }, "stranger"},
+		{"a later fragment", "10.244.1.7", "192.0.2.2", func(f []byte) []byte { f[21] = 1; return f }, "untouched"},
+		{"behind an option", "10.244.1.7", "192.0.2.2", func(f []byte) []byte {
+			f[14]++
+			return slices.Insert(f, 34, 1, 1, 1, 1)
+		}, "stranger"},
+		{"IPv6", "fd00:244:1::7", "2001:db8::2", nil, "stranger"},
+		{"a first fragment of IPv6", "fd00:244:1::7", "2001:db8::2", func(f []byte) []byte { return behind(f, 44, 17, 0, 0, 1) }, "stranger"},
+		{"a later fragment of IPv6", "fd00:244:1::7", "2001:db8::2", func(f []byte) []byte { return behind(f, 44, 17, 0, 0, 8) }, "untouched"},
+		{"behind extension headers", "fd00:244:1::7", "2001:db8::2", func(f []byte) []byte { return behind(behind(f, 60, 17), 43, 60) }, "stranger"},
+		{"behind more than anybody sends", "fd00:244:1::7", "2001:db8::2", func(f []byte) []byte {
+			f = behind(f, 60, 6)
+			for range 8 {
+				f = behind(f, 60, 60)
+			}
+			return f
+		}, "stranger"},
+		{"TCP behind an extension header", "fd00:244:1::7", "2001:db8::2", func(f []byte) []byte { return behind(f, 60, 6) }, "untouched"},
+	} {
+		frame := packet(row.from, row.to, 0, 64, 60)
+		port := 36
+		if frame[12] != 8 {
+			port = 56
+		}
+		binary.BigEndian.PutUint16(frame[port:], DefaultPort)
+		if row.alter != nil {
+			frame = row.alter(frame)
+		}
+		if got := p.same(datapathProgRouteFromPod, frame); got != row.want {
+			t.Errorf("VXLAN %s: %s, not %s", row.what, got, row.want)
 		}
 	}
 	arp := packet("10.244.1.7", "10.244.2.7", 0, 64, 10)

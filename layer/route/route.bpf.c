@@ -13,7 +13,7 @@
  * The node has a vxlan device of the kernel all the same. By it goes what the stack itself
  * sends to other nodes' pods (route_to_remote), and what the stack is to see of what
  * comes: what is for the node, for pods without a neighbour entry, and whatever these
- * programs do not understand.
+ * programs do not understand (route_unwrapped asks who sent it).
  */
 #include "../../bpf/shortcut.h"
 
@@ -82,7 +82,7 @@ enum outcome {
 	OUTCOME_STACK,        /* of a pod, left to the stack, which has to see it or to check it */
 	OUTCOME_TOO_BIG,      /* left to the stack, which says so to the sender */
 	OUTCOME_EXPIRED,      /* likewise: it has made too many hops */
-	OUTCOME_STRANGER,     /* dropped: it comes from no node of the cluster */
+	OUTCOME_STRANGER,     /* dropped: VXLAN that comes from no node of the cluster */
 	OUTCOME_CONGESTED,    /* dropped: a router met congestion, and the packet cannot say so (RFC 6040, 4.2) */
 	OUTCOME_UNWRITABLE,   /* left to the stack: the kernel refused to change the packet */
 	OUTCOME_COUNT,
@@ -433,6 +433,49 @@ static __always_inline bool is_senders(struct __sk_buff *skb, const struct inner
 	return home ? home->device == skb->ifindex : leads_back(skb, in);
 }
 
+/* read_from_pod is read_inner for a packet of a pod, which may keep its headers out of the
+ * linear part. */
+static __always_inline bool read_from_pod(struct __sk_buff *skb, struct inner *in)
+{
+	return read_inner(skb, ETHERNET_LENGTH, skb->protocol, in) ||
+	       (!bpf_skb_pull_data(skb, skb->len < READ_AHEAD ? skb->len : READ_AHEAD) &&
+		read_inner(skb, ETHERNET_LENGTH, skb->protocol, in));
+}
+
+/* is_to_port says whether a packet is UDP to the port of VXLAN, or has more headers before
+ * that than any stack sends. Of fragments the first is enough: without it they are never
+ * put together. */
+static __always_inline bool is_to_port(struct __sk_buff *skb, const struct inner *in)
+{
+	struct walk walk = { .at = in->at + in->header, .shape = SHAPE_WHOLE, .next = in->protocol };
+	__be16 to = 0;
+
+	if (in->protocol == IPPROTO_TCP)
+		return false;
+	if (!in->ip4)
+		extensions(skb, &walk);
+	else if (!bpf_skb_load_bytes(skb, in->at + __builtin_offsetof(struct ip4_header, fragment), &to, sizeof(to)) &&
+		 from_be16(to) & IP4_FRAGMENT_OFFSET)
+		return false;
+	if (walk.shape == SHAPE_LATER)
+		return false;
+	if (!in->ip4 && (walk.shape == SHAPE_OTHER || walk.at > HEADERS_LIMIT || is_extension(walk.next)))
+		return true;
+	return walk.next == IPPROTO_UDP && walk.at <= HEADERS_LIMIT &&
+	       !bpf_skb_load_bytes(skb, walk.at + __builtin_offsetof(struct udp_header, destination_port), &to,
+				   sizeof(to)) &&
+	       to == port;
+}
+
+/* forges says whether a pod sends VXLAN to a node, or in a node's name. The packet inside
+ * could be of any pod, and a node that gets it by masquerading (RFC 3022) would take it for
+ * one of ours. */
+static __always_inline bool forges(struct __sk_buff *skb, const struct inner *in)
+{
+	return is_to_port(skb, in) &&
+	       (bpf_map_lookup_elem(&vteps, &in->destination) || bpf_map_lookup_elem(&vteps, &in->source));
+}
+
 /* A policy about what the pod may send has to be decided here, before the packet is given
  * away: nothing on the node sees it afterwards but what is at the uplink. */
 SEC("tcx/ingress")
@@ -441,8 +484,10 @@ int route_from_pod(struct __sk_buff *skb)
 	const struct remote *to;
 	struct inner in;
 
-	if (!is_for_router(skb) || !read_inner(skb, ETHERNET_LENGTH, skb->protocol, &in))
+	if (!is_for_router(skb) || !read_from_pod(skb, &in))
 		return TC_ACT_UNSPEC;
+	if (forges(skb, &in))
+		return finish(OUTCOME_STRANGER, TC_ACT_SHOT);
 	to = remote_of(&in.destination);
 	if (!to)
 		return TC_ACT_UNSPEC;
@@ -713,6 +758,57 @@ int route_from_wire(struct __sk_buff *skb)
 	if (!here || !here->device || !same_mac(out.mac, here->mac))
 		return forward(skb);
 	return take(skb, &out, here);
+}
+
+#define EINVAL             22
+#define EPROTO             71
+#define BPF_F_TUNINFO_IPV6 1
+
+/* What the kernel tells of the packet outside. The rest is of Linux 5.18, and may be left
+ * out. */
+struct bpf_tunnel_key {
+	__u32 tunnel_id;
+	union {
+		__u32 remote_ipv4; /* in this machine's order */
+		__be32 remote_ipv6[4];
+	};
+	__u8 tunnel_tos;
+	__u8 tunnel_ttl;
+	__u16 tunnel_ext;
+	__u32 tunnel_label;
+};
+
+/* sender_of reads who sent the VXLAN that the kernel took a packet out of. 0, or an error:
+ * -EINVAL where it came by none. */
+static __always_inline long sender_of(struct __sk_buff *skb, struct bpf_tunnel_key *key, struct address *sender)
+{
+	long refused = bpf_skb_get_tunnel_key(skb, key, sizeof(*key), 0);
+
+	*sender = address_from_ip4(__builtin_bswap32(key->remote_ipv4));
+	if (refused != -EPROTO)
+		return refused;
+	refused = bpf_skb_get_tunnel_key(skb, key, sizeof(*key), BPF_F_TUNINFO_IPV6);
+	__builtin_memcpy(sender, key->remote_ipv6, sizeof(*sender));
+	return refused;
+}
+
+/* What the kernel takes out of VXLAN comes in by our device: what came in fragments, with
+ * options, to another address of the node or by a device without route_from_wire. Its
+ * socket asks nobody who sends. What came by none is from to_stack, which has. */
+SEC("tcx/ingress")
+int route_unwrapped(struct __sk_buff *skb)
+{
+	struct bpf_tunnel_key key = {};
+	struct address sender;
+	const struct vtep *there;
+	long refused = sender_of(skb, &key, &sender);
+
+	if (refused == -EINVAL)
+		return TC_ACT_UNSPEC;
+	there = bpf_map_lookup_elem(&vteps, &sender);
+	if (refused || key.tunnel_id != __builtin_bswap32(vni) >> 8 || !there || there->device)
+		return finish(OUTCOME_STRANGER, TC_ACT_SHOT);
+	return TC_ACT_UNSPEC;
 }
 
 char __license[] SEC("license") = "Dual MIT/GPL";

@@ -1,12 +1,14 @@
 package route
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -200,6 +202,18 @@ func (v *village) plain(i int) {
 		}
 		return errors.Join(failures...)
 	}))
+}
+
+// sh runs a command in a namespace.
+func (v *village) sh(space, command string) {
+	v.t.Helper()
+	c := exec.Command("sh", "-ec", command)
+	var out bytes.Buffer
+	c.Stdout, c.Stderr = &out, &out
+	must(v.t, netns.Do(space, c.Start))
+	if err := c.Wait(); err != nil {
+		v.t.Fatalf("%s: %v: %s", command, err, out.String())
+	}
 }
 
 // carry sends bytes from one pod to the other by TCP, and back.
