@@ -33,7 +33,7 @@ type datapathFlow struct {
 	Seen   uint32
 	Flags  datapathSeen
 	Device uint32
-	Zero   uint32
+	Place  uint32
 }
 
 type datapathFragment struct {
@@ -67,6 +67,13 @@ const (
 	datapathOutcomeOUTCOME_UNWRITABLE datapathOutcome = 9
 	datapathOutcomeOUTCOME_COUNT      datapathOutcome = 10
 )
+
+type datapathPlace struct {
+	_      structs.HostLayout
+	Holder datapathTuple
+	Claims uint32
+	Zero   uint32
+}
 
 type datapathRange struct {
 	_       structs.HostLayout

@@ -29,8 +29,18 @@ struct flow {
 	__u32 seen;      /* seconds since boot of the last packet */
 	enum seen flags;
 	__u32 device; /* by which the first packet left, or came */
+	__u32 place;  /* the flow's, in the entry for what the pod sends */
+};
+
+/* A place is its flow's that names it, too: the key alone may be that of an earlier flow,
+ * which has another place since. */
+struct place {
+	struct tuple holder; /* the key of what a pod sends */
+	__u32 claims;        /* odd while a flow is put into it */
 	__u32 zero;
 };
+
+#define ANY_PLACE 0xffffffff
 
 /* Both sizes are set before load; places has a power of two. */
 struct {
@@ -41,11 +51,10 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 } flows SEC(".maps");
 
-/* The keys of what pods send. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);
-	__type(value, struct tuple);
+	__type(value, struct place);
 	__uint(max_entries, 1);
 } places SEC(".maps");
 

@@ -35,7 +35,7 @@ type Settings struct {
 	Pins string
 }
 
-// DefaultFlows is how many flows there can be at once: 5 MiB for their places, and 46 MB
+// DefaultFlows is how many flows there can be at once: 6 MiB for their places, and 46 MB
 // when all are there.
 const DefaultFlows = 131072
 

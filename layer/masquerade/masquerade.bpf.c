@@ -240,14 +240,14 @@ static __always_inline void note(struct flow *entry, struct workbench *w)
 }
 
 /* vacate takes the flow with the key w->other out of the table if it can go; it says
- * whether it is gone. Without pressure only what has expired goes. */
-__noinline int vacate(int pressed, __u32 of)
+ * whether that place, or the key, is free. Without pressure only what has expired goes. */
+__noinline int vacate(int pressed, __u32 of, __u32 at)
 {
 	struct workbench *w = workbench(of);
 
 	if (!w)
 		return false;
-	if (!find(&w->other, &w->held))
+	if (!find(&w->other, &w->held) || (at != ANY_PLACE && w->held.place != at))
 		return true;
 	reverse(&w->held.to, &w->back);
 	if (!find(&w->back, &w->held_back))
@@ -263,6 +263,27 @@ __noinline int vacate(int pressed, __u32 of)
 	return true;
 }
 
+/* claim takes a place for the flow with the key w->out_key, until settle_down. Of two
+ * processors one gets it. */
+static __always_inline bool claim(struct workbench *w, __u32 at, int pressed)
+{
+	struct place *place = bpf_map_lookup_elem(&places, &at);
+
+	if (!place)
+		return false;
+	__u32 claims = *(volatile __u32 *)&place->claims;
+
+	w->other = place->holder;
+	if (claims & 1 || (w->other.protocol && !vacate(pressed, OF_PACKETS, at)))
+		return false;
+	place = bpf_map_lookup_elem(&places, &at);
+	if (!place || __sync_val_compare_and_swap(&place->claims, claims, claims + 1) != claims)
+		return false;
+	place->holder = w->out_key;
+	w->out.place = at;
+	return true;
+}
+
 /* take_place finds a place for the flow with the key w->out_key; false if none was found. */
 __noinline int take_place(void)
 {
@@ -271,21 +292,20 @@ __noinline int take_place(void)
 	if (!w)
 		return false;
 	for (int i = 0; i < PLACE_TRIES; i++) {
-		__u32 at = bpf_get_prandom_u32() & places_mask;
-		struct tuple *place = bpf_map_lookup_elem(&places, &at);
-
-		if (!place)
-			return false;
-		w->other = *place;
-		if (w->other.protocol && !vacate(i >= PLACE_TRIES / 2, OF_PACKETS))
-			continue;
-		place = bpf_map_lookup_elem(&places, &at);
-		if (!place)
-			return false;
-		*place = w->out_key;
-		return true;
+		if (claim(w, bpf_get_prandom_u32() & places_mask, i >= PLACE_TRIES / 2))
+			return true;
 	}
 	return false;
+}
+
+/* settle_down ends the claim of w->out: its flow is in the table, or will not be. */
+static __always_inline void settle_down(struct workbench *w)
+{
+	__u32 at = w->out.place;
+	struct place *place = bpf_map_lookup_elem(&places, &at);
+
+	if (place)
+		__sync_fetch_and_add(&place->claims, 1);
 }
 
 /* give_up makes w->in_key free, whose entry is taken, if its flow can go, or has gone and
@@ -295,7 +315,7 @@ static __always_inline bool give_up(struct workbench *w, const struct flow *take
 	if ((__s32)(seconds() - taken->seen) <= KEEP_LEAST)
 		return false;
 	reverse(&taken->to, &w->other);
-	if (!vacate(pressed, OF_PACKETS) && tuple_equal(&w->back, &w->in_key))
+	if (!vacate(pressed, OF_PACKETS, ANY_PLACE) && tuple_equal(&w->back, &w->in_key))
 		return false;
 	bpf_map_delete_elem(&flows, &w->in_key);
 	return true;
@@ -374,8 +394,6 @@ __noinline int begin(struct __sk_buff *skb)
 	w->out.to.source = w->packet.ip4 ? wire->ip4 : wire->ip6;
 	if (!w->out.to.source.word[3] && !w->out.to.source.word[0])
 		return drop(OUTCOME_NO_ADDRESS);
-	if (!take_place())
-		return drop(OUTCOME_FULL);
 	for (int i = 0; i < PORT_TRIES && error == -EEXIST; i++)
 		error = try_port(skb, i >= PORT_TRIES / 2);
 	if (error == -EEXIST) {
@@ -384,7 +402,12 @@ __noinline int begin(struct __sk_buff *skb)
 	}
 	if (error)
 		return drop(OUTCOME_FULL);
+	if (!take_place()) {
+		bpf_map_delete_elem(&flows, &w->in_key);
+		return drop(OUTCOME_FULL);
+	}
 	error = bpf_map_update_elem(&flows, &w->out_key, &w->out, BPF_NOEXIST);
+	settle_down(w);
 	if (error) {
 		bpf_map_delete_elem(&flows, &w->in_key);
 		/* the same flow's next packet was faster, on another CPU */
@@ -413,12 +436,13 @@ __noinline int begin_outside(struct __sk_buff *skb)
 		count(OUTCOME_FULL);
 		return 0;
 	}
-	if (bpf_map_update_elem(&flows, &w->in_key, &w->in, BPF_NOEXIST))
-		return 0;
-	if (bpf_map_update_elem(&flows, &w->out_key, &w->out, BPF_NOEXIST))
-		bpf_map_delete_elem(&flows, &w->in_key);
-	else
-		count(OUTCOME_OUTSIDE);
+	if (!bpf_map_update_elem(&flows, &w->in_key, &w->in, BPF_NOEXIST)) {
+		if (bpf_map_update_elem(&flows, &w->out_key, &w->out, BPF_NOEXIST))
+			bpf_map_delete_elem(&flows, &w->in_key);
+		else
+			count(OUTCOME_OUTSIDE);
+	}
+	settle_down(w);
 	return 0;
 }
 
@@ -638,15 +662,15 @@ int masq_sweep(struct __sk_buff *skb)
 
 	if (!w || bpf_skb_load_bytes(skb, 0, &first, sizeof(first)))
 		return 0;
-	for (int i = 0; i < SWEEP_PLACES; i++) {
+	for (__u32 i = 0; i < SWEEP_PLACES && i <= places_mask; i++) {
 		__u32 at = (first + i) & places_mask;
-		struct tuple *place = bpf_map_lookup_elem(&places, &at);
+		struct place *place = bpf_map_lookup_elem(&places, &at);
 
 		if (!place)
 			return alive;
-		w->other = *place;
+		w->other = place->holder;
 		if (w->other.protocol)
-			alive += !vacate(false, OF_SWEEP);
+			alive += !vacate(false, OF_SWEEP, at);
 	}
 	return alive;
 }

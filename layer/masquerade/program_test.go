@@ -24,8 +24,10 @@ type loaded struct {
 	layer *Layer
 }
 
-func load(t *testing.T) *loaded {
-	is := newIsland(t)
+func load(t *testing.T) *loaded { return newIsland(t).load() }
+
+func (is *island) load() *loaded {
+	t := is.t
 	l := is.start()
 	const loopback = 1
 	wire := datapathWire{Ip4: addressOf(netip.MustParseAddr(node4)), Ip6: addressOf(netip.MustParseAddr(node6))}
