@@ -91,10 +91,12 @@ const (
 type datapathSeen uint32
 
 const (
-	datapathSeenSEEN_FIN    datapathSeen = 1
-	datapathSeenSEEN_RST    datapathSeen = 2
-	datapathSeenSEEN_PACKET datapathSeen = 4
-	datapathSeenSEEN_LATER  datapathSeen = 8
+	datapathSeenSEEN_FIN        datapathSeen = 1
+	datapathSeenSEEN_RST        datapathSeen = 2
+	datapathSeenSEEN_PACKET     datapathSeen = 4
+	datapathSeenSEEN_LATER      datapathSeen = 8
+	datapathSeenSEEN_OPEN       datapathSeen = 16
+	datapathSeenSEEN_RST_OF_POD datapathSeen = 32
 )
 
 type datapathTuple struct {

@@ -21,6 +21,8 @@ enum seen {
 	SEEN_RST = 2,
 	SEEN_PACKET = 4, /* one has passed */
 	SEEN_LATER = 8,  /* one in another second than the first */
+	SEEN_OPEN = 16,  /* TCP without SYN or RST: the handshake is over */
+	SEEN_RST_OF_POD = 32,
 };
 
 struct flow {
@@ -66,7 +68,7 @@ enum {
 	KEEP_HALF_CLOSED = 3600, /* kube-proxy's conntrack.tcpCloseWaitTimeout */
 	KEEP_OPENING = 240,      /* RFC 5382, REQ-5: 4 minutes */
 	KEEP_CLOSED = 60,        /* TCP_TIMEWAIT_LEN of linux/tcp.h */
-	KEEP_RESET = 10,         /* nf_conntrack_tcp_timeout_close */
+	KEEP_RESET = 10,         /* nf_conntrack_tcp_timeout_close; by the pod, or before it was open */
 	KEEP_UDP = 120,          /* RFC 4787, REQ-5 */
 	KEEP_UDP_BRIEF = 30,     /* RFC 4787, REQ-5a: well-known ports; one question and its answer */
 	KEEP_PING = 60,          /* RFC 5508, REQ-1 */
@@ -75,40 +77,55 @@ enum {
 
 #define WELL_KNOWN 1024
 
-enum state { STATE_ALIVE, STATE_SPARE, STATE_EXPIRED };
+/* In the order in which they have to go. */
+enum state { STATE_ALIVE, STATE_YOUNG, STATE_SPARE, STATE_EXPIRED };
 
-/* state_of says whether a flow can go, by the entries of both directions and the key of
- * what the pod sends: STATE_EXPIRED at once, STATE_SPARE where there is no room: closed,
- * never answered, or a datagram or ping that was answered and no more. */
+/* is_as_it_is says that an entry changes nothing. */
+static __always_inline bool is_as_it_is(const struct flow *entry, const struct tuple *key)
+{
+	return address_equal(&entry->to.source, &key->source) &&
+	       address_equal(&entry->to.destination, &key->destination);
+}
+
+/* state_of says whether a flow can go, by the entries of both directions, the pod's first,
+ * and the key of what the pod sends: STATE_EXPIRED at once, STATE_SPARE where there is no
+ * room: closed, never answered, or a datagram or ping that was answered and no more.
+ * STATE_YOUNG is not answered, but may be yet. A reset by the other end can be forged by
+ * anybody who guesses the ports: what was open is only spare then (RFC 7857, 2.2). Datagrams
+ * from outside alone do not keep a port of the node open (RFC 4787, REQ-6). */
 static __always_inline enum state state_of(const struct flow *a, const struct flow *b, const struct tuple *key,
 					   __u32 now)
 {
 	__u32 a_idle = now - a->seen, b_idle = now - b->seen;
-	__u32 idle = a_idle < b_idle ? a_idle : b_idle;
+	__u32 idle = (__s32)a_idle < (__s32)b_idle ? a_idle : b_idle;
 	__u32 both = a->flags & b->flags, any = a->flags | b->flags;
 	bool answered = both & SEEN_PACKET, spare = !answered;
 	__u32 keep;
 
 	if (key->protocol == IPPROTO_TCP) {
-		if (any & SEEN_RST) {
-			keep = KEEP_RESET;
-			spare = true;
-		} else if (both & SEEN_FIN) {
+		bool open = answered && any & SEEN_OPEN;
+
+		spare = !open || any & SEEN_RST || both & SEEN_FIN;
+		if (any & SEEN_RST)
+			keep = any & SEEN_RST_OF_POD || !open ? KEEP_RESET : KEEP_OPENING;
+		else if (both & SEEN_FIN)
 			keep = KEEP_CLOSED;
-			spare = true;
-		} else if (any & SEEN_FIN) {
-			keep = KEEP_HALF_CLOSED;
-		} else {
-			keep = answered ? KEEP_OPEN : KEEP_OPENING;
-		}
-	} else if (key->protocol == IPPROTO_UDP) {
-		spare = !answered || !(any & SEEN_LATER);
-		keep = spare && from_be16(key->destination_port) < WELL_KNOWN ? KEEP_UDP_BRIEF : KEEP_UDP;
+		else if (!open)
+			keep = KEEP_OPENING;
+		else
+			keep = any & SEEN_FIN ? KEEP_HALF_CLOSED : KEEP_OPEN;
 	} else {
 		spare = !answered || !(any & SEEN_LATER);
-		keep = KEEP_PING;
+		if (!is_as_it_is(a, key))
+			idle = a_idle;
+		if (key->protocol != IPPROTO_UDP)
+			keep = KEEP_PING;
+		else
+			keep = spare && from_be16(key->destination_port) < WELL_KNOWN ? KEEP_UDP_BRIEF : KEEP_UDP;
 	}
 	if ((__s32)idle > (__s32)keep)
 		return STATE_EXPIRED;
-	return spare && (__s32)idle > KEEP_LEAST ? STATE_SPARE : STATE_ALIVE;
+	if (spare && (__s32)idle > KEEP_LEAST)
+		return STATE_SPARE;
+	return answered ? STATE_ALIVE : STATE_YOUNG;
 }

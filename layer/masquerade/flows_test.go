@@ -64,3 +64,95 @@ func TestOnePlaceForAFlow(t *testing.T) {
 		}
 	}
 }
+
+// Who begins handshakes and never finishes them has them kept for minutes, not hours, and
+// they give way.
+func TestHalfOpenHandshakes(t *testing.T) {
+	p := loadSmall(t, 64)
+	for port := range uint16(200) {
+		p.run(datapathProgMasqFromWire, packetOf(of(tcp, "203.0.113.66", 5000+port, pod4, 80), nil))
+		p.run(datapathProgMasqToWire, packetOf(of(tcp, pod4, 80, "203.0.113.66", 5000+port), nil, 0x12))
+		if port == 0 {
+			p.older(200)
+			if alive := p.swept(); alive != 1 {
+				t.Errorf("after 200 seconds %d of one half-open connection are there", alive)
+			}
+			p.older(100)
+			if alive := p.swept(); alive != 0 {
+				t.Errorf("after 300 seconds %d half-open connections are there", alive)
+			}
+		}
+	}
+	p.older(5)
+	if word, _ := p.became(datapathProgMasqToWire, packetOf(of(tcp, pod4, 40000, world4, 443), nil)); word != "translated cutbegun" && word != "translated beguncut" {
+		t.Errorf("a new connection beside half-open ones: %s", word)
+	}
+}
+
+// open opens a connection, and returns what it is outside.
+func (p *loaded) open(is flow) (out flow) {
+	p.t.Helper()
+	syn := packetOf(is, nil)
+	_, after := p.run(datapathProgMasqToWire, syn)
+	out = p.ours(syn, after, false)
+	p.run(datapathProgMasqFromWire, packetOf(out.reversed(), nil, 0x12))
+	p.run(datapathProgMasqToWire, packetOf(is, nil, 0x10))
+	return out
+}
+
+// A reset from outside, which anybody can forge, ends no connection that is open: its next
+// packet has the same port. The pod's own does.
+func TestForgedResets(t *testing.T) {
+	p := load(t)
+	is := of(tcp, pod4, 40000, world4, 443)
+	out := p.open(is)
+	p.older(7000)
+	if alive := p.swept(); alive != 1 {
+		t.Errorf("of an open connection that is silent for 7000 seconds %d are there", alive)
+	}
+	p.run(datapathProgMasqFromWire, packetOf(out.reversed(), nil, 0x04))
+	p.older(100)
+	p.swept()
+	data := packetOf(is, nil, 0x10)
+	word, after := p.became(datapathProgMasqToWire, data)
+	if again := p.ours(data, after, false); again != out || word != "translated " {
+		t.Errorf("behind a reset from outside %v is %v: %s", out, again, word)
+	}
+	p.run(datapathProgMasqToWire, packetOf(is, nil, 0x04))
+	p.older(11)
+	if alive := p.swept(); alive != 0 {
+		t.Errorf("behind the pod's reset %d are there", alive)
+	}
+	is = of(tcp, pod4, 40001, world4, 443)
+	syn := packetOf(is, nil)
+	_, after = p.run(datapathProgMasqToWire, syn)
+	p.run(datapathProgMasqFromWire, packetOf(p.ours(syn, after, false).reversed(), nil, 0x14))
+	p.older(11)
+	if alive := p.swept(); alive != 0 {
+		t.Errorf("of a connection that was refused %d are there", alive)
+	}
+}
+
+// Datagrams and pings from outside alone keep no port open; the pod's own do.
+func TestOutsideAloneKeepsNoPort(t *testing.T) {
+	p := load(t)
+	for _, is := range []flow{of(udp, pod4, 8080, world4, 9999), of(icmp4, pod4, 77, world4, 0)} {
+		frame := packetOf(is, nil)
+		_, after := p.run(datapathProgMasqToWire, frame)
+		out := p.ours(frame, after, false)
+		for _, pod := range []bool{true, false} {
+			for range 5 {
+				p.older(40)
+				if pod {
+					p.run(datapathProgMasqToWire, frame)
+				}
+				p.run(datapathProgMasqFromWire, packetOf(out.reversed(), nil))
+				p.swept()
+			}
+			word, _ := p.became(datapathProgMasqFromWire, packetOf(out.reversed(), nil))
+			if want := map[bool]string{true: "translated ", false: "untouched "}[pod]; word != want {
+				t.Errorf("%v after 200 seconds, the pod spoke %v: %s", is, pod, word)
+			}
+		}
+	}
+}

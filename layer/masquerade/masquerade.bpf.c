@@ -190,13 +190,6 @@ static __always_inline struct flow *find(const struct tuple *key, struct flow *c
 	return copy->was == short_of(key) ? entry : 0;
 }
 
-/* is_as_it_is says that an entry changes nothing. */
-static __always_inline bool is_as_it_is(const struct flow *entry, const struct tuple *key)
-{
-	return address_equal(&entry->to.source, &key->source) &&
-	       address_equal(&entry->to.destination, &key->destination);
-}
-
 /* alter sets and clears flags in the other entry of a packet's flow, too. */
 static __noinline int alter(struct workbench *w, __u32 set, __u32 clear)
 {
@@ -215,33 +208,45 @@ static __noinline int alter(struct workbench *w, __u32 set, __u32 clear)
 	return 0;
 }
 
+/* seen_of is what a packet says of its flow, but for a reset. */
+static __always_inline __u32 seen_of(const struct packet *p)
+{
+	__u8 tcp = p->tcp_flags;
+	__u32 seen = SEEN_PACKET;
+
+	if (tcp & TCP_FIN)
+		seen |= SEEN_FIN;
+	if (p->tuple.protocol == IPPROTO_TCP && p->shape != SHAPE_LATER && !(tcp & (TCP_SYN | TCP_RST)))
+		seen |= SEEN_OPEN;
+	return seen;
+}
+
 /* note remembers what a packet says of its flow. Most packets write nothing. A reset is
  * forgotten when another packet follows: who does not heed it, for it is old or forged,
  * answers (RFC 5961, 3.2). A SYN after the end begins anew. */
-static __always_inline void note(struct flow *entry, struct workbench *w)
+static __always_inline void note(struct flow *entry, struct workbench *w, bool of_pod)
 {
+	const __u32 reset = SEEN_RST | SEEN_RST_OF_POD;
 	__u8 tcp = w->packet.tcp_flags;
-	__u32 now = seconds(), flags = entry->flags, add = SEEN_PACKET;
+	__u32 now = seconds(), flags = entry->flags, add = seen_of(&w->packet);
 
 	if (entry->seen != now) {
 		entry->seen = now;
 		add |= SEEN_LATER;
 	}
-	if (tcp & TCP_FIN)
-		add |= SEEN_FIN;
 	if ((flags & add) != add)
 		__sync_fetch_and_or(&entry->flags, add);
 	if (tcp & TCP_RST)
-		alter(w, SEEN_RST, 0);
+		alter(w, of_pod ? reset : SEEN_RST, 0);
 	else if ((tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN && flags & (SEEN_FIN | SEEN_RST))
-		alter(w, 0, SEEN_FIN | SEEN_RST);
+		alter(w, 0, SEEN_FIN | SEEN_OPEN | reset);
 	else if (flags & SEEN_RST)
-		alter(w, 0, SEEN_RST);
+		alter(w, 0, reset);
 }
 
 /* vacate takes the flow with the key w->other out of the table if it can go; it says
- * whether that place, or the key, is free. Without pressure only what has expired goes. */
-__noinline int vacate(int pressed, __u32 of, __u32 at)
+ * whether that place, or the key, is free. Only what is in the state wanted, or past it, goes. */
+__noinline int vacate(enum state wanted, __u32 of, __u32 at)
 {
 	struct workbench *w = workbench(of);
 
@@ -254,9 +259,9 @@ __noinline int vacate(int pressed, __u32 of, __u32 at)
 		w->held_back = w->held;
 	enum state state = state_of(&w->held, &w->held_back, &w->other, seconds());
 
-	if (state == STATE_ALIVE || (state == STATE_SPARE && !pressed))
+	if (state < wanted)
 		return false;
-	if (state == STATE_SPARE)
+	if (state < STATE_EXPIRED)
 		count(OUTCOME_CUT);
 	bpf_map_delete_elem(&flows, &w->back);
 	bpf_map_delete_elem(&flows, &w->other);
@@ -265,7 +270,7 @@ __noinline int vacate(int pressed, __u32 of, __u32 at)
 
 /* claim takes a place for the flow with the key w->out_key, until settle_down. Of two
  * processors one gets it. */
-static __always_inline bool claim(struct workbench *w, __u32 at, int pressed)
+static __always_inline bool claim(struct workbench *w, __u32 at, enum state wanted)
 {
 	struct place *place = bpf_map_lookup_elem(&places, &at);
 
@@ -274,7 +279,7 @@ static __always_inline bool claim(struct workbench *w, __u32 at, int pressed)
 	__u32 claims = *(volatile __u32 *)&place->claims;
 
 	w->other = place->holder;
-	if (claims & 1 || (w->other.protocol && !vacate(pressed, OF_PACKETS, at)))
+	if (claims & 1 || (w->other.protocol && !vacate(wanted, OF_PACKETS, at)))
 		return false;
 	place = bpf_map_lookup_elem(&places, &at);
 	if (!place || __sync_val_compare_and_swap(&place->claims, claims, claims + 1) != claims)
@@ -292,7 +297,7 @@ __noinline int take_place(void)
 	if (!w)
 		return false;
 	for (int i = 0; i < PLACE_TRIES; i++) {
-		if (claim(w, bpf_get_prandom_u32() & places_mask, i >= PLACE_TRIES / 2))
+		if (claim(w, bpf_get_prandom_u32() & places_mask, i < PLACE_TRIES / 2 ? STATE_EXPIRED : STATE_SPARE))
 			return true;
 	}
 	return false;
@@ -310,12 +315,12 @@ static __always_inline void settle_down(struct workbench *w)
 
 /* give_up makes w->in_key free, whose entry is taken, if its flow can go, or has gone and
  * left it behind: a flow that is being made has an entry here before it has the other. */
-static __always_inline bool give_up(struct workbench *w, const struct flow *taken, int pressed)
+static __always_inline bool give_up(struct workbench *w, const struct flow *taken, enum state wanted)
 {
 	if ((__s32)(seconds() - taken->seen) <= KEEP_LEAST)
 		return false;
 	reverse(&taken->to, &w->other);
-	if (!vacate(pressed, OF_PACKETS, ANY_PLACE) && tuple_equal(&w->back, &w->in_key))
+	if (!vacate(wanted, OF_PACKETS, ANY_PLACE) && tuple_equal(&w->back, &w->in_key))
 		return false;
 	bpf_map_delete_elem(&flows, &w->in_key);
 	return true;
@@ -323,7 +328,7 @@ static __always_inline bool give_up(struct workbench *w, const struct flow *take
 
 /* try_port tries a random port for the flow on the workbench, whose w->out.to is the node's
  * packet but for the port. It returns 0, or the error for which it cannot be had. */
-__noinline int try_port(struct __sk_buff *skb, int pressed)
+__noinline int try_port(struct __sk_buff *skb, enum state wanted)
 {
 	struct workbench *w = workbench(OF_PACKETS);
 
@@ -336,7 +341,7 @@ __noinline int try_port(struct __sk_buff *skb, int pressed)
 	w->in.was = short_of(&w->in_key);
 	struct flow *taken = bpf_map_lookup_elem(&flows, &w->in_key);
 
-	if (taken && !give_up(w, taken, pressed))
+	if (taken && !give_up(w, taken, wanted))
 		return -EEXIST;
 	if (w->out_key.protocol == IPPROTO_TCP || w->out_key.protocol == IPPROTO_UDP) {
 		if (!is_free(skb, &w->in_key))
@@ -368,12 +373,12 @@ static __always_inline void lay_out(struct __sk_buff *skb, struct workbench *w, 
 	w->out.device = w->in.device = skb->ifindex;
 	if (to_wire) {
 		w->out_key = w->packet.tuple;
-		w->out.flags = SEEN_PACKET;
+		w->out.flags = seen_of(&w->packet);
 		reverse(&w->out_key, &w->in.to);
 		w->out.to = w->out_key;
 	} else {
 		reverse(&w->packet.tuple, &w->out_key);
-		w->in.flags = SEEN_PACKET;
+		w->in.flags = seen_of(&w->packet);
 	}
 	w->out.was = short_of(&w->out_key);
 }
@@ -395,7 +400,7 @@ __noinline int begin(struct __sk_buff *skb)
 	if (!w->out.to.source.word[3] && !w->out.to.source.word[0])
 		return drop(OUTCOME_NO_ADDRESS);
 	for (int i = 0; i < PORT_TRIES && error == -EEXIST; i++)
-		error = try_port(skb, i >= PORT_TRIES / 2);
+		error = try_port(skb, i < PORT_TRIES / 2 ? STATE_EXPIRED : STATE_SPARE);
 	if (error == -EEXIST) {
 		count_exhausted(&w->out_key);
 		return TC_ACT_SHOT;
@@ -532,7 +537,7 @@ static __always_inline int leaves(struct __sk_buff *skb, struct workbench *w)
 	struct flow *entry = find(&p->tuple, &w->flow);
 
 	if (entry)
-		note(entry, w);
+		note(entry, w, true);
 	else if (stays(&p->tuple.destination))
 		return TC_ACT_UNSPEC;
 	/* A connection that was forgotten, or somebody else's before, gets a port: its
@@ -614,7 +619,7 @@ static __always_inline int from_wire(struct __sk_buff *skb, __u32 frame)
 			begin_outside(skb);
 		return TC_ACT_UNSPEC;
 	}
-	note(entry, w);
+	note(entry, w, false);
 	if (p->shape == SHAPE_FIRST)
 		keep_fragment(p, true);
 	if (is_as_it_is(&w->flow, &p->tuple))
@@ -670,7 +675,7 @@ int masq_sweep(struct __sk_buff *skb)
 			return alive;
 		w->other = place->holder;
 		if (w->other.protocol)
-			alive += !vacate(false, OF_SWEEP, at);
+			alive += !vacate(STATE_EXPIRED, OF_SWEEP, at);
 	}
 	return alive;
 }
