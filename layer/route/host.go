@@ -71,18 +71,18 @@ func (d *datapath) facts() (facts, error) {
 // hopsOf are the ways out of a route, of which the kernel chooses by the flow: the first
 // is as good as any.
 func hopsOf(to netip.Prefix, r netlink.Route) (hops []hop) {
-	one := func(device int, gw net.IP) {
+	one := func(device int, gw net.IP, other netlink.Destination) {
 		via, _ := netip.AddrFromSlice(gw)
+		if neighbour, ok := other.(*netlink.Via); ok { // IPv4 by a neighbour of IPv6 (RFC 8950)
+			via, _ = netip.AddrFromSlice(neighbour.Addr)
+		}
 		hops = append(hops, hop{to: to, via: via.Unmap(), device: device, metric: r.Priority, mtu: r.MTU})
 	}
 	for _, next := range r.MultiPath {
-		one(next.LinkIndex, next.Gw)
+		one(next.LinkIndex, next.Gw, next.Via)
 	}
 	if len(r.MultiPath) == 0 {
-		one(r.LinkIndex, r.Gw)
-		if via, other := r.Via.(*netlink.Via); other { // IPv4 by a neighbour of IPv6
-			hops[0].via, _ = netip.AddrFromSlice(via.Addr)
-		}
+		one(r.LinkIndex, r.Gw, r.Via)
 	}
 	return hops
 }

@@ -85,9 +85,10 @@ type Layer struct {
 	tables   tables
 	paths    *paths
 
-	mu   sync.Mutex // guards what follows
-	rows int
-	left []string
+	mu    sync.Mutex // guards what follows
+	rows  int
+	left  []string
+	nodes []netip.Addr // of the others
 }
 
 // tables are the maps with their types.
@@ -246,12 +247,13 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	return picture, nil
 }
 
-// Watch implements layer.Layer: devices and addresses come and go, and paths become
-// others. That a route of somebody else changed is found once a minute.
+// Watch implements layer.Layer: devices, addresses and routes to nodes come and go, and
+// paths become others.
 func (l *Layer) Watch(ctx context.Context, changed func()) error {
 	var measuring sync.WaitGroup
 	defer measuring.Wait()
 	measuring.Go(func() { l.paths.watch(ctx, changed) })
+	measuring.Go(func() { l.watchRoutes(ctx, changed) })
 	err := link.Watch(ctx, l.settings.Netns, changed)
 	if err != nil {
 		changed()
@@ -327,6 +329,9 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	l.paths.aim(picture)
 	l.mu.Lock()
 	l.rows, l.left = len(picture.rows), slices.Concat(picture.left, picture.narrow)
+	if wished != nil {
+		l.nodes = wished.others()
+	}
 	l.mu.Unlock()
 	return picture, done, errors.Join(failures...)
 }
@@ -341,6 +346,9 @@ func (l *Layer) carryOut(have *Picture, change layer.Change) error {
 		return l.makeDevice(have, s)
 	case vtep:
 		key := []datapathAddress{addressOf(netip.Addr(s))}
+		if have.device != nil && slices.Contains(have.device.VTEPs, netip.Addr(s)) {
+			return nil // it is ours by now, and makeDevice has said so
+		}
 		if gone {
 			return errors.Join(l.tables.vteps.Delete(key)...)
 		}

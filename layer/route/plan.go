@@ -115,6 +115,20 @@ func (w *wish) ranges() (all []netip.Prefix) {
 	return all
 }
 
+// others are the addresses of the other nodes.
+func (w *wish) others() (all []netip.Addr) {
+	for _, n := range w.peers {
+		all = append(all, n.addresses...)
+	}
+	return all
+}
+
+// besides are the node's addresses that another does not have, too: of a Node that this
+// machine had under an earlier name, say, nothing can be reached.
+func (p peer) besides(own peer) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(p.addresses), func(a netip.Addr) bool { return slices.Contains(own.addresses, a) })
+}
+
 // plan reads a Snapshot. As long as this node is not in it, nobody knows where its own pods
 // are, and all stays as it is.
 func plan(settings Settings, snapshot *model.Snapshot) *Picture {
@@ -199,7 +213,7 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 		}
 		for _, n := range w.peers {
 			if n.name == row.Node {
-				p.addVTEPs(n.addresses)
+				p.addVTEPs(n.besides(w.own))
 			}
 		}
 	}
@@ -222,11 +236,15 @@ func (p *Picture) addVTEPs(addresses []netip.Addr) {
 func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row, why string) {
 	why = "it has no address that this node has a route to"
 	if settings.Mode != ModeVXLAN {
-		if row := direct(n, to, f); row != nil {
+		if row := direct(own, n, to, f); row != nil {
 			return row, ""
 		}
 	}
-	for _, vtep := range n.addresses {
+	addresses := n.besides(own)
+	if len(addresses) < len(n.addresses) {
+		why = "it has an address of this node: is it an earlier name of this one?"
+	}
+	for _, vtep := range addresses {
 		h, found := f.way(vtep)
 		if !found {
 			continue
@@ -257,8 +275,8 @@ func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row,
 }
 
 // direct is the way to a node on the same segment; nil if it is not on one.
-func direct(n peer, to netip.Prefix, f facts) *Row {
-	for _, via := range n.addresses {
+func direct(own, n peer, to netip.Prefix, f facts) *Row {
+	for _, via := range n.besides(own) {
 		h, found := f.way(via)
 		if !found || h.via.IsValid() || via.BitLen() != to.Addr().BitLen() || !f.devices[h.device].ethernet {
 			continue
