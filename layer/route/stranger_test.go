@@ -89,8 +89,10 @@ func TestStrangers(t *testing.T) {
 	add(0, "198.51.100.1/32")
 	add(1, "192.0.2.99/24")
 	add(1, "2001:db8::99/64")
-	v.sh(v.nodes[1], "ip route add 198.51.100.1/32 via 192.0.2.1 dev uplink")
-	v.sh(v.nodes[0], "ip addr add 2001:db8::77/128 dev uplink nodad")
+	add(0, "2001:db8::77/128")
+	must(t, netns.Do(v.nodes[1], func() error {
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: v.uplinks[1], Dst: ipNet(netip.MustParsePrefix("198.51.100.1/32")), Gw: addr("192.0.2.1").AsSlice()})
+	}))
 	in := v.mailbox(0)
 	plain := letter(podAddress(1, false), podAddress(0, false))
 	long := append(append([]byte{}, plain...), make([]byte, 1500)...)

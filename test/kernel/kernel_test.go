@@ -59,8 +59,9 @@ var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWri
 var masqueradeTests = []string{"TestThereAndBack", "TestToWire", "TestPodsReachTheWorld", "TestFragments", "TestPings", "TestRoutersAreHeard"}
 
 // routeTests are that the programs are accepted and decide as they should, and that pods of
-// two nodes, and a node and a pod, reach each other, also where the other end is plain.
-var routeTests = []string{"TestFromPod", "TestFromWire", "TestCongestion", "TestPodsOfTwoNodes", "TestNodeToPod", "TestTooLong", "TestDirect"}
+// two nodes, and a node and a pod, reach each other, also where the other end is plain, and
+// strangers reach nobody.
+var routeTests = []string{"TestFromPod", "TestFromWire", "TestCongestion", "TestPodsOfTwoNodes", "TestNodeToPod", "TestTooLong", "TestDirect", "TestStrangers"}
 
 // serviceTests are what of the data path is always tested there: that every
 // program is accepted, both paths, and the laws.
