@@ -1,6 +1,7 @@
 package route
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"testing"
@@ -157,4 +158,31 @@ func TestMasqueradedStranger(t *testing.T) {
 	if n := counted(t, l)["stranger"]; n != 2 {
 		t.Errorf("%d packets were counted as strangers, not 2", n)
 	}
+}
+
+// A device that takes VXLAN from anybody, as an earlier version made it, becomes one that
+// asks.
+func TestEarlierDevice(t *testing.T) {
+	v := newVillage(t, ModeVXLAN, false)
+	must(t, netns.Do(v.nodes[0], func() error {
+		attrs := netlink.NewLinkAttrs()
+		mac := macOf(usable(v.snapshot().Nodes[0].Addresses))
+		attrs.Name, attrs.HardwareAddr, attrs.MTU = DefaultDevice, mac[:], 1450
+		d := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: DefaultVNI, Port: DefaultPort, UDP6ZeroCSumRx: true}
+		if err := netlink.LinkAdd(d); err != nil {
+			return err
+		}
+		return errors.Join(netlink.LinkSetAlias(d, alias), netlink.LinkSetUp(d))
+	}))
+	l := v.start(0)
+	v.start(1)
+	have, err := l.Read()
+	must(t, err)
+	if d := have.(*Picture).device; !d.Guarded || d.torn || d.VNI != DefaultVNI {
+		t.Errorf("the device is %+v", d)
+	}
+	if left := l.Diff(have, l.Plan(v.snapshot()), true); len(left) > 0 {
+		t.Errorf("still to do: %v", left)
+	}
+	must(t, v.carry(0, false, 1<<20))
 }
