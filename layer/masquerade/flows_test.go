@@ -156,3 +156,48 @@ func TestOutsideAloneKeepsNoPort(t *testing.T) {
 		}
 	}
 }
+
+// One pod that fills the table with datagrams that nobody answers keeps no other out.
+func TestOnePodKeepsNobodyOut(t *testing.T) {
+	p := loadSmall(t, 1024)
+	is := of(tcp, "10.244.1.9", 40000, world4, 443)
+	out := p.open(is)
+	for port := range uint16(4096) {
+		p.run(datapathProgMasqToWire, packetOf(of(udp, pod4, 10000+port, "203.0.113.9", 9), nil))
+	}
+	refused := 0
+	for port := range uint16(50) {
+		_, after := p.became(datapathProgMasqToWire, packetOf(of(tcp, "10.244.1.8", 40000+port, world4, 443), nil))
+		if h, _ := readHeader(after, ethernet, false); h.from != address(node4) {
+			refused++
+		}
+	}
+	if refused > 0 {
+		t.Errorf("%d of another pod's 50 connections were refused: %v", refused, counted(t, p.layer))
+	}
+	if word, after := p.became(datapathProgMasqToWire, packetOf(is, nil, 0x10)); word != "translated " || p.ours(packetOf(is, nil, 0x10), after, false) != out {
+		t.Errorf("a connection that was open: %s", word)
+	}
+}
+
+// A pod that sends ICMP errors about another pod's flow, or about its own to who is not in
+// it, gets no packet out with its own address.
+func TestErrorsOfNeighbours(t *testing.T) {
+	p := load(t)
+	frame := packetOf(of(udp, pod4, 40000, world4, 5060), nil)
+	_, after := p.run(datapathProgMasqToWire, frame)
+	out := p.ours(frame, after, false)
+	_, answer := p.run(datapathProgMasqFromWire, packetOf(out.reversed(), make([]byte, 30)))
+	for _, row := range []struct{ from, to, want string }{
+		{pod4, world4, "translated "},
+		{node4, world4, "translated "},
+		{"10.244.1.8", world4, "dropped stray"},
+		{pod4, "203.0.113.200", "dropped stray"},
+		{node4, "203.0.113.200", "dropped stray"},
+	} {
+		told := errorAbout(answer, false, address(row.from), address(row.to), 3, 4, 600)
+		if word, _ := p.became(datapathProgMasqToWire, told); word != row.want {
+			t.Errorf("an error of %s to %s: %s, not %s", row.from, row.to, word, row.want)
+		}
+	}
+}

@@ -99,7 +99,8 @@ const volatile __u16 first_port = 1024;
 const volatile __u16 port_count = 28976;
 
 /* How many ports, and how many places, are tried; the second half of the tries also takes
- * those of flows that can be spared. */
+ * those of flows that can be spared. The last quarter for places takes those of flows that
+ * just began, too: who begins most loses most of them, and keeps nobody out. */
 #define PORT_TRIES  64
 #define PLACE_TRIES 64
 
@@ -297,7 +298,13 @@ __noinline int take_place(void)
 	if (!w)
 		return false;
 	for (int i = 0; i < PLACE_TRIES; i++) {
-		if (claim(w, bpf_get_prandom_u32() & places_mask, i < PLACE_TRIES / 2 ? STATE_EXPIRED : STATE_SPARE))
+		enum state wanted = STATE_EXPIRED;
+
+		if (i >= PLACE_TRIES / 4 * 3)
+			wanted = STATE_YOUNG;
+		else if (i >= PLACE_TRIES / 2)
+			wanted = STATE_SPARE;
+		if (claim(w, bpf_get_prandom_u32() & places_mask, wanted))
 			return true;
 	}
 	return false;
@@ -502,6 +509,12 @@ static __always_inline int error_to_wire(struct __sk_buff *skb, struct workbench
 
 		return leaks ? drop(OUTCOME_STRAY) : TC_ACT_UNSPEC;
 	}
+	bool of_pod = flags_of(&p->outer_source) & RANGE_OWN;
+
+	/* a pod speaks of its own flows, and to who is in them */
+	if ((of_pod && !address_equal(&p->outer_source, &w->out_key.source)) ||
+	    !address_equal(&p->outer_destination, &w->out_key.destination))
+		return drop(OUTCOME_STRAY);
 	if (is_as_it_is(&w->flow, &w->out_key))
 		return TC_ACT_UNSPEC;
 	reverse(&w->flow.to, &w->to);
@@ -522,12 +535,22 @@ static __always_inline int error_from_wire(struct __sk_buff *skb, struct workben
 	return write_error(skb, w, &p->outer_source, &w->to.source);
 }
 
+/* asks says whether a ping is a request: its identifier may be 0. */
+static __always_inline bool asks(struct __sk_buff *skb, const struct packet *p)
+{
+	__u8 type = ICMP_ECHO_REPLY;
+
+	if (p->shape == SHAPE_LATER || bpf_skb_load_bytes(skb, p->transport - ECHO_ID, &type, sizeof(type)))
+		return false;
+	return type == (p->ip4 ? ICMP_ECHO_REQUEST : ICMP6_ECHO_REQUEST);
+}
+
 /* begins says whether a packet without a flow can be the first of one. */
-static __always_inline bool begins(const struct packet *p)
+static __always_inline bool begins(struct __sk_buff *skb, const struct packet *p)
 {
 	if (p->tuple.protocol == IPPROTO_TCP)
 		return (p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
-	return !is_icmp(p) || p->tuple.source_port;
+	return !is_icmp(p) || asks(skb, p);
 }
 
 /* leaves sees a packet of a pod of which the tuple is whole. */
@@ -542,7 +565,7 @@ static __always_inline int leaves(struct __sk_buff *skb, struct workbench *w)
 		return TC_ACT_UNSPEC;
 	/* A connection that was forgotten, or somebody else's before, gets a port: its
 	 * other end resets it at once, where silence would take minutes. */
-	else if (p->tcp_flags & TCP_RST || (is_icmp(p) && !begins(p)))
+	else if (p->tcp_flags & TCP_RST || (is_icmp(p) && !asks(skb, p)))
 		return drop(OUTCOME_STRAY);
 	else if (begin(skb) != TC_ACT_OK)
 		return TC_ACT_SHOT;
@@ -591,7 +614,7 @@ static __always_inline bool comes_to_pod(struct __sk_buff *skb, const struct pac
 	__u32 device = skb->ifindex;
 	struct wire *wire = bpf_map_lookup_elem(&wires, &device);
 
-	if (!begins(p) || !wire || address_equal(&p->tuple.destination, p->ip4 ? &wire->ip4 : &wire->ip6))
+	if (!begins(skb, p) || !wire || address_equal(&p->tuple.destination, p->ip4 ? &wire->ip4 : &wire->ip6))
 		return false;
 	return flags_of(&p->tuple.destination) & RANGE_OWN && !stays(&p->tuple.source);
 }

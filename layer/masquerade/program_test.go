@@ -150,6 +150,8 @@ func TestToWire(t *testing.T) {
 	later[ethernet+7] = 9 // its offset
 	timestamp := packetOf(of(icmp4, pod4, 7, world4, 0), nil)
 	timestamp[ethernet+20] = 13
+	request := packetOf(of(icmp4, pod4, 0, world4, 0), nil)
+	request[ethernet+20], request[ethernet+22] = 8, 0xf7 // and its checksum
 	arp := packetOf(of(udp, pod4, 1, world4, 2), nil)
 	arp[13] = 6
 	stray := errorAbout(packetOf(of(udp, world4, 9, pod4, 9), nil), false, address(pod4), address(world4), 3, 3, 0)
@@ -176,6 +178,8 @@ func TestToWire(t *testing.T) {
 		{"SCTP", sctp, "dropped unknown"},
 		{"an ICMP timestamp request", timestamp, "dropped unknown"},
 		{"a later fragment without a first", later, "dropped stray"},
+		{"a ping with the identifier 0", request, "translated begun"},
+		{"an echo reply with the identifier 0", packetOf(of(icmp4, pod4, 0, "203.0.113.5", 0), nil), "dropped stray"},
 		{"an echo reply that nobody asked for", packetOf(of(icmp4, pod4, 0, world4, 5), nil), "dropped stray"},
 		{"an ICMP error about nothing", stray, "dropped stray"},
 		{"ARP", arp, "untouched "},
