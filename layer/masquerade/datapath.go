@@ -11,8 +11,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -279,26 +281,36 @@ func (d *datapath) describe(to *layer.Description) error {
 // shown is how many destinations without a free port are named.
 const shown = 5
 
-// exhausted says towards whom no port was found, the most frequent first.
+// exhaustedFor is how long a destination is named towards which no port was found.
+const exhaustedFor = time.Hour
+
+// exhausted says towards whom no port was found within the last hour, the most frequent
+// first.
 func (d *datapath) exhausted() (texts []string, err error) {
-	counts, err := bpfmap.New[datapathDestination, uint64](d.maps[datapathMapExhausted]).All()
+	found, err := bpfmap.New[datapathDestination, datapathExhaustion](d.maps[datapathMapExhausted]).All()
 	if err != nil {
 		return nil, err
 	}
-	all := make([]datapathDestination, 0, len(counts))
-	for to := range counts {
-		all = append(all, to)
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return nil, fmt.Errorf("read the clock: %w", err)
+	}
+	all := make([]datapathDestination, 0, len(found))
+	for to, of := range found {
+		if now.Sec-int64(of.Last) <= int64(exhaustedFor/time.Second) {
+			all = append(all, to)
+		}
 	}
 	slices.SortFunc(all, func(a, b datapathDestination) int {
-		return cmp.Or(cmp.Compare(counts[b], counts[a]), strings.Compare(a.text(), b.text()))
+		return cmp.Or(cmp.Compare(found[b].Count, found[a].Count), strings.Compare(a.text(), b.text()))
 	})
 	for i, to := range all {
 		if i == shown {
 			texts = append(texts, fmt.Sprintf("no source port was found towards %d destinations more", len(all)-shown))
 			break
 		}
-		texts = append(texts, fmt.Sprintf("no source port was found %d times towards %s: pods of this node have used nearly all %d at once; "+
-			"let them keep their connections open and share them, spread the pods over more nodes, or let them keep their addresses there (nonMasqueradeCIDRs)", counts[to], to.text(), d.portCount))
+		texts = append(texts, fmt.Sprintf("no source port was found %d times, last %s ago, towards %s: pods of this node have used nearly all %d at once; "+
+			"let them keep their connections open and share them, spread the pods over more nodes, or let them keep their addresses there (nonMasqueradeCIDRs)", found[to].Count, time.Duration(now.Sec-int64(found[to].Last))*time.Second, to.text(), d.portCount))
 	}
 	return texts, nil
 }

@@ -26,6 +26,13 @@ type datapathDestination struct {
 	Zero     uint8
 }
 
+type datapathExhaustion struct {
+	_     structs.HostLayout
+	Count uint64
+	Last  uint32
+	Zero  uint32
+}
+
 type datapathFlow struct {
 	_      structs.HostLayout
 	To     datapathTuple
@@ -59,13 +66,14 @@ const (
 	datapathOutcomeOUTCOME_OUTSIDE    datapathOutcome = 1
 	datapathOutcomeOUTCOME_CUT        datapathOutcome = 2
 	datapathOutcomeOUTCOME_YIELDED    datapathOutcome = 3
-	datapathOutcomeOUTCOME_NO_PORT    datapathOutcome = 4
-	datapathOutcomeOUTCOME_FULL       datapathOutcome = 5
-	datapathOutcomeOUTCOME_NO_ADDRESS datapathOutcome = 6
-	datapathOutcomeOUTCOME_UNKNOWN    datapathOutcome = 7
-	datapathOutcomeOUTCOME_STRAY      datapathOutcome = 8
-	datapathOutcomeOUTCOME_UNWRITABLE datapathOutcome = 9
-	datapathOutcomeOUTCOME_COUNT      datapathOutcome = 10
+	datapathOutcomeOUTCOME_MOVED      datapathOutcome = 4
+	datapathOutcomeOUTCOME_NO_PORT    datapathOutcome = 5
+	datapathOutcomeOUTCOME_FULL       datapathOutcome = 6
+	datapathOutcomeOUTCOME_NO_ADDRESS datapathOutcome = 7
+	datapathOutcomeOUTCOME_UNKNOWN    datapathOutcome = 8
+	datapathOutcomeOUTCOME_STRAY      datapathOutcome = 9
+	datapathOutcomeOUTCOME_UNWRITABLE datapathOutcome = 10
+	datapathOutcomeOUTCOME_COUNT      datapathOutcome = 11
 )
 
 type datapathPlace struct {

@@ -61,6 +61,7 @@ enum outcome {
 	OUTCOME_OUTSIDE,    /* a flow came to a pod's own address, so its answers keep it */
 	OUTCOME_CUT,        /* a flow gave way that was closed, never answered or of one question: there was no room */
 	OUTCOME_YIELDED,    /* a flow gave its port back, for the node itself speaks from it */
+	OUTCOME_MOVED,      /* a flow ended, for its address is not the node's any more */
 	OUTCOME_NO_PORT,    /* dropped: no free port was found towards the destination */
 	OUTCOME_FULL,       /* dropped: the table of flows is full of flows that live */
 	OUTCOME_NO_ADDRESS, /* dropped: the node has no address of the family at the device */
@@ -85,11 +86,17 @@ struct destination {
 	__u8 zero;
 };
 
-/* How often. The destinations for which that was longest ago are forgotten. */
+struct exhaustion {
+	__u64 count;
+	__u32 last; /* seconds since boot */
+	__u32 zero;
+};
+
+/* The destinations for which that was longest ago are forgotten. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct destination);
-	__type(value, __u64);
+	__type(value, struct exhaustion);
 	__uint(max_entries, 256);
 } exhausted SEC(".maps");
 
@@ -224,8 +231,9 @@ static __always_inline __u32 seen_of(const struct packet *p)
 
 /* note remembers what a packet says of its flow. Most packets write nothing. A reset is
  * forgotten when another packet follows: who does not heed it, for it is old or forged,
- * answers (RFC 5961, 3.2). A SYN after the end begins anew. */
-static __always_inline void note(struct flow *entry, struct workbench *w, bool of_pod)
+ * answers (RFC 5961, 3.2). A SYN after the end begins anew. It returns whether the packet
+ * is the first of its second. */
+static __always_inline bool note(struct flow *entry, struct workbench *w, bool of_pod)
 {
 	const __u32 reset = SEEN_RST | SEEN_RST_OF_POD;
 	__u8 tcp = w->packet.tcp_flags;
@@ -243,6 +251,7 @@ static __always_inline void note(struct flow *entry, struct workbench *w, bool o
 		alter(w, 0, SEEN_FIN | SEEN_OPEN | reset);
 	else if (flags & SEEN_RST)
 		alter(w, 0, reset);
+	return add & SEEN_LATER;
 }
 
 /* vacate takes the flow with the key w->other out of the table if it can go; it says
@@ -362,13 +371,16 @@ static __always_inline void count_exhausted(const struct tuple *out)
 	struct destination to = { .address = out->destination,
 				  .port = out->destination_port,
 				  .protocol = out->protocol };
-	__u64 one = 1, *n = bpf_map_lookup_elem(&exhausted, &to);
+	struct exhaustion first = { .count = 1, .last = seconds() };
+	struct exhaustion *known = bpf_map_lookup_elem(&exhausted, &to);
 
 	count(OUTCOME_NO_PORT);
-	if (n)
-		__sync_fetch_and_add(n, 1);
-	else
-		bpf_map_update_elem(&exhausted, &to, &one, BPF_ANY);
+	if (known) {
+		__sync_fetch_and_add(&known->count, 1);
+		known->last = first.last;
+	} else {
+		bpf_map_update_elem(&exhausted, &to, &first, BPF_ANY);
+	}
 }
 
 /* lay_out puts a new flow on the workbench, of which the packet there is the first. */
@@ -553,24 +565,77 @@ static __always_inline bool begins(struct __sk_buff *skb, const struct packet *p
 	return !is_icmp(p) || asks(skb, p);
 }
 
+/* is_elsewhere says that the kernel would send packets for an address away: it is not, or
+ * not any more, the node's. */
+static __noinline bool is_elsewhere(struct __sk_buff *skb, const struct address *of)
+{
+	struct bpf_fib_lookup way = { .ifindex = skb->ifindex, .family = AF_INET6 };
+
+	if (is_ip4(of)) {
+		way.family = AF_INET;
+		way.destination[0] = of->word[3];
+	} else {
+		__builtin_memcpy(way.destination, of, sizeof(way.destination));
+	}
+	switch (bpf_fib_lookup(skb, &way, sizeof(way), 0)) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		return true;
+	}
+	return false;
+}
+
+/* moves ends the flow w->flow of a pod's packet if its address is not the node's any more:
+ * no answer would come back. That its device has got another one says nothing yet. */
+static __noinline bool moves(struct __sk_buff *skb, struct workbench *w)
+{
+	const struct address *source = &w->flow.to.source;
+	__u32 device = w->flow.device;
+	struct wire *wire = bpf_map_lookup_elem(&wires, &device);
+
+	if (is_as_it_is(&w->flow, &w->packet.tuple))
+		return false;
+	if (wire && address_equal(source, w->packet.ip4 ? &wire->ip4 : &wire->ip6))
+		return false;
+	if (!is_elsewhere(skb, source))
+		return false;
+	reverse(&w->flow.to, &w->back);
+	bpf_map_delete_elem(&flows, &w->back);
+	bpf_map_delete_elem(&flows, &w->packet.tuple);
+	count(OUTCOME_MOVED);
+	return true;
+}
+
+/* leaves_first sees a packet of a pod that has no flow. It returns TC_ACT_OK if it has one
+ * then, in w->flow. */
+static __always_inline int leaves_first(struct __sk_buff *skb, struct workbench *w)
+{
+	struct packet *p = &w->packet;
+
+	if (stays(&p->tuple.destination))
+		return TC_ACT_UNSPEC;
+	/* A connection that was forgotten, or somebody else's before, gets a port: its
+	 * other end resets it at once, where silence would take minutes. */
+	if (p->tcp_flags & TCP_RST || (is_icmp(p) && !asks(skb, p)))
+		return drop(OUTCOME_STRAY);
+	if (begin(skb) != TC_ACT_OK)
+		return TC_ACT_SHOT;
+	w->flow = w->out;
+	return TC_ACT_OK;
+}
+
 /* leaves sees a packet of a pod of which the tuple is whole. */
 static __always_inline int leaves(struct __sk_buff *skb, struct workbench *w)
 {
 	struct packet *p = &w->packet;
 	struct flow *entry = find(&p->tuple, &w->flow);
+	int verdict = TC_ACT_OK;
 
-	if (entry)
-		note(entry, w, true);
-	else if (stays(&p->tuple.destination))
-		return TC_ACT_UNSPEC;
-	/* A connection that was forgotten, or somebody else's before, gets a port: its
-	 * other end resets it at once, where silence would take minutes. */
-	else if (p->tcp_flags & TCP_RST || (is_icmp(p) && !asks(skb, p)))
-		return drop(OUTCOME_STRAY);
-	else if (begin(skb) != TC_ACT_OK)
-		return TC_ACT_SHOT;
-	else
-		w->flow = w->out;
+	if (!entry || (note(entry, w, true) && moves(skb, w)))
+		verdict = leaves_first(skb, w);
+	if (verdict != TC_ACT_OK)
+		return verdict;
 	if (p->shape == SHAPE_FIRST)
 		keep_fragment(p, false);
 	if (is_as_it_is(&w->flow, &p->tuple))

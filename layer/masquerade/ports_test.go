@@ -1,6 +1,7 @@
 package masquerade
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -58,6 +60,10 @@ func TestExhaustion(t *testing.T) {
 	if !strings.Contains(described, "towards 198.51.100.9:80/tcp: pods of this node have used nearly all 64") {
 		t.Errorf("nobody says towards whom: %s", described)
 	}
+	anHourLater(t, l)
+	if described := describe(t, l); strings.Contains(described, "no source port") {
+		t.Errorf("an hour later it is still said: %s", described)
+	}
 	for _, other := range []netip.AddrPort{at(world6, 80), at(world4, 81)} {
 		if from, err := is.ask("udp", other.Addr().String(), other.Port()); err != nil || from.Port() >= 1024+narrow {
 			t.Errorf("towards %s: from %s, %v", other, from, err)
@@ -75,6 +81,18 @@ func TestExhaustion(t *testing.T) {
 	}
 	if now := counted(t, l); now["cut"] == 0 {
 		t.Errorf("flows that were closed gave no way: %v", now)
+	}
+}
+
+// anHourLater makes what is remembered of destinations an hour older.
+func anHourLater(t *testing.T, l *Layer) {
+	t.Helper()
+	m := bpfmap.New[datapathDestination, datapathExhaustion](l.host.(*datapath).maps[datapathMapExhausted])
+	all, err := m.All()
+	must(t, err)
+	for to, of := range all {
+		of.Last -= 3601
+		must(t, errors.Join(m.Put([]datapathDestination{to}, []datapathExhaustion{of})...))
 	}
 }
 

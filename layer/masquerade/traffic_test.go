@@ -310,6 +310,52 @@ func TestBegunOutside(t *testing.T) {
 	}
 }
 
+// A flow keeps its address as long as that is the node's, and gets another one when it is
+// gone.
+func TestTheNodesAddressChanges(t *testing.T) {
+	is := newIsland(t)
+	is.serve()
+	l := is.start()
+	for _, row := range []struct{ world, was, is string }{{world4, node4 + "/24", "192.0.2.77/24"}, {world6, node6 + "/64", "2001:db8::77/64"}} {
+		was, now := netip.MustParsePrefix(row.was), netip.MustParsePrefix(row.is)
+		c, err := is.dial(is.pod, "udp", at(row.world, 80))
+		must(t, err)
+		defer c.Close()
+		must(t, c.SetDeadline(time.Now().Add(5*patience)))
+		before, err := seen(c)
+		must(t, err)
+		wire := datapathWire{Ip4: addressOf(netip.MustParseAddr("192.0.2.77")), Ip6: addressOf(netip.MustParseAddr(node6))}
+		if now.Addr().Is6() {
+			wire.Ip6 = addressOf(now.Addr())
+		}
+		must(t, errors.Join(l.tables.wires.Put([]uint32{uint32(is.uplink)}, []datapathWire{wire})...))
+		time.Sleep(1100 * time.Millisecond) // it is asked once a second
+		if from, err := seen(c); err != nil || from != before {
+			t.Errorf("the device's first address is another, and %s is %s: %v; %v", before, from, err, counted(t, l))
+		}
+		must(t, netns.Do(is.NetNS, func() error {
+			return is.onDevice("uplink", func(d netlink.Link) error {
+				gone := &netlink.Addr{IPNet: &net.IPNet{IP: was.Addr().AsSlice(), Mask: net.CIDRMask(was.Bits(), was.Addr().BitLen())}}
+				return netlink.AddrDel(d, gone)
+			})
+		}))
+		n, err := link.Open(is.NetNS)
+		must(t, err)
+		must(t, n.Addr(is.uplink, now))
+		n.Close()
+		if was.Addr().Is4() {
+			is.route(is.NetNS, "uplink", "192.0.2.254")
+		}
+		time.Sleep(1100 * time.Millisecond)
+		if from, err := seen(c); err != nil || from.Addr() != now.Addr() {
+			t.Errorf("%s has gone, and the flow comes from %s: %v; %v", before, from, err, counted(t, l))
+		}
+	}
+	if n := counted(t, l)["moved"]; n != 2 {
+		t.Errorf("%d flows have moved, not 2: %v", n, counted(t, l))
+	}
+}
+
 // Ten thousand connections, one after the other by four at once: each is answered.
 func TestTenThousandConnections(t *testing.T) {
 	is := newIsland(t)
