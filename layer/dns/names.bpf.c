@@ -385,7 +385,8 @@ static __always_inline bool is_resolver(const struct address *address)
 	__u32 zero = 0;
 	const struct resolver_list *all = bpf_map_lookup_elem(&resolvers, &zero);
 
-	for (int i = 0; all && i < RESOLVERS; i++) {
+	/* one word or the other is not zero in all addresses but those of no use */
+	for (int i = 0; all && i < RESOLVERS && (all->address[i].word[0] | all->address[i].word[2]); i++) {
 		if (address_equal(address, &all->address[i]))
 			return true;
 	}

@@ -388,6 +388,7 @@ func (p *loaded) leavesFrames(good []byte) {
 	six := datagramOf(client6, dns6, good)
 	for what, frame := range map[string][]byte{
 		"another server":  datagramOf(client4, netip.MustParseAddrPort("10.96.0.11:53"), good),
+		"no address":      datagramOf(client6, netip.MustParseAddrPort("[::]:53"), good),
 		"another port":    datagramOf(client4, netip.MustParseAddrPort("10.96.0.10:5353"), good),
 		"TCP":             with(frame, 14+9, 6),
 		"a fragment":      with(frame, 14+6, 0x20),
