@@ -178,6 +178,28 @@ func isSummary(line string) bool {
 	return strings.HasPrefix(line, "ok  \t") || strings.HasPrefix(line, "FAIL\t")
 }
 
+// cutOff shows what those tests of a package said that did not end: in one of them is why
+// its process did (a panic, an exit).
+func (r *run) cutOff(in string) {
+	r.mutex.Lock()
+	var cut []string
+	for name := range r.running {
+		if strings.HasPrefix(name, in+" ") {
+			cut = append(cut, name)
+			delete(r.running, name)
+		}
+	}
+	r.mutex.Unlock()
+	slices.Sort(cut)
+	for _, name := range cut {
+		r.failures = append(r.failures, name+" (did not end)")
+		if kept := r.output[name]; kept != nil && !r.verbose {
+			r.print(kept.String())
+		}
+		delete(r.output, name)
+	}
+}
+
 // ended counts a test, and shows what it said if it failed. Of a package, which
 // is not counted, only the failure outside of its tests is shown (a panic).
 func (r *run) ended(name string, e event) {
@@ -196,6 +218,9 @@ func (r *run) ended(name string, e event) {
 		}
 	}
 	if e.Test == "" {
+		if e.Action == "fail" {
+			r.cutOff(e.Package)
+		}
 		return
 	}
 	switch e.Action {

@@ -64,6 +64,18 @@ func TestFailuresAreShown(t *testing.T) {
 	}
 }
 
+func TestWhatPanicsIsShown(t *testing.T) {
+	const broken = `{"Action":"run","Package":"m/a","Test":"TestThree"}
+{"Action":"output","Package":"m/a","Test":"TestThree","Output":"panic: no moon\n"}
+{"Action":"output","Package":"m/a","Output":"FAIL\tm/a\t0.1s\n"}
+{"Action":"fail","Package":"m/a"}
+`
+	_, out, well := replay(broken, "")
+	if well || !strings.Contains(out, "panic: no moon") || !strings.Contains(out, "m/a TestThree (did not end)") {
+		t.Errorf("ended well is %v:\n%s", well, out)
+	}
+}
+
 func TestNotBuildingIsAFailure(t *testing.T) {
 	const broken = `{"ImportPath":"m/c","Action":"build-output","Output":"c.go:1: syntax error\n"}
 {"ImportPath":"m/c","Action":"build-fail"}
