@@ -295,9 +295,12 @@ func (d *datapath) exhausted() (texts []string, err error) {
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return nil, fmt.Errorf("read the clock: %w", err)
 	}
+	age := func(to datapathDestination) time.Duration { // in 32 bits, as it is noted
+		return time.Duration(uint32(now.Sec)-found[to].Last) * time.Second
+	}
 	all := make([]datapathDestination, 0, len(found))
-	for to, of := range found {
-		if now.Sec-int64(of.Last) <= int64(exhaustedFor/time.Second) {
+	for to := range found {
+		if age(to) <= exhaustedFor {
 			all = append(all, to)
 		}
 	}
@@ -310,7 +313,7 @@ func (d *datapath) exhausted() (texts []string, err error) {
 			break
 		}
 		texts = append(texts, fmt.Sprintf("no source port was found %d times, last %s ago, towards %s: pods of this node have used nearly all %d at once; "+
-			"let them keep their connections open and share them, spread the pods over more nodes, or let them keep their addresses there (nonMasqueradeCIDRs)", found[to].Count, time.Duration(now.Sec-int64(found[to].Last))*time.Second, to.text(), d.portCount))
+			"let them keep their connections open and share them, spread the pods over more nodes, or let them keep their addresses there (nonMasqueradeCIDRs)", found[to].Count, age(to), to.text(), d.portCount))
 	}
 	return texts, nil
 }
