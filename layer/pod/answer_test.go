@@ -146,6 +146,34 @@ func TestWhatIsMissing(t *testing.T) {
 	}
 }
 
+// An agent that dies between a pod's default routes of the two families leaves what the
+// node's side of looks whole: the same ADD, which comes again, makes the rest.
+func TestAHalfOfTheDefaultRoutes(t *testing.T) {
+	b := newTown(t)
+	ranges := []string{"10.244.1.0/24", "fd00:1::/64"}
+	l := b.open(ranges...)
+	b.space("web")
+	b.add(l, "web")
+	b.apply(l, ranges...)
+	must(t, netns.Do(b.pods["web"], func() error {
+		inner, err := link.Open("")
+		if err != nil {
+			return err
+		}
+		defer inner.Close()
+		index, err := inner.Index("eth0")
+		if err != nil {
+			return err
+		}
+		return inner.DeleteRoute(link.Route{To: netip.MustParsePrefix("::/0"), Via: gateway6, Link: index})
+	}))
+	if err := second(l.Answer(t.Context(), b.request(cni.Check, "web", ""))); err == nil || !strings.Contains(err.Error(), "a default route of the pod by eth0 from fd00:1::") {
+		t.Errorf("CHECK says %v", err)
+	}
+	b.add(l, "web")
+	must(t, second(l.Answer(t.Context(), b.request(cni.Check, "web", ""))))
+}
+
 func second[T any](_ T, err error) error { return err }
 
 // Each error has its code, and says what to do.

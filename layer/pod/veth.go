@@ -306,10 +306,15 @@ func checkInside(inner *link.Net, pod *Pod, missing []string) ([]string, error) 
 	if !d.Up {
 		missing = append(missing, "interface "+pod.Interface+" of the pod being up")
 	}
-	if !d.DefaultRoute {
-		missing = append(missing, "a default route of the pod by "+pod.Interface)
+	routes, err := inner.Table()
+	if err != nil {
+		return nil, err
 	}
 	for _, addr := range pod.Addresses {
+		leads := func(r link.Route) bool { return r.Link == d.Index && r.To == netip.PrefixFrom(addr, 0).Masked() }
+		if !slices.ContainsFunc(routes, leads) {
+			missing = append(missing, fmt.Sprintf("a default route of the pod by %s from %s", pod.Interface, addr))
+		}
 		if !slices.Contains(d.Addresses, addr) {
 			missing = append(missing, fmt.Sprintf("address %s at %s of the pod", addr, pod.Interface))
 		}
