@@ -116,7 +116,9 @@ func TestAnotherPacketIsNotOnTheWay(t *testing.T) {
 		}
 	}()
 	client := w.inode(w.client)
-	s, err := Watch(Options{Namespaces: []uint32{client}, From: []Range{{Prefix: netip.MustParsePrefix(client6 + "/128")}}})
+	filter, err := ParseFilter("tcp") // what neighbours ask for each other is another matter
+	w.must(err)
+	s, err := Watch(Options{Namespaces: []uint32{client}, Filter: filter, From: []Range{{Prefix: netip.MustParsePrefix(client6 + "/128")}}})
 	w.must(err)
 	w.inClient(func() error {
 		c, err := net.Dial("tcp", net.JoinHostPort(server6, "80"))
