@@ -2,7 +2,9 @@ package bpfmap
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -98,5 +100,49 @@ func TestAddressesAreInNetworkOrder(t *testing.T) {
 		if back := AddrOf(words); back != addr {
 			t.Errorf("%s comes back as %s", addr, back)
 		}
+	}
+}
+
+// A process takes over all maps of an earlier one or none, and who only looks is told what
+// is not there.
+func TestMapsOfAnEarlierProcess(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("pinning maps needs root")
+	}
+	root := t.TempDir()
+	must(t, unix.Mount("bpf", root, "bpf", 0, "mode=0700"))
+	t.Cleanup(func() { must(t, unix.Unmount(root, unix.MNT_DETACH)) })
+	names := []string{"one", "two"}
+	maps := map[string]*ebpf.Map{"one": loaded(t, ebpf.Array), "two": loaded(t, ebpf.Hash)}
+	specs := map[string]*ebpf.MapSpec{
+		"one": {Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 3}, "two": {Type: ebpf.Hash, KeySize: 4, ValueSize: 8, MaxEntries: 3},
+	}
+	adopts := func(what string, want bool) {
+		t.Helper()
+		found, err := Adopt(root, names, func(name string, _ *ebpf.Map) *ebpf.MapSpec { return specs[name] })
+		must(t, err)
+		defer CloseAll(found)
+		if (len(found) == len(names)) != want || !want && found != nil {
+			t.Errorf("%s: adopted are %v", what, found)
+		}
+	}
+	adopts("nothing is there", false)
+	must(t, Pin(root, names[:1], maps))
+	adopts("one of two is there", false)
+	if found, absent, err := Look(root, names...); !errors.Is(err, fs.ErrNotExist) || absent != "two" || found != nil {
+		t.Errorf("who looks at one of two sees %v, not there is %q: %v", found, absent, err)
+	}
+	must(t, Pin(root, names, maps))
+	adopts("both are there", true)
+	opened, absent, err := Look(root, names...)
+	must(t, err)
+	defer CloseAll(opened)
+	if len(opened) != 2 || absent != "" || SameLayout(opened, specs) != nil {
+		t.Errorf("who looks sees %v, not there is %q: %v", opened, absent, SameLayout(opened, specs))
+	}
+	specs["two"].ValueSize = 16
+	adopts("one is another version's", false)
+	if err := SameLayout(opened, specs); err == nil || err.Error() != "map two is another version's: use the millrace that made it" {
+		t.Errorf("of another version's map it says %v", err)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -96,26 +95,16 @@ func (d *datapath) open() (err error) {
 // adopt opens the maps that an earlier process left, if it was of the same layout. A
 // change of what a field means has to change its size, or its map's name.
 func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
-	found := map[string]*ebpf.Map{}
-	for _, name := range pinnedMaps {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
+	like := func(name string, found *ebpf.Map) *ebpf.MapSpec {
 		like := spec.Maps[name].Copy()
-		if err == nil && name == datapathMapNames {
-			like.MaxEntries = m.MaxEntries() // it may have grown
+		if name == datapathMapNames {
+			like.MaxEntries = found.MaxEntries() // it may have grown
 		}
-		if err == nil && like.Compatible(m) != nil {
-			m.Close()
-			m, err = nil, fs.ErrNotExist
-		}
-		if errors.Is(err, fs.ErrNotExist) {
-			closeMaps(found)
-			return nil
-		}
-		if err != nil {
-			closeMaps(found)
-			return fmt.Errorf("open pinned map %s: %w", name, err)
-		}
-		found[name] = m
+		return like
+	}
+	found, err := bpfmap.Adopt(d.settings.Pins, pinnedMaps, like)
+	if err != nil || found == nil {
+		return err
 	}
 	d.maps, d.adopted = found, true
 	spec.Maps[datapathMapNames].MaxEntries = found[datapathMapNames].MaxEntries()
@@ -128,12 +117,7 @@ func sameLayout(opened map[string]*ebpf.Map) error {
 	if err != nil {
 		return err
 	}
-	for name, m := range opened {
-		if m.KeySize() != spec.Maps[name].KeySize || m.ValueSize() != spec.Maps[name].ValueSize {
-			return fmt.Errorf("map %s is another version's: use the millrace that made it", name)
-		}
-	}
-	return nil
+	return bpfmap.SameLayout(opened, spec.Maps)
 }
 
 // load loads the program over the maps that are there and makes the others.
@@ -379,7 +363,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 }
 
 func (d *datapath) close() {
-	closeMaps(d.maps)
+	bpfmap.CloseAll(d.maps)
 	for _, a := range d.attached {
 		a.Close()
 	}
@@ -390,11 +374,5 @@ func (d *datapath) close() {
 	}
 	if d.lock != nil {
 		d.lock.Close()
-	}
-}
-
-func closeMaps(maps map[string]*ebpf.Map) {
-	for _, m := range maps {
-		m.Close()
 	}
 }

@@ -78,7 +78,7 @@ func (x *Explainer) open() error {
 		return err
 	}
 	have := map[string]*ebpf.Map{}
-	defer closeMaps(have) // the collection has copies
+	defer bpfmap.CloseAll(have) // the collection has copies
 	for _, name := range append(slices.Clone(askedMaps), datapathMapOutside) {
 		if have[name], err = x.pinned(spec.Maps[name], name); err != nil {
 			delete(have, name)
@@ -166,7 +166,7 @@ func agentsOf(pin string) *ebpf.Map {
 
 // Close frees the program and the maps.
 func (x *Explainer) Close() error {
-	closeMaps(x.maps)
+	bpfmap.CloseAll(x.maps)
 	if x.program != nil {
 		x.program.Close()
 	}

@@ -9,7 +9,6 @@ import (
 	"math/bits"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -396,22 +395,17 @@ func (l *Layer) assert(wish *Picture, whole bool) error {
 // Look implements layer.Layer: it reads the pinned maps. A pin folder without names is an
 // empty picture. It needs CAP_BPF or CAP_SYS_ADMIN.
 func (l *Layer) Look() (layer.Picture, error) {
-	opened := map[string]*ebpf.Map{}
-	defer closeMaps(opened)
-	for _, name := range []string{datapathMapNames, datapathMapResolvers, datapathMapSearches} {
-		path := filepath.Join(l.settings.Pins, name)
-		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
-		if errors.Is(err, fs.ErrNotExist) {
-			if name == datapathMapNames {
-				return newPicture(l.settings.Zone), nil
-			}
-			return nil, fmt.Errorf("read the names in %s: map %s is missing, they are another version's: use the millrace that made them", l.settings.Pins, name)
+	opened, absent, err := bpfmap.Look(l.settings.Pins, datapathMapNames, datapathMapResolvers, datapathMapSearches)
+	if errors.Is(err, fs.ErrNotExist) {
+		if absent == datapathMapNames {
+			return newPicture(l.settings.Zone), nil
 		}
-		if err != nil {
-			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
-		}
-		opened[name] = m
+		return nil, fmt.Errorf("read the names in %s: map %s is missing, they are another version's: use the millrace that made them", l.settings.Pins, absent)
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer bpfmap.CloseAll(opened)
 	if err := sameLayout(opened); err != nil {
 		return nil, fmt.Errorf("read the names in %s: %w", l.settings.Pins, err)
 	}

@@ -6,13 +6,11 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/cilium/ebpf"
-
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/model"
 )
 
@@ -31,16 +29,14 @@ func (l *Layer) Learned() ([]model.Outside, error) {
 // LookLearned is Learned for who has not opened the layer: it reads the pinned map, in the
 // order of names. Where there is none nothing was learned.
 func (l *Layer) LookLearned() ([]model.Outside, error) {
-	path := filepath.Join(l.settings.Pins, datapathMapOutside)
-	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	opened, _, err := bpfmap.Look(l.settings.Pins, datapathMapOutside)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read pinned map %s: %w", path, err)
+		return nil, err
 	}
-	opened := map[string]*ebpf.Map{datapathMapOutside: m}
-	defer closeMaps(opened)
+	defer bpfmap.CloseAll(opened)
 	if err := sameLayout(opened); err != nil {
 		return nil, fmt.Errorf("read the names in %s: %w", l.settings.Pins, err)
 	}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/bits"
 	"net/netip"
 	"os"
@@ -113,21 +112,9 @@ func (d *datapath) adopt() error {
 	if err != nil {
 		return err
 	}
-	found := map[string]*ebpf.Map{}
-	for _, name := range pinnedMaps {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(d.settings.Pins, name), nil)
-		if err == nil && spec.Maps[name].Compatible(m) != nil {
-			m.Close()
-			m, err = nil, fs.ErrNotExist
-		}
-		if err != nil {
-			closeMaps(found)
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			return fmt.Errorf("open pinned map %s: %w", name, err)
-		}
-		found[name] = m
+	found, err := bpfmap.Adopt(d.settings.Pins, pinnedMaps, func(name string, _ *ebpf.Map) *ebpf.MapSpec { return spec.Maps[name] })
+	if err != nil || found == nil {
+		return err
 	}
 	d.maps, d.adopted = found, true
 	return nil
@@ -175,12 +162,7 @@ func sameLayout(opened map[string]*ebpf.Map) error {
 	if err != nil {
 		return err
 	}
-	for name, m := range opened {
-		if m.KeySize() != spec.Maps[name].KeySize || m.ValueSize() != spec.Maps[name].ValueSize {
-			return fmt.Errorf("map %s is another version's: use the millrace that made it", name)
-		}
-	}
-	return nil
+	return bpfmap.SameLayout(opened, spec.Maps)
 }
 
 // settle puts the programs in force where an earlier process' are, and pins the maps.
@@ -333,7 +315,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 }
 
 func (d *datapath) close() {
-	closeMaps(d.maps)
+	bpfmap.CloseAll(d.maps)
 	for _, a := range d.attached {
 		a.Close()
 	}
@@ -342,11 +324,5 @@ func (d *datapath) close() {
 	}
 	if d.lock != nil {
 		d.lock.Close()
-	}
-}
-
-func closeMaps(maps map[string]*ebpf.Map) {
-	for _, m := range maps {
-		m.Close()
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"math/bits"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -227,19 +226,14 @@ func (l *Layer) Look() (layer.Picture, error) {
 
 // look reads the maps that are pinned in a folder.
 func look(pins string) (*Picture, error) {
-	opened := map[string]*ebpf.Map{}
-	defer closeMaps(opened)
-	for _, name := range []string{datapathMapRanges, datapathMapWires} {
-		path := filepath.Join(pins, name)
-		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
-		if errors.Is(err, fs.ErrNotExist) {
-			return newPicture(), nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
-		}
-		opened[name] = m
+	opened, _, err := bpfmap.Look(pins, datapathMapRanges, datapathMapWires)
+	if errors.Is(err, fs.ErrNotExist) {
+		return newPicture(), nil
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer bpfmap.CloseAll(opened)
 	if err := sameLayout(opened); err != nil {
 		return nil, fmt.Errorf("read the ranges in %s: %w", pins, err)
 	}

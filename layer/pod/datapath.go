@@ -120,18 +120,19 @@ func lookAtPins(folder string) (sights, error) {
 	if err != nil {
 		return sights{}, fmt.Errorf("read embedded programs: %w", err)
 	}
-	for _, name := range []string{datapathMapHomes, datapathMapGates} {
-		path := filepath.Join(folder, name)
-		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
-		if errors.Is(err, fs.ErrNotExist) || folder == "" {
-			return sights{}, nil
-		}
-		if err != nil {
-			return sights{}, fmt.Errorf("read pinned map %s: %w", path, err)
-		}
-		d.maps[name] = m
+	if folder == "" {
+		return sights{}, nil
+	}
+	d.maps, _, err = bpfmap.Look(folder, datapathMapHomes, datapathMapGates)
+	if errors.Is(err, fs.ErrNotExist) {
+		return sights{}, nil
+	}
+	if err != nil {
+		return sights{}, err
+	}
+	for name, m := range d.maps {
 		if m.ValueSize() != spec.Maps[name].ValueSize {
-			return sights{}, fmt.Errorf("map %s is another version's: use the millrace that made it", path)
+			return sights{}, fmt.Errorf("map %s is another version's: use the millrace that made it", filepath.Join(folder, name))
 		}
 	}
 	s := sights{homes: map[netip.Addr]datapathHome{}}

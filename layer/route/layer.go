@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 
@@ -266,21 +265,16 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 // folder that does not exist the picture has only what the host is like.
 func (l *Layer) Look() (layer.Picture, error) {
 	d := &datapath{settings: l.settings, tcx: haveTCX(), rules: nft.In(l.settings.Netns)}
-	opened := map[string]*ebpf.Map{}
-	defer closeMaps(opened)
-	for _, name := range []string{datapathMapRemotes, datapathMapVteps, datapathMapGates} {
-		path := filepath.Join(l.settings.Pins, name)
-		m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
-		if errors.Is(err, fs.ErrNotExist) {
-			picture := newPicture()
-			picture.facts, err = d.facts()
-			return picture, err
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read pinned map %s: %w", path, err)
-		}
-		opened[name] = m
+	opened, _, err := bpfmap.Look(l.settings.Pins, datapathMapRemotes, datapathMapVteps, datapathMapGates)
+	if errors.Is(err, fs.ErrNotExist) {
+		picture := newPicture()
+		picture.facts, err = d.facts()
+		return picture, err
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer bpfmap.CloseAll(opened)
 	if err := sameLayout(opened); err != nil {
 		return nil, fmt.Errorf("read the routes in %s: %w", l.settings.Pins, err)
 	}

@@ -591,7 +591,7 @@ func (d *datapath) close() {
 	for _, m := range d.maps {
 		m.Close()
 	}
-	closeMaps(d.left)
+	bpfmap.CloseAll(d.left)
 	for _, a := range d.attached {
 		a.Close()
 	}

@@ -107,7 +107,7 @@ func (d *datapath) handOver(next loaded) error {
 	if err := d.finish(); err != nil {
 		return err
 	}
-	closeMaps(d.left)
+	bpfmap.CloseAll(d.left)
 	clear(d.left)
 	for _, h := range d.hooks() {
 		if have := d.attached[h.name]; have != nil {
@@ -153,8 +153,8 @@ func (d *datapath) attachBeside(programs map[string]*ebpf.Program) error {
 func (d *datapath) finish() error {
 	awaitRunning()
 	from, to, err := d.openPairs()
-	defer closeMaps(from)
-	defer closeMaps(to)
+	defer bpfmap.CloseAll(from)
+	defer bpfmap.CloseAll(to)
 	if err != nil {
 		return err
 	}

@@ -547,8 +547,8 @@ func TestFlowsAreCarriedOnce(t *testing.T) {
 		to[name], err = ebpf.NewMap(spec.Maps[name])
 		v.must(err)
 	}
-	defer closeMaps(from)
-	defer closeMaps(to)
+	defer bpfmap.CloseAll(from)
+	defer bpfmap.CloseAll(to)
 	carrier, err := newFlowCarrier(from, to)
 	v.must(err)
 	for range 3 {

@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
+
+	"github.com/millrace/millrace/kernel/bpfmap"
 )
 
 // group is maps that are taken over together: as they are where the process that
@@ -84,7 +86,7 @@ func (d *datapath) adoptMaps(spec *ebpf.CollectionSpec) error {
 		return nil
 	}
 	found, err := d.openPins(spec)
-	defer closeMaps(found) // those that nobody took
+	defer bpfmap.CloseAll(found) // those that nobody took
 	if err != nil {
 		return err
 	}
@@ -211,12 +213,6 @@ func move(from, to map[string]*ebpf.Map, names ...string) {
 			to[name] = m
 			delete(from, name)
 		}
-	}
-}
-
-func closeMaps(maps map[string]*ebpf.Map) {
-	for _, m := range maps {
-		m.Close()
 	}
 }
 
