@@ -3,11 +3,8 @@ package pod
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"net/netip"
 	"os"
-	"regexp"
-	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -240,22 +237,9 @@ func FuzzFrames(f *testing.F) {
 // The crossings are defined once, in shortcut.bpf.c. The table in the docs is made from
 // it, and the names in metrics come from the object's BTF.
 func TestCrossingsAreTheSameEverywhere(t *testing.T) {
-	source, err := os.ReadFile("shortcut.bpf.c")
-	must(t, err)
 	spec, err := loadDatapath()
 	must(t, err)
 	names, err := crossingNames(spec)
 	must(t, err)
-	defined := regexp.MustCompile(`CROSSING_(\w+), +/\* (.+) \*/`).FindAllStringSubmatch(string(source), -1)
-	if len(defined) != len(names) {
-		t.Fatalf("%d crossings in the source, %d in the object: run go generate", len(defined), len(names))
-	}
-	table := "\n| reason | means |\n|---|---|\n"
-	for i, d := range defined {
-		if strings.ToLower(d[1]) != names[i] {
-			t.Errorf("crossing %d is %s in the source and %s in the object", i, strings.ToLower(d[1]), names[i])
-		}
-		table += fmt.Sprintf("| `%s` | %s |\n", names[i], d[2])
-	}
-	docs.Fresh(t, "../../docs/pod.md", "crossings", table)
+	docs.SameWords(t, "shortcut.bpf.c", "CROSSING_", names, "../../docs/pod.md", "crossings")
 }

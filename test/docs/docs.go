@@ -3,8 +3,10 @@
 package docs
 
 import (
+	"fmt"
 	"os"
 	"regexp"
+	"strings"
 	"testing"
 )
 
@@ -30,4 +32,27 @@ func Fresh(t *testing.T, path, mark, want string) {
 	if err := os.WriteFile(path, fresh, 0o644); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// SameWords checks that the words of an enum in C, which are defined once, in a source file
+// as "PREFIX_WORD, /* what it means */", are those that the object's BTF has, in order and
+// in lower case, and that the table of a page (see Fresh) is made of them.
+func SameWords(t *testing.T, source, prefix string, names []string, path, mark string) {
+	t.Helper()
+	text, err := os.ReadFile(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defined := regexp.MustCompile(prefix+`(\w+), +/\* (.+) \*/`).FindAllStringSubmatch(string(text), -1)
+	if len(defined) != len(names) {
+		t.Fatalf("%d %s in %s, %d in the object: run go generate", len(defined), mark, source, len(names))
+	}
+	table := "\n| reason | means |\n|---|---|\n"
+	for i, d := range defined {
+		if strings.ToLower(d[1]) != names[i] {
+			t.Errorf("%d of the %s is %s in %s and %s in the object", i, mark, strings.ToLower(d[1]), source, names[i])
+		}
+		table += fmt.Sprintf("| `%s` | %s |\n", names[i], d[2])
+	}
+	Fresh(t, path, mark, table)
 }
