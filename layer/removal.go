@@ -35,6 +35,26 @@ func (c Changes) Remove() (done Changes, err error) {
 	return done, errors.Join(failures...)
 }
 
+// RemoveAlone is Remove of a layer that has a folder of pins: it returns ErrInUse while a
+// process has that one open, this one too. What has to be done before is first; nil is
+// nothing.
+func (c Changes) RemoveAlone(folder string, first func()) (Changes, error) {
+	if len(c) == 0 {
+		return nil, nil
+	}
+	if _, err := os.Stat(folder); err == nil {
+		lock, err := Lock("pin folder", folder)
+		if err != nil {
+			return nil, err
+		}
+		defer lock.Close()
+		if first != nil {
+			first()
+		}
+	}
+	return c.Remove()
+}
+
 // LinkPrefix begins the names of pins of links in all layers, perhaps behind another prefix.
 const LinkPrefix = "link_"
 

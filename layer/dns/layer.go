@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"math/bits"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -696,16 +695,8 @@ func (l *Layer) Removal() (layer.Changes, error) { return removal(l.settings) }
 // layer open, this one too.
 func (l *Layer) Remove() (layer.Changes, error) {
 	changes, err := l.Removal()
-	if err != nil || len(changes) == 0 {
+	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(l.settings.Pins); err == nil {
-		lock, err := layer.Lock("pin folder", l.settings.Pins)
-		if err != nil {
-			return nil, err
-		}
-		defer lock.Close()
-		giveAllBack(l.settings)
-	}
-	return changes.Remove()
+	return changes.RemoveAlone(l.settings.Pins, func() { giveAllBack(l.settings) })
 }

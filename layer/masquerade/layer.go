@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"math/bits"
 	"net/netip"
-	"os"
 	"sync"
 	"time"
 
@@ -339,17 +338,10 @@ func (l *Layer) Removal() (layer.Changes, error) { return removal(l.settings) }
 // open, this one too.
 func (l *Layer) Remove() (layer.Changes, error) {
 	changes, err := l.Removal()
-	if err != nil || len(changes) == 0 {
+	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(l.settings.Pins); err == nil {
-		lock, err := layer.Lock("pin folder", l.settings.Pins)
-		if err != nil {
-			return nil, err
-		}
-		defer lock.Close()
-	}
-	return changes.Remove()
+	return changes.RemoveAlone(l.settings.Pins, nil)
 }
 
 // addressOf is the kernel's form of an address: both families in 16 bytes, all zero for

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 
@@ -465,17 +464,10 @@ func (l *Layer) Removal() (layer.Changes, error) { return removal(l.settings) }
 // layer open, this one too.
 func (l *Layer) Remove() (layer.Changes, error) {
 	changes, err := l.Removal()
-	if err != nil || len(changes) == 0 {
+	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat(l.settings.Pins); err == nil {
-		lock, err := layer.Lock("pin folder", l.settings.Pins)
-		if err != nil {
-			return nil, err
-		}
-		defer lock.Close()
-	}
-	return changes.Remove()
+	return changes.RemoveAlone(l.settings.Pins, nil)
 }
 
 // addressOf is the kernel's form of an address: both families in 16 bytes.
