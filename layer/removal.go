@@ -56,7 +56,33 @@ func (c Changes) RemoveAlone(folder string, first func()) (Changes, error) {
 }
 
 // LinkPrefix begins the names of pins of links in all layers, perhaps behind another prefix.
-const LinkPrefix = "link_"
+const LinkPrefix = attach.PinPrefix
+
+// FiltersGone takes away what an earlier process has in force where there is no tcx: pins
+// of a folder lead to nothing else there.
+func FiltersGone(points *attach.Points) (changes Changes, err error) {
+	if points.TCX {
+		return nil, nil
+	}
+	if err := points.Open(); err != nil {
+		return nil, err
+	}
+	for _, at := range points.All() {
+		a := points.At(at)
+		changes = append(changes, Gone(Filter{Attachment: a, What: at.Program + " of " + a.Name()}))
+	}
+	return changes, nil
+}
+
+// ProgramsAt are the programs in force at points, as Describe lists them.
+func ProgramsAt(points *attach.Points) (all []Program) {
+	for _, at := range points.All() {
+		if a := points.At(at); a.Alive() {
+			all = append(all, Program{Name: at.Program, Hook: points.Ways[at.Program].Attach.String() + " " + a.Name(), Device: a.Name(), Link: a.ID()})
+		}
+	}
+	return all
+}
 
 // PinsGone takes away what a layer has pinned in a folder: first the links that it says
 // are its own, so that no program runs on maps that are going, then its maps, and the

@@ -2,6 +2,9 @@
 // process and a later one can take them over: by tcx where the kernel has it, else as
 // filters of the clsact qdisc (tc-bpf(8)).
 //
+// Hook is one place; Points are those of all programs of a layer, which the next process
+// finds by their pins or filters.
+//
 // It attaches what it is told to and takes away nothing else: of a device that has a
 // clsact qdisc, that goes only when nobody has a filter in it. It is not for seeing what
 // others have attached.

@@ -37,8 +37,7 @@ type datapath struct {
 	// not, its program serves until settle.
 	adopted  bool
 	settled  bool
-	tcx      bool
-	attached map[int]attach.Attachment // by the index of the device
+	points   attach.Points
 	outcomes []string
 	lock     *os.File
 }
@@ -57,7 +56,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, attached: map[int]attach.Attachment{}, tcx: haveTCX()}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, points: settings.points()}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
@@ -83,10 +82,10 @@ func (d *datapath) open() (err error) {
 	if err := d.load(spec); err != nil {
 		return err
 	}
-	if err := d.openAttachments(); err != nil {
+	if err := d.points.Open(); err != nil {
 		return err
 	}
-	if d.adopted || len(d.attached) == 0 {
+	if d.adopted || len(d.points.All()) == 0 {
 		return d.settle()
 	}
 	return nil
@@ -193,7 +192,8 @@ func (d *datapath) names() *ebpf.Map { return d.maps[datapathMapNames] }
 // switchTo puts a program in force at all devices, or at none.
 func (d *datapath) switchTo(program *ebpf.Program) error {
 	var done []attach.Attachment
-	for index, a := range d.attached {
+	for _, at := range d.points.All() {
+		a := d.points.At(at)
 		err := a.Run(program)
 		if err == nil {
 			done = append(done, a)
@@ -205,7 +205,7 @@ func (d *datapath) switchTo(program *ebpf.Program) error {
 		for _, back := range done {
 			err = errors.Join(err, back.Run(d.program))
 		}
-		return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgDnsFromPod, index, err)
+		return fmt.Errorf("switch %s at device %d to the new program: %w", at.Program, at.Device, err)
 	}
 	return nil
 }
@@ -247,14 +247,8 @@ func (d *datapath) settle() error {
 	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
 		return err
 	}
-	for index, a := range d.attached {
-		if err := a.Run(d.program); err != nil {
-			if a.Alive() {
-				return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgDnsFromPod, index, err)
-			}
-			_ = a.Detach() // its device has gone
-			delete(d.attached, index)
-		}
+	if err := d.points.Switch(map[string]*ebpf.Program{datapathProgDnsFromPod: d.program}); err != nil {
+		return err
 	}
 	d.settled = true
 	return nil
@@ -270,10 +264,8 @@ func (d *datapath) lost() (gone []lost) {
 			gone = append(gone, lost("pin "+name))
 		}
 	}
-	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
-		if a := d.attached[index]; a.Alive() && !a.Kept() {
-			gone = append(gone, lost(fmt.Sprintf("pin %s%d", linkPrefix, index)))
-		}
+	for _, pin := range d.points.Lost() {
+		gone = append(gone, lost("pin "+pin))
 	}
 	return gone
 }
@@ -283,11 +275,7 @@ func (d *datapath) restore() error {
 	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("make pin folder: %w", err)
 	}
-	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
-	for _, a := range d.attached {
-		failures = append(failures, a.Keep())
-	}
-	return errors.Join(failures...)
+	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
 }
 
 // beat implements host.
@@ -339,20 +327,14 @@ func sinceBoot() (uint64, error) {
 
 // describe implements host.
 func (d *datapath) describe(to *layer.Description) (err error) {
-	if !d.tcx {
+	if !d.points.TCX {
 		to.Degraded = append(to.Degraded, "pods' queries are seen by clsact filters: tcx needs Linux 6.6")
 	}
 	names := d.maps[datapathMapNames]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapNames, Entries: to.Objects, Capacity: int(names.MaxEntries()), Bytes: bpfmap.Bytes(names)})
 	outside := d.maps[datapathMapOutside]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapOutside, Capacity: int(outside.MaxEntries()), Bytes: bpfmap.Bytes(outside)})
-	for _, index := range slices.Sorted(maps.Keys(d.attached)) {
-		if a := d.attached[index]; a.Alive() {
-			to.Programs = append(to.Programs, layer.Program{
-				Name: datapathProgDnsFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + a.Name(), Device: a.Name(), Link: a.ID(),
-			})
-		}
-	}
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
 	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
 	return err
 }
@@ -364,9 +346,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 
 func (d *datapath) close() {
 	bpfmap.CloseAll(d.maps)
-	for _, a := range d.attached {
-		a.Close()
-	}
+	d.points.Close()
 	for _, program := range []*ebpf.Program{d.program, d.giveBack} {
 		if program != nil {
 			program.Close()

@@ -21,6 +21,7 @@ import (
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/kernel/resolv"
+	"github.com/millrace/millrace/layer"
 )
 
 // Explainer answers what would become of a pod's queries. It runs the program of this
@@ -119,7 +120,7 @@ func (x *Explainer) pinned(spec *ebpf.MapSpec, name string) (*ebpf.Map, error) {
 // agents is the map in which an agent's socket is while it takes queries, as the programs in
 // force have it; nil where none is to be found, for it is not pinned.
 func (x *Explainer) agents() *ebpf.Map {
-	pins, err := filepath.Glob(filepath.Join(x.settings.Pins, linkPrefix+"*"))
+	pins, err := filepath.Glob(filepath.Join(x.settings.Pins, layer.LinkPrefix+datapathProgDnsFromPod+"_*"))
 	if err != nil {
 		return nil
 	}

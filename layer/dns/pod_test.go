@@ -364,7 +364,7 @@ func TestRemoveTakesEveryPin(t *testing.T) {
 				return err
 			}
 			t.Cleanup(func() { l.Close() }) // somebody still holds it
-			return l.Pin(filepath.Join(h.settings.Pins, anyLink+"later"))
+			return l.Pin(filepath.Join(h.settings.Pins, layer.LinkPrefix+"later"))
 		}))
 	}
 	planned, err := New(h.settings).Removal()
@@ -389,7 +389,7 @@ func texts(changes layer.Changes) (lines []string) {
 func TestLost(t *testing.T) {
 	h := newHamlet(t)
 	l := h.open()
-	link := filepath.Join(h.settings.Pins, fmt.Sprint(linkPrefix, h.device))
+	link := filepath.Join(h.settings.Pins, pointAt(h.device).Pin())
 	must(t, os.Remove(link))
 	must(t, os.Remove(filepath.Join(h.settings.Pins, datapathMapOutcomes)))
 	if changes := h.apply(l); len(changes) != 2 {

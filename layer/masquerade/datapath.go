@@ -32,8 +32,7 @@ type datapath struct {
 	settings Settings
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
-	tcx      bool
-	attached map[hook]attach.Attachment
+	points   attach.Points
 	outcomes []string
 	// firstPort and portCount are the source ports of flows; low and high what the kernel
 	// gives to sockets.
@@ -56,7 +55,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attach.Attachment{}, tcx: haveTCX()}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, points: settings.points()}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
@@ -83,10 +82,10 @@ func (d *datapath) open() (err error) {
 	if err != nil {
 		return need.Loading("load the masquerade programs", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 	}
-	if err := d.openAttachments(); err != nil {
+	if err := d.points.Open(); err != nil {
 		return err
 	}
-	if d.adopted || len(d.attached) == 0 {
+	if d.adopted || len(d.points.All()) == 0 {
 		return d.settle()
 	}
 	return nil
@@ -174,13 +173,8 @@ func (d *datapath) settle() error {
 	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
 		return err
 	}
-	for at, a := range d.attached {
-		if err := a.Run(d.programs[at.program]); err != nil {
-			if a.Alive() {
-				return fmt.Errorf("switch %s at device %d to the new program: %w", at.program, at.device, err)
-			}
-			_ = d.detachAt(at) // its device has gone
-		}
+	if err := d.points.Switch(d.programs); err != nil {
+		return err
 	}
 	d.settled = true
 	return nil
@@ -196,10 +190,8 @@ func (d *datapath) lost() (gone []lost) {
 			gone = append(gone, lost(name))
 		}
 	}
-	for _, at := range d.hooks() {
-		if a := d.attached[at]; a.Alive() && !a.Kept() {
-			gone = append(gone, lost(at.pin()))
-		}
+	for _, pin := range d.points.Lost() {
+		gone = append(gone, lost(pin))
 	}
 	return gone
 }
@@ -209,11 +201,7 @@ func (d *datapath) restore() error {
 	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("make pin folder: %w", err)
 	}
-	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
-	for _, a := range d.attached {
-		failures = append(failures, a.Keep())
-	}
-	return errors.Join(failures...)
+	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
 }
 
 // sweepPlaces is how many places masq_sweep looks at in one run (SWEEP_PLACES).
@@ -236,7 +224,7 @@ func (d *datapath) sweep() (alive int, err error) {
 // describe implements host.
 func (d *datapath) describe(to *layer.Description) error {
 	to.Settings = map[string]string{"ports": fmt.Sprintf("%d-%d", d.firstPort, int(d.firstPort)+int(d.portCount)-1)}
-	if !d.tcx {
+	if !d.points.TCX {
 		to.Degraded = append(to.Degraded, "packets are seen by clsact filters: tcx needs Linux 6.6")
 	}
 	if d.portCount < 1024 || int(d.firstPort) <= d.high && int(d.firstPort)+int(d.portCount) > d.low {
@@ -246,11 +234,7 @@ func (d *datapath) describe(to *layer.Description) error {
 	for i := range to.Maps {
 		to.Maps[i].Bytes = bpfmap.Bytes(d.maps[datapathMapFlows]) + bpfmap.Bytes(d.maps[datapathMapPlaces])
 	}
-	for _, at := range d.hooks() {
-		if a := d.attached[at]; a.Alive() {
-			to.Programs = append(to.Programs, layer.Program{Name: at.program, Hook: at.attach().String() + " " + a.Name(), Device: a.Name(), Link: a.ID()})
-		}
-	}
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
 	exhausted, err := d.exhausted()
 	to.Degraded = append(to.Degraded, exhausted...)
 	if err != nil {
@@ -316,9 +300,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 
 func (d *datapath) close() {
 	bpfmap.CloseAll(d.maps)
-	for _, a := range d.attached {
-		a.Close()
-	}
+	d.points.Close()
 	for _, program := range d.programs {
 		program.Close()
 	}

@@ -29,8 +29,7 @@ type datapath struct {
 	// not, its programs serve until settle.
 	adopted  bool
 	settled  bool
-	tcx      bool
-	attached map[hook]attach.Attachment
+	points   attach.Points
 	outcomes []string
 	rules    *nft.Net
 	lock     *os.File
@@ -48,7 +47,7 @@ func open(settings Settings) (*datapath, error) {
 	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
 		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, attached: map[hook]attach.Attachment{}, tcx: haveTCX(), rules: nft.In(settings.Netns)}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, points: settings.points(), rules: nft.In(settings.Netns)}
 	if err := d.open(); err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
@@ -73,10 +72,10 @@ func (d *datapath) open() (err error) {
 	if err := d.load(spec); err != nil {
 		return err
 	}
-	if err := d.openAttachments(); err != nil {
+	if err := d.points.Open(); err != nil {
 		return err
 	}
-	if d.adopted || len(d.attached) == 0 {
+	if d.adopted || len(d.points.All()) == 0 {
 		return d.settle()
 	}
 	return nil
@@ -106,7 +105,7 @@ func sameLayout(opened map[string]*ebpf.Map) error {
 func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 	for name, value := range map[string]any{
 		datapathVarPort: bits.ReverseBytes16(d.settings.port()), datapathVarVni: bits.ReverseBytes32(d.settings.vni() << 8), datapathVarToPeer: d.settings.Peer,
-		datapathVarCanRelabel: d.tcx, // which is younger
+		datapathVarCanRelabel: d.points.TCX, // which is younger
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s of the route programs: %w", name, err)
@@ -167,14 +166,8 @@ func (d *datapath) settle() error {
 	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
 		return err
 	}
-	for at, a := range d.attached {
-		if err := a.Run(d.programs[at.program]); err != nil {
-			if a.Alive() {
-				return fmt.Errorf("switch %s at device %d to the new program: %w", at.program, at.device, err)
-			}
-			_ = a.Detach() // its device has gone
-			delete(d.attached, at)
-		}
+	if err := d.points.Switch(d.programs); err != nil {
+		return err
 	}
 	if err := d.notePorts(); err != nil {
 		return err
@@ -193,10 +186,8 @@ func (d *datapath) lost() (gone []lost) {
 			gone = append(gone, lost("pin "+name))
 		}
 	}
-	for _, at := range d.hooks() {
-		if a := d.attached[at]; a.Alive() && !a.Kept() {
-			gone = append(gone, lost("pin "+at.pin()))
-		}
+	for _, pin := range d.points.Lost() {
+		gone = append(gone, lost("pin "+pin))
 	}
 	return gone
 }
@@ -206,25 +197,17 @@ func (d *datapath) restore() error {
 	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("make pin folder: %w", err)
 	}
-	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
-	for _, a := range d.attached {
-		failures = append(failures, a.Keep())
-	}
-	return errors.Join(failures...)
+	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
 }
 
 // describe implements host.
 func (d *datapath) describe(to *layer.Description) (err error) {
-	if !d.tcx {
+	if !d.points.TCX {
 		to.Degraded = append(to.Degraded, "packets are seen by clsact filters: tcx needs Linux 6.6")
 	}
 	remotes := d.maps[datapathMapRemotes]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapRemotes, Entries: to.Objects, Capacity: int(remotes.MaxEntries()), Bytes: bpfmap.Bytes(remotes)})
-	for _, at := range d.hooks() {
-		if a := d.attached[at]; a.Alive() {
-			to.Programs = append(to.Programs, layer.Program{Name: at.program, Hook: at.attach().String() + " " + a.Name(), Device: a.Name(), Link: a.ID()})
-		}
-	}
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
 	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
 	return err
 }
@@ -236,9 +219,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 
 func (d *datapath) close() {
 	bpfmap.CloseAll(d.maps)
-	for _, a := range d.attached {
-		a.Close()
-	}
+	d.points.Close()
 	for _, program := range d.programs {
 		program.Close()
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
 )
@@ -40,7 +41,7 @@ func (d *datapath) mainRoutes() (routes []netlink.Route, err error) {
 
 // facts implements host.
 func (d *datapath) facts() (facts, error) {
-	f := facts{devices: map[int]fact{}, shortcuts: d.tcx}
+	f := facts{devices: map[int]fact{}, shortcuts: d.points.TCX}
 	f.rules, f.unread = d.rules.Tracking()
 	devices, err := d.devices()
 	if err != nil {
@@ -124,7 +125,7 @@ func (d *datapath) ports(facts) (ports []port, err error) {
 		return nil, err
 	}
 	filtered := map[int]bool{}
-	if d.tcx { // otherwise our programs are filters, too
+	if d.points.TCX { // otherwise our programs are filters, too
 		if filtered, err = n.Filtered(); err != nil {
 			return nil, err
 		}
@@ -134,19 +135,16 @@ func (d *datapath) ports(facts) (ports []port, err error) {
 		there[one.Index] = true
 		for _, ofPod := range []bool{true, false} {
 			p := port{Index: one.Index, Name: one.Name, ofPod: ofPod, filtered: filtered[one.Index]}
-			a := d.attached[p.hook()]
-			p.attached = a != nil && a.Alive()
+			p.attached = d.points.Alive(p.at())
 			p.pod = one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute
-			if ofPod && p.pod || !ofPod && one.Ethernet && one.Name != d.settings.device() || a != nil {
+			if ofPod && p.pod || !ofPod && one.Ethernet && one.Name != d.settings.device() || d.points.At(p.at()) != nil {
 				ports = append(ports, p)
 			}
 		}
 	}
-	for at, a := range d.attached {
-		if !there[at.device] {
-			_ = a.Detach()
-			delete(d.attached, at)
-			_ = d.notePort(at, false)
+	for _, at := range d.points.All() {
+		if !there[at.Device] {
+			_ = d.detachAt(at)
 		}
 	}
 	return ports, nil
@@ -186,8 +184,8 @@ func (d *datapath) device() (*device, error) {
 	}
 	copy(is.MAC[:], there.HardwareAddr)
 	is.torn = there.Flags&net.FlagUp == 0
-	for _, at := range deviceHooks(there.Index) {
-		if a := d.attached[at]; d.programs != nil && (a == nil || !a.Alive()) {
+	for _, at := range devicePoints(there.Index) {
+		if d.programs != nil && !d.points.Alive(at) {
 			is.torn = true
 		}
 	}
@@ -227,7 +225,7 @@ func (d *datapath) makeDevice(want *device) (int, error) {
 		}
 	}
 	// Programs first: as soon as it is up, it takes packets.
-	for _, at := range deviceHooks(is.index) {
+	for _, at := range devicePoints(is.index) {
 		if err := d.attachAt(at, want.Name); err != nil {
 			return 0, err
 		}
@@ -235,9 +233,9 @@ func (d *datapath) makeDevice(want *device) (int, error) {
 	return is.index, d.inNetns(func() error { return alterDevice(is, want) })
 }
 
-// deviceHooks are the programs of the vxlan device.
-func deviceHooks(index int) []hook {
-	return []hook{{datapathProgRouteUnwrapped, index}, {datapathProgRouteToRemote, index}}
+// devicePoints are the programs of the vxlan device.
+func devicePoints(index int) []attach.Point {
+	return []attach.Point{{Program: datapathProgRouteUnwrapped, Device: index}, {Program: datapathProgRouteToRemote, Device: index}}
 }
 
 // addDevice makes the vxlan device. Neighbours on it need no asking: whom a frame is for
@@ -308,11 +306,8 @@ func (d *datapath) dropDevice() error {
 	if there == nil || err != nil {
 		return err
 	}
-	for _, at := range deviceHooks(there.Index) {
-		if a := d.attached[at]; a != nil {
-			_ = a.Detach()
-			delete(d.attached, at)
-		}
+	for _, at := range devicePoints(there.Index) {
+		_ = d.points.Detach(at)
 	}
 	err = d.inNetns(func() error { return netlink.LinkDel(there) })
 	if err != nil && !errors.Is(err, unix.ENODEV) {

@@ -263,7 +263,7 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 // Look implements layer.Layer: it reads the pinned maps, the routes and the device. Of a pin
 // folder that does not exist the picture has only what the host is like.
 func (l *Layer) Look() (layer.Picture, error) {
-	d := &datapath{settings: l.settings, tcx: haveTCX(), rules: nft.In(l.settings.Netns)}
+	d := &datapath{settings: l.settings, points: l.settings.points(), rules: nft.In(l.settings.Netns)}
 	opened, _, err := bpfmap.Look(l.settings.Pins, datapathMapRemotes, datapathMapVteps, datapathMapGates)
 	if errors.Is(err, fs.ErrNotExist) {
 		picture := newPicture()
