@@ -442,16 +442,15 @@ static __always_inline bool read_from_pod(struct __sk_buff *skb, struct inner *i
 		read_inner(skb, ETHERNET_LENGTH, skb->protocol, in));
 }
 
-/* is_to_port says whether a packet is UDP to the port of VXLAN, or has more headers before
- * that than any stack sends. Of fragments the first is enough: without it they are never
- * put together. */
-static __always_inline bool is_to_port(struct __sk_buff *skb, const struct inner *in)
+/* may_be_to_port says whether a packet that has more before its UDP header than most, or
+ * keeps that out of the linear part, is to the port of VXLAN, or has more headers before it
+ * than any stack sends. Of fragments the first is enough: without it they are never put
+ * together. A function of its own, as leads_back. */
+static __noinline bool may_be_to_port(struct __sk_buff *skb, const struct inner *in)
 {
 	struct walk walk = { .at = in->at + in->header, .shape = SHAPE_WHOLE, .next = in->protocol };
 	__be16 to = 0;
 
-	if (in->protocol == IPPROTO_TCP)
-		return false;
 	if (!in->ip4)
 		extensions(skb, &walk);
 	else if (!bpf_skb_load_bytes(skb, in->at + __builtin_offsetof(struct ip4_header, fragment), &to, sizeof(to)) &&
@@ -465,6 +464,23 @@ static __always_inline bool is_to_port(struct __sk_buff *skb, const struct inner
 	       !bpf_skb_load_bytes(skb, walk.at + __builtin_offsetof(struct udp_header, destination_port), &to,
 				   sizeof(to)) &&
 	       to == port;
+}
+
+/* is_to_port says whether a packet of a pod may be UDP to the port of VXLAN. */
+static __always_inline bool is_to_port(struct __sk_buff *skb, const struct inner *in)
+{
+	void *ip = (void *)(long)skb->data + ETHERNET_LENGTH, *end = (void *)(long)skb->data_end;
+	const struct udp_header *udp4 = ip + sizeof(struct ip4_header), *udp6 = ip + sizeof(struct ip6_header);
+
+	if (in->protocol == IPPROTO_TCP)
+		return false;
+	if (in->protocol == IPPROTO_UDP && in->ip4 && in->header == sizeof(struct ip4_header) &&
+	    (const void *)(udp4 + 1) <= end)
+		return udp4->destination_port == port &&
+		       !(from_be16(((const struct ip4_header *)ip)->fragment) & IP4_FRAGMENT_OFFSET);
+	if (in->protocol == IPPROTO_UDP && !in->ip4 && (const void *)(udp6 + 1) <= end)
+		return udp6->destination_port == port;
+	return may_be_to_port(skb, in);
 }
 
 /* forges says whether a pod sends VXLAN to a node, or in a node's name. The packet inside
