@@ -50,7 +50,7 @@ var law = []clause{
 	{"layer", []string{"model", "kernel/..."}, nil},
 	{"layer/layertest", []string{"layer", "model", "kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"layer/pod/pool", nil, nil},
-	{"layer/pod/cni", nil, []string{"github.com/containernetworking/cni", "golang.org/x/sys"}},
+	{"layer/pod/cni", []string{"layer/pod/pool"}, []string{"github.com/containernetworking/cni", "golang.org/x/sys"}},
 	{"layer/pod", []string{"layer", "model", "kernel/..."}, []string{"github.com/containernetworking/cni", "github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"layer/...", []string{"layer", "model", "kernel/..."}, []string{"github.com/cilium/ebpf", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	{"source/...", []string{"source/...", "model"}, []string{"k8s.io", "sigs.k8s.io", "go.yaml.in/yaml/v3", "github.com/coredns/caddy/caddyfile", "golang.org/x/sys", "golang.org/x/sync"}},

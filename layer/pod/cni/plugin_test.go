@@ -16,6 +16,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/millrace/millrace/layer/pod/pool"
 )
 
 // The test binary is the plugin when a runtime starts it.
@@ -133,6 +135,15 @@ func TestPlugin(t *testing.T) {
 	}
 	if out, _ := r.run("", "CNI_COMMAND=VERSION"); !strings.Contains(out, `"1.1.0"`) || !strings.Contains(out, `"0.3.1"`) {
 		t.Errorf("VERSION: %s", out)
+	}
+}
+
+// What a runtime asks for one pod comes with the configuration.
+func TestRuntimeConfig(t *testing.T) {
+	r := &Request{Config: []byte(`{"name":"town","runtimeConfig":{"bandwidth":{"ingressRate":20000000,"ingressBurst":4294967295,"egressRate":1000000,"egressBurst":34359738359}}}`)}
+	c, err := r.Read()
+	if want := (pool.Bandwidth{IngressRate: 20e6, IngressBurst: 1<<32 - 1, EgressRate: 1e6, EgressBurst: 8*(1<<32-1) - 1}); err != nil || c.RuntimeConfig.Bandwidth != want {
+		t.Errorf("%+v, %v", c, err)
 	}
 }
 

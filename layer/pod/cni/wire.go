@@ -14,6 +14,8 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"github.com/millrace/millrace/layer/pod/pool"
 )
 
 // The commands of CNI that go to the agent (https://www.cni.dev/docs/spec/#cni-operations).
@@ -45,6 +47,14 @@ type Config struct {
 	types.PluginConf
 	// Socket is where the agent listens; empty is DefaultSocket.
 	Socket string `json:"socket,omitempty"`
+	// RuntimeConfig is what the runtime says of one pod, as far as the configuration has
+	// said that the plugin can do it (https://www.cni.dev/docs/conventions/).
+	RuntimeConfig RuntimeConfig `json:"runtimeConfig,omitzero"`
+}
+
+// RuntimeConfig is what a runtime asks for one pod, by the names of capabilities.
+type RuntimeConfig struct {
+	Bandwidth pool.Bandwidth `json:"bandwidth,omitzero"`
 }
 
 // Read reads the configuration of a request.

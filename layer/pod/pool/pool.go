@@ -48,6 +48,8 @@ type Lease struct {
 	Pod string `json:"pod,omitempty"`
 	// Addresses are one of each family that the ranges have, IPv4 first.
 	Addresses []netip.Addr `json:"addresses"`
+	// Bandwidth is what it may receive and send at most.
+	Bandwidth Bandwidth `json:"bandwidth,omitzero"`
 }
 
 // Rest is an address that was given back, and is not given again before Until.
@@ -178,10 +180,13 @@ func (p *Pool) Reserve(addresses []netip.Addr) {
 func (p *Pool) Ranges() []netip.Prefix { return slices.Clone(p.ranges) }
 
 // Take gives an interface one address of each family that the ranges have; one that
-// holds some already gets the same. The addresses of want are not looked at. The error
-// is ErrFull, with the ranges that are full; then nothing is taken.
+// holds some already gets the same, with the bandwidth that it is to have now. The
+// addresses of want are not looked at. The error is ErrFull, with the ranges that are
+// full; then nothing is taken.
 func (p *Pool) Take(want Lease, now time.Time) (Lease, error) {
 	if held, there := p.leases[want.Key]; there {
+		held.Bandwidth = want.Bandwidth
+		p.leases[want.Key] = held
 		return held, nil
 	}
 	p.wake(now)
