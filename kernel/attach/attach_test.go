@@ -175,3 +175,32 @@ func TestFilterStandsForALink(t *testing.T) {
 		p.must(mine.Detach()) // absent is success
 	}
 }
+
+// A filter that had another's place in earlier versions is taken over from there, and what
+// has that place since is not touched.
+func TestFilterFromAFormerPlace(t *testing.T) {
+	p := newPlace(t, ebpf.AttachTCXIngress)
+	earlier := &Filter{Hook: p.hook, Program: "mine", Priority: OrderAnswers}
+	p.must(earlier.Begin(p.program))
+	mine := &Filter{Hook: p.hook, Program: "mine", Priority: OrderQueries, Former: OrderAnswers}
+	p.expect("an earlier version's", mine, true, true)
+	if mine.ID() != earlier.ID() {
+		t.Errorf("program %d, not %d", mine.ID(), earlier.ID())
+	}
+	p.must(mine.Run(p.passing("next")))
+	p.expect("taken over", mine, true, true)
+	p.expect("in the former place", earlier, false, true)
+	other := &Filter{Hook: p.hook, Program: "other", Priority: OrderAnswers}
+	p.must(other.Begin(p.program))
+	p.must(mine.Run(p.program))
+	p.expect("beside another in its former place", mine, true, true)
+	p.must(mine.Detach())
+	p.expect("detached", mine, false, true)
+	p.expect("the other, in the former place", other, true, true)
+	p.must(other.Detach())
+	p.must(earlier.Begin(p.program))
+	p.must(mine.Detach()) // also what an earlier version left
+	if earlier.Alive() || p.hasClsact() {
+		t.Errorf("left at the device: %v", p.queueing())
+	}
+}

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 
@@ -22,7 +23,10 @@ type Filter struct {
 	Program string
 	// Priority is the filter's place, and no other program's of ours at this hook: those
 	// with a smaller number run before it. Filters of others are never touched.
-	Priority uint16
+	Priority Order
+	// Former is the place that it had in earlier versions, if it was another. What is there
+	// counts as this one, and goes when Run has made this one.
+	Former Order
 }
 
 func (f *Filter) parent() uint32 {
@@ -32,10 +36,10 @@ func (f *Filter) parent() uint32 {
 	return netlink.HANDLE_MIN_INGRESS
 }
 
-func (f *Filter) attrs() netlink.FilterAttrs {
+func (f *Filter) attrs(at Order) netlink.FilterAttrs {
 	return netlink.FilterAttrs{
 		LinkIndex: f.Hook.Device, Parent: f.parent(), Handle: netlink.MakeHandle(0, 1),
-		Protocol: unix.ETH_P_ALL, Priority: f.Priority,
+		Protocol: unix.ETH_P_ALL, Priority: uint16(at),
 	}
 }
 
@@ -55,28 +59,39 @@ func (f *Filter) Begin(program *ebpf.Program) error {
 // Run implements Attachment.
 func (f *Filter) Run(program *ebpf.Program) error {
 	return f.inNetns(func() error {
-		return netlink.FilterReplace(&netlink.BpfFilter{FilterAttrs: f.attrs(), Fd: program.FD(), Name: f.title(), DirectAction: true})
+		err := netlink.FilterReplace(&netlink.BpfFilter{FilterAttrs: f.attrs(f.Priority), Fd: program.FD(), Name: f.title(), DirectAction: true})
+		if err != nil {
+			return err
+		}
+		return f.dropFormer()
 	})
 }
 
-// find returns the program's number; false where the filter is not there.
-func (f *Filter) find() (id int, found bool) {
-	_ = f.inNetns(func() error {
-		filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: f.Hook.Device}}, f.parent())
-		for _, there := range filters {
-			if ours, ok := there.(*netlink.BpfFilter); ok && ours.Attrs().Priority == f.Priority && ours.Name == f.title() {
-				id, found = ours.Id, true
-			}
+// dropFormer takes the filter of an earlier version away. Up to then a packet met both, the
+// new one first.
+func (f *Filter) dropFormer() error {
+	if f.programs()[f.Former] == 0 {
+		return nil
+	}
+	return netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs(f.Former)})
+}
+
+// programs are the numbers of those that run at the filter's own places, by place.
+func (f *Filter) programs() map[Order]int {
+	found := map[Order]int{}
+	filters, _ := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: f.Hook.Device}}, f.parent()) // an error: none
+	for _, there := range filters {
+		ours, ok := there.(*netlink.BpfFilter)
+		if at := Order(there.Attrs().Priority); ok && ours.Name == f.title() && (at == f.Priority || at == f.Former) {
+			found[at] = ours.Id
 		}
-		return err
-	})
-	return id, found
+	}
+	return found
 }
 
 // Alive implements Attachment.
 func (f *Filter) Alive() bool {
-	_, found := f.find()
-	return found
+	return f.ID() != 0
 }
 
 // Keep implements Attachment.
@@ -89,9 +104,13 @@ func (f *Filter) Kept() bool { return true }
 func (f *Filter) Name() string { return f.Hook.Name }
 
 // ID implements Attachment: it is the program's, 0 where the filter is not there.
-func (f *Filter) ID() uint32 {
-	id, _ := f.find()
-	return uint32(id)
+func (f *Filter) ID() (id uint32) {
+	_ = f.inNetns(func() error {
+		found := f.programs()
+		id = uint32(cmp.Or(found[f.Priority], found[f.Former]))
+		return nil
+	})
+	return id
 }
 
 // Close implements Attachment.
@@ -100,9 +119,10 @@ func (f *Filter) Close() {}
 // Detach implements Attachment.
 func (f *Filter) Detach() error {
 	err := f.inNetns(func() error {
-		err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs()})
+		former := f.dropFormer()
+		err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: f.attrs(f.Priority)})
 		dropEmptyQdisc(f.Hook.Device)
-		return err
+		return cmp.Or(former, err)
 	})
 	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) {
 		return nil // EINVAL: the device has no clsact qdisc

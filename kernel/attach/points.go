@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
-	bpflink "github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/link"
@@ -34,10 +33,8 @@ func (at Point) Pin() string { return PinPrefix + at.Program + "_" + strconv.Ito
 type Way struct {
 	// Attach is AttachTCXIngress or AttachTCXEgress.
 	Attach ebpf.AttachType
-	// Anchor is its place among the programs of a hook, Priority that of the filter that
-	// stands for it where there is no tcx.
-	Anchor   bpflink.Anchor
-	Priority uint16
+	// Order is its place among the others, Former that in earlier versions if it was another.
+	Order, Former Order
 }
 
 // Points are where programs of one owner run, and run on when the process has ended: by
@@ -98,7 +95,7 @@ func (p *Points) begin(at Point, device string, program *ebpf.Program) (Attachme
 		f := p.filter(at, device)
 		return f, f.Begin(program)
 	}
-	return p.hook(at, device).TCX(program, p.Ways[at.Program].Anchor, p.pin(at))
+	return p.hook(at, device).TCX(program, p.Ways[at.Program].Order.anchor(), p.pin(at))
 }
 
 func (p *Points) hook(at Point, device string) Hook {
@@ -106,7 +103,8 @@ func (p *Points) hook(at Point, device string) Hook {
 }
 
 func (p *Points) filter(at Point, device string) *Filter {
-	return &Filter{Hook: p.hook(at, device), Program: at.Program, Priority: p.Ways[at.Program].Priority}
+	way := p.Ways[at.Program]
+	return &Filter{Hook: p.hook(at, device), Program: at.Program, Priority: way.Order, Former: way.Former}
 }
 
 func (p *Points) pin(at Point) string { return filepath.Join(p.Pins, at.Pin()) }

@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
 	"github.com/millrace/millrace/kernel/netns"
@@ -26,8 +25,8 @@ func TestPoints(t *testing.T) {
 		programs := map[string]*ebpf.Program{"coming": p.passing("coming"), "leaving": p.passing("leaving")}
 		process := func() *Points {
 			return &Points{Netns: p.hook.Netns, Pins: pins, TCX: tcx, Ways: map[string]Way{
-				"coming":  {ebpf.AttachTCXIngress, link.Head(), 7},
-				"leaving": {ebpf.AttachTCXEgress, link.Tail(), 9},
+				"coming":  {Attach: ebpf.AttachTCXIngress, Order: OrderAnswers},
+				"leaving": {Attach: ebpf.AttachTCXEgress, Order: OrderLeaving},
 			}}
 		}
 		one := process()
@@ -79,7 +78,7 @@ func TestPointsOfADeviceThatIsGone(t *testing.T) {
 	pins := filepath.Join(p.pins, "mine")
 	p.must(os.Mkdir(pins, 0o700))
 	process := func() *Points {
-		return &Points{Netns: p.hook.Netns, Pins: pins, TCX: true, Ways: map[string]Way{"coming": {ebpf.AttachTCXIngress, link.Tail(), 7}}}
+		return &Points{Netns: p.hook.Netns, Pins: pins, TCX: true, Ways: map[string]Way{"coming": {Attach: ebpf.AttachTCXIngress, Order: OrderRoutes}}}
 	}
 	device := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "passing"}}
 	p.must(netns.Do(p.hook.Netns, func() error { return netlink.LinkAdd(device) }))

@@ -16,10 +16,11 @@ const translator = "from_pod"
 
 var haveTCX = attach.HaveTCX
 
-// ways are those of the layer's program: before the translator, whose filter has one more
-// where there is no tcx.
+// ways are those of the layer's program: before the translator. Earlier versions had the
+// place of what turns answers back (layer/masquerade): at a device that is a pod's and leads
+// out one took the other's.
 var ways = map[string]attach.Way{
-	datapathProgDnsFromPod: {Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Head(), Priority: 0x6d71},
+	datapathProgDnsFromPod: {Attach: ebpf.AttachTCXIngress, Order: attach.OrderQueries, Former: attach.OrderAnswers},
 }
 
 func (s Settings) points() attach.Points {

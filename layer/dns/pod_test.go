@@ -20,6 +20,7 @@ import (
 	bpflink "github.com/cilium/ebpf/link"
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
 )
@@ -383,6 +384,55 @@ func texts(changes layer.Changes) (lines []string) {
 		lines = append(lines, change.String())
 	}
 	return lines
+}
+
+// Earlier versions had the filter where that of layer/masquerade is. It is taken over from
+// there: nobody meets a gap, and what comes into that place stays.
+func TestFilterOfEarlierVersions(t *testing.T) {
+	withoutTCX(t)
+	now := ways
+	t.Cleanup(func() { ways = now })
+	ways = map[string]attach.Way{datapathProgDnsFromPod: {Attach: ebpf.AttachTCXIngress, Order: attach.OrderAnswers}}
+	h := newHamlet(t)
+	h.open().Close()
+	ways = now
+	var stop atomic.Bool
+	failed := make(chan error, 1)
+	go func() {
+		defer close(failed)
+		for !stop.Load() {
+			if _, err := h.look("web.shop.svc.cluster.local."); err != nil {
+				failed <- err
+				return
+			}
+		}
+	}()
+	l := h.open()
+	stop.Store(true)
+	must(t, <-failed)
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "other", Type: ebpf.SchedCLS, License: "MIT",
+		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
+	must(t, err)
+	defer program.Close()
+	hook := attach.Hook{Netns: h.NetNS, Device: h.device, Attach: ebpf.AttachTCXIngress}
+	if former := (&attach.Filter{Hook: hook, Program: datapathProgDnsFromPod, Priority: attach.OrderAnswers}); former.Alive() {
+		t.Error("the earlier version's is still there")
+	}
+	other := &attach.Filter{Hook: hook, Program: "other", Priority: attach.OrderAnswers}
+	must(t, other.Begin(program))
+	if changes := h.apply(l); len(changes) > 0 || !other.Alive() {
+		t.Errorf("beside what turns answers back, there is %v, %v to do", other.Alive(), changes)
+	}
+	if _, err := h.look("web.shop.svc.cluster.local."); err != nil {
+		t.Errorf("beside what turns answers back: %v", err)
+	}
+	l.Close()
+	_, err = New(h.settings).Remove()
+	must(t, err)
+	ours := &attach.Filter{Hook: hook, Program: datapathProgDnsFromPod, Priority: attach.OrderQueries, Former: attach.OrderAnswers}
+	if ours.Alive() || !other.Alive() {
+		t.Errorf("removed, ours is there: %v; the other: %v", ours.Alive(), other.Alive())
+	}
 }
 
 // What somebody takes away comes back.

@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
-	bpflink "github.com/cilium/ebpf/link"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -17,8 +16,7 @@ import (
 var haveTCX = attach.HaveTCX
 
 // ways are those of the layer's programs: what leaves is seen behind all others, which see
-// it as the pod sent it, and what comes before all others. Of the filters that stand for
-// tcx before Linux 6.6, the service layer's have 0x6d72 and 0x6d73, those of routes 0x6d74.
+// it as the pod sent it, and what comes before those that have to know whom it is for.
 var ways = map[string]attach.Way{
 	datapathProgMasqFromWire: coming,
 	datapathProgMasqFromL3:   coming,
@@ -27,8 +25,8 @@ var ways = map[string]attach.Way{
 }
 
 var (
-	coming  = attach.Way{Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Head(), Priority: 0x6d71}
-	leaving = attach.Way{Attach: ebpf.AttachTCXEgress, Anchor: bpflink.Tail(), Priority: 0x6d75}
+	coming  = attach.Way{Attach: ebpf.AttachTCXIngress, Order: attach.OrderAnswers}
+	leaving = attach.Way{Attach: ebpf.AttachTCXEgress, Order: attach.OrderLeaving}
 )
 
 func (s Settings) points() attach.Points {

@@ -6,7 +6,6 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
-	bpflink "github.com/cilium/ebpf/link"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -15,17 +14,14 @@ import (
 
 var haveTCX = attach.HaveTCX
 
-// ways are those of the layer's programs: behind all others, for what translates a packet to
-// a Service has to come before what sends it away. Filters, which stand for tcx before Linux
-// 6.6, are behind those of the service layer, which have 0x6d72 and 0x6d73.
+// ways are those of the layer's programs: what translates a packet to a Service has to come
+// before what sends it away.
 var ways = map[string]attach.Way{
-	datapathProgRouteFromPod:   {Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Tail(), Priority: filterPriority},
-	datapathProgRouteFromWire:  {Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Tail(), Priority: filterPriority},
-	datapathProgRouteToRemote:  {Attach: ebpf.AttachTCXEgress, Anchor: bpflink.Tail(), Priority: filterPriority},
-	datapathProgRouteUnwrapped: {Attach: ebpf.AttachTCXIngress, Anchor: bpflink.Tail(), Priority: filterPriority},
+	datapathProgRouteFromPod:   {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes},
+	datapathProgRouteFromWire:  {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes},
+	datapathProgRouteToRemote:  {Attach: ebpf.AttachTCXEgress, Order: attach.OrderRoutes},
+	datapathProgRouteUnwrapped: {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes},
 }
-
-const filterPriority = 0x6d74
 
 func (s Settings) points() attach.Points {
 	return attach.Points{Netns: s.Netns, Pins: s.Pins, Ways: ways, TCX: haveTCX()}

@@ -197,7 +197,7 @@ func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attach.Attachm
 
 // makeAt attaches a program at a place among those of its hook: anchor where
 // there is tcx, priority where there are filters; on a cgroup it is the last.
-func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link.Anchor, priority uint16) (attach.Attachment, error) {
+func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link.Anchor, priority attach.Order) (attach.Attachment, error) {
 	if h.device == 0 {
 		made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: h.attach, Program: program})
 		if err != nil {

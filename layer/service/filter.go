@@ -14,16 +14,14 @@ import (
 // Before Linux 6.6 there is no tcx: then a veth's programs are filters of the
 // clsact qdisc (tc-bpf(8)). They need no pin, for they live as long as the device.
 const (
-	// filterPriority is the layer's own: filters with a smaller number run
-	// before it. Those of other programs are never touched.
-	filterPriority = 0x6d72
-	// besidePriority is where the next version's programs stand while they take
-	// over (handover.go).
-	besidePriority = filterPriority + 1
+	// filterPriority is the layer's own, besidePriority where the next version's programs
+	// stand while they take over (handover.go).
+	filterPriority = attach.OrderServices
+	besidePriority = attach.OrderNextServices
 )
 
 // filterAt is the filter that stands for a program at a hook.
-func (d *datapath) filterAt(h hook, priority uint16) *attach.Filter {
+func (d *datapath) filterAt(h hook, priority attach.Order) *attach.Filter {
 	return &attach.Filter{Hook: d.at(h), Program: h.program, Priority: priority}
 }
 
@@ -40,7 +38,7 @@ func filtersLeft(settings Settings) (left layer.Changes, err error) {
 }
 
 // makeFilter attaches a program where there is no tcx.
-func (d *datapath) makeFilter(h hook, program *ebpf.Program, priority uint16) (attach.Attachment, error) {
+func (d *datapath) makeFilter(h hook, program *ebpf.Program, priority attach.Order) (attach.Attachment, error) {
 	made := d.filterAt(h, priority)
 	if err := made.Begin(program); err != nil {
 		return nil, fmt.Errorf("attach %s to device %s by a filter: %w", h.program, d.ports[h.device].name, err)
