@@ -6,12 +6,17 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
 	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -57,6 +62,9 @@ func TestPastTheStacksOfTwoNodes(t *testing.T) {
 	for _, to := range addresses[1] {
 		n1.passesDevice(func() error { return connects(spaces[0], spaces[1], to) })
 	}
+	if met, want := n1.programsOfPods(), []string{"route_from_pod", attach.FromPod}; !slices.Equal(met, want) {
+		t.Errorf("a pod's packets meet %v, not %v", met, want)
+	}
 	n2.until("a pod is reached by its node's port, and past the stack", func(agent.Status) bool {
 		err := answers(spaces[0], spaces[1], "192.0.2.2:30080", netip.AddrPortFrom(addresses[1][0], 8080))
 		return err == nil && n2.events("taken_direct")-before >= 10 // of several calls
@@ -79,6 +87,43 @@ func (n *node) passesDevice(f func() error) {
 			return
 		}
 	}
+}
+
+// programsOfPods are those that packets of pods meet at the node, in that order.
+func (n *node) programsOfPods() (names []string) {
+	n.t.Helper()
+	err := netns.Do(n.NetNS, func() error {
+		devices, err := net.Interfaces()
+		if err != nil {
+			return err
+		}
+		for _, device := range devices {
+			if !strings.HasPrefix(device.Name, "mr") {
+				continue
+			}
+			there, err := link.QueryPrograms(link.QueryOptions{Target: device.Index, Attach: ebpf.AttachTCXIngress})
+			if err != nil {
+				return err
+			}
+			for _, at := range there.Programs {
+				program, err := ebpf.NewProgramFromID(at.ID)
+				if err != nil {
+					return err
+				}
+				defer program.Close()
+				info, err := program.Info()
+				if err != nil {
+					return err
+				}
+				names = append(names, info.Name)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return names
 }
 
 // sentToPods is how many packets pods' devices have sent (proc_net(5), dev).

@@ -75,6 +75,51 @@ func (h Hook) TCX(program *ebpf.Program, anchor link.Anchor, pin string) (*Link,
 	return &Link{Kernel: made, Pin: pin, Where: h.Name, Place: h.Place}, nil
 }
 
+// ahead is TCX right before the program of that name. Not ok where there is none.
+func (h Hook) ahead(of string, program *ebpf.Program, pin string) (made *Link, ok bool) {
+	id, ok := h.find(of)
+	if !ok {
+		return nil, false
+	}
+	made, err := h.TCX(program, link.BeforeProgramByID(id), pin)
+	return made, err == nil // it may have gone meanwhile
+}
+
+// find is the program of a name that runs at this hook by tcx.
+func (h Hook) find(name string) (id ebpf.ProgramID, found bool) {
+	if name == "" {
+		return 0, false
+	}
+	_ = netns.In(h.Netns, func() error {
+		there, err := link.QueryPrograms(link.QueryOptions{Target: h.Device, Attach: h.Attach})
+		if err != nil {
+			return err
+		}
+		for _, program := range there.Programs {
+			if nameOf(program.ID) == name {
+				id, found = program.ID, true
+				return nil
+			}
+		}
+		return nil
+	})
+	return id, found
+}
+
+// nameOf is what the kernel calls a program, "" if that has gone.
+func nameOf(id ebpf.ProgramID) string {
+	program, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return ""
+	}
+	defer program.Close()
+	info, err := program.Info()
+	if err != nil {
+		return ""
+	}
+	return info.Name
+}
+
 // Open opens the link of this hook that an earlier process pinned.
 func (h Hook) Open(pin string) (*Link, error) {
 	return Open(pin, h.Name, h.Place)

@@ -24,6 +24,11 @@ const (
 	OrderLeaving
 )
 
+// FromPod is the name of layer/pod's program at the devices of pods. Packets to other nodes
+// meet that of layer/route before it where they can: it has a look-up for them that finds
+// nothing.
+const FromPod = "pod_from_pod"
+
 // anchor is the place with tcx: what reads or alters packets for the others stands before
 // programs of strangers, what sends them away behind.
 func (o Order) anchor() link.Anchor {

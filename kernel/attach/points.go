@@ -35,6 +35,9 @@ type Way struct {
 	Attach ebpf.AttachType
 	// Order is its place among the others, Former that in earlier versions if it was another.
 	Order, Former Order
+	// Ahead is a program of another layer's, by its name, that this one stands before where
+	// that is at the device already, instead of behind it; with tcx only.
+	Ahead string
 }
 
 // Points are where programs of one owner run, and run on when the process has ended: by
@@ -95,7 +98,11 @@ func (p *Points) begin(at Point, device string, program *ebpf.Program) (Attachme
 		f := p.filter(at, device)
 		return f, f.Begin(program)
 	}
-	return p.hook(at, device).TCX(program, p.Ways[at.Program].Order.anchor(), p.pin(at))
+	way, hook := p.Ways[at.Program], p.hook(at, device)
+	if made, ok := hook.ahead(way.Ahead, program, p.pin(at)); ok {
+		return made, nil
+	}
+	return hook.TCX(program, way.Order.anchor(), p.pin(at))
 }
 
 func (p *Points) hook(at Point, device string) Hook {

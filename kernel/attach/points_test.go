@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
 	"github.com/millrace/millrace/kernel/netns"
@@ -67,6 +68,48 @@ func TestPoints(t *testing.T) {
 			t.Errorf("tcx %v: left are %v, %v, and qdiscs %v", tcx, left, err, p.queueing())
 		}
 	}
+}
+
+// A program stands before the one of another layer's that it is to be ahead of, wherever that
+// stands, and in its place where there is none.
+func TestPointAhead(t *testing.T) {
+	p := newPlace(t, ebpf.AttachTCXIngress)
+	if !HaveTCX() {
+		return // filters stand in the order of their numbers
+	}
+	pins := filepath.Join(p.pins, "mine")
+	p.must(os.Mkdir(pins, 0o700))
+	points := &Points{Netns: p.hook.Netns, Pins: pins, TCX: true, Ways: map[string]Way{
+		"mine":  {Attach: ebpf.AttachTCXIngress, Order: OrderRoutes, Ahead: "theirs"},
+		"other": {Attach: ebpf.AttachTCXIngress, Order: OrderRoutes, Ahead: "absent"},
+	}}
+	p.must(points.Open())
+	for _, name := range []string{"first", "theirs", "last"} {
+		l, err := p.hook.TCX(p.passing(name), bpflink.Tail(), "")
+		p.must(err)
+		defer l.Close()
+	}
+	for _, name := range []string{"mine", "other"} {
+		p.must(points.Attach(Point{name, loopback}, "lo", p.passing(name)))
+	}
+	if got, want := p.order(), []string{"first", "mine", "theirs", "last", "other"}; !slices.Equal(got, want) {
+		t.Errorf("packets meet %v, not %v", got, want)
+	}
+}
+
+// order are the names of the programs, as packets meet them.
+func (p *place) order() (names []string) {
+	p.must(netns.In(p.hook.Netns, func() error {
+		there, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: p.hook.Device, Attach: p.hook.Attach})
+		if err != nil {
+			return err
+		}
+		for _, program := range there.Programs {
+			names = append(names, nameOf(program.ID))
+		}
+		return nil
+	}))
+	return names
 }
 
 // Of a device that has gone the next process forgets the links, pins and all.

@@ -17,7 +17,7 @@ var haveTCX = attach.HaveTCX
 // ways are those of the layer's programs: what translates a packet to a Service has to come
 // before what sends it away.
 var ways = map[string]attach.Way{
-	datapathProgRouteFromPod:   {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes},
+	datapathProgRouteFromPod:   {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes, Ahead: attach.FromPod},
 	datapathProgRouteFromWire:  {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes},
 	datapathProgRouteToRemote:  {Attach: ebpf.AttachTCXEgress, Order: attach.OrderRoutes},
 	datapathProgRouteUnwrapped: {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes},
