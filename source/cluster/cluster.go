@@ -8,6 +8,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/millrace/millrace/model"
+	"github.com/millrace/millrace/source/corefile"
 )
 
 // Cluster holds the objects a source has seen. One goroutine at a time may use
@@ -48,9 +49,12 @@ type Cluster struct {
 	unread int
 
 	complete, named bool
-	// noDNS is why the DNS servers' configuration is not known.
-	noDNS string
-	last  *model.Snapshot
+	// unknown is why objects that configure the DNS servers are not known; dns is what was
+	// read last, of dnsOf.
+	unknown map[Key]string
+	dns     *model.DNS
+	dnsOf   dnsInput
+	last    *model.Snapshot
 }
 
 // Remark is what a source itself has to say of one part of its input. The zero
@@ -88,6 +92,7 @@ func New() *Cluster {
 		clashes:      map[Key][]model.Problem{},
 		remarks:      map[string]Remark{},
 		others:       map[model.Name]bool{},
+		unknown:      map[Key]string{},
 		last:         &model.Snapshot{},
 	}
 }
@@ -220,7 +225,7 @@ func (c *Cluster) leave(o *Object) {
 	case *model.Node:
 		c.dirtyNodes = true
 		delete(c.nodesInForce, o.Key())
-	case *model.DNS, *model.Masquerade:
+	case *dnsServers, *corefile.Keys, *model.Masquerade:
 		c.remarked = true
 	}
 }
@@ -233,7 +238,7 @@ func (c *Cluster) hide(o *Object) {
 		c.services.set(Key{Name: o.name}, nil)
 	case *model.Pod:
 		c.pods.set(Key{Name: o.name}, nil)
-	case *model.Workload:
+	case *model.Workload, *dnsServers:
 		c.workloads.set(o.Key(), nil)
 	default:
 		return
@@ -266,7 +271,10 @@ func (c *Cluster) arrive(o *Object) {
 		c.nodesInForce[o.Key()] = o
 	case *model.Workload:
 		c.workloads.set(o.Key(), v)
-	case *model.DNS, *model.Masquerade:
+	case *dnsServers:
+		c.workloads.set(o.Key(), v.workload)
+		c.remarked = true
+	case *corefile.Keys, *model.Masquerade:
 		c.remarked = true
 	}
 }

@@ -45,8 +45,9 @@
 //
 // What a source could not make an object of, it counts itself in a Remark.
 //
-// Of ConfigMaps one is read, that of CoreDNS (package corefile). It has no faults: what it
-// says that cannot be used is a reason to leave the names to CoreDNS.
+// Of ConfigMaps those of CoreDNS are read (package corefile), with the Deployment that mounts
+// them. They have no faults: what they say that cannot be used is a reason to leave the names
+// to CoreDNS.
 //
 // # Costs
 //

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -48,8 +49,8 @@ func (k Key) Compare(o Key) int {
 type Object struct {
 	name model.Name
 	// value is a *model.Service, *slice, *model.Pod, *model.Node, *model.Workload,
-	// *model.DNS or *model.Masquerade, or nil where nothing is to be kept. A Service is without
-	// endpoints at first, later the one that was shown last.
+	// *dnsServers, *corefile.Keys or *model.Masquerade, or nil where nothing is to be kept. A
+	// Service is without endpoints at first, later the one that was shown last.
 	value any
 	// trouble is nil where there is none.
 	trouble *trouble
@@ -186,13 +187,19 @@ func (r *reader) value(obj runtime.Object) any {
 		return r.node(obj)
 	case *corev1.ConfigMap:
 		switch r.object.name {
-		case corefile.ConfigMap:
-			return dns(obj.Data)
+		case corefile.ConfigMap, corefile.Custom:
+			return keysOf(obj)
 		case MasqueradeConfigMap:
 			if m := r.masquerade(obj.Data); m != nil {
 				return m
 			}
 		}
+	case *appsv1.Deployment:
+		w := r.workload(obj)
+		if r.object.name == corefile.Deployment {
+			return &dnsServers{w, containerOf(obj)}
+		}
+		return w
 	default:
 		if w := r.workload(obj); w != nil {
 			return w

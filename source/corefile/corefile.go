@@ -23,14 +23,24 @@ const (
 	dnsPort = 53
 )
 
-// ConfigMap is where CoreDNS finds its Corefile in a cluster of kubeadm, kind, k3s, kops,
-// EKS and AKS.
-var ConfigMap = model.Name{Namespace: "kube-system", Name: "coredns"}
+var (
+	// ConfigMap is where CoreDNS finds its Corefile in a cluster of kubeadm, kind, k3s, kops,
+	// EKS, AKS and Gardener.
+	ConfigMap = model.Name{Namespace: "kube-system", Name: "coredns"}
+	// Custom is the ConfigMap in which users of k3s, AKS and Gardener write what their
+	// Corefile imports.
+	Custom = model.Name{Namespace: "kube-system", Name: "coredns-custom"}
+	// Deployment runs CoreDNS there, and says which files it has.
+	Deployment = model.Name{Namespace: "kube-system", Name: "coredns"}
+)
 
-// Read says what a Corefile means for others. It never returns nil: of a text that cannot
-// be used, and of a part that is not understood, Left says why.
-func Read(text string) *model.DNS {
-	p, err := parse(text)
+// Read says what a Corefile means for others, with the files that it names. It never returns
+// nil: of a text that cannot be used, and of a part that is not understood, Left says why.
+func Read(text string, files Files) *model.DNS {
+	if why := files.another(); why != "" {
+		return Unknown(why)
+	}
+	p, err := parse(text, &files)
 	if err == nil && p.alien != "" {
 		err = fmt.Errorf("%s", p.alien)
 	}
@@ -59,7 +69,7 @@ type server struct {
 	block
 	zones []string
 	port  int
-	line  int
+	at    place
 }
 
 // has finds a directive.
@@ -75,7 +85,7 @@ func (s *server) has(name string) *directive {
 // serversOf are the blocks for plain DNS.
 func serversOf(blocks []block) (all []*server, err error) {
 	for _, b := range blocks {
-		s := &server{block: b, line: b.keys[0].line}
+		s := &server{block: b, at: b.keys[0].place}
 		for _, key := range b.keys {
 			transport, rest, named := strings.Cut(key.text, "://")
 			if !named {
@@ -86,10 +96,10 @@ func serversOf(blocks []block) (all []*server, err error) {
 			}
 			zone, port, err := zoneAndPort(rest)
 			if err != nil {
-				return nil, mistake(key.line, "%v", err)
+				return nil, mistake(key.place, "%v", err)
 			}
 			if len(s.zones) > 0 && s.port != port {
-				return nil, mistake(key.line, "a server block for two ports")
+				return nil, mistake(key.place, "a server block for two ports")
 			}
 			s.zones, s.port = append(s.zones, zone), port
 		}
@@ -157,7 +167,7 @@ func reachable(all []*server) (on []*server, err error) {
 			continue
 		}
 		if port != 0 && s.port != port {
-			return nil, mistake(s.line, "kubernetes is served on two ports, %d and %d", port, s.port)
+			return nil, mistake(s.at, "kubernetes is served on two ports, %d and %d", port, s.port)
 		}
 		port = s.port
 	}
@@ -171,12 +181,12 @@ func reachable(all []*server) (on []*server, err error) {
 		}
 		for _, name := range []string{"bind", "view"} {
 			if d := s.has(name); d != nil {
-				return nil, mistake(d.line, "%s: not all who ask are answered alike", name)
+				return nil, mistake(d.at, "%s: not all who ask are answered alike", name)
 			}
 		}
 		for _, zone := range s.zones {
 			if seen[zone] {
-				return nil, mistake(s.line, "the zone %s is there twice", zone)
+				return nil, mistake(s.at, "the zone %s is there twice", zone)
 			}
 			seen[zone] = true
 		}
@@ -217,7 +227,7 @@ func cluster(d *model.DNS, servers []*server) (left string) {
 				continue
 			}
 			if k != nil {
-				return mistake(of.directives[i].line, "kubernetes is there twice").Error()
+				return mistake(of.directives[i].at, "kubernetes is there twice").Error()
 			}
 			s, k = of, &of.directives[i]
 		}
@@ -231,12 +241,12 @@ func cluster(d *model.DNS, servers []*server) (left string) {
 		return left
 	}
 	if of := answering(servers, d.Zone); of != s {
-		return mistake(k.line, "%s is not served here, but by another server block", d.Zone).Error()
+		return mistake(k.at, "%s is not served here, but by another server block", d.Zone).Error()
 	}
 	for _, other := range servers {
 		for _, zone := range other.zones {
 			if zone != d.Zone && within(zone, d.Zone) {
-				return mistake(other.line, "%s is served by a server block of its own", zone).Error()
+				return mistake(other.at, "%s is served by a server block of its own", zone).Error()
 			}
 		}
 	}
@@ -291,7 +301,7 @@ func kubernetesZones(s *server, k *directive) (zones []string, err error) {
 		zone, ok := zoneOrRange(text)
 		switch {
 		case !ok:
-			return nil, mistake(k.line, "kubernetes %s is not understood as a zone", clip(text))
+			return nil, mistake(k.at, "kubernetes %s is not understood as a zone", clip(text))
 		case isReverse(zone):
 			reverse = append(reverse, zone)
 		default:
@@ -299,7 +309,7 @@ func kubernetesZones(s *server, k *directive) (zones []string, err error) {
 		}
 	}
 	if len(zones) == 0 {
-		return nil, mistake(k.line, "kubernetes has no zone")
+		return nil, mistake(k.at, "kubernetes has no zone")
 	}
 	return append(zones, reverse...), nil
 }
@@ -310,7 +320,7 @@ func isReverse(zone string) bool { return within(zone, "in-addr.arpa") || within
 func settingsOf(d *model.DNS, k *directive, zones []string) (left string) {
 	for _, zone := range zones[1:] {
 		if related(zone, d.Zone) {
-			return mistake(k.line, "kubernetes answers for %s and for %s", d.Zone, zone).Error()
+			return mistake(k.at, "kubernetes answers for %s and for %s", d.Zone, zone).Error()
 		}
 	}
 	for _, of := range k.body {
@@ -325,7 +335,7 @@ func settingsOf(d *model.DNS, k *directive, zones []string) (left string) {
 			for _, text := range args {
 				zone, ok := zoneOrRange(text)
 				if !ok || related(zone, d.Zone) {
-					return mistake(of.line, "fallthrough %s: for names that do not exist others are asked", clip(text)).Error()
+					return mistake(of.at, "fallthrough %s: for names that do not exist others are asked", clip(text)).Error()
 				}
 			}
 		case "ttl":
@@ -334,11 +344,11 @@ func settingsOf(d *model.DNS, k *directive, zones []string) (left string) {
 				n, _ = strconv.Atoi(args[0])
 			}
 			if n < 0 || n > 3600 || len(args) != 1 || strconv.Itoa(n) != args[0] {
-				return mistake(of.line, "ttl is not a number of seconds from 0 to 3600").Error()
+				return mistake(of.at, "ttl is not a number of seconds from 0 to 3600").Error()
 			}
 			d.TTL = time.Duration(n) * time.Second
 		default: // endpoint_pod_names, namespaces, labels, noendpoints, ignore, multicluster ...
-			return mistake(of.line, "kubernetes: %s changes which names there are", clip(of.words[0])).Error()
+			return mistake(of.at, "kubernetes: %s changes which names there are", clip(of.words[0])).Error()
 		}
 	}
 	return ""
@@ -394,26 +404,26 @@ func (s *server) forwards() (all []model.Forward) {
 		if d := &s.directives[i]; d.name == "forward" {
 			f, except := forwardOf(d)
 			for _, zone := range except {
-				add(model.Forward{Zone: zone, Left: mistake(d.line, "forward excepts %s", zone).Error()})
+				add(model.Forward{Zone: zone, Left: mistake(d.at, "forward excepts %s", zone).Error()})
 			}
 			add(f)
 		}
 	}
-	add(model.Forward{Zone: ".", Left: mistake(s.line, "the server block forwards nothing else").Error()})
+	add(model.Forward{Zone: ".", Left: mistake(s.at, "the server block forwards nothing else").Error()})
 	return all
 }
 
 // forwardOf reads one forward, and what it is not for.
 func forwardOf(d *directive) (f model.Forward, except []string) {
-	leave := func(line int, format string, args ...any) (model.Forward, []string) {
-		return model.Forward{Zone: cmp.Or(f.Zone, "."), Left: mistake(line, format, args...).Error()}, except
+	leave := func(at place, format string, args ...any) (model.Forward, []string) {
+		return model.Forward{Zone: cmp.Or(f.Zone, "."), Left: mistake(at, format, args...).Error()}, except
 	}
 	if len(d.args) < 2 {
-		return leave(d.line, "forward names nobody")
+		return leave(d.at, "forward names nobody")
 	}
 	zone, ok := zoneOf(d.args[0])
 	if !ok {
-		return leave(d.line, "forward %s is not understood as a zone", clip(d.args[0]))
+		return leave(d.at, "forward %s is not understood as a zone", clip(d.args[0]))
 	}
 	f.Zone = zone
 	serverName, tcp, sequential := "", false, false
@@ -425,7 +435,7 @@ func forwardOf(d *directive) (f model.Forward, except []string) {
 			for _, text := range args {
 				zone, ok := zoneOf(text)
 				if !ok {
-					return leave(of.line, "except %s is not understood as a zone", clip(text))
+					return leave(of.at, "except %s is not understood as a zone", clip(text))
 				}
 				except = append(except, zone)
 			}
@@ -435,27 +445,27 @@ func forwardOf(d *directive) (f model.Forward, except []string) {
 			sequential = slices.Equal(args, []string{"sequential"})
 		case "tls_servername":
 			if len(args) != 1 {
-				return leave(of.line, "tls_servername is not one name")
+				return leave(of.at, "tls_servername is not one name")
 			}
 			serverName = args[0]
 		case "tls":
 			if len(args) > 0 {
-				return leave(of.line, "tls: the certificates are with the DNS servers")
+				return leave(of.at, "tls: the certificates are with the DNS servers")
 			}
 		default: // next, failover, and what is new
-			return leave(of.line, "forward: %s is not understood here", clip(of.words[0]))
+			return leave(of.at, "forward: %s is not understood here", clip(of.words[0]))
 		}
 	}
 	for _, text := range d.args[1:] {
 		up, err := upstreamOf(text, serverName)
 		if err != nil {
-			return leave(d.line, "forward to %s: %v", clip(text), err)
+			return leave(d.at, "forward to %s: %v", clip(text), err)
 		}
 		up.TCP = tcp && up.ServerName == ""
 		f.To = append(f.To, up)
 	}
 	if sequential && (len(f.To) > 1 || f.To[0].File != "") {
-		return leave(d.line, "forward asks the first as long as it answers (policy sequential)")
+		return leave(d.at, "forward asks the first as long as it answers (policy sequential)")
 	}
 	return f, except
 }

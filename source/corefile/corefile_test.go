@@ -47,17 +47,21 @@ func said(d *model.DNS) string {
 }
 
 func TestCorefiles(t *testing.T) {
-	const golden = "testdata/corefiles.golden"
 	archive, err := txtar.ParseFile("testdata/corefiles.txtar")
 	if err != nil {
 		t.Fatal(err)
 	}
 	var got strings.Builder
 	for _, file := range archive.Files {
-		fmt.Fprintf(&got, "%s: %s", file.Name, said(Read(string(file.Data))))
+		fmt.Fprintf(&got, "%s: %s", file.Name, said(Read(string(file.Data), Files{})))
 	}
+	compareGolden(t, "testdata/corefiles.golden", got.String())
+}
+
+func compareGolden(t *testing.T, golden, got string) {
+	t.Helper()
 	if os.Getenv("UPDATE_GOLDEN") != "" {
-		if err := os.WriteFile(golden, []byte(got.String()), 0o644); err != nil {
+		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -65,8 +69,8 @@ func TestCorefiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.String() != string(want) {
-		t.Errorf("read:\n%s\nnot (UPDATE_GOLDEN=1 writes it):\n%s", got.String(), want)
+	if got != string(want) {
+		t.Errorf("read:\n%s\nnot (UPDATE_GOLDEN=1 writes it):\n%s", got, want)
 	}
 }
 
@@ -79,7 +83,7 @@ func TestSnippetsEnd(t *testing.T) {
 		"words":  ". {\nkubernetes cluster.local\nwhoami " + strings.Repeat("x ", 1<<16) + "\n}",
 	} {
 		begun := time.Now()
-		d := Read(text)
+		d := Read(text, Files{})
 		if !strings.Contains(d.Left, "there are more than") {
 			t.Errorf("%s: %s", name, said(d))
 		}
@@ -92,11 +96,11 @@ func TestSnippetsEnd(t *testing.T) {
 // No file is opened and no variable read, whatever the text says.
 func TestNothingElseIsRead(t *testing.T) {
 	t.Setenv("ZONE", "cluster.local")
-	d := Read(".:53 {\nkubernetes cluster.local\nimport corefile_test.go\nforward . 192.0.2.1\n}")
+	d := Read(".:53 {\nkubernetes cluster.local\nimport corefile_test.go\nforward . 192.0.2.1\n}", Files{})
 	if !strings.Contains(d.Left, "import corefile_test.go") || len(d.Forwards) != 1 || d.Forwards[0].Left != d.Left {
 		t.Error(said(d))
 	}
-	if d := Read(".:53 {\nkubernetes {%ZONE%}\n}"); d.Zone != "" || !strings.Contains(d.Left, "environment") {
+	if d := Read(".:53 {\nkubernetes {%ZONE%}\n}", Files{}); d.Zone != "" || !strings.Contains(d.Left, "environment") {
 		t.Error(said(d))
 	}
 }
@@ -111,7 +115,7 @@ func FuzzRead(f *testing.F) {
 		f.Add(string(file.Data))
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		d := Read(text)
+		d := Read(text, Files{})
 		if d.Left == "" && (d.Zone == "" || d.TTL < 0 || d.TTL > time.Hour) {
 			t.Errorf("%q: %s", text, said(d))
 		}
@@ -133,7 +137,7 @@ func FuzzRead(f *testing.F) {
 				}
 			}
 		}
-		if again := said(Read(text)); again != said(d) {
+		if again := said(Read(text, Files{})); again != said(d) {
 			t.Errorf("%q: once %s, then %s", text, said(d), again)
 		}
 	})
@@ -153,7 +157,7 @@ func FuzzParse(f *testing.F) {
 		if strings.Contains(text, "import") {
 			return // their parser would open files
 		}
-		ours, err := parse(text)
+		ours, err := parse(text, &Files{})
 		if err != nil {
 			return
 		}
@@ -161,15 +165,8 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q: CoreDNS refuses it: %v", text, err)
 		}
-		var one, other []string
-		for _, b := range ours.blocks {
-			one = append(one, grouped(b))
-		}
-		for _, b := range theirs {
-			other = append(other, groupedByThem(b))
-		}
-		if !slices.Equal(one, other) {
-			t.Errorf("%q is\n%q, and CoreDNS reads\n%q", text, one, other)
+		if got, want := groupedAll(ours.blocks), groupedAllByThem(theirs); !slices.Equal(got, want) {
+			t.Errorf("%q is\n%q, and CoreDNS reads\n%q", text, got, want)
 		}
 	})
 }
@@ -217,6 +214,6 @@ func BenchmarkRead(b *testing.B) {
 	}
 	text := string(archive.Files[0].Data)
 	for b.Loop() {
-		Read(text)
+		Read(text, Files{})
 	}
 }

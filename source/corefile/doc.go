@@ -4,7 +4,8 @@
 // It is for knowing when others may answer in CoreDNS' place, and is never guessing:
 // what it does not understand is left to CoreDNS, with the line and the reason. It is not
 // for checking a Corefile, it opens no file and reads no environment. It takes CoreDNS'
-// own lexer; not its parser, which opens files that import names, on this host.
+// own lexer; not its parser, which opens files that import names, on this host. Those are keys
+// of ConfigMaps here, where the Deployment mounts them (Files).
 //
 // What counts is the order in which CoreDNS asks its plugins, which is not that of the
 // text (core/dnsserver/zdirectives.go): whoever comes before kubernetes may answer in its

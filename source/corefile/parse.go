@@ -2,6 +2,7 @@ package corefile
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/coredns/caddy/caddyfile"
@@ -13,12 +14,39 @@ const (
 	mostImports = 200
 )
 
-// word is one word of the text.
+// file is one of the texts that make up a Corefile.
+type file struct {
+	// path is where the DNS servers have it, "" where that is not known; name is for messages.
+	path, name string
+}
+
+// place is a line of a file.
+type place struct {
+	file *file
+	line int
+}
+
+// String is "Corefile:12", or "coredns-custom/log.override:3".
+func (p place) String() string { return fmt.Sprintf("%s:%d", p.file.name, p.line) }
+
+// word is one word of a text.
 type word struct {
 	text string
-	line int
-	// first says that it begins a line.
-	first bool
+	place
+}
+
+// end is the line on which a word ends.
+func (w word) end() int { return w.line + strings.Count(w.text, "\n") }
+
+// onNewLine and onSameLine are how CoreDNS tells lines apart (isNewLine and NextArg of
+// caddyfile.Dispenser): by the numbers of lines, so that what a snippet brings, which stands
+// further up, is on neither.
+func (w word) onNewLine(after *word) bool {
+	return after == nil || after.file != w.file || after.end() < w.line
+}
+
+func (w word) onSameLine(after *word) bool {
+	return after != nil && after.file == w.file && after.end() == w.line
 }
 
 // block is a server block: the zones that it is for, and what is done there.
@@ -32,7 +60,7 @@ type block struct {
 // directive is a plugin and its settings.
 type directive struct {
 	name string
-	line int
+	at   place
 	args []string
 	// body are the lines in braces.
 	body []setting
@@ -41,42 +69,49 @@ type directive struct {
 // setting is one line in the braces of a directive. Deeper braces are words of it.
 type setting struct {
 	words []string
-	line  int
+	at    place
 }
 
 // parser groups words, as CoreDNS' own parser does (caddyfile.Parse).
 type parser struct {
-	words    []word
-	snippets map[string][]word
-	blocks   []block
+	files *Files
+	words []word
+	// last is the word that was taken last, and before the one before it; nil for none. Of
+	// imports nothing is left here.
+	last, before *word
+	snippets     map[string][]word
+	// texts are the words of files that were imported.
+	texts  map[string][]word
+	blocks []block
 	// alien is why there may be more blocks than are known.
 	alien          string
 	taken, imports int
 }
 
 // mistake is of a text of which CoreDNS would not start, or that is too much to read.
-func mistake(line int, format string, args ...any) error {
-	return fmt.Errorf("%s:%d: %s", Key, line, fmt.Sprintf(format, args...))
+func mistake(at place, format string, args ...any) error {
+	return fmt.Errorf("%v: %s", at, fmt.Sprintf(format, args...))
 }
 
-// lex splits a text into words.
-func lex(text string) (words []word) {
-	d := caddyfile.NewDispenser("Corefile", strings.NewReader(text))
-	end := 0 // the line on which the last word ends
+// lex splits the text of a file into words.
+func lex(text string, of *file) (words []word, err error) {
+	d := caddyfile.NewDispenser(of.name, strings.NewReader(text))
 	for d.Next() {
-		words = append(words, word{d.Val(), d.Line(), d.Line() != end})
-		end = d.Line() + strings.Count(d.Val(), "\n")
+		w := word{d.Val(), place{of, d.Line()}}
+		if strings.Contains(w.text, "{$") || strings.Contains(w.text, "{%") {
+			return nil, mistake(w.place, "%s is from the environment of the DNS servers", clip(w.text))
+		}
+		words = append(words, w)
 	}
-	return words
+	return words, nil
 }
 
-func parse(text string) (*parser, error) {
-	p := &parser{words: lex(text), snippets: map[string][]word{}}
-	for _, w := range p.words {
-		if strings.Contains(w.text, "{$") || strings.Contains(w.text, "{%") {
-			return nil, mistake(w.line, "%s is from the environment of the DNS servers", clip(w.text))
-		}
+func parse(text string, files *Files) (*parser, error) {
+	words, err := lex(text, &file{files.corefile(), Key})
+	if err != nil {
+		return nil, err
 	}
+	p := &parser{files: files, words: words, snippets: map[string][]word{}, texts: map[string][]word{}}
 	for len(p.words) > 0 {
 		if err := p.block(); err != nil {
 			return nil, err
@@ -88,10 +123,17 @@ func parse(text string) (*parser, error) {
 // next takes a word.
 func (p *parser) next() (w word, err error) {
 	w, p.words = p.words[0], p.words[1:]
-	if p.taken++; p.taken+len(p.words) > mostWords {
-		return w, mistake(w.line, "there are more than %d words, those of snippets included", mostWords)
+	p.before, p.last = p.last, &w
+	p.taken++
+	return w, p.bounded(w.place, len(p.words))
+}
+
+// bounded says whether so many words more are not too many.
+func (p *parser) bounded(at place, more int) error {
+	if p.taken+more > mostWords {
+		return mistake(at, "there are more than %d words, those of snippets and other files included", mostWords)
 	}
-	return w, nil
+	return nil
 }
 
 // block takes a server block or a snippet.
@@ -103,7 +145,7 @@ func (p *parser) block() error {
 		if err != nil {
 			return err
 		}
-		if w.text == "import" && w.first {
+		if w.text == "import" && w.onNewLine(p.before) {
 			alien, err := p.splice(w)
 			if p.alien == "" {
 				p.alien = alien
@@ -115,7 +157,7 @@ func (p *parser) block() error {
 				continue
 			}
 			if len(b.keys) > 0 {
-				return mistake(w.line, "another zone has to follow the comma")
+				return mistake(w.place, "another zone has to follow the comma")
 			}
 			return nil
 		}
@@ -124,12 +166,12 @@ func (p *parser) block() error {
 		}
 		var key string
 		if key, another = strings.CutSuffix(w.text, ","); key == "" || key == "{" {
-			return mistake(w.line, "%q is no zone", w.text)
+			return mistake(w.place, "%q is no zone", w.text)
 		}
-		b.keys = append(b.keys, word{key, w.line, w.first})
-		more = len(p.words) > 0 && (another || !p.words[0].first)
+		b.keys = append(b.keys, word{key, w.place})
+		more = len(p.words) > 0 && (another || !p.words[0].onNewLine(p.last))
 		if another && !more {
-			return mistake(w.line, "another zone has to follow the comma")
+			return mistake(w.place, "another zone has to follow the comma")
 		}
 	}
 	if len(p.words) > 0 && p.words[0].text == "{" { // on a line of its own
@@ -140,7 +182,7 @@ func (p *parser) block() error {
 		return p.contents(b, w)
 	}
 	if name, snippet := b.snippet(); snippet {
-		return mistake(b.keys[0].line, "the snippet %s has no braces", clip(name))
+		return mistake(b.keys[0].place, "the snippet %s has no braces", clip(name))
 	}
 	// A single server block needs no braces.
 	return p.directives(b, false)
@@ -149,11 +191,11 @@ func (p *parser) block() error {
 // contents is what follows the opening brace of a block.
 func (p *parser) contents(b block, open word) error {
 	if len(b.keys) == 0 {
-		return mistake(open.line, "a server block without a zone")
+		return mistake(open.place, "a server block without a zone")
 	}
 	if name, snippet := b.snippet(); snippet {
 		if _, twice := p.snippets[name]; twice {
-			return mistake(open.line, "the snippet %s is there twice", clip(name))
+			return mistake(open.place, "the snippet %s is there twice", clip(name))
 		}
 		words, err := p.braced(open)
 		p.snippets[name] = words
@@ -189,35 +231,71 @@ func (p *parser) braced(open word) (words []word, err error) {
 		}
 		words = append(words, w)
 	}
-	return nil, mistake(open.line, "the brace is not closed")
+	return nil, mistake(open.place, "the brace is not closed")
 }
 
-// splice puts the words of a snippet in the place of its import. It returns why it is not
-// known what is imported.
+// splice puts the words of a snippet, or of files, in the place of their import. It returns
+// why it is not known what is imported.
 func (p *parser) splice(at word) (alien string, err error) {
-	if len(p.words) == 0 || p.words[0].first {
-		return "", mistake(at.line, "import of nothing")
+	before := p.before
+	if len(p.words) == 0 || !p.words[0].onSameLine(p.last) {
+		return "", mistake(at.place, "import of nothing")
 	}
 	what, err := p.next()
 	if err != nil {
 		return "", err
 	}
-	if len(p.words) > 0 && !p.words[0].first && p.words[0].text != "}" {
-		return "", mistake(at.line, "import takes one name")
+	if len(p.words) > 0 && p.words[0].onSameLine(p.last) {
+		return "", mistake(at.place, "import takes one name")
 	}
-	words, known := p.snippets[what.text]
 	if p.imports++; p.imports > mostImports {
-		return "", mistake(at.line, "there are more than %d imports", mostImports)
+		return "", mistake(at.place, "there are more than %d imports", mostImports)
 	}
+	p.last = before
+	words, known := p.snippets[what.text]
 	if !known {
-		return fmt.Sprintf("Corefile:%d: import %s, of which only the DNS servers know what it brings", at.line, clip(what.text)), nil
+		if words, alien, err = p.imported(what); err != nil || alien != "" {
+			return alien, err
+		}
 	}
-	spliced := make([]word, 0, len(words)+len(p.words))
-	p.words = append(append(spliced, words...), p.words...)
-	if len(words) > 0 {
-		p.words[0].first = true
+	if err := p.bounded(at.place, len(words)+len(p.words)); err != nil {
+		return "", err
 	}
+	p.words = slices.Concat(words, p.words)
 	return "", nil
+}
+
+// imported are the words of the files that a pattern stands for (doImport of caddyfile), in
+// the order of their names.
+func (p *parser) imported(what word) (words []word, alien string, err error) {
+	unknown := func(why string) ([]word, string, error) {
+		return nil, fmt.Sprintf("%v: import %s, of which only the DNS servers know what it brings: %s", what.place, clip(what.text), why), nil
+	}
+	if what.text == "" {
+		return nil, "", mistake(what.place, "import of nothing")
+	}
+	if strings.Count(what.text, "*") > 1 || strings.Count(what.text, "?") > 1 || strings.ContainsAny(what.text, `[]\`) {
+		return nil, "", mistake(what.place, "import %s is not understood: one wildcard is allowed, * or ?", clip(what.text))
+	}
+	found, why, err := p.files.glob(what.text, what.file.path)
+	switch {
+	case err != nil:
+		return nil, "", mistake(what.place, "import %s: %v", clip(what.text), err)
+	case why != "":
+		return unknown(why)
+	}
+	for _, f := range found {
+		if _, again := p.texts[f.path]; !again {
+			if p.texts[f.path], err = lex(f.text, &f.file); err != nil {
+				return nil, "", err
+			}
+		}
+		words = append(words, p.texts[f.path]...)
+		if err := p.bounded(what.place, len(words)); err != nil {
+			return nil, "", err
+		}
+	}
+	return words, "", nil
 }
 
 // directives takes what is in a server block.
@@ -232,7 +310,7 @@ func (p *parser) directives(b block, braces bool) error {
 			p.blocks = append(p.blocks, b)
 			return nil
 		case w.text == "}":
-			return mistake(w.line, "a closing brace without an opening one")
+			return mistake(w.place, "a closing brace without an opening one")
 		case w.text == "import":
 			alien, err := p.splice(w)
 			if err != nil {
@@ -249,7 +327,7 @@ func (p *parser) directives(b block, braces bool) error {
 		b.directives = append(b.directives, d)
 	}
 	if braces {
-		return mistake(b.keys[0].line, "the brace of the server block is not closed")
+		return mistake(b.keys[0].place, "the brace of the server block is not closed")
 	}
 	if len(b.keys) > 0 {
 		p.blocks = append(p.blocks, b)
@@ -265,17 +343,17 @@ func (b *block) alienated(why string) {
 
 // directive takes a plugin's arguments and the lines in its braces.
 func (p *parser) directive(name word) (d directive, alien string, err error) {
-	d = directive{name: name.text, line: name.line}
+	d = directive{name: name.text, at: name.place}
 	depth, closed := 0, false
 	for len(p.words) > 0 {
-		w := p.words[0]
-		if depth == 0 && w.first && w.text != "{" {
+		w, starts := p.words[0], !p.words[0].onSameLine(p.last)
+		if depth == 0 && w.onNewLine(p.last) && w.text != "{" {
 			return d, alien, nil
 		}
 		if _, err := p.next(); err != nil {
 			return d, "", err
 		}
-		if w.text == "import" && w.first {
+		if w.text == "import" && w.onNewLine(p.before) {
 			why, err := p.splice(w)
 			if err != nil {
 				return d, "", err
@@ -286,9 +364,9 @@ func (p *parser) directive(name word) (d directive, alien string, err error) {
 			continue
 		}
 		// Plugins read braces that are elsewhere as something else.
-		lone := w.text == "{" && (closed || w.first) || w.text == "}" && (depth == 0 || !w.first && len(d.body) > 0)
+		lone := w.text == "{" && (closed || starts) || w.text == "}" && (depth == 0 || !starts && len(d.body) > 0)
 		if depth < 2 && lone || closed {
-			return d, "", mistake(w.line, "%s is not where it can be", clip(w.text))
+			return d, "", mistake(w.place, "%s is not where it can be", clip(w.text))
 		}
 		switch {
 		case w.text == "{":
@@ -300,21 +378,21 @@ func (p *parser) directive(name word) (d directive, alien string, err error) {
 		if depth == 1 && w.text == "{" || closed {
 			continue
 		}
-		d.take(w, depth)
+		d.take(w, starts, depth)
 	}
 	if depth > 0 {
-		return d, "", mistake(d.line, "the brace of %s is not closed", clip(d.name))
+		return d, "", mistake(d.at, "the brace of %s is not closed", clip(d.name))
 	}
 	return d, alien, nil
 }
 
-// take adds a word to the arguments or to the lines in braces.
-func (d *directive) take(w word, depth int) {
+// take adds a word, which may start a line, to the arguments or to the lines in braces.
+func (d *directive) take(w word, starts bool, depth int) {
 	switch {
 	case depth == 0:
 		d.args = append(d.args, w.text)
-	case w.first || len(d.body) == 0:
-		d.body = append(d.body, setting{[]string{w.text}, w.line})
+	case starts || len(d.body) == 0:
+		d.body = append(d.body, setting{[]string{w.text}, w.place})
 	default:
 		last := &d.body[len(d.body)-1]
 		last.words = append(last.words, w.text)

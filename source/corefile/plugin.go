@@ -53,13 +53,13 @@ func (c concern) touches(zone string) bool {
 // concerns are the zones for which a plugin may answer, or alter what others do. Zones are
 // those of its server block, for which it is where it names none.
 func concerns(d *directive, zones []string) (all []concern) {
-	why := fmt.Sprintf("Corefile:%d: %s may answer in another way", d.line, clip(d.name))
+	why := fmt.Sprintf("%v: %s may answer in another way", d.at, clip(d.name))
 	var named []string
 	switch d.name {
 	case "rewrite":
 		return []concern{rewritten(d, why)}
 	case "kubernetes":
-		why, named = fmt.Sprintf("Corefile:%d: kubernetes answers", d.line), d.args
+		why, named = fmt.Sprintf("%v: kubernetes answers", d.at), d.args
 	case "acl", "dnssec", "auto", "secondary", "etcd", "k8s_external":
 		named = d.args
 	case "hosts", "file":

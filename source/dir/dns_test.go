@@ -25,6 +25,38 @@ func TestCorefileOfAFolder(t *testing.T) {
 	}
 }
 
+// What the Corefile of a folder imports is read from the folder.
+func TestImportsOfAFolder(t *testing.T) {
+	t.Chdir(t.TempDir())
+	const config = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: coredns, namespace: kube-system}\ndata:\n  Corefile: |\n    .:53 {\n      kubernetes cluster.local\n      import custom/*.override\n    }\n"
+	const custom = "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: coredns-custom, namespace: kube-system}\ndata: {a.override: forward . 192.0.2.9}\n"
+	const deployment = `---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: coredns, namespace: kube-system}
+spec:
+  selector: {matchLabels: {k8s-app: kube-dns}}
+  template:
+    metadata: {labels: {k8s-app: kube-dns}}
+    spec:
+      containers: [{name: coredns, image: coredns, command: [/coredns, -conf=/etc/coredns/Corefile], volumeMounts: [{name: config, mountPath: /etc/coredns/}, {name: custom, mountPath: /etc/coredns/custom}]}]
+      volumes: [{name: config, configMap: {name: coredns}}, {name: custom, configMap: {name: coredns-custom}}]
+`
+	write(t, "dns.yaml", config)
+	if s := readAll(t, "."); s.DNS == nil || !strings.Contains(s.DNS.Left, "there is no Deployment kube-system/coredns") {
+		t.Errorf("DNS %+v", s.DNS)
+	}
+	write(t, "dns.yaml", config+deployment)
+	if s := readAll(t, "."); s.DNS == nil || !strings.Contains(s.DNS.Left, "the ConfigMap coredns-custom, which is not there") || len(s.Workloads) != 1 {
+		t.Errorf("DNS %+v, workloads %v", s.DNS, s.Workloads)
+	}
+	write(t, "dns.yaml", config+deployment+custom)
+	s := readAll(t, ".")
+	if s.DNS == nil || s.DNS.Left != "" || len(s.DNS.Forwards) != 2 || s.DNS.Forwards[1].To[0].Address.String() != "192.0.2.9:53" || len(s.Ignored) > 0 {
+		t.Errorf("DNS %+v, ignored %v", s.DNS, s.Ignored)
+	}
+}
+
 // That of ip-masq-agent is read, too; one that is malformed leaves what was said before.
 func TestMasqueradeOfAFolder(t *testing.T) {
 	t.Chdir(t.TempDir())

@@ -109,6 +109,110 @@ func TestCorefileIsFollowed(t *testing.T) {
 	b.until("it is gone", left("there is no ConfigMap"))
 }
 
+// customMap is what users of k3s, AKS and Gardener write, and corednsDeployment what mounts it.
+const (
+	customMap = `---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: coredns-custom, namespace: kube-system}
+data:
+  corp.server: |
+    corp.example:53 {
+        forward . 192.0.2.77
+    }
+`
+	corednsDeployment = `---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: coredns, namespace: kube-system}
+spec:
+  replicas: 2
+  selector: {matchLabels: {k8s-app: kube-dns}}
+  template:
+    metadata: {labels: {k8s-app: kube-dns}}
+    spec:
+      containers:
+      - name: coredns
+        image: coredns
+        args: [-conf, /etc/coredns/Corefile]
+        volumeMounts:
+        - {name: config-volume, mountPath: /etc/coredns, readOnly: true}
+        - {name: custom-config-volume, mountPath: /etc/coredns/custom, readOnly: true}
+      volumes:
+      - name: config-volume
+        configMap: {name: coredns, items: [{key: Corefile, path: Corefile}]}
+      - name: custom-config-volume
+        configMap: {name: coredns-custom, optional: true}
+`
+)
+
+// importing is a Corefile that imports what users write.
+var importing = strings.ReplaceAll(corefileMap, "        forward . 192.0.2.53\n    }\n", "        forward . 192.0.2.53\n        import custom/*.override\n    }\n    import custom/*.server\n")
+
+// What the Corefile imports is read with it, where the Deployment says that it is, as soon as
+// that is known; and so are its changes.
+func TestImportsAreFollowed(t *testing.T) {
+	b := namesBed(t)
+	b.apply(importing + customMap)
+	b.run()
+	left := func(part string) func(*model.Snapshot) bool {
+		return func(s *model.Snapshot) bool {
+			return s.Complete && s.DNS != nil && strings.Contains(s.DNS.Left, part) && (part != "" || s.DNS.Left == "")
+		}
+	}
+	stub := func(want string) func(*model.Snapshot) bool {
+		return func(s *model.Snapshot) bool {
+			return left("")(s) && (want == "") == (len(s.DNS.Forwards) == 2) && (want == "" || s.DNS.Forwards[1].Zone == want)
+		}
+	}
+	b.until("nobody says where the files are from", left("brings: there is no Deployment kube-system/coredns"))
+	b.apply(corednsDeployment)
+	b.until("the Deployment says it", stub("corp.example"))
+	b.apply(strings.ReplaceAll(customMap, "corp.example", "lab.example"))
+	b.until("a change comes", stub("lab.example"))
+	b.apply(strings.ReplaceAll(customMap, "corp.server: |\n    corp.example:53 {\n        forward . 192.0.2.77\n    }", "x.override: |\n    rewrite name regex a b"))
+	b.until("a rewrite of all", left("coredns-custom/x.override:1: rewrite"))
+	if err := b.Remove(customMap); err != nil {
+		t.Fatal(err)
+	}
+	b.until("it may be missing", stub(""))
+	b.apply(strings.ReplaceAll(corednsDeployment, "configMap: {name: coredns-custom, optional: true}", "emptyDir: {}"))
+	b.until("it is written by somebody else now", left("/etc/coredns/custom is an emptyDir"))
+	if err := b.Remove(corednsDeployment); err != nil {
+		t.Fatal(err)
+	}
+	b.until("the Deployment is gone", left("there is no Deployment"))
+}
+
+// Who may not read what is imported, or the Deployment, has complete Snapshots, which say
+// that; a Corefile that imports nothing is in force all the same.
+func TestImportsMayNotBeRead(t *testing.T) {
+	for forbidden, want := range map[string]string{
+		"/deployments":                   "the Deployment kube-system/coredns cannot be read",
+		"metadata.name%3Dcoredns-custom": "the ConfigMap kube-system/coredns-custom cannot be read",
+	} {
+		b := namesBed(t)
+		b.apply(importing + customMap + corednsDeployment)
+		b.Fault(func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.URL.Path, forbidden) && !strings.Contains(r.URL.RawQuery, forbidden) {
+				return false
+			}
+			kubetest.Refuse(w, http.StatusForbidden, metav1.StatusReasonForbidden, "forbidden")
+			return true
+		})
+		b.run()
+		b.until("the Services are there, and why the Corefile is left", func(s *model.Snapshot) bool {
+			return s.Complete && len(s.Services) > 0 && s.DNS != nil && strings.Contains(s.DNS.Left, want) && strings.Contains(s.DNS.Left, "forbidden")
+		})
+		b.apply(corefileMap)
+		b.until("a Corefile that imports nothing", func(s *model.Snapshot) bool { return s.DNS.Left == "" })
+		b.apply(importing)
+		b.Fault(nil)
+		b.until("it may be read", func(s *model.Snapshot) bool { return s.DNS.Left == "" && len(s.DNS.Forwards) == 3 })
+		b.end()
+	}
+}
+
 const masqueradeMap = `---
 apiVersion: v1
 kind: ConfigMap

@@ -2,7 +2,7 @@
 // their changes.
 //
 // It lists and watches Services, EndpointSlices, Nodes, and the Pods of one node, for
-// names also the ConfigMap of CoreDNS;
+// names also the ConfigMaps and the Deployment of CoreDNS;
 // package cluster makes Snapshots of them. It reads with protobuf, needs list and
 // watch and no other verb (deploy/rbac.yaml), and writes nothing, neither to the
 // API nor in the kernel. Beside that, a few single objects are read and altered for
@@ -24,8 +24,9 @@
 // service.kubernetes.io/service-proxy-name, no headless ones, and no slices with
 // the label service.kubernetes.io/headless; all of these only with Settings.Names,
 // since they are for DNS. Slices that name no Service are not asked for either. With
-// Settings.Names the one ConfigMap kube-system/coredns is followed too; where it may not be
-// read, or is not there, model.DNS says why nothing is known.
+// Settings.Names the ConfigMaps coredns and coredns-custom and the Deployment coredns in
+// kube-system are followed too; where they may not be read, or are not there, model.DNS says
+// why it is not known how the DNS servers are configured.
 //
 // # Before Services work
 //

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -32,6 +33,8 @@ type kind struct {
 	beside bool
 	// name is that of the one object that is asked for; the zero value is all.
 	name model.Name
+	// dns: it says how the DNS servers are configured.
+	dns bool
 	// may: where the API server forbids to read it, a Snapshot is complete without it.
 	may bool
 }
@@ -54,13 +57,23 @@ func oneConfigMap(name model.Name) kind {
 	}
 }
 
+// oneDeployment is the kind of one Deployment.
+func oneDeployment(name model.Name) kind {
+	return kind{
+		resource: "deployments", path: "/apis/apps/v1/namespaces/" + name.Namespace + "/deployments", object: "Deployment",
+		fields: "metadata.name=" + name.Name,
+		list:   func() runtime.Object { return &appsv1.DeploymentList{} },
+		name:   name,
+	}
+}
+
 // kindsFor are the kinds that are watched for a node, or with the pods of all nodes.
 //
 // The selectors are kube-proxy's: a Service with the label service-proxy-name is
 // another proxy's, and headless Services are for DNS, as are slices with the
 // label headless: with names all of these are asked for, too. Slices without a Service
 // are somebody else's private matter. With names also the configuration of CoreDNS is,
-// and with masquerade that of ip-masq-agent.
+// with its Deployment, and with masquerade that of ip-masq-agent.
 func kindsFor(settings Settings) []kind {
 	node, names := settings.Node, settings.Names
 	const ours = "!service.kubernetes.io/service-proxy-name"
@@ -100,9 +113,10 @@ func kindsFor(settings Settings) []kind {
 		},
 	}
 	if names {
-		dns := oneConfigMap(corefile.ConfigMap)
-		dns.beside = true
-		all = append(all, dns)
+		for _, one := range []kind{oneConfigMap(corefile.ConfigMap), oneConfigMap(corefile.Custom), oneDeployment(corefile.Deployment)} {
+			one.beside, one.dns = true, true
+			all = append(all, one)
+		}
 	}
 	if settings.Masquerade {
 		masquerade := oneConfigMap(cluster.MasqueradeConfigMap)

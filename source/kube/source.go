@@ -296,16 +296,19 @@ func (s *Source) remark(f *feed) {
 			n, f.keptUntil.UTC().Format(time.RFC3339), f.reason)
 	}
 	s.cluster.Remark(f.kind.title(), r)
-	if f.kind.name == corefile.ConfigMap {
-		s.cluster.SetNoDNS(f.noDNS())
+	if f.kind.dns {
+		s.cluster.SetUnknown(cluster.Key{Kind: f.kind.object, Name: f.kind.name}, f.unknown())
 	}
 }
 
-// noDNS is why the DNS servers' configuration is not known, if no object says it. It is
-// called with s.mu held.
-func (f *feed) noDNS() string {
-	if !f.listed && f.tried {
-		return fmt.Sprintf("the ConfigMap %s cannot be read: %v", corefile.ConfigMap, f.trouble)
+// unknown is why it is not known what an object says of the DNS servers, if it is not there;
+// "" where that says enough. It is called with s.mu held.
+func (f *feed) unknown() string {
+	switch {
+	case !f.listed && f.tried:
+		return fmt.Sprintf("the %s %s cannot be read: %v", f.kind.object, f.kind.name, f.trouble)
+	case f.kind.object != "ConfigMap" || f.kind.name != corefile.ConfigMap:
+		return ""
 	}
 	return fmt.Sprintf("there is no ConfigMap %s: who serves DNS here, and how, is not known", corefile.ConfigMap)
 }

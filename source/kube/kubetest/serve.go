@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -176,6 +177,8 @@ func listOf(resource string, page []Object, about metav1.ListMeta) runtime.Objec
 		list = &corev1.PodList{ListMeta: about}
 	case "configmaps":
 		list = &corev1.ConfigMapList{ListMeta: about}
+	case "deployments":
+		list = &appsv1.DeploymentList{ListMeta: about}
 	case "endpointslices":
 		list = &discoveryv1.EndpointSliceList{ListMeta: about}
 	}

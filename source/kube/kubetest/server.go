@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -68,7 +69,7 @@ type change struct {
 // and nothing else.
 func New() *Server {
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, discoveryv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, appsv1.AddToScheme, discoveryv1.AddToScheme} {
 		if err := add(scheme); err != nil {
 			panic(err)
 		}
@@ -107,6 +108,7 @@ var resources = map[string]schema.GroupVersionKind{
 	"nodes":          corev1.SchemeGroupVersion.WithKind("Node"),
 	"pods":           corev1.SchemeGroupVersion.WithKind("Pod"),
 	"configmaps":     corev1.SchemeGroupVersion.WithKind("ConfigMap"),
+	"deployments":    appsv1.SchemeGroupVersion.WithKind("Deployment"),
 	"endpointslices": discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"),
 }
 
@@ -120,6 +122,8 @@ func resourceOf(obj Object) string {
 		return "pods"
 	case *corev1.ConfigMap:
 		return "configmaps"
+	case *appsv1.Deployment:
+		return "deployments"
 	case *discoveryv1.EndpointSlice:
 		return "endpointslices"
 	}
