@@ -55,6 +55,17 @@ type Config struct {
 // RuntimeConfig is what a runtime asks for one pod, by the names of capabilities.
 type RuntimeConfig struct {
 	Bandwidth pool.Bandwidth `json:"bandwidth,omitzero"`
+	// PortMappings are the pod's hostPorts.
+	PortMappings []PortMapping `json:"portMappings,omitempty"`
+}
+
+// PortMapping is a port of the node that leads to one of the pod, as the runtime wrote it.
+type PortMapping struct {
+	HostPort      int    `json:"hostPort"`
+	ContainerPort int    `json:"containerPort"`
+	Protocol      string `json:"protocol"`
+	// HostIP is the node's address that has it; empty for all.
+	HostIP string `json:"hostIP,omitempty"`
 }
 
 // Read reads the configuration of a request.

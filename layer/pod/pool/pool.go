@@ -1,5 +1,5 @@
 // Package pool gives the addresses of a node's pods out of the ranges that the node
-// has, and remembers who holds which.
+// has, and remembers who holds which, and which ports of the node lead there.
 //
 // A Pool is a plain value: no clock, no files, no kernel. A File keeps what it
 // remembers where a crash does not lose it.
@@ -50,6 +50,8 @@ type Lease struct {
 	Addresses []netip.Addr `json:"addresses"`
 	// Bandwidth is what it may receive and send at most.
 	Bandwidth Bandwidth `json:"bandwidth,omitzero"`
+	// Ports are those of the node that lead to the interface.
+	Ports []Port `json:"ports,omitempty"`
 }
 
 // Rest is an address that was given back, and is not given again before Until.
@@ -180,12 +182,12 @@ func (p *Pool) Reserve(addresses []netip.Addr) {
 func (p *Pool) Ranges() []netip.Prefix { return slices.Clone(p.ranges) }
 
 // Take gives an interface one address of each family that the ranges have; one that
-// holds some already gets the same, with the bandwidth that it is to have now. The
-// addresses of want are not looked at. The error is ErrFull, with the ranges that are
-// full; then nothing is taken.
+// holds some already gets the same, with the bandwidth and the ports that it is to have now
+// (Clash says whether those are free). The addresses of want are not looked at. The error is
+// ErrFull, with the ranges that are full; then nothing is taken.
 func (p *Pool) Take(want Lease, now time.Time) (Lease, error) {
 	if held, there := p.leases[want.Key]; there {
-		held.Bandwidth = want.Bandwidth
+		held.Bandwidth, held.Ports = want.Bandwidth, slices.Clone(want.Ports)
 		p.leases[want.Key] = held
 		return held, nil
 	}
@@ -245,7 +247,7 @@ func (p *Pool) Adopt(lease Lease) error {
 			return fmt.Errorf("%s is held by %s", addr, other)
 		}
 	}
-	lease.Addresses = slices.Clone(lease.Addresses)
+	lease.Addresses, lease.Ports = slices.Clone(lease.Addresses), slices.Clone(lease.Ports)
 	p.leases[lease.Key] = lease
 	for _, addr := range lease.Addresses {
 		p.holder[addr] = lease.Key
