@@ -9,6 +9,15 @@ static __always_inline bool is_ip4(const struct address *a)
 	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == MAPPED_PREFIX;
 }
 
+/* is_loopback says that an address is each network namespace's own (RFC 1122, 3.2.1.3;
+ * RFC 4291, 2.5.3). */
+static __always_inline bool is_loopback(const struct address *a)
+{
+	if (is_ip4(a))
+		return (a->word[3] & 0xff) == 127;
+	return !a->word[0] && !a->word[1] && !a->word[2] && a->word[3] == 0x01000000;
+}
+
 static __always_inline void reverse(const struct tuple *of, struct tuple *to)
 {
 	to->source = of->destination;

@@ -98,6 +98,11 @@ type Snapshot struct {
 	Nodes     []*Node
 	Workloads []*Workload
 
+	// HostPorts are the ports of this node that lead to its pods. They are the container
+	// runtime's to say, not a source's: the wiring adds them. No two have one address and
+	// protocol.
+	HostPorts []HostPort
+
 	// Named says that all Services were asked for, also those that are for DNS alone:
 	// without it, headless ones and those of other proxies may be missing.
 	Named bool

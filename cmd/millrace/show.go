@@ -11,6 +11,7 @@ import (
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/service"
 	"github.com/millrace/millrace/layer/tune"
+	"github.com/millrace/millrace/model"
 )
 
 func showCommand(s *settings) *cobra.Command {
@@ -63,7 +64,9 @@ type backend struct {
 	Address string `json:"address"`
 	Service string `json:"service,omitempty"`
 	Port    string `json:"port,omitempty"`
-	Through string `json:"through"`
+	// Pod is whose hostPort leads to it.
+	Pod     *model.Name `json:"pod,omitempty"`
+	Through string      `json:"through"`
 }
 
 func showRows(s *settings, what, short string, print func(*settings, []*service.Row) error) *cobra.Command {
@@ -109,7 +112,10 @@ func rowsInForce(ctx context.Context, at *place) ([]*service.Row, error) {
 			row.Path = path
 		}
 		if known := named[row.Frontend]; known != nil {
-			row.Service, row.Port = known.Service, known.Port
+			row.Service, row.Port, row.Pod = known.Service, known.Port, known.Pod
+			if known.Entry == service.AtHostPort {
+				row.Entry = known.Entry
+			}
 		}
 		rows = append(rows, &row)
 	}
@@ -147,7 +153,7 @@ func printBackends(s *settings, rows []*service.Row) error {
 	all := []backend{}
 	for _, row := range rows {
 		for _, address := range row.Backends {
-			all = append(all, backend{address.String(), nameOf(row), row.Port, row.Frontend.String()})
+			all = append(all, backend{address.String(), nameOf(row), row.Port, row.Pod, row.Frontend.String()})
 		}
 	}
 	if s.json() {
@@ -161,10 +167,7 @@ func printBackends(s *settings, rows []*service.Row) error {
 }
 
 func nameOf(row *service.Row) string {
-	if row.Service.Name == "" {
-		return "-"
-	}
-	return row.Service.String()
+	return orDash(row.Owner())
 }
 
 func orDash(text string) string {

@@ -59,8 +59,10 @@ func readNames(ctx context.Context, at *place, from *wishes) (*names, error) {
 		n.addNodes(nodes)
 	}
 	for _, row := range rows {
-		name := row.Service.String()
-		n.add(n.services, name, row.Address.Addr())
+		name := row.Owner()
+		if row.Entry != service.AtHostPort { // that is at the node's own addresses
+			n.add(n.services, name, row.Address.Addr())
+		}
 		n.leads = append(n.leads, lead{name, row.Port, uint8(row.Protocol), row.Address, row.Backends})
 	}
 	return n, nil

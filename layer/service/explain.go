@@ -48,6 +48,9 @@ type Explanation struct {
 	// Port the name of its port; empty if it is nobody's or the name is not known.
 	Service string `json:"service"`
 	Port    string `json:"port,omitempty"`
+	// Pod is "namespace/name" of the pod whose hostPort the destination is; empty if it is
+	// none.
+	Pod string `json:"pod,omitempty"`
 	// Backends are those that can be chosen, sorted by address.
 	Backends []Choice `json:"backends"`
 	// Masquerade says that with one of the backends the packet gets another
@@ -292,7 +295,7 @@ func (x *Explainer) Explain(q Question) (Explanation, error) {
 	decision := said.Decision
 	held := decision.Service != 0
 	if row := x.named(Frontend{q.Destination, q.Protocol}); row != nil && held {
-		answer.Service, answer.Port = row.Service.String(), row.Port
+		answer.takes(row)
 	}
 	answer.Verdict, answer.Path = verdicts[decision.Verdict], from.servedAt(pathOf(uint8(decision.Path)), x.settings.Path)
 	if answer.Path == FromWire && !x.wire {
@@ -307,6 +310,16 @@ func (x *Explainer) Explain(q Question) (Explanation, error) {
 	}
 	answer.Text = answer.text(from, held)
 	return answer, nil
+}
+
+// takes says whose the destination is.
+func (e *Explanation) takes(row *Row) {
+	switch {
+	case row.Pod != nil:
+		e.Pod = row.Pod.String()
+	case row.Service.Name != "":
+		e.Service, e.Port = row.Service.String(), row.Port
+	}
 }
 
 // named is the row of an address, or that of the node port that any address of the

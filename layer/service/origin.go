@@ -196,9 +196,12 @@ func (o origin) servedAt(service, otherwise Path) ServedAt {
 
 // text says an answer in sentences.
 func (e *Explanation) text(from origin, held bool) string {
-	name := e.Service
-	if name == "" {
-		name = "a Service whose name is not known"
+	name := "an address of " + e.Service
+	switch {
+	case e.Pod != "":
+		name = "a hostPort of pod " + e.Pod
+	case e.Service == "":
+		name = "an address of a Service whose name is not known"
 	}
 	client := fmt.Sprintf("%s is %s.", e.Source.Addr(), from.what)
 	to := fmt.Sprintf("%s/%s", e.Destination, e.Protocol)
@@ -208,17 +211,17 @@ func (e *Explanation) text(from origin, held bool) string {
 	case !held:
 		return fmt.Sprintf("%s is no address of a Service. The packet is left alone.", to)
 	case e.Path == FromWire && e.Verdict == NotAService:
-		return fmt.Sprintf("%s is an address of %s, but %s What comes by the wire is left alone: no Service here is to be reached from outside the cluster, or the agent runs with --wire=false.",
+		return fmt.Sprintf("%s is %s, but %s What comes by the wire is left alone: no Service here is to be reached from outside the cluster, or the agent runs with --wire=false.",
 			to, name, client)
 	case e.Verdict == Drop && e.Reason == reasonNotLetIn:
-		return fmt.Sprintf("%s is an address of %s, whose loadBalancerSourceRanges do not have the client. %s %s", to, name, client, e.dropped())
+		return fmt.Sprintf("%s is %s, whose loadBalancerSourceRanges do not have the client. %s %s", to, name, client, e.dropped())
 	case e.Verdict == Drop:
-		return fmt.Sprintf("%s is an address of %s, which has endpoints, but wants those of this node alone, and none of them serves. %s %s",
+		return fmt.Sprintf("%s is %s, which has endpoints, but wants those of this node alone, and none of them serves. %s %s",
 			to, name, client, e.dropped())
 	case e.Verdict == Refuse:
-		return fmt.Sprintf("%s is an address of %s, which has no endpoint that serves. %s %s", to, name, client, e.told())
+		return fmt.Sprintf("%s is %s, which has no endpoint that serves. %s %s", to, name, client, e.told())
 	}
-	return fmt.Sprintf("%s is an address of %s. %s %s%s", to, name, client, e.chosen(), e.translated())
+	return fmt.Sprintf("%s is %s. %s %s%s", to, name, client, e.chosen(), e.translated())
 }
 
 // reasonNotLetIn is REASON_NOT_LET_IN of bpf/verdict.h.

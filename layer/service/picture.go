@@ -38,7 +38,20 @@ const (
 	AtNodePort     Entry = "node-port" // the frontend's address is unspecified: any of the node's
 	AtExternalIP   Entry = "external-ip"
 	AtLoadBalancer Entry = "load-balancer"
+	AtHostPort     Entry = "host-port" // of a pod, not of a Service
 )
+
+// rank says who is served where two have one address: nobody takes a ClusterIP away with an
+// external address (CVE-2020-8554), and no pod's port is one of a Service's.
+func (e Entry) rank() int {
+	switch e {
+	case AtClusterIP:
+		return 2
+	case AtHostPort:
+		return 0
+	}
+	return 1
+}
 
 // Outside is where an entry leads those who come from outside the cluster.
 type Outside struct {
@@ -58,6 +71,8 @@ type Row struct {
 	// knows no names.
 	Service model.Name `json:"service"`
 	Port    string     `json:"port,omitempty"`
+	// Pod is whose it is where that is no Service.
+	Pod *model.Name `json:"pod,omitempty"`
 	// Path is what the Service asks for; empty where the setting decides.
 	Path Path `json:"path,omitempty"`
 	// Backends are where clients inside the cluster are led, the nodes' processes
@@ -78,6 +93,20 @@ type Row struct {
 	torn bool
 }
 
+// Owner says whose the row is: "shop/web" of a Service, "hostPort of pod shop/web"; empty
+// where that is not known.
+func (r *Row) Owner() string {
+	switch {
+	case r.Pod != nil:
+		return "hostPort of pod " + r.Pod.String()
+	case r.Entry == AtHostPort:
+		return "hostPort"
+	case r.Service.Name != "":
+		return r.Service.String()
+	}
+	return ""
+}
+
 // backendCount is how many slots the row takes.
 func (r *Row) backendCount() int {
 	if r.Outside == nil {
@@ -87,11 +116,19 @@ func (r *Row) backendCount() int {
 }
 
 // Object implements layer.Subject.
-func (r *Row) Object() string { return "service " + r.Frontend.String() }
+func (r *Row) Object() string {
+	if r.Entry == AtHostPort {
+		return "hostPort " + r.Frontend.String()
+	}
+	return "service " + r.Frontend.String()
+}
 
 // Detail implements layer.Subject. A Service without backends refuses.
 func (r *Row) Detail() string {
 	text := "-> " + r.Leads()
+	if r.Pod != nil {
+		text += ", pod " + r.Pod.String()
+	}
 	if r.Outside != nil {
 		text += ", from outside the cluster " + leads(r.Outside.Backends, r.Outside.Drops)
 	}
@@ -138,7 +175,8 @@ func listed[T fmt.Stringer](all []T, none string) string {
 // Picture is the layer's state: planned, which lists the Services' plans, or in
 // force, which knows each frontend's row.
 type Picture struct {
-	// plans are in the order of the Services' names; nil in a picture in force.
+	// plans are in the order of the Services' names, that of the hostPorts before all; nil
+	// in a picture in force.
 	plans []*plan
 	// whole says of a plan that the cluster was seen whole: what is not in it is
 	// gone.
@@ -165,8 +203,8 @@ type Picture struct {
 	agrees *Picture
 }
 
-// plan is one Service and its rows. Plans are compared by pointer: a Service
-// that did not change keeps its plan.
+// plan is one Service and its rows, or all hostPorts, whose Service has no name. Plans are
+// compared by pointer: a Service that did not change keeps its plan.
 type plan struct {
 	service *model.Service
 	demands demands
@@ -189,9 +227,8 @@ func indexOf(plans []*plan) func() map[Frontend]*Row {
 		rows := make(map[Frontend]*Row, 2*len(plans))
 		for _, plan := range plans {
 			for _, row := range plan.rows {
-				// Two Services with one address: the first by name is served, but
-				// nobody takes a ClusterIP away with an external address (CVE-2020-8554).
-				if old, taken := rows[row.Frontend]; !taken || old.Entry != AtClusterIP && row.Entry == AtClusterIP {
+				// Two Services with one address: the first by name is served.
+				if old, taken := rows[row.Frontend]; !taken || old.Entry.rank() < row.Entry.rank() {
 					rows[row.Frontend] = row
 				}
 			}

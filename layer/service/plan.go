@@ -15,6 +15,9 @@ import (
 type planner struct {
 	last []*plan
 	at   place
+	// ports is the plan of the last Snapshot's hostPorts.
+	ports *plan
+	of    []model.HostPort
 }
 
 func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
@@ -26,6 +29,9 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 		plans, _ = p.merge(inNameOrder(snapshot.Services))
 	}
 	p.last = plans
+	if ports := p.planPorts(snapshot.HostPorts); ports != nil {
+		plans = append([]*plan{ports}, plans...)
+	}
 	picture := wanted(plans)
 	picture.whole = snapshot.Complete && snapshot.Unread == 0
 	var asked demands

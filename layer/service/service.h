@@ -186,11 +186,12 @@ static __always_inline bool same_service(const struct service *a, const struct s
 }
 
 /* find_service is read_service() also for the node ports, which any of the node's
- * addresses has; *key becomes the one under which it was found. */
+ * addresses has; *key becomes the one under which it was found. What is at a loopback
+ * address is at the node's alone: pods have one, too. */
 static __always_inline bool find_service(struct service_key *key, bool own, struct service *copy)
 {
 	if (read_service(key, copy))
-		return true;
+		return own || !is_loopback(&key->address);
 	return any_address(key, own) && read_service(key, copy);
 }
 

@@ -370,6 +370,9 @@ func (s *stuck) row(frontend Frontend) *Row {
 // hasEndpoint says whether the Service and the port of a row have an endpoint, in
 // whatever condition.
 func (p *Picture) hasEndpoint(row *Row, endpoint netip.AddrPort) bool {
+	if row.Entry == AtHostPort {
+		return slices.Contains(row.Backends, endpoint)
+	}
 	at, found := slices.BinarySearchFunc(p.plans, row.Service, func(p *plan, name model.Name) int {
 		return p.service.Name.Compare(name)
 	})
