@@ -50,15 +50,15 @@ func (d *datapath) devices() ([]device, error) {
 	devices := make([]device, 0, len(found))
 	for _, one := range found {
 		there[one.Index] = true
-		a := d.points.At(pointAt(one.Index))
+		a := d.Points.At(pointAt(one.Index))
 		pod := one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute
 		if pod || a != nil {
 			devices = append(devices, device{Index: one.Index, Name: one.Name, pod: pod, attached: a != nil && a.Alive() && d.inFront(one.Index, a), space: one.PeerNamespace})
 		}
 	}
-	for _, at := range d.points.All() {
+	for _, at := range d.Points.All() {
 		if !there[at.Device] {
-			_ = d.points.Detach(at)
+			_ = d.Points.Detach(at)
 		}
 	}
 	return devices, nil
@@ -70,7 +70,7 @@ func (d *datapath) attach(to device) error {
 	if err := d.detach(to); err != nil {
 		return err
 	}
-	err := d.points.Attach(pointAt(to.Index), to.Name, d.program)
+	err := d.Points.Attach(pointAt(to.Index), to.Name, d.Programs[datapathProgDnsFromPod])
 	if attach.DeviceGone(err) {
 		return nil // the pod has gone
 	}
@@ -78,7 +78,7 @@ func (d *datapath) attach(to device) error {
 }
 
 // detach implements host.
-func (d *datapath) detach(from device) error { return d.points.Detach(pointAt(from.Index)) }
+func (d *datapath) detach(from device) error { return d.Points.Detach(pointAt(from.Index)) }
 
 // inFront says that the translator is not before what is attached to a device.
 func (d *datapath) inFront(device int, a attach.Attachment) bool {

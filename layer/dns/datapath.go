@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
-	"slices"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -15,6 +13,7 @@ import (
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/kernel/pinned"
 	"github.com/millrace/millrace/layer"
 )
 
@@ -27,17 +26,10 @@ var (
 
 // datapath is what the layer has in the kernel. It implements host.
 type datapath struct {
+	pinned.Folder
 	settings Settings
-	maps     map[string]*ebpf.Map
-	program  *ebpf.Program
-	giveBack *ebpf.Program
 	// lifetime is the program's ttl.
 	lifetime *ebpf.Variable
-	// adopted says that the maps are those that an earlier process left. Where they are
-	// not, its program serves until settle.
-	adopted  bool
-	settled  bool
-	points   attach.Points
 	outcomes []string
 	lock     *os.File
 }
@@ -53,11 +45,11 @@ func open(settings Settings) (*datapath, error) {
 		return nil, fmt.Errorf("%s: %w", act, err)
 	}
 	settings.Zone = zone
-	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
-		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
+	d := &datapath{settings: settings, Folder: pinned.Folder{Names: pinnedMaps, Points: settings.points()}}
+	if err = d.Make(); err == nil {
+		err = d.open()
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, points: settings.points()}
-	if err := d.open(); err != nil {
+	if err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
 	}
@@ -82,17 +74,14 @@ func (d *datapath) open() (err error) {
 	if err := d.load(spec); err != nil {
 		return err
 	}
-	if err := d.points.Open(); err != nil {
+	atOnce, err := d.TakeOver()
+	if err != nil || !atOnce {
 		return err
 	}
-	if d.adopted || len(d.points.All()) == 0 {
-		return d.settle()
-	}
-	return nil
+	return d.Settle()
 }
 
-// adopt opens the maps that an earlier process left, if it was of the same layout. A
-// change of what a field means has to change its size, or its map's name.
+// adopt opens the maps that an earlier process left, if it was of the same layout.
 func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
 	like := func(name string, found *ebpf.Map) *ebpf.MapSpec {
 		like := spec.Maps[name].Copy()
@@ -101,13 +90,11 @@ func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
 		}
 		return like
 	}
-	found, err := bpfmap.Adopt(d.settings.Pins, pinnedMaps, like)
-	if err != nil || found == nil {
-		return err
+	adopted, err := d.Adopt(like)
+	if adopted {
+		spec.Maps[datapathMapNames].MaxEntries = d.Maps[datapathMapNames].MaxEntries()
 	}
-	d.maps, d.adopted = found, true
-	spec.Maps[datapathMapNames].MaxEntries = found[datapathMapNames].MaxEntries()
-	return nil
+	return err
 }
 
 // sameLayout says whether maps are as this version's.
@@ -124,22 +111,11 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 	if err := adapt(spec, d.settings); err != nil {
 		return err
 	}
-	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
+	variables, err := d.Load(spec, ownMaps...)
 	if err != nil {
 		return loadError(err)
 	}
-	defer collection.Close()
-	for _, name := range append(slices.Clone(pinnedMaps), ownMaps...) {
-		if d.maps[name] == nil {
-			d.maps[name] = collection.Maps[name]
-			delete(collection.Maps, name) // ours now
-		}
-	}
-	d.lifetime = collection.Variables[datapathVarTtl]
-	d.program = collection.Programs[datapathProgDnsFromPod]
-	d.giveBack = collection.Programs[datapathProgDnsGiveBack]
-	delete(collection.Programs, datapathProgDnsFromPod)
-	delete(collection.Programs, datapathProgDnsGiveBack)
+	d.lifetime = variables[datapathVarTtl]
 	return nil
 }
 
@@ -156,44 +132,45 @@ func (d *datapath) grow(room int) (take func() error, err error) {
 		return nil, err
 	}
 	spec.Maps[datapathMapNames].MaxEntries = uint32(room)
-	next := &datapath{settings: d.settings, maps: maps.Clone(d.maps)}
-	delete(next.maps, datapathMapNames)
+	next := &datapath{settings: d.settings, Folder: pinned.Folder{Names: pinnedMaps, Maps: maps.Clone(d.Maps)}}
+	delete(next.Maps, datapathMapNames)
 	if err := next.load(spec); err != nil {
 		return nil, err
 	}
-	next.giveBack.Close() // that one has nothing to do with names
-	old, larger := d.maps[datapathMapNames], next.maps[datapathMapNames]
+	next.Programs[datapathProgDnsGiveBack].Close() // that one has nothing to do with names
+	program := next.Programs[datapathProgDnsFromPod]
+	old, larger := d.Maps[datapathMapNames], next.Maps[datapathMapNames]
 	err = errors.Join(next.setTTL(ttl), bpfmap.Copy(old, larger, func(key, value, newKey, newValue []byte) {
 		copy(newKey, key)
 		copy(newValue, value)
 	}))
-	if err == nil && d.settled { // else the program that serves is an earlier process'
-		err = d.switchTo(next.program)
+	if err == nil && d.Settled() { // else the program that serves is an earlier process'
+		err = d.switchTo(program)
 	}
 	if err != nil {
 		larger.Close()
-		next.program.Close()
+		program.Close()
 		return nil, err
 	}
 	return func() error {
-		d.program.Close()
-		d.maps, d.program, d.lifetime = next.maps, next.program, next.lifetime
+		d.Programs[datapathProgDnsFromPod].Close()
+		d.Maps, d.Programs[datapathProgDnsFromPod], d.lifetime = next.Maps, program, next.lifetime
 		old.Close()
-		if !d.settled {
+		if !d.Settled() {
 			return nil
 		}
-		return bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)
+		return bpfmap.Pin(d.settings.Pins, pinnedMaps, d.Maps)
 	}, nil
 }
 
 // names implements host.
-func (d *datapath) names() *ebpf.Map { return d.maps[datapathMapNames] }
+func (d *datapath) names() *ebpf.Map { return d.Maps[datapathMapNames] }
 
 // switchTo puts a program in force at all devices, or at none.
 func (d *datapath) switchTo(program *ebpf.Program) error {
 	var done []attach.Attachment
-	for _, at := range d.points.All() {
-		a := d.points.At(at)
+	for _, at := range d.Points.All() {
+		a := d.Points.At(at)
 		err := a.Run(program)
 		if err == nil {
 			done = append(done, a)
@@ -203,7 +180,7 @@ func (d *datapath) switchTo(program *ebpf.Program) error {
 			continue // its device has gone
 		}
 		for _, back := range done {
-			err = errors.Join(err, back.Run(d.program))
+			err = errors.Join(err, back.Run(d.Programs[datapathProgDnsFromPod]))
 		}
 		return fmt.Errorf("switch %s at device %d to the new program: %w", at.Program, at.Device, err)
 	}
@@ -238,45 +215,19 @@ func loadError(err error) error {
 	return need.Loading("load the dns program", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 }
 
-// settle puts the program in force at the devices that an earlier process served, and
-// pins the maps. Calling it again does nothing.
-func (d *datapath) settle() error {
-	if d.settled {
-		return nil
-	}
-	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
-		return err
-	}
-	if err := d.points.Switch(map[string]*ebpf.Program{datapathProgDnsFromPod: d.program}); err != nil {
-		return err
-	}
-	d.settled = true
-	return nil
-}
+// settle implements host.
+func (d *datapath) settle() error { return d.Settle() }
 
 // lost implements host.
 func (d *datapath) lost() (gone []lost) {
-	if !d.settled {
-		return nil
-	}
-	for _, name := range pinnedMaps {
-		if !bpfmap.IsPinned(d.maps[name], filepath.Join(d.settings.Pins, name)) {
-			gone = append(gone, lost("pin "+name))
-		}
-	}
-	for _, pin := range d.points.Lost() {
+	for _, pin := range d.Lost() {
 		gone = append(gone, lost("pin "+pin))
 	}
 	return gone
 }
 
 // restore implements host.
-func (d *datapath) restore() error {
-	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
-		return fmt.Errorf("make pin folder: %w", err)
-	}
-	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
-}
+func (d *datapath) restore() error { return d.Restore() }
 
 // beat implements host.
 func (d *datapath) beat(says words) error {
@@ -294,7 +245,7 @@ func (d *datapath) beat(says words) error {
 	if says.whole > 0 {
 		authority.Whole = now + uint64(says.whole)
 	}
-	if err := d.maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
+	if err := d.Maps[datapathMapAuthorities].Put(uint32(0), authority); err != nil {
 		return fmt.Errorf("tell the dns program that the agent is there: %w", err)
 	}
 	return nil
@@ -327,15 +278,15 @@ func sinceBoot() (uint64, error) {
 
 // describe implements host.
 func (d *datapath) describe(to *layer.Description) (err error) {
-	if !d.points.TCX {
+	if !d.Points.TCX {
 		to.Degraded = append(to.Degraded, "pods' queries are seen by clsact filters: tcx needs Linux 6.6")
 	}
-	names := d.maps[datapathMapNames]
+	names := d.Maps[datapathMapNames]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapNames, Entries: to.Objects, Capacity: int(names.MaxEntries()), Bytes: bpfmap.Bytes(names)})
-	outside := d.maps[datapathMapOutside]
+	outside := d.Maps[datapathMapOutside]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapOutside, Capacity: int(outside.MaxEntries()), Bytes: bpfmap.Bytes(outside)})
-	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
-	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.Points)...)
+	to.Reasons, err = bpfmap.Counts(d.Maps[datapathMapOutcomes], d.outcomes)
 	return err
 }
 
@@ -345,13 +296,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 }
 
 func (d *datapath) close() {
-	bpfmap.CloseAll(d.maps)
-	d.points.Close()
-	for _, program := range []*ebpf.Program{d.program, d.giveBack} {
-		if program != nil {
-			program.Close()
-		}
-	}
+	d.Close()
 	if d.lock != nil {
 		d.lock.Close()
 	}

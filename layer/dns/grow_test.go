@@ -63,7 +63,7 @@ func theMapGrows(t *testing.T) {
 			}
 		}
 	}()
-	room := func() int { return int(l.host.(*datapath).maps[datapathMapNames].MaxEntries()) }
+	room := func() int { return int(l.host.(*datapath).Maps[datapathMapNames].MaxEntries()) }
 	few := &model.DNS{Zone: "cluster.local", TTL: 7e9}
 	for _, step := range []struct{ more, room int }{{900, 1 << 10}, {1500, 1 << 11}, {6000, 1 << 13}, {10, 1 << 13}} {
 		snapshot := city(step.more)
@@ -114,13 +114,13 @@ func TestGrowingCosts(t *testing.T) {
 	h.settings.room = leastNames
 	l := h.open()
 	h.become(l, city(leastNames-100))
-	before := bpfmap.Bytes(l.host.(*datapath).maps[datapathMapNames])
+	before := bpfmap.Bytes(l.host.(*datapath).Maps[datapathMapNames])
 	begun := spent(t)
 	take, err := l.host.grow(2 * leastNames)
 	must(t, err)
 	must(t, take())
 	took := spent(t) - begun
-	names := l.host.(*datapath).maps[datapathMapNames]
+	names := l.host.(*datapath).Maps[datapathMapNames]
 	t.Logf("from %d to %d names: %v of processor time; %d bytes, %d before", leastNames, names.MaxEntries(), took, bpfmap.Bytes(names), before)
 	if int(names.MaxEntries()) != 2*leastNames || took.Seconds() > 20 {
 		t.Errorf("room for %d after %v", names.MaxEntries(), took)

@@ -157,8 +157,8 @@ func attended(t testing.TB) *loaded {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	must(t, err)
 	t.Cleanup(func() { unix.Close(fd) })
-	must(t, d.maps[datapathMapAgents].Put(uint32(0), uint64(fd)))
-	p.calls, err = ringbuf.NewReader(d.maps[datapathMapCalls])
+	must(t, d.Maps[datapathMapAgents].Put(uint32(0), uint64(fd)))
+	p.calls, err = ringbuf.NewReader(d.Maps[datapathMapCalls])
 	must(t, err)
 	t.Cleanup(func() { p.calls.Close() })
 	return p
@@ -176,7 +176,7 @@ func (p *loaded) handsUp(query []byte) bool {
 		p.ask(query)
 		return false
 	}
-	waiting := p.layer.host.(*datapath).maps[datapathMapWaiting]
+	waiting := p.layer.host.(*datapath).Maps[datapathMapWaiting]
 	some := false
 	for _, ends := range [][2]netip.AddrPort{{client4, dns4}, {client6, dns6}} {
 		frame := datagramOf(ends[0], ends[1], query)

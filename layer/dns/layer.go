@@ -257,7 +257,7 @@ func (l *Layer) Open() error {
 	l.number.Store(now)
 	l.learning.Lock()
 	defer l.learning.Unlock()
-	l.host, l.tables = d, tablesOf(d.maps)
+	l.host, l.tables = d, tablesOf(d.Maps)
 	left, err := l.tables.outside.All() // an earlier process'
 	if err != nil {
 		d.close()

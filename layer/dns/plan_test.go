@@ -221,7 +221,7 @@ func TestManyNames(t *testing.T) {
 	const n = 100_000
 	empty := &model.Snapshot{Complete: true, Named: true}
 	p := load(t, empty)
-	names := p.layer.host.(*datapath).maps[datapathMapNames]
+	names := p.layer.host.(*datapath).Maps[datapathMapNames]
 	before := bpfmap.Bytes(names)
 	many := &model.Snapshot{Complete: true, Named: true, Services: []*model.Service{named("kube-system", "kube-dns", "10.96.0.10", "fd00:96::a")}}
 	for i := range n {

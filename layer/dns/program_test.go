@@ -319,7 +319,7 @@ func (p *loaded) word(o datapathOutcome) string { return p.words[o] }
 func (p *loaded) count(o datapathOutcome) (sum uint64) {
 	p.t.Helper()
 	var perCPU []uint64
-	must(p.t, p.layer.host.(*datapath).maps[datapathMapOutcomes].Lookup(uint32(o), &perCPU))
+	must(p.t, p.layer.host.(*datapath).Maps[datapathMapOutcomes].Lookup(uint32(o), &perCPU))
 	for _, n := range perCPU {
 		sum += n
 	}
@@ -477,7 +477,7 @@ func TestWhenNotToSpeak(t *testing.T) {
 	if got := p.ask(nosuch); got != "nxdomain" {
 		t.Errorf("all is known: %s", got)
 	}
-	must(t, p.layer.host.(*datapath).maps[datapathMapAuthorities].Put(uint32(0), datapathAuthority{}))
+	must(t, p.layer.host.(*datapath).Maps[datapathMapAuthorities].Put(uint32(0), datapathAuthority{}))
 	before := p.count(datapathOutcomeOUTCOME_STALE)
 	if verdict, _ := p.run(datagramOf(client4, dns4, web)); verdict != passed || p.count(datapathOutcomeOUTCOME_STALE) != before+1 {
 		t.Errorf("the agent is silent: verdict %d", int32(verdict))

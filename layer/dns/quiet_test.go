@@ -49,7 +49,7 @@ func TestSaysWhatItMay(t *testing.T) {
 	p := load(t, town(), func(spec *ebpf.CollectionSpec) {
 		must(t, spec.Variables[datapathVarSilence].Set(uint64(time.Minute)))
 	})
-	maps := p.layer.host.(*datapath).maps
+	maps := p.layer.host.(*datapath).Maps
 	for _, row := range []struct {
 		what                    string
 		complete                uint32

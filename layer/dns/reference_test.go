@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/millrace/millrace/kernel/pinned"
 	"github.com/millrace/millrace/model"
 )
 
@@ -359,7 +360,7 @@ func load(t testing.TB, snapshot *model.Snapshot, change ...func(*ebpf.Collectio
 	}
 	t.Cleanup(collection.Close)
 	l := New(settings)
-	l.host = &datapath{settings: settings, maps: collection.Maps, lifetime: collection.Variables[datapathVarTtl]}
+	l.host = &datapath{settings: settings, Folder: pinned.Folder{Maps: collection.Maps}, lifetime: collection.Variables[datapathVarTtl]}
 	l.tables = tablesOf(collection.Maps)
 	p := &loaded{t: t, layer: l, program: collection.Programs[datapathProgDnsFromPod], out: make([]byte, 2048)}
 	p.words, err = outcomeNames(spec)

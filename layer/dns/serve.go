@@ -113,12 +113,12 @@ func (d *datapath) server() (_ *server, err error) {
 	}()
 	own := map[string]*ebpf.Map{}
 	for _, name := range []string{datapathMapWaiting, datapathMapPaces, datapathMapAgents, datapathMapCalls} {
-		if own[name], err = d.maps[name].Clone(); err != nil {
+		if own[name], err = d.Maps[name].Clone(); err != nil {
 			return nil, fmt.Errorf("open map %s: %w", name, err)
 		}
 		s.closers = append(s.closers, own[name].Close)
 	}
-	if s.giveBack, err = d.giveBack.Clone(); err != nil {
+	if s.giveBack, err = d.Programs[datapathProgDnsGiveBack].Clone(); err != nil {
 		return nil, fmt.Errorf("open program %s: %w", datapathProgDnsGiveBack, err)
 	}
 	s.closers = append(s.closers, s.giveBack.Close)

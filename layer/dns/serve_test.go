@@ -64,7 +64,7 @@ func attend(t testing.TB, l *Layer, answer func(context.Context, Query) ([]byte,
 
 func (l *Layer) isAttended() bool {
 	var cookie uint64
-	return l.host.(*datapath).maps[datapathMapAgents].Lookup(uint32(0), &cookie) == nil
+	return l.host.(*datapath).Maps[datapathMapAgents].Lookup(uint32(0), &cookie) == nil
 }
 
 func until(t testing.TB, what string, done func() bool) {
@@ -130,7 +130,7 @@ func (h *hamlet) handsUp(l *Layer, asked *atomic.Int64) {
 	if got := h.reasons(l); got["handed"] != 6 || got["replied"] != 4 || got["back"] != 2 || got["crowded"]+got["lost"]+got["left"]+got["not_ours"] > 0 {
 		t.Errorf("the queries came to %v", got)
 	}
-	if left := keys[datapathSeat](l.host.(*datapath).maps[datapathMapWaiting]); len(left) > 0 {
+	if left := keys[datapathSeat](l.host.(*datapath).Maps[datapathMapWaiting]); len(left) > 0 {
 		t.Errorf("there still wait %v", left)
 	}
 	stop()
@@ -303,7 +303,7 @@ func TestGivenLater(t *testing.T) {
 		<-held
 		return reply(ctx, q)
 	})
-	waiting := l.host.(*datapath).maps[datapathMapWaiting]
+	waiting := l.host.(*datapath).Maps[datapathMapWaiting]
 	ask := func(id uint16, name string) *net.UDPConn {
 		c := h.socket(dns4)
 		query := asking(t, name, dnsmessage.TypeA, false)

@@ -44,7 +44,7 @@ func pointsOf(d link.Device) []attach.Point {
 // attach implements host. A device that has gone is no error.
 func (d *datapath) attach(to link.Device) error {
 	for _, at := range pointsOf(to) {
-		if err := d.points.Attach(at, to.Name, d.programs[at.Program]); err != nil && !attach.DeviceGone(err) {
+		if err := d.Points.Attach(at, to.Name, d.Programs[at.Program]); err != nil && !attach.DeviceGone(err) {
 			return err
 		}
 	}
@@ -53,15 +53,15 @@ func (d *datapath) attach(to link.Device) error {
 
 // attachedAt implements host.
 func (d *datapath) attachedAt(device link.Device) bool {
-	return !slices.ContainsFunc(pointsOf(device), func(at attach.Point) bool { return !d.points.Alive(at) })
+	return !slices.ContainsFunc(pointsOf(device), func(at attach.Point) bool { return !d.Points.Alive(at) })
 }
 
 // detach implements host.
 func (d *datapath) detach(device int) error {
 	var failures []error
-	for _, at := range d.points.All() {
+	for _, at := range d.Points.All() {
 		if at.Device == device {
-			failures = append(failures, d.points.Detach(at))
+			failures = append(failures, d.Points.Detach(at))
 		}
 	}
 	return errors.Join(failures...)
@@ -73,9 +73,9 @@ func (d *datapath) devices() ([]link.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, at := range d.points.All() {
+	for _, at := range d.Points.All() {
 		if !slices.ContainsFunc(found, func(one link.Device) bool { return one.Index == at.Device }) {
-			_ = d.points.Detach(at)
+			_ = d.Points.Detach(at)
 		}
 	}
 	return found, nil

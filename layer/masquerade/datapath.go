@@ -2,12 +2,10 @@ package masquerade
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"math/bits"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -15,10 +13,10 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/conntrack"
 	"github.com/millrace/millrace/kernel/need"
+	"github.com/millrace/millrace/kernel/pinned"
 	"github.com/millrace/millrace/kernel/portrange"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
@@ -29,18 +27,13 @@ var pinnedMaps = []string{datapathMapRanges, datapathMapWires, datapathMapFlows,
 
 // datapath is what the layer has in the kernel. It implements host.
 type datapath struct {
+	pinned.Folder
 	settings Settings
-	maps     map[string]*ebpf.Map
-	programs map[string]*ebpf.Program
-	points   attach.Points
 	outcomes []string
 	// firstPort and portCount are the source ports of flows; low and high what the kernel
 	// gives to sockets.
 	firstPort, portCount uint16
 	low, high            int
-	// adopted says that the maps are those that an earlier process left. Where they are
-	// not, its programs serve until settle.
-	adopted, settled bool
 	// asks says that the programs can ask what nf_conntrack tracks.
 	asks bool
 	lock *os.File
@@ -52,11 +45,12 @@ func open(settings Settings) (*datapath, error) {
 	if err := need.Check(act, "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
-		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
+	d := &datapath{settings: settings, Folder: pinned.Folder{Names: pinnedMaps, Points: settings.points()}}
+	err := d.Make()
+	if err == nil {
+		err = d.open()
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, points: settings.points()}
-	if err := d.open(); err != nil {
+	if err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
 	}
@@ -82,13 +76,11 @@ func (d *datapath) open() (err error) {
 	if err != nil {
 		return need.Loading("load the masquerade programs", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 	}
-	if err := d.points.Open(); err != nil {
+	atOnce, err := d.TakeOver()
+	if err != nil || !atOnce {
 		return err
 	}
-	if d.adopted || len(d.points.All()) == 0 {
-		return d.settle()
-	}
-	return nil
+	return d.Settle()
 }
 
 // specOf are the programs and maps for these settings.
@@ -105,18 +97,14 @@ func (s Settings) specOf() (*ebpf.CollectionSpec, error) {
 }
 
 // adopt opens the maps that an earlier process left, if they are of the same layout and
-// size. A change of what a field means has to change its size, or its map's name.
+// size.
 func (d *datapath) adopt() error {
 	spec, err := d.settings.specOf()
 	if err != nil {
 		return err
 	}
-	found, err := bpfmap.Adopt(d.settings.Pins, pinnedMaps, func(name string, _ *ebpf.Map) *ebpf.MapSpec { return spec.Maps[name] })
-	if err != nil || found == nil {
-		return err
-	}
-	d.maps, d.adopted = found, true
-	return nil
+	_, err = d.Adopt(func(name string, _ *ebpf.Map) *ebpf.MapSpec { return spec.Maps[name] })
+	return err
 }
 
 // load loads the programs over the maps that are there and makes the others.
@@ -139,20 +127,8 @@ func (d *datapath) load() error {
 	if !d.asks {
 		conntrack.AskNobody(spec)
 	}
-	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
-	if err != nil {
-		return err
-	}
-	defer collection.Close()
-	for _, name := range pinnedMaps {
-		if d.maps[name] == nil {
-			d.maps[name] = collection.DetachMap(name)
-		}
-	}
-	for name := range collection.Programs {
-		d.programs[name] = collection.DetachProgram(name)
-	}
-	return nil
+	_, err = d.Load(spec)
+	return err
 }
 
 // sameLayout says whether maps are as this version's.
@@ -164,45 +140,19 @@ func sameLayout(opened map[string]*ebpf.Map) error {
 	return bpfmap.SameLayout(opened, spec.Maps)
 }
 
-// settle puts the programs in force where an earlier process' are, and pins the maps.
-// Calling it again does nothing.
-func (d *datapath) settle() error {
-	if d.settled {
-		return nil
-	}
-	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
-		return err
-	}
-	if err := d.points.Switch(d.programs); err != nil {
-		return err
-	}
-	d.settled = true
-	return nil
-}
+// settle implements host.
+func (d *datapath) settle() error { return d.Settle() }
 
 // lost implements host.
 func (d *datapath) lost() (gone []lost) {
-	if !d.settled {
-		return nil
-	}
-	for _, name := range pinnedMaps {
-		if !bpfmap.IsPinned(d.maps[name], filepath.Join(d.settings.Pins, name)) {
-			gone = append(gone, lost(name))
-		}
-	}
-	for _, pin := range d.points.Lost() {
+	for _, pin := range d.Lost() {
 		gone = append(gone, lost(pin))
 	}
 	return gone
 }
 
 // restore implements host.
-func (d *datapath) restore() error {
-	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
-		return fmt.Errorf("make pin folder: %w", err)
-	}
-	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
-}
+func (d *datapath) restore() error { return d.Restore() }
 
 // sweepPlaces is how many places masq_sweep looks at in one run (SWEEP_PLACES).
 const sweepPlaces = 256
@@ -212,7 +162,7 @@ func (d *datapath) sweep() (alive int, err error) {
 	frame := make([]byte, 64)
 	for first := 0; first < d.settings.flows(); first += sweepPlaces {
 		frame[0], frame[1], frame[2], frame[3] = byte(first), byte(first>>8), byte(first>>16), byte(first>>24)
-		found, err := d.programs[datapathProgMasqSweep].Run(&ebpf.RunOptions{Data: frame})
+		found, err := d.Programs[datapathProgMasqSweep].Run(&ebpf.RunOptions{Data: frame})
 		if err != nil {
 			return 0, fmt.Errorf("sweep flows: %w", err)
 		}
@@ -224,7 +174,7 @@ func (d *datapath) sweep() (alive int, err error) {
 // describe implements host.
 func (d *datapath) describe(to *layer.Description) error {
 	to.Settings = map[string]string{"ports": fmt.Sprintf("%d-%d", d.firstPort, int(d.firstPort)+int(d.portCount)-1)}
-	if !d.points.TCX {
+	if !d.Points.TCX {
 		to.Degraded = append(to.Degraded, "packets are seen by clsact filters: tcx needs Linux 6.6")
 	}
 	if d.portCount < 1024 || int(d.firstPort) <= d.high && int(d.firstPort)+int(d.portCount) > d.low {
@@ -232,15 +182,15 @@ func (d *datapath) describe(to *layer.Description) error {
 			d.portCount, d.firstPort, d.low, d.high))
 	}
 	for i := range to.Maps {
-		to.Maps[i].Bytes = bpfmap.Bytes(d.maps[datapathMapFlows]) + bpfmap.Bytes(d.maps[datapathMapPlaces])
+		to.Maps[i].Bytes = bpfmap.Bytes(d.Maps[datapathMapFlows]) + bpfmap.Bytes(d.Maps[datapathMapPlaces])
 	}
-	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.Points)...)
 	exhausted, err := d.exhausted()
 	to.Degraded = append(to.Degraded, exhausted...)
 	if err != nil {
 		return err
 	}
-	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
+	to.Reasons, err = bpfmap.Counts(d.Maps[datapathMapOutcomes], d.outcomes)
 	return err
 }
 
@@ -253,7 +203,7 @@ const exhaustedFor = time.Hour
 // exhausted says towards whom no port was found within the last hour, the most frequent
 // first.
 func (d *datapath) exhausted() (texts []string, err error) {
-	found, err := bpfmap.New[datapathDestination, datapathExhaustion](d.maps[datapathMapExhausted]).All()
+	found, err := bpfmap.New[datapathDestination, datapathExhaustion](d.Maps[datapathMapExhausted]).All()
 	if err != nil {
 		return nil, err
 	}
@@ -299,11 +249,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 }
 
 func (d *datapath) close() {
-	bpfmap.CloseAll(d.maps)
-	d.points.Close()
-	for _, program := range d.programs {
-		program.Close()
-	}
+	d.Close()
 	if d.lock != nil {
 		d.lock.Close()
 	}

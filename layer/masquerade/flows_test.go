@@ -16,7 +16,7 @@ func loadSmall(t *testing.T, flows int) *loaded {
 // older lets all flows be silent for so many seconds; it says how many entries there are.
 func (p *loaded) older(seconds uint32) (entries int) {
 	p.t.Helper()
-	m := p.layer.host.(*datapath).maps[datapathMapFlows]
+	m := p.layer.host.(*datapath).Maps[datapathMapFlows]
 	all := map[datapathTuple]datapathFlow{}
 	var key datapathTuple
 	var value datapathFlow

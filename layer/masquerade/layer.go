@@ -100,7 +100,7 @@ func (l *Layer) Open() error {
 	if err != nil {
 		return err
 	}
-	l.host, l.tables = d, tablesOf(d.maps)
+	l.host, l.tables = d, tablesOf(d.Maps)
 	return nil
 }
 

@@ -87,7 +87,7 @@ func TestExhaustion(t *testing.T) {
 // anHourLater makes what is remembered of destinations an hour older.
 func anHourLater(t *testing.T, l *Layer) {
 	t.Helper()
-	m := bpfmap.New[datapathDestination, datapathExhaustion](l.host.(*datapath).maps[datapathMapExhausted])
+	m := bpfmap.New[datapathDestination, datapathExhaustion](l.host.(*datapath).Maps[datapathMapExhausted])
 	all, err := m.All()
 	must(t, err)
 	for to, of := range all {

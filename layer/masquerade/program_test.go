@@ -42,7 +42,7 @@ func (p *loaded) run(program string, frame []byte) (verdict uint32, after []byte
 	p.t.Helper()
 	options := &ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+64)}
 	must(p.t, netns.Do(p.NetNS, func() (err error) {
-		verdict, err = p.layer.host.(*datapath).programs[program].Run(options)
+		verdict, err = p.layer.host.(*datapath).Programs[program].Run(options)
 		return err
 	}))
 	return verdict, options.DataOut

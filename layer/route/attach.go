@@ -39,10 +39,10 @@ func (d *datapath) attach(to port) error {
 }
 
 func (d *datapath) attachAt(at attach.Point, device string) error {
-	if !d.points.Alive(at) {
+	if !d.Points.Alive(at) {
 		_ = d.detachAt(at)
 	}
-	if err := d.points.Attach(at, device, d.programs[at.Program]); err != nil {
+	if err := d.Points.Attach(at, device, d.Programs[at.Program]); err != nil {
 		return err
 	}
 	return d.notePort(at, true)
@@ -53,7 +53,7 @@ func (d *datapath) notePort(at attach.Point, there bool) error {
 	if at.Program != datapathProgRouteFromPod {
 		return nil
 	}
-	ports := d.maps[datapathMapPorts]
+	ports := d.Maps[datapathMapPorts]
 	if there {
 		return ports.Put(uint32(at.Device), uint8(1))
 	}
@@ -66,19 +66,19 @@ func (d *datapath) notePort(at attach.Point, there bool) error {
 // notePorts tells the programs so of all devices: one may have gone while no process looked,
 // and what has its number next is no pod's.
 func (d *datapath) notePorts() error {
-	ports := bpfmap.New[uint32, uint8](d.maps[datapathMapPorts])
+	ports := bpfmap.New[uint32, uint8](d.Maps[datapathMapPorts])
 	known, err := ports.All()
 	if err != nil {
 		return err
 	}
 	var gone []uint32
 	for device := range known {
-		if d.points.At(attach.Point{Program: datapathProgRouteFromPod, Device: int(device)}) == nil {
+		if d.Points.At(attach.Point{Program: datapathProgRouteFromPod, Device: int(device)}) == nil {
 			gone = append(gone, device)
 		}
 	}
 	failures := ports.Delete(gone)
-	for _, at := range d.points.All() {
+	for _, at := range d.Points.All() {
 		failures = append(failures, d.notePort(at, true))
 	}
 	return errors.Join(failures...)
@@ -88,10 +88,10 @@ func (d *datapath) notePorts() error {
 func (d *datapath) detach(from port) error { return d.detachAt(from.at()) }
 
 func (d *datapath) detachAt(at attach.Point) error {
-	if d.points.At(at) == nil {
+	if d.Points.At(at) == nil {
 		return nil
 	}
-	return errors.Join(d.notePort(at, false), d.points.Detach(at))
+	return errors.Join(d.notePort(at, false), d.Points.Detach(at))
 }
 
 // removal is what Remove would do: routes first, so that nothing is sent that nobody
@@ -99,7 +99,7 @@ func (d *datapath) detachAt(at attach.Point) error {
 // then.
 func removal(settings Settings) (layer.Changes, error) {
 	var changes layer.Changes
-	d := &datapath{settings: settings, points: settings.points()}
+	d := newDatapath(settings)
 	routes, err := d.routes()
 	if err != nil {
 		return nil, err
@@ -110,13 +110,13 @@ func removal(settings Settings) (layer.Changes, error) {
 	if there, err := d.found(); err == nil && there != nil {
 		changes = append(changes, layer.Gone(goneDevice{d}))
 	}
-	filters, err := layer.FiltersGone(&d.points)
+	filters, err := layer.FiltersGone(&d.Points)
 	if err != nil {
 		return nil, err
 	}
 	changes = append(changes, filters...)
 	pins, err := layer.PinsGone(settings.Pins, func(name string) bool {
-		_, isLink := d.points.Point(name)
+		_, isLink := d.Points.Point(name)
 		return isLink || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
 	})
 	return append(changes, pins...), err

@@ -6,14 +6,13 @@ import (
 	"io/fs"
 	"math/bits"
 	"os"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
 
-	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/need"
 	"github.com/millrace/millrace/kernel/nft"
+	"github.com/millrace/millrace/kernel/pinned"
 	"github.com/millrace/millrace/layer"
 )
 
@@ -22,14 +21,8 @@ var pinnedMaps = []string{datapathMapRemotes, datapathMapVteps, datapathMapPorts
 
 // datapath is what the layer has in the kernel. It implements host.
 type datapath struct {
+	pinned.Folder
 	settings Settings
-	maps     map[string]*ebpf.Map
-	programs map[string]*ebpf.Program
-	// adopted says that the maps are those that an earlier process left. Where they are
-	// not, its programs serve until settle.
-	adopted  bool
-	settled  bool
-	points   attach.Points
 	outcomes []string
 	rules    *nft.Net
 	lock     *os.File
@@ -44,15 +37,20 @@ func open(settings Settings) (*datapath, error) {
 	if settings.VNI >= 1<<24 {
 		return nil, fmt.Errorf("%s: network number %d: use 1 to %d", act, settings.VNI, 1<<24-1)
 	}
-	if err := os.MkdirAll(settings.Pins, 0o700); err != nil {
-		return nil, fmt.Errorf("%s: make pin folder: %w", act, err)
+	d := newDatapath(settings)
+	err := d.Make()
+	if err == nil {
+		err = d.open()
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, points: settings.points(), rules: nft.In(settings.Netns)}
-	if err := d.open(); err != nil {
+	if err != nil {
 		d.close()
 		return nil, fmt.Errorf("%s: %w", act, err)
 	}
 	return d, nil
+}
+
+func newDatapath(settings Settings) *datapath {
+	return &datapath{settings: settings, Folder: pinned.Folder{Names: pinnedMaps, Points: settings.points()}, rules: nft.In(settings.Netns)}
 }
 
 func (d *datapath) open() (err error) {
@@ -66,30 +64,17 @@ func (d *datapath) open() (err error) {
 	if d.outcomes, err = outcomeNames(spec); err != nil {
 		return err
 	}
-	if err := d.adopt(spec); err != nil {
+	if _, err := d.Adopt(func(name string, _ *ebpf.Map) *ebpf.MapSpec { return spec.Maps[name] }); err != nil {
 		return err
 	}
 	if err := d.load(spec); err != nil {
 		return err
 	}
-	if err := d.points.Open(); err != nil {
+	atOnce, err := d.TakeOver()
+	if err != nil || !atOnce {
 		return err
 	}
-	if d.adopted || len(d.points.All()) == 0 {
-		return d.settle()
-	}
-	return nil
-}
-
-// adopt opens the maps that an earlier process left, if it was of the same layout. A
-// change of what a field means has to change its size, or its map's name.
-func (d *datapath) adopt(spec *ebpf.CollectionSpec) error {
-	found, err := bpfmap.Adopt(d.settings.Pins, pinnedMaps, func(name string, _ *ebpf.Map) *ebpf.MapSpec { return spec.Maps[name] })
-	if err != nil || found == nil {
-		return err
-	}
-	d.maps, d.adopted = found, true
-	return nil
+	return d.settle()
 }
 
 // sameLayout says whether maps are as this version's.
@@ -105,7 +90,7 @@ func sameLayout(opened map[string]*ebpf.Map) error {
 func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 	for name, value := range map[string]any{
 		datapathVarPort: bits.ReverseBytes16(d.settings.port()), datapathVarVni: bits.ReverseBytes32(d.settings.vni() << 8), datapathVarToPeer: d.settings.Peer,
-		datapathVarCanRelabel: d.points.TCX, // which is younger
+		datapathVarCanRelabel: d.Points.TCX, // which is younger
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s of the route programs: %w", name, err)
@@ -114,20 +99,8 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 	if err := d.openHomes(spec.Maps[datapathMapHomes]); err != nil {
 		return err
 	}
-	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: d.maps})
-	if err != nil {
-		return loadError(err)
-	}
-	defer collection.Close()
-	for _, name := range pinnedMaps {
-		if d.maps[name] == nil {
-			d.maps[name] = collection.Maps[name]
-			delete(collection.Maps, name) // ours now
-		}
-	}
-	for name, program := range collection.Programs {
-		d.programs[name] = program
-		delete(collection.Programs, name)
+	if _, err := d.Load(spec); err != nil {
+		return need.Loading("load the route programs", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 	}
 	return nil
 }
@@ -148,67 +121,42 @@ func (d *datapath) openHomes(spec *ebpf.MapSpec) error {
 	if spec.Compatible(m) != nil {
 		return m.Close()
 	}
-	d.maps[datapathMapHomes] = m
+	d.Maps[datapathMapHomes] = m
 	return nil
-}
-
-// loadError turns a failed load into what the user can do about it.
-func loadError(err error) error {
-	return need.Loading("load the route programs", "Linux 5.15 with CONFIG_BPF_SYSCALL", err)
 }
 
 // settle puts the programs in force where an earlier process' are, and pins the maps.
 // Calling it again does nothing.
 func (d *datapath) settle() error {
-	if d.settled {
+	if d.Settled() {
 		return nil
-	}
-	if err := bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps); err != nil {
-		return err
-	}
-	if err := d.points.Switch(d.programs); err != nil {
-		return err
 	}
 	if err := d.notePorts(); err != nil {
 		return err
 	}
-	d.settled = true
-	return nil
+	return d.Settle()
 }
 
 // lost implements host.
 func (d *datapath) lost() (gone []lost) {
-	if !d.settled {
-		return nil
-	}
-	for _, name := range pinnedMaps {
-		if !bpfmap.IsPinned(d.maps[name], filepath.Join(d.settings.Pins, name)) {
-			gone = append(gone, lost("pin "+name))
-		}
-	}
-	for _, pin := range d.points.Lost() {
+	for _, pin := range d.Lost() {
 		gone = append(gone, lost("pin "+pin))
 	}
 	return gone
 }
 
 // restore implements host.
-func (d *datapath) restore() error {
-	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
-		return fmt.Errorf("make pin folder: %w", err)
-	}
-	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
-}
+func (d *datapath) restore() error { return d.Restore() }
 
 // describe implements host.
 func (d *datapath) describe(to *layer.Description) (err error) {
-	if !d.points.TCX {
+	if !d.Points.TCX {
 		to.Degraded = append(to.Degraded, "packets are seen by clsact filters: tcx needs Linux 6.6")
 	}
-	remotes := d.maps[datapathMapRemotes]
+	remotes := d.Maps[datapathMapRemotes]
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapRemotes, Entries: to.Objects, Capacity: int(remotes.MaxEntries()), Bytes: bpfmap.Bytes(remotes)})
-	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
-	to.Reasons, err = bpfmap.Counts(d.maps[datapathMapOutcomes], d.outcomes)
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.Points)...)
+	to.Reasons, err = bpfmap.Counts(d.Maps[datapathMapOutcomes], d.outcomes)
 	return err
 }
 
@@ -218,11 +166,7 @@ func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
 }
 
 func (d *datapath) close() {
-	bpfmap.CloseAll(d.maps)
-	d.points.Close()
-	for _, program := range d.programs {
-		program.Close()
-	}
+	d.Close()
 	if d.lock != nil {
 		d.lock.Close()
 	}

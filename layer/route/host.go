@@ -41,7 +41,7 @@ func (d *datapath) mainRoutes() (routes []netlink.Route, err error) {
 
 // facts implements host.
 func (d *datapath) facts() (facts, error) {
-	f := facts{devices: map[int]fact{}, shortcuts: d.points.TCX}
+	f := facts{devices: map[int]fact{}, shortcuts: d.Points.TCX}
 	f.rules, f.unread = d.rules.Tracking()
 	devices, err := d.devices()
 	if err != nil {
@@ -125,7 +125,7 @@ func (d *datapath) ports(facts) (ports []port, err error) {
 		return nil, err
 	}
 	filtered := map[int]bool{}
-	if d.points.TCX { // otherwise our programs are filters, too
+	if d.Points.TCX { // otherwise our programs are filters, too
 		if filtered, err = n.Filtered(); err != nil {
 			return nil, err
 		}
@@ -135,14 +135,14 @@ func (d *datapath) ports(facts) (ports []port, err error) {
 		there[one.Index] = true
 		for _, ofPod := range []bool{true, false} {
 			p := port{Index: one.Index, Name: one.Name, ofPod: ofPod, filtered: filtered[one.Index]}
-			p.attached = d.points.Alive(p.at())
+			p.attached = d.Points.Alive(p.at())
 			p.pod = one.Kind == "veth" && one.PeerElsewhere && !one.DefaultRoute
-			if ofPod && p.pod || !ofPod && one.Ethernet && one.Name != d.settings.device() || d.points.At(p.at()) != nil {
+			if ofPod && p.pod || !ofPod && one.Ethernet && one.Name != d.settings.device() || d.Points.At(p.at()) != nil {
 				ports = append(ports, p)
 			}
 		}
 	}
-	for _, at := range d.points.All() {
+	for _, at := range d.Points.All() {
 		if !there[at.Device] {
 			_ = d.detachAt(at)
 		}
@@ -185,7 +185,7 @@ func (d *datapath) device() (*device, error) {
 	copy(is.MAC[:], there.HardwareAddr)
 	is.torn = there.Flags&net.FlagUp == 0
 	for _, at := range devicePoints(there.Index) {
-		if d.programs != nil && !d.points.Alive(at) {
+		if d.Programs != nil && !d.Points.Alive(at) {
 			is.torn = true
 		}
 	}
@@ -307,7 +307,7 @@ func (d *datapath) dropDevice() error {
 		return err
 	}
 	for _, at := range devicePoints(there.Index) {
-		_ = d.points.Detach(at)
+		_ = d.Points.Detach(at)
 	}
 	err = d.inNetns(func() error { return netlink.LinkDel(there) })
 	if err != nil && !errors.Is(err, unix.ENODEV) {

@@ -14,7 +14,6 @@ import (
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
-	"github.com/millrace/millrace/kernel/nft"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -147,7 +146,7 @@ func (l *Layer) Open() error {
 	if err != nil {
 		return err
 	}
-	l.host, l.tables = d, tablesOf(d.maps)
+	l.host, l.tables = d, tablesOf(d.Maps)
 	return nil
 }
 
@@ -263,7 +262,7 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 // Look implements layer.Layer: it reads the pinned maps, the routes and the device. Of a pin
 // folder that does not exist the picture has only what the host is like.
 func (l *Layer) Look() (layer.Picture, error) {
-	d := &datapath{settings: l.settings, points: l.settings.points(), rules: nft.In(l.settings.Netns)}
+	d := newDatapath(l.settings)
 	opened, _, err := bpfmap.Look(l.settings.Pins, datapathMapRemotes, datapathMapVteps, datapathMapGates)
 	if errors.Is(err, fs.ErrNotExist) {
 		picture := newPicture()

@@ -85,7 +85,7 @@ func (p *loaded) run(program string, frame []byte) (verdict uint32, after []byte
 	}
 	options := &ebpf.RunOptions{Data: frame, DataOut: after, Context: context}
 	must(p.t, netns.Do(p.nodes[0], func() (err error) {
-		verdict, err = p.layer.host.(*datapath).programs[program].Run(options)
+		verdict, err = p.layer.host.(*datapath).Programs[program].Run(options)
 		return err
 	}))
 	return verdict, options.DataOut

@@ -272,9 +272,9 @@ func needsTCX(t *testing.T) {
 func TestDevicesThatWentMeanwhile(t *testing.T) {
 	v := newVillage(t, ModeVXLAN, false)
 	l := v.start(0)
-	must(t, l.host.(*datapath).maps[datapathMapPorts].Put(uint32(4711), uint8(1)))
+	must(t, l.host.(*datapath).Maps[datapathMapPorts].Put(uint32(4711), uint8(1)))
 	must(t, l.Close())
-	ports := v.start(0).host.(*datapath).maps[datapathMapPorts]
+	ports := v.start(0).host.(*datapath).Maps[datapathMapPorts]
 	var there uint8
 	if err := ports.Lookup(uint32(4711), &there); !errors.Is(err, ebpf.ErrKeyNotExist) {
 		t.Errorf("the device that went: %d, %v", there, err)
