@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -137,23 +136,16 @@ func DNS(ctx context.Context, o DNSOptions) (report *Report, err error) {
 			"rounds": fmt.Sprint(o.Rounds), "time per round": o.RoundTime.String(), "processors": fmt.Sprintf("client and server on %s", joined(cpus)),
 		}), Rows: []Row{}, Skipped: []Skipped{}, Warnings: []string{},
 	}}
-	err = s.prepare(ctx)
-	if err == nil {
-		err = s.measure(ctx)
-	}
-	if ctx.Err() != nil {
-		err = ctx.Err() // and not that its workers were killed
-	}
-	if err = errors.Join(err, s.close()); err != nil {
+	if err := carryOut(ctx, s, s.close); err != nil {
 		return nil, err
 	}
 	s.summarize()
 	return s.report, nil
 }
 
-func (o DNSOptions) withDefaults() (DNSOptions, error) {
-	if o.Rounds < 0 || o.Rounds > 10000 || o.RoundTime < 0 || o.RoundTime > time.Minute {
-		return o, fmt.Errorf("%w: %d rounds of %s: use 1 to 10,000 and at most 1m", ErrOptions, o.Rounds, o.RoundTime)
+func (o DNSOptions) withDefaults() (_ DNSOptions, err error) {
+	if err := checkRounds(o.Rounds, o.RoundTime); err != nil {
+		return o, err
 	}
 	if o.Rounds == 0 {
 		o.Rounds = DNSRounds
@@ -165,13 +157,9 @@ func (o DNSOptions) withDefaults() (DNSOptions, error) {
 		o.Progress = io.Discard
 	}
 	if len(o.WorkerCommand) == 0 {
-		self, err := os.Executable()
-		if err != nil {
-			return o, fmt.Errorf("find this program: %w", err)
-		}
-		o.WorkerCommand = []string{self, "bench-worker"}
+		o.WorkerCommand, err = ownWorker()
 	}
-	return o, nil
+	return o, err
 }
 
 // dnsSession is one run of DNS.

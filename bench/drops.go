@@ -81,8 +81,8 @@ func MetricTime(operation string) string { return operation + " time" }
 // Drops measures what it costs a sender that somebody looks at drops: in a storm of
 // packets that die, and where all is well.
 func Drops(ctx context.Context, o DropsOptions) (report *Report, err error) {
-	if o.Rounds < 0 || o.Rounds > 10000 || o.RoundTime < 0 || o.RoundTime > time.Minute {
-		return nil, fmt.Errorf("%w: %d rounds of %s: use 1 to 10,000 and at most 1m", ErrOptions, o.Rounds, o.RoundTime)
+	if err := checkRounds(o.Rounds, o.RoundTime); err != nil {
+		return nil, err
 	}
 	if o.Rounds == 0 {
 		o.Rounds = DefaultRounds

@@ -2,7 +2,6 @@ package bench
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -164,14 +163,7 @@ func Path(ctx context.Context, o PathOptions) (*Report, error) {
 	common.Operations = pathOperations
 	s := &session{Options: common, run: folders, cpu: cpu, report: &Report{Header: header, Rows: []Row{}, Skipped: []Skipped{}, Warnings: []string{}}}
 	p := &pathSession{session: s, attach: o.Attach}
-	err = p.prepare(ctx)
-	if err == nil {
-		err = p.measure(ctx)
-	}
-	if ctx.Err() != nil {
-		err = ctx.Err() // and not that its workers were killed
-	}
-	if err = errors.Join(err, s.close(), p.close()); err != nil {
+	if err := carryOut(ctx, p, s.close, p.close); err != nil {
 		return nil, err
 	}
 	p.summarize()

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -243,4 +245,43 @@ func withNamespace(path string, f func(fd int) error) error {
 	}
 	defer file.Close()
 	return f(int(file.Fd()))
+}
+
+// stages are what a benchmark does.
+type stages interface {
+	prepare(context.Context) error
+	measure(context.Context) error
+}
+
+// carryOut does it, and then gives up what it holds.
+func carryOut(ctx context.Context, b stages, holds ...func() error) error {
+	err := b.prepare(ctx)
+	if err == nil {
+		err = b.measure(ctx)
+	}
+	if ctx.Err() != nil {
+		err = ctx.Err() // and not that its workers were killed
+	}
+	for _, release := range holds {
+		err = errors.Join(err, release())
+	}
+	return err
+}
+
+// checkRounds says how many rounds there may be, and how long each; 0 is left to the
+// benchmark.
+func checkRounds(rounds int, each time.Duration) error {
+	if rounds < 0 || rounds > 10000 || each < 0 || each > time.Minute {
+		return fmt.Errorf("%w: %d rounds of %s: use 1 to 10,000 and at most 1m", ErrOptions, rounds, each)
+	}
+	return nil
+}
+
+// ownWorker is the command that runs WorkerMain where none is given.
+func ownWorker() ([]string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	return []string{self, "bench-worker"}, nil
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -88,11 +87,11 @@ func (o Options) withDefaults() (Options, error) {
 		o.Progress = io.Discard
 	}
 	if len(o.WorkerCommand) == 0 {
-		self, err := os.Executable()
+		own, err := ownWorker()
 		if err != nil {
-			return o, fmt.Errorf("find this program: %w", err)
+			return o, err
 		}
-		o.WorkerCommand = []string{self, "bench-worker"}
+		o.WorkerCommand = own
 	}
 	if err := o.check(); err != nil {
 		return o, fmt.Errorf("%w: %w", ErrOptions, err)
@@ -169,14 +168,7 @@ func Services(ctx context.Context, opts Options) (*Report, error) {
 	}
 	report := &Report{Header: header, Rows: []Row{}, Skipped: []Skipped{}, Warnings: []string{}}
 	s := &session{Options: opts, run: folders, cpu: cpu, report: report}
-	err = s.prepare(ctx)
-	if err == nil {
-		err = s.measure(ctx)
-	}
-	if ctx.Err() != nil {
-		err = ctx.Err() // and not that its workers were killed
-	}
-	if err = errors.Join(err, s.close()); err != nil {
+	if err := carryOut(ctx, s, s.close); err != nil {
 		return nil, err
 	}
 	s.summarize()
