@@ -14,11 +14,9 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/dns/dnsmessage"
-	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
@@ -80,11 +78,7 @@ func TestLawsOfFilters(t *testing.T) {
 	laws(t)
 }
 
-func withoutTCX(t *testing.T) {
-	have := haveTCX
-	haveTCX = func() bool { return false }
-	t.Cleanup(func() { haveTCX = have })
-}
+func withoutTCX(t *testing.T) { layertest.WithoutTCX(t, &haveTCX) }
 
 func laws(t *testing.T) {
 	layertest.Laws(t, func(t *testing.T) layertest.Subject {
@@ -240,22 +234,11 @@ func (h *hamlet) observe() string {
 // stranger has a program and a filter of its own at the device, and a pin beside ours.
 func (h *hamlet) stranger() func() error {
 	h.t.Helper()
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "stranger", Type: ebpf.SchedCLS, License: "MIT",
-		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
-	must(h.t, err)
-	h.t.Cleanup(func() { program.Close() })
+	program := layertest.Passing(h.t, "stranger")
+	filtered := layertest.StrangeFilter(h.t, h.NetNS, h.device, netlink.HANDLE_MIN_INGRESS, program)
 	var l bpflink.Link
 	pin := filepath.Join(filepath.Dir(h.settings.Pins), "stranger")
-	filter := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: h.device, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Handle: 1, Protocol: unix.ETH_P_ALL},
-		Fd: program.FD(), Name: "stranger", DirectAction: true}
-	must(h.t, h.Inside(func() error {
-		qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: h.device, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
-		if err := netlink.QdiscAdd(qdisc); err != nil {
-			return err
-		}
-		if err := netlink.FilterAdd(filter); err != nil {
-			return err
-		}
+	must(h.t, h.Inside(func() (err error) {
 		l, err = bpflink.AttachTCX(bpflink.TCXOptions{Interface: h.device, Program: program, Attach: ebpf.AttachTCXIngress})
 		return err
 	}))
@@ -266,11 +249,10 @@ func (h *hamlet) stranger() func() error {
 		if _, err := os.Stat(pin); err != nil {
 			return err
 		}
+		if err := filtered(); err != nil {
+			return err
+		}
 		return h.Inside(func() error {
-			filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: h.device}}, netlink.HANDLE_MIN_INGRESS)
-			if err != nil || !slices.ContainsFunc(filters, func(f netlink.Filter) bool { return f.Attrs().Priority == 1 }) {
-				return fmt.Errorf("the filter is gone: %v, %w", filters, err)
-			}
 			found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: h.device, Attach: ebpf.AttachTCXIngress})
 			if err != nil || !slices.ContainsFunc(found.Programs, func(p bpflink.AttachedProgram) bool { return programName(p.ID) == "stranger" }) {
 				return fmt.Errorf("the program is gone: %w", err)

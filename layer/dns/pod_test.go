@@ -23,6 +23,7 @@ import (
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
+	"github.com/millrace/millrace/layer/layertest"
 )
 
 // elsewhere is what the server on the node answers, to whatever it is asked.
@@ -354,10 +355,7 @@ func TestRemoveTakesEveryPin(t *testing.T) {
 	must(t, err)
 	defer later.Close()
 	must(t, later.Pin(filepath.Join(h.settings.Pins, "later")))
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "later", Type: ebpf.SchedCLS, License: "MIT",
-		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
-	must(t, err)
-	defer program.Close()
+	program := layertest.Passing(t, "later")
 	if haveTCX() {
 		must(t, h.Inside(func() error {
 			l, err := bpflink.AttachTCX(bpflink.TCXOptions{Interface: h.device, Program: program, Attach: ebpf.AttachTCXIngress})
@@ -410,10 +408,7 @@ func TestFilterOfEarlierVersions(t *testing.T) {
 	l := h.open()
 	stop.Store(true)
 	must(t, <-failed)
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "other", Type: ebpf.SchedCLS, License: "MIT",
-		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
-	must(t, err)
-	defer program.Close()
+	program := layertest.Passing(t, "other")
 	hook := attach.Hook{Netns: h.NetNS, Device: h.device, Attach: ebpf.AttachTCXIngress}
 	if former := (&attach.Filter{Hook: hook, Program: datapathProgDnsFromPod, Priority: attach.OrderAnswers}); former.Alive() {
 		t.Error("the earlier version's is still there")
@@ -427,7 +422,7 @@ func TestFilterOfEarlierVersions(t *testing.T) {
 		t.Errorf("beside what turns answers back: %v", err)
 	}
 	l.Close()
-	_, err = New(h.settings).Remove()
+	_, err := New(h.settings).Remove()
 	must(t, err)
 	ours := &attach.Filter{Hook: hook, Program: datapathProgDnsFromPod, Priority: attach.OrderQueries, Former: attach.OrderAnswers}
 	if ours.Alive() || !other.Alive() {

@@ -102,7 +102,7 @@ func ownCgroup() (string, error) {
 	return "", fmt.Errorf("no cgroup2 entry in /proc/self/cgroup")
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

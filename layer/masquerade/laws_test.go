@@ -11,15 +11,10 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
-	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/layertest"
 	"github.com/millrace/millrace/model"
@@ -113,11 +108,7 @@ func TestLawsOfFilters(t *testing.T) {
 	laws(t)
 }
 
-func withoutTCX(t *testing.T) {
-	have := haveTCX
-	haveTCX = func() bool { return false }
-	t.Cleanup(func() { haveTCX = have })
-}
+func withoutTCX(t *testing.T) { layertest.WithoutTCX(t, &haveTCX) }
 
 func laws(t *testing.T) {
 	layertest.Laws(t, func(t *testing.T) layertest.Subject {
@@ -145,53 +136,22 @@ func (is *island) observe() string {
 		text = append(text, path)
 		return err
 	}))
-	must(is.t, netns.Do(is.NetNS, func() error {
-		links, err := netlink.LinkList()
-		for _, l := range links {
-			text = append(text, "device "+l.Attrs().Name)
-			for _, side := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-				if found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: l.Attrs().Index, Attach: side}); err == nil {
-					text = append(text, fmt.Sprintf("%d programs of %s", len(found.Programs), side))
-				}
-			}
-			qdiscs, wrong := netlink.QdiscList(l)
-			for _, q := range qdiscs {
-				text = append(text, "qdisc "+q.Type())
-			}
-			err = errors.Join(err, wrong)
-		}
-		return err
-	}))
+	text = append(text, layertest.Devices(is.t, is.NetNS)...)
 	return strings.Join(text, "\n")
 }
 
 // stranger has a filter at the uplink, and a pin beside ours.
 func (is *island) stranger() func() error {
 	is.t.Helper()
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "stranger", Type: ebpf.SchedCLS, License: "MIT",
-		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
-	must(is.t, err)
-	is.t.Cleanup(func() { program.Close() })
+	program := layertest.Passing(is.t, "stranger")
 	pin := filepath.Join(filepath.Dir(is.settings.Pins), "stranger")
 	must(is.t, program.Pin(pin))
 	is.t.Cleanup(func() { _ = os.Remove(pin) })
-	device := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: is.uplink}}
-	attrs := netlink.FilterAttrs{LinkIndex: is.uplink, Parent: netlink.HANDLE_MIN_EGRESS, Priority: 1, Handle: 1, Protocol: unix.ETH_P_ALL}
-	must(is.t, netns.Do(is.NetNS, func() error {
-		return errors.Join(
-			netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: is.uplink, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}),
-			netlink.FilterAdd(&netlink.BpfFilter{FilterAttrs: attrs, Fd: program.FD(), Name: "stranger", DirectAction: true}))
-	}))
+	filtered := layertest.StrangeFilter(is.t, is.NetNS, is.uplink, netlink.HANDLE_MIN_EGRESS, program)
 	return func() error {
 		if _, err := os.Stat(pin); err != nil {
 			return err
 		}
-		return netns.Do(is.NetNS, func() error {
-			filters, err := netlink.FilterList(device, netlink.HANDLE_MIN_EGRESS)
-			if err != nil || !slices.ContainsFunc(filters, func(f netlink.Filter) bool { return f.Attrs().Priority == 1 }) {
-				return fmt.Errorf("the filter is gone: %v, %w", filters, err)
-			}
-			return nil
-		})
+		return filtered()
 	}
 }

@@ -12,9 +12,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -104,11 +101,7 @@ func TestLawsOfFilters(t *testing.T) {
 	laws(t, ModeVXLAN)
 }
 
-func withoutTCX(t *testing.T) {
-	have := haveTCX
-	haveTCX = func() bool { return false }
-	t.Cleanup(func() { haveTCX = have })
-}
+func withoutTCX(t *testing.T) { layertest.WithoutTCX(t, &haveTCX) }
 
 func laws(t *testing.T, mode Mode) {
 	layertest.Laws(t, func(t *testing.T) layertest.Subject {
@@ -137,28 +130,13 @@ func (v *village) observe() string {
 		}
 		return err
 	}))
+	text = append(text, layertest.Devices(v.t, v.nodes[0])...)
 	must(v.t, netns.Do(v.nodes[0], func() error {
-		links, err := netlink.LinkList()
-		for _, l := range links {
-			text = append(text, "device "+l.Attrs().Name)
-			for _, side := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-				if found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: l.Attrs().Index, Attach: side}); err == nil {
-					text = append(text, fmt.Sprintf("%d programs of %s", len(found.Programs), side))
-				}
-			}
-			qdiscs, err := netlink.QdiscList(l)
-			for _, q := range qdiscs {
-				text = append(text, "qdisc "+q.Type())
-			}
-			if err != nil {
-				return err
-			}
-		}
-		routes, wrong := netlink.RouteList(nil, netlink.FAMILY_ALL)
+		routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
 		for _, r := range routes {
 			text = append(text, r.String())
 		}
-		return errors.Join(err, wrong)
+		return err
 	}))
 	return strings.Join(text, "\n")
 }
@@ -167,10 +145,8 @@ func (v *village) observe() string {
 // at the pod's veth, and a pin beside ours.
 func (v *village) stranger() func() error {
 	v.t.Helper()
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "stranger", Type: ebpf.SchedCLS, License: "MIT",
-		Instructions: asm.Instructions{asm.LoadImm(asm.R0, -1, asm.DWord), asm.Return()}})
-	must(v.t, err)
-	v.t.Cleanup(func() { program.Close() })
+	program := layertest.Passing(v.t, "stranger")
+	filtered := layertest.StrangeFilter(v.t, v.nodes[0], v.ports[0], netlink.HANDLE_MIN_INGRESS, program)
 	pin := filepath.Join(filepath.Dir(v.settings[0].Pins), "stranger")
 	must(v.t, program.Pin(pin))
 	v.t.Cleanup(func() { _ = os.Remove(pin) })
@@ -179,13 +155,9 @@ func (v *village) stranger() func() error {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = "other"
 		device := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: 77, Port: DefaultPort}
-		filter := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: v.ports[0], Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Handle: 1, Protocol: unix.ETH_P_ALL},
-			Fd: program.FD(), Name: "stranger", DirectAction: true}
 		return errors.Join(netlink.LinkAdd(device),
 			netlink.RouteAdd(&netlink.Route{LinkIndex: v.uplinks[0], Dst: ipNet(to), Gw: net.ParseIP("192.0.2.2"), Protocol: unix.RTPROT_STATIC}),
-			netlink.RouteAdd(&netlink.Route{LinkIndex: v.ports[0], Dst: ipNet(netip.MustParsePrefix("10.244.1.9/32")), Scope: netlink.SCOPE_LINK, Protocol: 109}),
-			netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: v.ports[0], Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}),
-			netlink.FilterAdd(filter))
+			netlink.RouteAdd(&netlink.Route{LinkIndex: v.ports[0], Dst: ipNet(netip.MustParsePrefix("10.244.1.9/32")), Scope: netlink.SCOPE_LINK, Protocol: 109}))
 	}))
 	return func() error {
 		if _, err := os.Stat(pin); err != nil {
@@ -203,11 +175,7 @@ func (v *village) stranger() func() error {
 			if err != nil || len(pods) != 1 {
 				return fmt.Errorf("the pod's route is gone: %v, %w", pods, err)
 			}
-			filters, err := netlink.FilterList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: v.ports[0]}}, netlink.HANDLE_MIN_INGRESS)
-			if err != nil || !slices.ContainsFunc(filters, func(f netlink.Filter) bool { return f.Attrs().Priority == 1 }) {
-				return fmt.Errorf("the filter is gone: %v, %w", filters, err)
-			}
-			return nil
+			return filtered()
 		})
 	}
 }

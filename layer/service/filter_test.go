@@ -12,15 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/attach"
+	"github.com/millrace/millrace/layer/layertest"
 )
 
 // withoutTCX lets the layer find what it finds before Linux 6.6.
-func withoutTCX(t *testing.T) {
-	t.Helper()
-	have := haveTCX
-	haveTCX = func() bool { return false }
-	t.Cleanup(func() { haveTCX = have })
-}
+func withoutTCX(t *testing.T) { layertest.WithoutTCX(t, &haveTCX) }
 
 // filters lists the clsact filters at all devices of the node.
 func (v *village) filters() (names []string) {
