@@ -96,7 +96,7 @@ func (h Hook) find(name string) (id ebpf.ProgramID, found bool) {
 			return err
 		}
 		for _, program := range there.Programs {
-			if nameOf(program.ID) == name {
+			if NameOf(program.ID) == name {
 				id, found = program.ID, true
 				return nil
 			}
@@ -106,8 +106,8 @@ func (h Hook) find(name string) (id ebpf.ProgramID, found bool) {
 	return id, found
 }
 
-// nameOf is what the kernel calls a program, "" if that has gone.
-func nameOf(id ebpf.ProgramID) string {
+// NameOf is what the kernel calls a program, "" if that has gone.
+func NameOf(id ebpf.ProgramID) string {
 	program, err := ebpf.NewProgramFromID(id)
 	if err != nil {
 		return ""

@@ -105,7 +105,7 @@ func (p *place) order() (names []string) {
 			return err
 		}
 		for _, program := range there.Programs {
-			names = append(names, nameOf(program.ID))
+			names = append(names, NameOf(program.ID))
 		}
 		return nil
 	}))

@@ -102,24 +102,11 @@ func (d *datapath) inFront(device int, a attach.Attachment) bool {
 		if one.ID == info.Program {
 			return true
 		}
-		if programName(one.ID) == translator {
+		if attach.NameOf(one.ID) == translator {
 			return false
 		}
 	}
 	return true
-}
-
-func programName(id ebpf.ProgramID) string {
-	program, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return ""
-	}
-	defer program.Close()
-	info, err := program.Info()
-	if err != nil {
-		return ""
-	}
-	return info.Name
 }
 
 // removal is what Remove would do: filters and links first, so that no program runs on

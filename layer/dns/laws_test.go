@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/kernel/netns"
@@ -219,7 +220,7 @@ func (h *hamlet) observe() string {
 	must(h.t, h.Inside(func() error {
 		if found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: h.device, Attach: ebpf.AttachTCXIngress}); err == nil {
 			for _, one := range found.Programs {
-				text = append(text, "program "+programName(one.ID))
+				text = append(text, "program "+attach.NameOf(one.ID))
 			}
 		}
 		qdiscs, err := netlink.QdiscList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: h.device}})
@@ -254,7 +255,7 @@ func (h *hamlet) stranger() func() error {
 		}
 		return h.Inside(func() error {
 			found, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: h.device, Attach: ebpf.AttachTCXIngress})
-			if err != nil || !slices.ContainsFunc(found.Programs, func(p bpflink.AttachedProgram) bool { return programName(p.ID) == "stranger" }) {
+			if err != nil || !slices.ContainsFunc(found.Programs, func(p bpflink.AttachedProgram) bool { return attach.NameOf(p.ID) == "stranger" }) {
 				return fmt.Errorf("the program is gone: %w", err)
 			}
 			return nil

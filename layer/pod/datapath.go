@@ -9,13 +9,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
 	bpflink "github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -32,16 +30,21 @@ var pinnedMaps = []string{datapathMapHomes, datapathMapGates, datapathMapCrossin
 // layers that hand packets to them.
 const Homes = datapathMapHomes
 
-// linkPrefix is of the pins of links; the index of the device follows.
-const linkPrefix = layer.LinkPrefix + datapathProgPodFromPod + "_"
+// ways are those of the layer's program: behind what translates.
+var ways = map[string]attach.Way{datapathProgPodFromPod: {Attach: ebpf.AttachTCXIngress, Order: attach.OrderRoutes}}
+
+// pointAt is the program at a device.
+func pointAt(device int) attach.Point {
+	return attach.Point{Program: datapathProgPodFromPod, Device: device}
+}
 
 // datapath is what the layer has in eBPF. It implements shortcuts.
 type datapath struct {
 	settings Settings
 	maps     map[string]*ebpf.Map
 	program  *ebpf.Program
-	links    map[int]*attach.Link // by the index of the device
-	words    []string             // of enum crossing
+	points   attach.Points
+	words    []string // of enum crossing
 	rules    *nft.Net
 }
 
@@ -56,7 +59,7 @@ func openDatapath(settings Settings) (*datapath, error) {
 	if err := need.Check("open the pod layer's shortcuts", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"); err != nil {
 		return nil, err
 	}
-	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, links: map[int]*attach.Link{}, rules: nft.In(settings.Netns)}
+	d := &datapath{settings: settings, maps: map[string]*ebpf.Map{}, points: attach.Points{Netns: settings.Netns, Pins: settings.Pins, Ways: ways, TCX: true}, rules: nft.In(settings.Netns)}
 	err := os.MkdirAll(settings.Pins, 0o700)
 	if err == nil {
 		err = d.load()
@@ -65,7 +68,10 @@ func openDatapath(settings Settings) (*datapath, error) {
 		err = d.restore()
 	}
 	if err == nil {
-		err = d.openLinks()
+		err = d.points.Open()
+	}
+	if err == nil {
+		err = d.points.Switch(map[string]*ebpf.Program{datapathProgPodFromPod: d.program})
 	}
 	if err != nil {
 		d.close()
@@ -154,44 +160,6 @@ func (d *datapath) readMaps(s *sights) error {
 }
 
 func (d *datapath) pin(name string) string { return filepath.Join(d.settings.Pins, name) }
-func (d *datapath) pinOf(device int) string {
-	return d.pin(linkPrefix + strconv.Itoa(device))
-}
-
-// hookAt is where the program runs at a pod's device.
-func (d *datapath) hookAt(device int) attach.Hook {
-	return attach.Hook{Netns: d.settings.Netns, Device: device, Name: fmt.Sprintf("device %d", device), Attach: ebpf.AttachTCXIngress}
-}
-
-// openLinks has the program run wherever that of an earlier process does.
-func (d *datapath) openLinks() error {
-	found, err := os.ReadDir(d.settings.Pins)
-	if err != nil {
-		return fmt.Errorf("read pin folder: %w", err)
-	}
-	for _, entry := range found {
-		index, ok := strings.CutPrefix(entry.Name(), linkPrefix)
-		device, err := strconv.Atoi(index)
-		if !ok || err != nil {
-			continue
-		}
-		l, err := d.hookAt(device).Open(d.pinOf(device))
-		if err != nil {
-			return err
-		}
-		d.links[device] = l
-		if !l.Alive() {
-			if err := d.detach(device); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := l.Run(d.program); err != nil {
-			return fmt.Errorf("switch %s at device %d to the new program: %w", datapathProgPodFromPod, device, err)
-		}
-	}
-	return nil
-}
 
 // inNetns runs f where the devices are.
 func (d *datapath) inNetns(f func() error) error { return netns.In(d.settings.Netns, f) }
@@ -206,11 +174,11 @@ func (d *datapath) look(devices []int, ranges []netip.Prefix) (sights, error) {
 	if s.why = whyClosed(rules, ranges); err != nil {
 		s.why = "packets between pods take no shortcuts: whether somebody's rules need to see them cannot be read: " + err.Error()
 	}
-	for device, l := range d.links {
-		s.attached[device] = l.Alive()
-		if !slices.Contains(devices, device) {
-			_ = d.detach(device) // it has gone
-			delete(s.attached, device)
+	for _, at := range d.points.All() {
+		if slices.Contains(devices, at.Device) {
+			s.attached[at.Device] = d.points.Alive(at)
+		} else {
+			_ = d.points.Detach(at) // it has gone
 		}
 	}
 	return s, d.inNetns(func() error { return findOthers(devices, s) })
@@ -240,36 +208,17 @@ func findOthers(devices []int, s sights) error {
 	return nil
 }
 
-// attach implements shortcuts: behind the programs that translate.
-func (d *datapath) attach(device int) error {
-	if l := d.links[device]; l != nil {
-		if l.Alive() {
-			return nil
-		}
-		if err := d.detach(device); err != nil {
-			return err
-		}
-	}
-	made, err := d.hookAt(device).TCX(d.program, bpflink.Tail(), d.pinOf(device))
-	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOLINK) {
+// attach implements shortcuts.
+func (d *datapath) attach(device int, name string) error {
+	err := d.points.Attach(pointAt(device), name, d.program)
+	if attach.DeviceGone(err) {
 		return nil // the pod has gone
 	}
-	if err != nil {
-		return fmt.Errorf("attach %s: %w", datapathProgPodFromPod, err)
-	}
-	d.links[device] = made
-	return made.Keep()
+	return err
 }
 
 // detach implements shortcuts.
-func (d *datapath) detach(device int) error {
-	l := d.links[device]
-	if l == nil {
-		return nil
-	}
-	delete(d.links, device)
-	return l.Detach()
-}
+func (d *datapath) detach(device int) error { return d.points.Detach(pointAt(device)) }
 
 // put implements shortcuts.
 func (d *datapath) put(addr netip.Addr, home datapathHome) error {
@@ -309,10 +258,8 @@ func (d *datapath) lost() (gone []lost) {
 			gone = append(gone, lost("pin "+name))
 		}
 	}
-	for _, device := range slices.Sorted(maps.Keys(d.links)) {
-		if l := d.links[device]; l.Alive() && !l.Kept() {
-			gone = append(gone, lost(fmt.Sprintf("pin %s%d", linkPrefix, device)))
-		}
+	for _, pin := range d.points.Lost() {
+		gone = append(gone, lost("pin "+pin))
 	}
 	return gone
 }
@@ -322,11 +269,7 @@ func (d *datapath) restore() error {
 	if err := os.MkdirAll(d.settings.Pins, 0o700); err != nil {
 		return fmt.Errorf("make pin folder: %w", err)
 	}
-	failures := []error{bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps)}
-	for _, l := range d.links {
-		failures = append(failures, l.Keep())
-	}
-	return errors.Join(failures...)
+	return errors.Join(bpfmap.Pin(d.settings.Pins, pinnedMaps, d.maps), d.points.Keep())
 }
 
 // describe implements shortcuts.
@@ -337,13 +280,7 @@ func (d *datapath) describe(to *layer.Description) error {
 		return err
 	}
 	to.Maps = append(to.Maps, layer.Map{Name: datapathMapHomes, Entries: len(all), Capacity: int(homes.MaxEntries()), Bytes: bpfmap.Bytes(homes)})
-	for _, device := range slices.Sorted(maps.Keys(d.links)) {
-		l := d.links[device]
-		if !l.Alive() {
-			continue
-		}
-		to.Programs = append(to.Programs, layer.Program{Name: datapathProgPodFromPod, Hook: ebpf.AttachTCXIngress.String() + " " + l.Name(), Device: l.Name(), Link: l.ID()})
-	}
+	to.Programs = append(to.Programs, layer.ProgramsAt(&d.points)...)
 	counts, err := bpfmap.Counts(d.maps[datapathMapCrossings], d.words)
 	maps.Copy(to.Reasons, counts)
 	return err
@@ -358,9 +295,7 @@ func (d *datapath) close() {
 	for _, m := range d.maps {
 		m.Close()
 	}
-	for _, l := range d.links {
-		l.Close()
-	}
+	d.points.Close()
 	if d.program != nil {
 		d.program.Close()
 	}
@@ -368,5 +303,5 @@ func (d *datapath) close() {
 
 // isOurs tells the pins of the layer by their names.
 func isOurs(name string) bool {
-	return strings.HasPrefix(name, linkPrefix) || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
+	return strings.HasPrefix(name, layer.LinkPrefix+datapathProgPodFromPod+"_") || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
 }

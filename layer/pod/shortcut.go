@@ -19,7 +19,7 @@ type shortcuts interface {
 	// those of pods.
 	look(devices []int, ranges []netip.Prefix) (sights, error)
 	// attach and detach are about the program at a pod's device.
-	attach(device int) error
+	attach(device int, name string) error
 	detach(device int) error
 	// put says where an address is, forget that it is nowhere; it returns the device where
 	// it was, or 0.
@@ -201,7 +201,7 @@ func (l *Layer) setShortcut(wanted *shortcut) error {
 		}
 	}
 	if wanted.attached {
-		return l.shortcuts.attach(wanted.pod.Index)
+		return l.shortcuts.attach(wanted.pod.Index, wanted.pod.Device)
 	}
 	return l.shortcuts.detach(wanted.pod.Index)
 }

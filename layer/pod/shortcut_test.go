@@ -175,7 +175,7 @@ func TestFromPodToPod(t *testing.T) {
 	if changes := h.bring(); len(changes) > 0 {
 		t.Errorf("after a pod's end there is nothing to do, but\n%v", changes)
 	}
-	if pins, err := filepath.Glob(filepath.Join(h.settings.Pins, linkPrefix+"*")); err != nil || len(pins) != 1 {
+	if pins, err := filepath.Glob(filepath.Join(h.settings.Pins, layer.LinkPrefix+"*")); err != nil || len(pins) != 1 {
 		t.Errorf("one pod is left, with %v", pins)
 	}
 }
@@ -268,7 +268,7 @@ func TestLost(t *testing.T) {
 	h := newHamlet(t)
 	h.bring()
 	must(t, os.Remove(filepath.Join(h.settings.Pins, datapathMapHomes)))
-	pins, err := filepath.Glob(filepath.Join(h.settings.Pins, linkPrefix+"*"))
+	pins, err := filepath.Glob(filepath.Join(h.settings.Pins, layer.LinkPrefix+"*"))
 	must(t, err)
 	must(t, os.Remove(pins[0]))
 	if changes := h.bring(); len(changes) != 2 || changes[0].String() != "+ pin homes" {
