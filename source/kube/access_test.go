@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -273,5 +274,30 @@ func TestBurst(t *testing.T) {
 	most := max(changes/2, int(took/spacing)/2)
 	if made == 0 || made > most {
 		t.Errorf("%d changes became %d Snapshots in %v, more than %d", changes, made, took, most)
+	}
+}
+
+// What a Snapshot waits, for a processor that others have or for whoever takes it, does not
+// count as work: the next change is not delayed by it. The shortest time between two counts.
+func TestAWaitDelaysNoChange(t *testing.T) {
+	b := newBed(t)
+	b.pause = 50 * time.Millisecond
+	b.apply(nodes + service("web", "10.96.0.2") + slice("web", "10.244.1.1"))
+	b.run()
+	b.shows("web 10.244.1.1")
+	b.watched()
+	for i := range 5 {
+		address := fmt.Sprint("10.244.2.", i+1)
+		b.apply(slice("web", address))
+		b.shows("web " + address)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	shortest := time.Hour
+	for i, at := range b.at[1:] {
+		shortest = min(shortest, at.Sub(b.at[i]))
+	}
+	if shortest >= share*b.pause {
+		t.Errorf("after a Snapshot that waited for %v the next came %v later", b.pause, shortest)
 	}
 }

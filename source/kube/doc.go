@@ -39,8 +39,8 @@
 // Nothing is delivered before Services and EndpointSlices were listed whole,
 // because a Service without its endpoints would take them away; and nothing is
 // Complete before these four kinds were. A change is delivered at once; after a
-// Snapshot the next comes in a millisecond at the earliest, or in four times what
-// the last took to make, so that a burst becomes few. Changes are taken over as
+// Snapshot the next comes in a millisecond at the earliest, or in four times the
+// processor time that the last took to make, so that a burst becomes few. Changes are taken over as
 // they are read and wait in no queue: one who is slow is held up by TCP. Seen is
 // when the event was read. Updates that say nothing new of what is read, such as
 // a Node's heartbeat, make no Snapshot.

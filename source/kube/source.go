@@ -3,10 +3,12 @@ package kube
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/millrace/millrace/model"
@@ -35,8 +37,8 @@ type Settings struct {
 }
 
 // After a Snapshot the next one comes at the earliest in spacing, or in share times
-// what that one took to make: a change after a pause is not delayed, and a burst
-// costs at most a part of one core.
+// the processor time that that one took to make: a change after a pause is not
+// delayed, and a burst costs at most a part of one core.
 const (
 	spacing = time.Millisecond
 	share   = 4
@@ -151,18 +153,34 @@ func (s *Source) deliver(ctx context.Context, deliver func(*model.Snapshot)) {
 		if !sleep(ctx, time.Until(next)) {
 			return
 		}
-		begun := time.Now()
-		snapshot, since := s.snapshot()
-		if snapshot == nil || snapshot == last {
-			continue
-		}
-		last = snapshot
-		dated := *snapshot
-		dated.Seen = since
-		deliver(&dated)
-		now := time.Now()
-		next = now.Add(max(spacing, share*now.Sub(begun)))
+		worked := processorTime(func() {
+			snapshot, since := s.snapshot()
+			if snapshot == nil || snapshot == last {
+				return
+			}
+			last = snapshot
+			dated := *snapshot
+			dated.Seen = since
+			deliver(&dated)
+		})
+		next = time.Now().Add(max(spacing, share*worked))
 	}
+}
+
+// processorTime is how long f works. Waiting is no work: on a node whose processors
+// others use, a Snapshot of 1 ms can take 50, and the next would wait for 200.
+func processorTime(f func()) time.Duration {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	begun := threadTime()
+	f()
+	return threadTime() - begun
+}
+
+func threadTime() time.Duration {
+	var worked unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &worked) // it cannot fail: the clock is there
+	return time.Duration(worked.Nano())
 }
 
 // snapshot is what is known now, nil if it is too early to tell anybody.

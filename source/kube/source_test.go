@@ -27,6 +27,8 @@ type bed struct {
 	at        []time.Time // when each was
 	ended     chan error
 	stop      context.CancelFunc
+	// pause is how long taking a Snapshot lasts.
+	pause time.Duration
 }
 
 // newBed makes both; the Source does not run yet.
@@ -82,6 +84,7 @@ func (b *bed) run() {
 	b.stop, b.ended = stop, make(chan error, 1)
 	go func() {
 		b.ended <- b.source.Run(ctx, func(s *model.Snapshot) {
+			time.Sleep(b.pause)
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			b.delivered, b.at = append(b.delivered, s), append(b.at, time.Now())
