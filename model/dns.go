@@ -22,6 +22,38 @@ type DNS struct {
 	TTL time.Duration
 	// Forwards are whom they ask for what is not the cluster's, the longest zone first.
 	Forwards []Forward
+	// Hosts are names that they have in a table of their own, wherever these are: they are to be
+	// asked for them. They are in lower case, without a final dot, and sorted; "*" for a first
+	// label is any, and alone it is any name of one label.
+	Hosts []string
+	// HostAddresses are those of that table, sorted: the servers are to be asked for the names
+	// of these, too.
+	HostAddresses []netip.Addr
+}
+
+// HasHost says whether a name, in lower case and without a final dot, is in the servers' table.
+func (d *DNS) HasHost(name string) bool {
+	if d == nil || len(d.Hosts) == 0 {
+		return false
+	}
+	if _, there := slices.BinarySearch(d.Hosts, name); there {
+		return true
+	}
+	_, parent, below := strings.Cut(name, ".")
+	if below {
+		parent = "." + parent
+	}
+	_, there := slices.BinarySearch(d.Hosts, "*"+parent)
+	return there
+}
+
+// HasHostAddress says whether an address is in the servers' table.
+func (d *DNS) HasHostAddress(addr netip.Addr) bool {
+	if d == nil {
+		return false
+	}
+	_, there := slices.BinarySearchFunc(d.HostAddresses, addr, netip.Addr.Compare)
+	return there
 }
 
 // Forward is a zone, and whom the cluster's DNS servers ask for the names in it.

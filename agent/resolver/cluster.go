@@ -86,7 +86,7 @@ type record struct {
 // https://coredns.io/plugins/kubernetes/); what its settings might change is handed back.
 func (r *Resolver) cluster(ctx context.Context, from string, c *config, q *query, now time.Time) (*dns.Msg, Source) {
 	s := r.snapshot.Load()
-	if s == nil || !s.HasAllNames() || c.left != "" || c.ttl <= 0 || strings.Contains(q.name, "\\") {
+	if s == nil || !s.HasAllNames() || c.left != "" || c.ttl <= 0 || c.tabled(q.name) || strings.Contains(q.name, "\\") {
 		return nil, HandedBack
 	}
 	known, deny := r.trust(s, now)
@@ -98,7 +98,7 @@ func (r *Resolver) cluster(ctx context.Context, from string, c *config, q *query
 		if !c.reverse {
 			return nil, HandedBack
 		}
-		return a.reverse(s)
+		return a.reverse(s, c)
 	}
 	a.asWritten = q.written[len(q.written)-len(r.zone):]
 	labels := dns.SplitDomainName(strings.TrimSuffix(q.name, r.zone))
@@ -355,9 +355,9 @@ func (a *zoneAnswer) services(records []record) {
 }
 
 // reverse answers for the name of a Service's address; others know the rest.
-func (a *zoneAnswer) reverse(s *snapshot) (*dns.Msg, Source) {
+func (a *zoneAnswer) reverse(s *snapshot, c *config) (*dns.Msg, Source) {
 	addr, ok := addressOf(a.query.name)
-	if !ok || a.query.kind != dns.TypePTR {
+	if !ok || c.dns.HasHostAddress(addr) || a.query.kind != dns.TypePTR {
 		return nil, HandedBack
 	}
 	s.once.Do(s.index)

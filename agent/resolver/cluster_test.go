@@ -254,6 +254,40 @@ func TestAddressesAreLeft(t *testing.T) {
 	}
 }
 
+// What the servers have in a table of their own is for them: names, and those of addresses.
+func TestHostsOfTheClusterAreLeft(t *testing.T) {
+	s := shop()
+	s.DNS.Hosts = []string{"*.many.shop.svc.cluster.local", "db-0.db.shop.svc.cluster.local", "new.shop.svc.cluster.local", "web.shop.svc.cluster.local"}
+	s.DNS.HostAddresses = addrs("2001:db8::1")
+	r := newResolver(t, nil)
+	r.Take(s)
+	for name, want := range map[string]string{
+		"web.shop.svc.cluster.local.":            "handed back",
+		"WEB.shop.svc.cluster.local.":            "handed back",
+		"new.shop.svc.cluster.local.":            "handed back",
+		"db-0.db.shop.svc.cluster.local.":        "handed back",
+		"x.many.shop.svc.cluster.local.":         "handed back",
+		"10-244-0-2.db.shop.svc.cluster.local.":  "NOERROR",
+		"_http._tcp.web.shop.svc.cluster.local.": "NOERROR",
+		"nosuch.shop.svc.cluster.local.":         "NXDOMAIN",
+	} {
+		for _, kind := range []uint16{dns.TypeA, dns.TypeAAAA, dns.TypeTXT, dns.TypeSRV} {
+			if got := said(asks(t, r, question(name, kind))); !strings.HasPrefix(got, want) {
+				t.Errorf("%s %s: %s, not %s", name, dns.TypeToString[kind], got, want)
+			}
+		}
+	}
+	for text, want := range map[string]string{"10.96.0.1": "NOERROR", "2001:db8::1": "handed back"} {
+		name, err := dns.ReverseAddr(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := said(asks(t, r, question(name, dns.TypePTR))); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: %s, not %s", text, got, want)
+		}
+	}
+}
+
 func TestAddressesOfReverseNames(t *testing.T) {
 	for _, text := range []string{"192.0.2.17", "2001:db8::abcd:1", "::", "0.0.0.0"} {
 		name, err := dns.ReverseAddr(text)

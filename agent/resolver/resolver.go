@@ -306,7 +306,12 @@ type config struct {
 	left     string
 	reverse  bool
 	forwards []forward
+	// dns has the table of the cluster's DNS servers.
+	dns *model.DNS
 }
+
+// tabled says whether the cluster's DNS servers have a name in a table of their own.
+func (c *config) tabled(name string) bool { return c.dns.HasHost(strings.TrimSuffix(name, ".")) }
 
 // forward is a zone and whom to ask for it; none if it is left to others.
 type forward struct {
@@ -314,9 +319,10 @@ type forward struct {
 	servers servers
 }
 
-// forward finds whom to ask for a name: zones are in the order of their length.
+// forward finds whom to ask for a name: zones are in the order of their length. For one that
+// the cluster's DNS servers have in a table nobody is.
 func (c *config) forward(name string) *forward {
-	if c == nil {
+	if c == nil || c.tabled(name) {
 		return nil
 	}
 	for i := range c.forwards {
@@ -390,7 +396,7 @@ func (r *Resolver) wanted() (*config, map[model.Upstream]bool) {
 	if r.dns == nil {
 		return nil, all
 	}
-	c := &config{ttl: r.dns.TTL, left: r.dns.Left, reverse: r.dns.Reverse}
+	c := &config{ttl: r.dns.TTL, left: r.dns.Left, reverse: r.dns.Reverse, dns: r.dns}
 	if zone := r.dns.Zone; zone != "" && zone != r.settings.Zone {
 		c.left = "the cluster's zone is " + zone
 	}
@@ -453,6 +459,7 @@ func (r *Resolver) listed(file string) []netip.AddrPort {
 // same says whether two configurations are.
 func (c *config) same(other *config) bool {
 	return c.ttl == other.ttl && c.left == other.left && c.reverse == other.reverse &&
+		slices.Equal(c.dns.Hosts, other.dns.Hosts) && slices.Equal(c.dns.HostAddresses, other.dns.HostAddresses) &&
 		slices.EqualFunc(c.forwards, other.forwards, func(a, b forward) bool { return a.zone == b.zone && sameServers(&a, &b) })
 }
 

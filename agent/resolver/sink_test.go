@@ -234,6 +234,53 @@ func TestZonesThatAreLeftAreForgotten(t *testing.T) {
 	}
 }
 
+// What comes into the servers' table is forgotten, here and in the kernel, and not learned
+// again; nor is an ExternalName's target that is in it followed. What leaves it is asked for.
+func TestHostsAreForgotten(t *testing.T) {
+	u := newUpstream(t, zone)
+	r, k := newTaught(t, u)
+	d := forwardsTo(u)
+	asked := func(name string) bool { return asks(t, r, question(name+".", dns.TypeA)) != nil }
+	learned := func(name string) bool { _, ok := k.of(name); return ok }
+	names := []string{"www.example.com", "alias.example.com"}
+	for _, name := range names {
+		if !asked(name) {
+			t.Errorf("%s is handed back, and nothing says so", name)
+		}
+		until(t, name+" is learned", func() bool { return learned(name) })
+	}
+	for _, hosts := range [][]string{{"www.example.com"}, {"*.example.com"}} {
+		tabled := *d
+		tabled.Hosts = hosts
+		r.Configure(&tabled)
+		for _, name := range names {
+			in := hosts[0] == "*.example.com" || name == hosts[0]
+			before := u.asked.Load()
+			if learned(name) == in || asked(name) == in {
+				t.Errorf("hosts %v: %s, in the kernel %v", hosts, name, learned(name))
+			}
+			if in && u.asked.Load() > before {
+				t.Errorf("hosts %v: the server was asked for %s", hosts, name)
+			}
+		}
+	}
+	s := shop()
+	tabled := *d
+	tabled.Hosts, tabled.TTL = []string{"www.example.com"}, 5*time.Second
+	s.DNS = &tabled
+	r.Take(s)
+	if asked("elsewhere.shop.svc.cluster.local") {
+		t.Error("an ExternalName is followed into the table")
+	}
+	r.Configure(d)
+	for _, name := range names {
+		if !asked(name) {
+			t.Errorf("%s is handed back after it left the table", name)
+		}
+		until(t, name+" is learned again", func() bool { return learned(name) })
+	}
+}
+
 // The kernel learns both families of a name of which one was asked for.
 func TestKernelLearns(t *testing.T) {
 	u := newUpstream(t, zone)

@@ -31,6 +31,10 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 		}
 		return picture
 	}
+	tabled := hostsBelow(settings.Zone, snapshot.DNS)
+	for _, name := range tabled {
+		picture.add(leftTo(name))
+	}
 	next := make(map[*model.Service][]*Row, len(snapshot.Services))
 	there := make(map[model.Name]bool, len(snapshot.Services))
 	for _, s := range snapshot.Services {
@@ -50,6 +54,9 @@ func (p *planner) plan(settings Settings, snapshot *model.Snapshot) *Picture {
 			picture.add(leftTo(serviceName(name)))
 		}
 	}
+	for _, name := range tabled {
+		picture.add(leftTo(serviceAbove(name)))
+	}
 	picture.whole = snapshot.HasAllNames()
 	picture.cut(settings.names)
 	return picture
@@ -66,7 +73,55 @@ func leftWhole(zone string, dns *model.DNS) string {
 	case dns.Zone != zone:
 		return fmt.Sprintf("they serve %s: say --dns %s", dns.Zone, dns.Zone)
 	}
+	for _, name := range dns.Hosts {
+		if below, inside := strings.CutSuffix(name, "."+zone); inside && !canBeLeft(below) {
+			return fmt.Sprintf("hosts in the Corefile has %s, and below %s a name can be left alone only if it is one of a Service", name, zone)
+		}
+	}
 	return ""
+}
+
+// canBeLeft says whether a name below the zone can be in the table of names as one that others
+// answer, or is theirs anyway: of other names than Services' the program knows, without
+// looking, that they do not exist (names.bpf.c, absent).
+func canBeLeft(below string) bool {
+	labels := strings.Split(below, ".")
+	for _, label := range labels {
+		if label == "" || len(label) > 63 || strings.ContainsFunc(label, func(r rune) bool {
+			return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '-' && r != '_'
+		}) {
+			return false
+		}
+	}
+	switch last := labels[len(labels)-1]; last {
+	case "svc":
+		return len(labels) <= 5
+	case "pod", "dns":
+		return true
+	}
+	return false
+}
+
+// hostsBelow are the names of Services, and below these, that the DNS servers have in a table
+// of their own.
+func hostsBelow(zone string, dns *model.DNS) (names []string) {
+	if dns == nil {
+		return nil
+	}
+	for _, name := range dns.Hosts {
+		below, inside := strings.CutSuffix(name, "."+zone)
+		if inside && strings.HasSuffix(below, ".svc") && strings.Count(below, ".") >= 2 {
+			names = append(names, below)
+		}
+	}
+	return names
+}
+
+// serviceAbove is the name of the Service that a name is, or is below: without it the program
+// does not look for the name.
+func serviceAbove(name string) string {
+	labels := strings.Split(name, ".")
+	return strings.Join(labels[len(labels)-3:], ".")
 }
 
 // serviceName is a Service's name below the zone.

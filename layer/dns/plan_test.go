@@ -69,6 +69,8 @@ func clusterOf(t *testing.T, text string) *model.Snapshot {
 		switch words[0] {
 		case "left":
 			s.DNS = &model.DNS{Zone: "cluster.local", TTL: DefaultTTL, Left: strings.Join(words[1:], " ")}
+		case "hosts":
+			s.DNS = &model.DNS{Zone: "cluster.local", TTL: DefaultTTL, Hosts: words[1:]}
 		case "zone":
 			s.DNS = &model.DNS{Zone: words[1], TTL: DefaultTTL}
 		case "ttl":

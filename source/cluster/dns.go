@@ -122,12 +122,28 @@ func containerOf(d *appsv1.Deployment) *corefile.Container {
 	if conf := confOf(append(slices.Clone(c.Command), c.Args...)); path.IsAbs(conf) && !strings.Contains(conf, "$(") {
 		to.Corefile = path.Clean(conf)
 	}
+	to.Aliases, to.Hosts = hostsOf(pod)
 	for _, m := range c.VolumeMounts {
 		mount := mountOf(pod.Volumes, m.Name)
 		mount.Path, mount.Sub = path.Clean("/"+m.MountPath), m.SubPath+m.SubPathExpr
 		to.Mounts = append(to.Mounts, mount)
 	}
 	return to
+}
+
+// hostsOf is what stands in /etc/hosts of a pod beside names of one label, or why that is not
+// known (kubelet, ensureHostsFile).
+func hostsOf(pod *corev1.PodSpec) (aliases, unknown string) {
+	switch {
+	case pod.HostNetwork:
+		return "", "/etc/hosts is that of the node (hostNetwork)"
+	case pod.Subdomain != "" || pod.HostnameOverride != nil:
+		return "", "/etc/hosts has a name of the pod's own (subdomain, hostnameOverride)"
+	}
+	for _, alias := range pod.HostAliases {
+		aliases += alias.IP + " " + strings.Join(alias.Hostnames, " ") + "\n"
+	}
+	return aliases, ""
 }
 
 // confOf is the value of the flag -conf among the words of a command, "" if it has none. The

@@ -51,10 +51,14 @@ func Read(text string, files Files) *model.DNS {
 	if err == nil {
 		servers, err = reachable(servers)
 	}
+	if err == nil {
+		err = readTables(servers, &files)
+	}
 	if err != nil {
 		return Unknown(err.Error())
 	}
 	d := &model.DNS{TTL: DefaultTTL, Forwards: forwards(servers)}
+	tabled(d, servers)
 	d.Left = cluster(d, servers)
 	return d
 }

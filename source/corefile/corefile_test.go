@@ -43,6 +43,9 @@ func said(d *model.DNS) string {
 			fmt.Fprintf(&text, " left: %s", f.Left)
 		}
 	}
+	if len(d.Hosts)+len(d.HostAddresses) > 0 {
+		fmt.Fprintf(&text, "\n  hosts %v %v", d.Hosts, d.HostAddresses)
+	}
 	return text.String() + "\n"
 }
 

@@ -7,6 +7,9 @@
 // own lexer; not its parser, which opens files that import names, on this host. Those are keys
 // of ConfigMaps here, where the Deployment mounts them (Files).
 //
+// Of the plugin hosts the table is read, inline or from such a key, so that its names can be
+// left by themselves.
+//
 // What counts is the order in which CoreDNS asks its plugins, which is not that of the
 // text (core/dnsserver/zdirectives.go): whoever comes before kubernetes may answer in its
 // place, and whoever comes before forward in that one's.

@@ -33,6 +33,9 @@ type Container struct {
 	// Corefile is the path of its Corefile (-conf); "" where nothing says it.
 	Corefile string
 	Mounts   []Mount
+	// Aliases is what its pods' /etc/hosts have beside what kubelet writes for each of them
+	// (hostAliases), if Hosts is empty; else that is why these files are not known.
+	Aliases, Hosts string
 }
 
 // Mount is a place in a container's file system at which a volume is.
@@ -67,6 +70,9 @@ func (f *Files) corefile() string {
 	}
 	return f.Container.Corefile
 }
+
+// unknown is why it is not known how they are run.
+func (f *Files) unknown() string { return cmp.Or(f.Why, "how they are run is not known") }
 
 // another is why the servers are known to have another Corefile than that of ConfigMap; "" if
 // they are not.
@@ -165,7 +171,7 @@ var oddFolders = []string{"..data", "..2026_01_02_03_04_05.1234567890"}
 // not known. The error is of what CoreDNS would refuse.
 func (f *Files) glob(pattern, by string) (all []found, why string, err error) {
 	if f.Container == nil {
-		return nil, cmp.Or(f.Why, "how they are run is not known"), nil
+		return nil, f.unknown(), nil
 	}
 	if !path.IsAbs(pattern) {
 		pattern = path.Join(path.Dir(by), pattern)

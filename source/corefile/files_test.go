@@ -104,6 +104,21 @@ func TestFilesThatAreNotKnown(t *testing.T) {
 	}
 }
 
+// /etc/hosts is kubelet's, but for what the pod says otherwise.
+func TestHostsOfThePod(t *testing.T) {
+	for want, change := range map[string]func(*Container){
+		"hosts [* a.example alias.example] [192.0.2.1 192.0.2.8]": func(c *Container) { c.Aliases = "192.0.2.8 alias.example\n" },
+		"of the node (hostNetwork)":                               func(c *Container) { c.Hosts = "/etc/hosts is that of the node (hostNetwork)" },
+		"is an emptyDir, not a ConfigMap":                         func(c *Container) { c.Mounts = append(c.Mounts, Mount{Path: "/etc/hosts", Else: "an emptyDir"}) },
+	} {
+		files := Files{Container: customized()}
+		change(files.Container)
+		if d := said(Read(".:53 {\nkubernetes cluster.local\nhosts {\n192.0.2.1 a.example\nfallthrough\n}\nforward . 192.0.2.1\n}", files)); !strings.Contains(d, want) {
+			t.Errorf("want %q:\n%s", want, d)
+		}
+	}
+}
+
 // A pattern that CoreDNS refuses, or a file that imports itself, ends soon.
 func TestImportsThatEnd(t *testing.T) {
 	for imported, want := range map[string]string{

@@ -64,6 +64,9 @@ type directive struct {
 	args []string
 	// body are the lines in braces.
 	body []setting
+	// table is what hosts answers from; where it is nil, untabled says why it is not known.
+	table    *table
+	untabled string
 }
 
 // setting is one line in the braces of a directive. Deeper braces are words of it.

@@ -58,15 +58,22 @@ func concerns(d *directive, zones []string) (all []concern) {
 	switch d.name {
 	case "rewrite":
 		return []concern{rewritten(d, why)}
+	case "hosts":
+		return hostsConcerns(d, zones, why)
 	case "kubernetes":
 		why, named = fmt.Sprintf("%v: kubernetes answers", d.at), d.args
 	case "acl", "dnssec", "auto", "secondary", "etcd", "k8s_external":
 		named = d.args
-	case "hosts", "file":
+	case "file":
 		named = d.args[min(1, len(d.args)):]
 	case "template":
 		named = d.args[min(2, len(d.args)):]
 	}
+	return inZones(named, zones, why)
+}
+
+// inZones are concerns for zones, or where none are named for those of the server block.
+func inZones(named, zones []string, why string) (all []concern) {
 	if len(named) == 0 {
 		named = zones
 	}
@@ -78,6 +85,18 @@ func concerns(d *directive, zones []string) (all []concern) {
 		all = append(all, concern{zone: zone, why: why})
 	}
 	return all
+}
+
+// hostsConcerns are the zones that are left because of hosts: those in which it asks nobody
+// for what is not in its table, or all if the table is not known. The names of addresses are
+// in it wherever its zones are.
+func hostsConcerns(d *directive, zones []string, why string) []concern {
+	named := d.args[min(1, len(d.args)):]
+	if d.table == nil {
+		why += ": " + d.untabled
+		return append(inZones(named, zones, why), concern{zone: reverseZones[0], why: why}, concern{zone: reverseZones[1], why: why})
+	}
+	return slices.DeleteFunc(inZones(named, zones, why+": it has no fallthrough"), func(c concern) bool { return d.table.fallsThrough(c.zone) })
 }
 
 // rewritten is what a rule of rewrite is for: `rewrite name [exact] FROM TO` or

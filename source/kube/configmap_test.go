@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
@@ -182,6 +183,24 @@ func TestImportsAreFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.until("the Deployment is gone", left("there is no Deployment"))
+}
+
+// The table of k3s is a key beside the Corefile: its names come and go with the nodes.
+func TestHostsAreFollowed(t *testing.T) {
+	b := namesBed(t)
+	table := strings.ReplaceAll(corefileMap, "        forward .", "        hosts /etc/coredns/NodeHosts {\n            ttl 60\n            reload 15s\n            fallthrough\n        }\n        forward .") + "  NodeHosts: |\n    192.0.2.21 server-0\n"
+	b.apply(table + strings.ReplaceAll(corednsDeployment, "path: Corefile}", "path: Corefile}, {key: NodeHosts, path: NodeHosts}"))
+	b.run()
+	has := func(want ...string) func(*model.Snapshot) bool {
+		return func(s *model.Snapshot) bool {
+			return s.Complete && s.DNS != nil && s.DNS.Left == "" && slices.Equal(s.DNS.Hosts, want)
+		}
+	}
+	b.until("the table is read", has("server-0"))
+	b.apply(table + "    192.0.2.22 agent-0\n")
+	b.until("a node comes", has("agent-0", "server-0"))
+	b.apply(corednsDeployment)
+	b.until("it is not mounted any more: CoreDNS has no such file", has())
 }
 
 // Who may not read what is imported, or the Deployment, has complete Snapshots, which say
