@@ -172,8 +172,49 @@ func (n *node) leavesToTheCorefile(p *asker) {
 			})
 		})
 	})
+	write(n.t, filepath.Join(n.manifests, "coredns-deployment.yaml"), coreDNSDeployment)
+	corefile("import custom/*.override", "10.96.0.1")
+	write(n.t, filepath.Join(n.manifests, "coredns-custom.yaml"), coreDNSCustom)
+	corefile("import custom/*.override", "192.0.2.53")
+	if got, err := p.look("new.default.svc.cluster.local."); got != "10.96.0.2" {
+		n.t.Errorf("a name that is not in the table of hosts is %q, %v", got, err)
+	}
+	if _, err := p.look("nosuch.default.svc.cluster.local."); err == nil {
+		n.t.Error("a name that does not exist is there, because of a table of hosts")
+	}
 	corefile("cache", "10.96.0.1")
 }
+
+// coreDNSDeployment says which files CoreDNS has, and coreDNSCustom is one of them.
+const (
+	coreDNSDeployment = `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: coredns, namespace: kube-system}
+spec:
+  selector: {matchLabels: {k8s-app: kube-dns}}
+  template:
+    metadata: {labels: {k8s-app: kube-dns}}
+    spec:
+      containers:
+      - name: coredns
+        image: coredns
+        args: [-conf, /etc/coredns/Corefile]
+        volumeMounts: [{name: config, mountPath: /etc/coredns}, {name: custom, mountPath: /etc/coredns/custom}]
+      volumes: [{name: config, configMap: {name: coredns}}, {name: custom, configMap: {name: coredns-custom, optional: true}}]
+`
+	coreDNSCustom = `
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: coredns-custom, namespace: kube-system}
+data:
+  web.override: |
+    hosts {
+      192.0.2.53 web.default.svc.cluster.local
+      fallthrough
+    }
+`
+)
 
 // contain has a process in the pod that sees this text as its resolv.conf, until the test ends.
 func (p *asker) contain(t *testing.T, text string) {
