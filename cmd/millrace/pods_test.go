@@ -214,7 +214,7 @@ func reads(from, address string) error {
 // seen it.
 func (n *node) showsPods(web netip.Addr) {
 	n.t.Helper()
-	want := regexp.MustCompile(fmt.Sprintf(`(?m)^shop/web +%s +mr[0-9a-v]{13} +(direct|stack) +web$`, web))
+	want := regexp.MustCompile(fmt.Sprintf(`(?m)^shop/web +%s +mr[0-9a-v]{13} +(direct|stack) +- +web$`, web))
 	for begun := time.Now(); ; {
 		show := product("show", "pods", "--run", n.run, "--pins", n.pins)
 		var out, errs bytes.Buffer

@@ -91,14 +91,18 @@ func (l *Layer) add(r *cni.Request, config *cni.Config, key pool.Key) (*types100
 	case len(l.pool.Ranges()) == 0:
 		return nil, types.NewError(types.ErrTryAgainLater, l.noRanges(), "")
 	}
+	bandwidth, err := bandwidthFor(config, podOf(pool.Lease{Key: key, Pod: r.Pod()}))
+	if err != nil {
+		return nil, err
+	}
 	space := spaceOf(r)
-	if lease, had := l.pool.Lease(key); had {
+	if lease, had := l.pool.Lease(key); had && lease.Bandwidth == bandwidth {
 		pod := podOf(lease)
 		if missing, err := l.host.check(pod, space); err == nil && len(missing) == 0 {
 			return l.result(pod, r), nil
 		}
 	}
-	lease, err := l.pool.Take(pool.Lease{Key: key, Network: config.Name, Pod: r.Pod()}, time.Now())
+	lease, err := l.pool.Take(pool.Lease{Key: key, Network: config.Name, Pod: r.Pod(), Bandwidth: bandwidth}, time.Now())
 	if errors.Is(err, pool.ErrFull) {
 		return nil, types.NewError(types.ErrTryAgainLater, fmt.Sprintf("no address for the pod: %v: delete pods of this node, or give it a larger range (spec.podCIDRs)", err), "")
 	}

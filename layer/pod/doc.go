@@ -13,8 +13,10 @@
 // Packets from pod to pod of the node take shortcuts, without the host's stack, where
 // nobody's rules need to see them (shortcut.bpf.c).
 //
-// What it writes: for each pod a veth pair, the addresses and routes in the pod, and on
-// the node a route and a neighbour for each address, by a route protocol number of its
+// A pod whose annotations limit its bandwidth has a queue (tbf) at both ends of its veth.
+//
+// What it writes: for each pod a veth pair, the addresses and routes in the pod, queues
+// where its bandwidth is limited, and on the node a route and a neighbour for each address, by a route protocol number of its
 // own (109); three maps, and a program and a link for each pod, pinned in a folder of its
 // own; a file and a socket. No sysctls, no rules.
 //
@@ -28,5 +30,5 @@
 // Where another plug-in has been, its pods' addresses are not given as long as they run.
 //
 // Not here: routes to other nodes (layer/route), masquerade (layer/masquerade),
-// portMappings, bandwidth, network policies.
+// portMappings, network policies.
 package pod

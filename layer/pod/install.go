@@ -158,7 +158,7 @@ type network struct {
 // ours for pods with a hostPort; which versions of CNI it knows cannot be seen, so the one
 // that all know is used then.
 func (i *installation) list() []byte {
-	ours := map[string]any{"type": plugin}
+	ours := map[string]any{"type": plugin, "capabilities": map[string]bool{"bandwidth": true}}
 	if i.settings.Socket != cni.DefaultSocket {
 		ours["socket"] = i.settings.Socket
 	}

@@ -92,12 +92,12 @@ func TestPluginIsInstalled(t *testing.T) {
 	}
 }
 
-// The list names what the runtime's own versions know, and the plugin portmap where that
-// is; a socket only where it is not the usual one.
+// The list names what the runtime's own versions know, what a runtime may ask for one pod,
+// and the plugin portmap where that is; a socket only where it is not the usual one.
 func TestListForRuntimes(t *testing.T) {
 	s := Settings{Plugins: t.TempDir(), Networks: t.TempDir(), Socket: "/run/millrace/agent/cni.sock"}
 	i := installation{settings: s}
-	if text := string(i.list()); strings.Contains(text, "socket") || strings.Contains(text, "portmap") || !strings.Contains(text, `"1.1.0"`) {
+	if text := string(i.list()); strings.Contains(text, "socket") || strings.Contains(text, "portmap") || !strings.Contains(text, `"1.1.0"`) || !strings.Contains(text, `"bandwidth": true`) {
 		t.Error(text)
 	}
 	must(t, os.Symlink("/absent", filepath.Join(s.Plugins, "portmap")))

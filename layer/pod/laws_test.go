@@ -23,14 +23,15 @@ import (
 // nobody is a node with nothing on it.
 type nobody struct{}
 
-func (nobody) look() (facts, error)                            { return facts{mtu: defaultMTU}, nil }
-func (nobody) build(*Pod, string, lengths, []netip.Addr) error { return nil }
-func (nobody) spaces() map[netip.Addr]string                   { return nil }
-func (nobody) inside(*Pod, string) (lengths, error)            { return lengths{}, nil }
-func (nobody) correct(*Pod, string, lengths) error             { return nil }
-func (nobody) demolish(string) error                           { return nil }
-func (nobody) mend(*Pod, []netip.Addr) error                   { return nil }
-func (nobody) check(*Pod, string) ([]string, error)            { return nil, nil }
+func (nobody) look() (facts, error)                                 { return facts{mtu: defaultMTU}, nil }
+func (nobody) build(*Pod, string, lengths, []netip.Addr) error      { return nil }
+func (nobody) spaces() map[netip.Addr]string                        { return nil }
+func (nobody) inside(*Pod, string) (lengths, error)                 { return lengths{}, nil }
+func (nobody) bandwidth(*Pod, string) (b pool.Bandwidth, err error) { return b, nil }
+func (nobody) correct(*Pod, string, lengths) error                  { return nil }
+func (nobody) demolish(string) error                                { return nil }
+func (nobody) mend(*Pod, []netip.Addr) error                        { return nil }
+func (nobody) check(*Pod, string) ([]string, error)                 { return nil, nil }
 
 func TestPureLaws(t *testing.T) {
 	layertest.PureLaws(t, layertest.Subject{

@@ -113,6 +113,9 @@ type host interface {
 	spaces() map[netip.Addr]string
 	inside(pod *Pod, space string) (lengths, error)
 	correct(pod *Pod, space string, to lengths) error
+	// bandwidth is what a pod may receive and send, by its queues; of a space that is not
+	// known, what it may receive.
+	bandwidth(pod *Pod, space string) (pool.Bandwidth, error)
 }
 
 var _ layer.Layer = (*Layer)(nil)
@@ -381,7 +384,7 @@ func (l *Layer) carryOut(change layer.Change, spaces func() map[netip.Addr]strin
 	case podRange:
 		return l.useRange(netip.Prefix(s), change.Op != layer.Remove)
 	case *Pod:
-		return l.putRight(s)
+		return l.putRight(s, spaces)
 	case *correction:
 		return l.correct(s, spaces)
 	case *shortcut:
@@ -415,7 +418,7 @@ func (l *Layer) useRange(r netip.Prefix, use bool) error {
 }
 
 // putRight looks at one pod again, and does what is to be done about it.
-func (l *Layer) putRight(pod *Pod) error {
+func (l *Layer) putRight(pod *Pod, spaces func() map[netip.Addr]string) error {
 	if l.busy[pod.Key] {
 		return nil // who works on it knows
 	}
@@ -433,6 +436,7 @@ func (l *Layer) putRight(pod *Pod) error {
 	case now == nil, now.state == whole:
 		return nil // it ended meanwhile, or somebody asked for it again
 	case now.state == unknown:
+		now.Bandwidth, _ = l.host.bandwidth(now, spaces()[now.Addresses[0]]) // it may be ending
 		if err := l.pool.Adopt(now.Lease); err != nil {
 			return fmt.Errorf("two pods have one address: %w: restart one of them", err)
 		}

@@ -290,6 +290,9 @@ func (n node) correct(pod *Pod, space string, to lengths) error {
 		return err
 	}
 	if is.device != to.device {
+		if err := widen(outer, inner, pod, index, is.device, to.device); err != nil {
+			return err
+		}
 		if err := outer.SetMTU(pod.Index, to.device); err != nil {
 			return err
 		}

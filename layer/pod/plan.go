@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/millrace/millrace/kernel/link"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/model"
 )
@@ -85,7 +86,7 @@ func judge(book []*Pod, found facts) (pods []*Pod) {
 		switch {
 		case !there:
 			pod.state = gone
-		case !found.leads(pod):
+		case !found.leads(pod), unlimited(d.queue, pod.Bandwidth.IngressRate):
 			pod.state = torn
 		}
 		pods = append(pods, pod)
@@ -121,6 +122,8 @@ type device struct {
 	alias string
 	up    bool
 	mtu   int // in bytes
+	// queue is by what it sends to the pod.
+	queue link.Qdisc
 }
 
 type route struct {

@@ -97,12 +97,13 @@ func (l lost) Object() string { return string(l) }
 func (l lost) Detail() string { return "" }
 
 // shortcutOf is what a pod is to have. Where somebody's filters look at what it sends, its
-// packets go by the stack; others' may still come to it by the device.
+// packets go by the stack; others' may still come to it by the device, as to one that
+// receives at a limited rate.
 func (s sights) shortcutOf(pod *Pod, mtu int) *shortcut {
 	home := datapathHome{Device: uint32(pod.Index), Mtu: uint32(mtu)}
 	copy(home.Ethernet[:6], podMAC(pod.Key))
 	copy(home.Ethernet[6:], nodeMAC(pod.Key))
-	if !s.watched[pod.Index] {
+	if !s.watched[pod.Index] && pod.Bandwidth.IngressRate == 0 {
 		home.Direct = 1
 	}
 	wanted := &shortcut{pod: pod, homes: map[netip.Addr]datapathHome{}, attached: !s.filtered[pod.Index]}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/layer/layertest"
 	"github.com/millrace/millrace/layer/pod/cni"
 )
 
@@ -92,20 +93,7 @@ func TestWhatAShortcutSaves(t *testing.T) {
 	defer unix.Close(speaker)
 	p50 := func(open bool) time.Duration {
 		must(t, h.l.shortcuts.open(open))
-		took := make([]time.Duration, requests)
-		text := make([]byte, 64)
-		for i := range took {
-			begun := time.Now()
-			if _, err := unix.Write(speaker, text); err != nil {
-				t.Fatal(err)
-			}
-			if n, err := unix.Read(speaker, text); err != nil || n != len(text) {
-				t.Fatal(n, err)
-			}
-			took[i] = time.Since(begun)
-		}
-		slices.Sort(took)
-		return took[requests/2]
+		return median(t, speaker, requests)
 	}
 	p50(true)
 	before := h.crossings()["direct"]
@@ -123,6 +111,68 @@ func TestWhatAShortcutSaves(t *testing.T) {
 	}
 	if ratios[rounds/2] > 1.25 {
 		t.Error("shortcuts are slower than the stack, by more than a busy machine explains")
+	}
+}
+
+// median is what half of so many requests take at most, with their answers.
+func median(t *testing.T, speaker, requests int) time.Duration {
+	t.Helper()
+	took := make([]time.Duration, requests)
+	text := make([]byte, 64)
+	for i := range took {
+		begun := time.Now()
+		if _, err := unix.Write(speaker, text); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := unix.Read(speaker, text); err != nil || n != len(text) {
+			t.Fatal(n, err)
+		}
+		took[i] = time.Since(begun)
+	}
+	slices.Sort(took)
+	return took[requests/2]
+}
+
+// What a request and its answer take of a pod that is limited to 100 Mbit/s each way and
+// does not use them, beside one without limits, in turns; and while the pod receives as
+// much as it may.
+func TestWhatALimitTakes(t *testing.T) {
+	h := newHamlet(t)
+	capped := h.addLimited(h.l, "capped", limited(100e6, 100e6))
+	h.bring()
+	const rounds, requests, late = 9, 1000, 40
+	speakers := map[string]int{}
+	for pod, at := range map[string]netip.Addr{"db": h.addresses[0], "capped": capped[0]} {
+		listener, err := listening(h.pods[pod], at)
+		must(t, err)
+		defer unix.Close(listener.fd)
+		go listener.echo(requests*rounds + late)
+		speakers[pod], err = speaking(h.pods["web"], listener.at)
+		must(t, err)
+		defer unix.Close(speakers[pod])
+	}
+	var ratios []float64
+	var free, idle time.Duration
+	for range rounds {
+		free, idle = median(t, speakers["db"], requests), median(t, speakers["capped"], requests)
+		ratios = append(ratios, float64(idle)/float64(free))
+	}
+	slices.Sort(ratios)
+	bulk := make(chan error, 1)
+	go func() {
+		_, err := layertest.Flow{From: h.pods["web"], To: h.pods["capped"], At: netip.AddrPortFrom(capped[0], 7000), Streams: 4, MTU: 1400}.Rate(2 * time.Second)
+		bulk <- err
+	}()
+	time.Sleep(100 * time.Millisecond)
+	full := median(t, speakers["capped"], late)
+	must(t, <-bulk)
+	t.Logf("p50 of %d requests: %v without limits, %v with (last of %d rounds); the ratio's median is %.2f, from %.2f to %.2f; %v while the pod receives all that it may",
+		requests, free, idle, rounds, ratios[rounds/2], ratios[0], ratios[rounds-1], full)
+	if ratios[rounds/2] > 2 {
+		t.Error("a limit that is not used takes more than a busy machine explains")
+	}
+	if full > 200*time.Millisecond {
+		t.Error("packets wait far longer than the queue is long")
 	}
 }
 

@@ -94,10 +94,14 @@ func (n node) look() (facts, error) {
 	if err != nil {
 		return f, err
 	}
+	queues, err := net.Qdiscs()
+	if err != nil {
+		return f, err
+	}
 	for _, d := range devices {
 		f.own = append(f.own, d.Addresses...)
 		if d.Kind == "veth" && strings.HasPrefix(d.Name, namePrefix) {
-			f.devices[d.Name] = device{d.Index, d.Alias, d.Up, d.MTU}
+			f.devices[d.Name] = device{d.Index, d.Alias, d.Up, d.MTU, queues[d.Index]}
 		}
 	}
 	f.mtu = uplinkMTU(devices)
@@ -166,6 +170,7 @@ func (n node) build(pod *Pod, space string, to lengths, sources []netip.Addr) (e
 		return fmt.Errorf("the pod has an interface %s already: %w", pod.Interface, err)
 	}
 	if err == nil {
+		pod.mtu = to.device
 		if err = furnish(inner, pod, to); err == nil {
 			err = mend(outer, pod, sources)
 		}
@@ -189,6 +194,9 @@ func furnish(inner *link.Net, pod *Pod, to lengths) error {
 		if err := inner.Addr(index, netip.PrefixFrom(addr, addr.BitLen())); err != nil {
 			return err
 		}
+	}
+	if err := limit(inner, index, fromPod(pod.Bandwidth, to.device)); err != nil {
+		return err
 	}
 	if err := inner.Up(index); err != nil {
 		return err
@@ -215,13 +223,16 @@ func (n node) mend(pod *Pod, sources []netip.Addr) error {
 	return mend(outer, pod, sources)
 }
 
-// mend sets the node's end up, and says the way to the pod's addresses. Called again it
-// changes nothing.
+// mend sets the node's end up, limits what it sends, and says the way to the pod's
+// addresses. Called again it changes nothing.
 func mend(outer *link.Net, pod *Pod, sources []netip.Addr) error {
 	if slices.ContainsFunc(pod.Addresses, netip.Addr.Is6) {
 		if err := outer.NoLinkLocal(pod.Index); err != nil {
 			return err
 		}
+	}
+	if err := limitReceived(outer, pod); err != nil {
+		return err
 	}
 	if err := outer.Up(pod.Index); err != nil {
 		return err
@@ -290,10 +301,10 @@ func (n node) check(pod *Pod, space string) (missing []string, err error) {
 			missing = append(missing, fmt.Sprintf("neighbour %s at %s", addr, pod.Device))
 		}
 	}
-	return checkInside(inner, pod, missing)
+	return checkInside(outer, inner, pod, missing)
 }
 
-func checkInside(inner *link.Net, pod *Pod, missing []string) ([]string, error) {
+func checkInside(outer, inner *link.Net, pod *Pod, missing []string) ([]string, error) {
 	devices, err := inner.Devices()
 	if err != nil {
 		return nil, err
@@ -306,6 +317,11 @@ func checkInside(inner *link.Net, pod *Pod, missing []string) ([]string, error) 
 	if !d.Up {
 		missing = append(missing, "interface "+pod.Interface+" of the pod being up")
 	}
+	unlimited, err := unlimitedEnds(outer, inner, pod, d.Index)
+	if err != nil {
+		return nil, err
+	}
+	missing = append(missing, unlimited...)
 	routes, err := inner.Table()
 	if err != nil {
 		return nil, err

@@ -1,6 +1,9 @@
 package pool
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // Bandwidth is what a pod may receive (ingress) and send (egress) at most, as CNI says it
 // (https://www.cni.dev/docs/conventions/, bandwidth). Rates are in bits a second, 0 is no
@@ -30,4 +33,27 @@ func (b Bandwidth) Check() error {
 		}
 	}
 	return nil
+}
+
+// String is "in 20M, out 1500k", as annotations have it; empty where nothing is limited.
+func (b Bandwidth) String() string {
+	var words []string
+	for _, one := range []struct {
+		way  string
+		rate uint64
+	}{{"in", b.IngressRate}, {"out", b.EgressRate}} {
+		if one.rate != 0 {
+			words = append(words, one.way+" "+quantity(one.rate))
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+// quantity is a number as Kubernetes writes it, with the greatest suffix that loses nothing.
+func quantity(n uint64) string {
+	suffixes := []string{"", "k", "M", "G", "T", "P"}
+	for n%1000 == 0 && len(suffixes) > 1 {
+		n, suffixes = n/1000, suffixes[1:]
+	}
+	return fmt.Sprint(n, suffixes[0])
 }

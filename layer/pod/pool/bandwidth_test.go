@@ -22,3 +22,17 @@ func TestBandwidthIsInBounds(t *testing.T) {
 		}
 	}
 }
+
+// A person reads it as the annotations have it.
+func TestBandwidthIsSaid(t *testing.T) {
+	for want, b := range map[string]Bandwidth{
+		"":                     {},
+		"in 20M, out 1500k":    {IngressRate: 20e6, IngressBurst: 7, EgressRate: 1500e3},
+		"out 1P":               {EgressRate: 1e15},
+		"in 1001, out 1000001": {IngressRate: 1001, EgressRate: 1000001},
+	} {
+		if got := b.String(); got != want {
+			t.Errorf("%+v is said to be %q, not %q", b, got, want)
+		}
+	}
+}

@@ -47,7 +47,7 @@ func (d *diagnosis) qdiscs() {
 		}
 		v.isNot("%s: the device is up with carrier", LinkDown)
 		v.isNot("%s: it is the sender's own device, the receiver has not seen the packet", ReceiveBufferFull)
-		v.Owner = "whoever shapes " + e.Device + " (the CNI bandwidth plug-in, or tc)"
+		v.Owner = "whoever shapes " + e.Device + " (of a pod its annotations kubernetes.io/ingress-bandwidth and egress-bandwidth; or tc)"
 		if e.Reason == "FULL_RING" {
 			tellRing(v, s, e)
 		}
