@@ -106,6 +106,9 @@ func (r *Resolver) cluster(ctx context.Context, from string, c *config, q *query
 		a.add(&dns.TXT{Hdr: a.header(q.written, dns.TypeTXT, schemaTTL), Txt: []string{schemaVersion}})
 		return a.message, Cluster
 	}
+	if isNobodys(labels) && (q.kind == dns.TypeA || q.kind == dns.TypeAAAA) {
+		return a.absent()
+	}
 	if len(labels) < 3 || labels[len(labels)-1] != "svc" {
 		return nil, HandedBack
 	}
@@ -128,6 +131,22 @@ func (r *Resolver) cluster(ctx context.Context, from string, c *config, q *query
 			return nil, HandedBack
 		}
 		return a.of(records)
+	}
+}
+
+// isNobodys says that no name of the zone is like this one: what a search list makes of names
+// outside. It is what the kernel says, too (docs/decisions/0014-dns.md).
+func isNobodys(labels []string) bool {
+	if len(labels) == 0 {
+		return false
+	}
+	switch labels[len(labels)-1] {
+	case "svc":
+		return len(labels) > 5
+	case "pod", "dns", "dns-version":
+		return false
+	default:
+		return true
 	}
 }
 

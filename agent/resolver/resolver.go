@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -43,6 +44,9 @@ type Settings struct {
 	Sink Sink
 	// Log gets what goes wrong, and each query at the level of debugging; nil for nothing.
 	Log *slog.Logger
+	// Control is called for each socket by which a server is asked over UDP, before it is
+	// connected (net.Dialer); nil for nothing.
+	Control func(network, address string, c syscall.RawConn) error
 	// Roots vouch for the certificates of DNS over TLS; nil for those of the machine.
 	Roots *x509.CertPool
 }
@@ -404,7 +408,7 @@ func (r *Resolver) wanted() (*config, map[model.Upstream]bool) {
 		to := forward{zone: strings.ToLower(dns.Fqdn(from.Zone))}
 		for _, upstream := range r.expanded(from) {
 			all[upstream] = true
-			to.servers = append(to.servers, newServer(upstream, r.settings.Roots))
+			to.servers = append(to.servers, r.newServer(upstream))
 		}
 		c.forwards = append(c.forwards, to)
 	}

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -55,6 +56,8 @@ var errGuessed = errors.New("it sent answers to other questions, which may be so
 type server struct {
 	to    model.Upstream
 	roots *x509.CertPool
+	// control is called for each socket over UDP; nil for nothing.
+	control func(network, address string, c syscall.RawConn) error
 
 	mu     sync.Mutex
 	took   time.Duration // smoothed; 0 at first
@@ -72,8 +75,8 @@ type kept struct {
 	since time.Time
 }
 
-func newServer(to model.Upstream, roots *x509.CertPool) *server {
-	return &server{to: to, roots: roots, stop: make(chan struct{})}
+func (r *Resolver) newServer(to model.Upstream) *server {
+	return &server{to: to, roots: r.settings.Roots, control: r.settings.Control, stop: make(chan struct{})}
 }
 
 // String is where the server is, for messages.
@@ -213,7 +216,7 @@ func (s *server) datagram(ctx context.Context, m *dns.Msg) (*dns.Msg, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn, err := (&net.Dialer{}).DialContext(ctx, "udp", s.to.Address.String())
+	conn, err := (&net.Dialer{Control: s.control}).DialContext(ctx, "udp", s.to.Address.String())
 	if err != nil {
 		return nil, err
 	}
