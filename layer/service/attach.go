@@ -139,38 +139,67 @@ func (d *datapath) at(h hook) attach.Hook {
 	return attach.Hook{Netns: d.settings.Netns, Device: h.device, Name: cmp.Or(d.ports[h.device].name, fmt.Sprintf("device %d", h.device)), Attach: h.attach}
 }
 
-// place says how a link of this hook is recognized: by the inode number of the
-// cgroup's folder, or by the device.
+// ofCgroup is a hook of the cgroup.
+func (d *datapath) ofCgroup(h hook) attach.Cgroup {
+	return attach.Cgroup{Path: d.settings.Cgroup, Attach: h.attach}
+}
+
+// place says how a link of this hook is recognized: by the cgroup, or by the device.
 func (d *datapath) place(h hook) func(*link.Info) bool {
 	if h.device > 0 {
 		return d.at(h).Place
 	}
-	return func(info *link.Info) bool {
-		cgroup := info.Cgroup()
-		var folder unix.Stat_t
-		return cgroup != nil && unix.Stat(d.settings.Cgroup, &folder) == nil && cgroup.CgroupId == folder.Ino
+	return d.ofCgroup(h).Place
+}
+
+// inPlace says that a hook's program sees a call behind the one that has to see it first
+// (Settings.Behind). Where it does not it is attached anew, and taken away from its place
+// then: for that moment a call is seen twice, and getpeername() shows the endpoint of a
+// connection that is made then.
+func (d *datapath) inPlace(h hook) bool {
+	if h.device > 0 || d.settings.Behind == nil {
+		return true
 	}
+	first, own := d.settings.Behind(h.attach), linkOf(d.attached[h.name])
+	if first == 0 || own == nil {
+		return true
+	}
+	before, err := d.ofCgroup(h).Before(first)
+	return err != nil || !slices.Contains(before, own.Program()) // who cannot see cannot mend
+}
+
+// linkOf is the link of the kernel that an attachment is, nil if it is none.
+func linkOf(a attach.Attachment) *attach.Link {
+	if l, ok := a.(linked); ok {
+		return l.Link
+	}
+	return nil
 }
 
 // attach makes a hook run a program: by switching the attachment that is there,
 // else by a new one.
 func (d *datapath) attach(h hook, program *ebpf.Program) error {
-	if have := d.attached[h.name]; have != nil {
-		if have.Alive() {
-			if err := have.Run(program); err != nil {
-				return fmt.Errorf("switch %s to the new program: %w", h.name, err)
-			}
-			return have.Keep()
-		}
+	have := d.attached[h.name]
+	if have != nil && !have.Alive() {
 		// Its cgroup or device is gone, or somebody detached it.
 		_ = have.Detach()
 		delete(d.attached, h.name)
+		have = nil
+	}
+	if have != nil && d.inPlace(h) {
+		if err := have.Run(program); err != nil {
+			return fmt.Errorf("switch %s to the new program: %w", h.name, err)
+		}
+		return have.Keep()
 	}
 	made, err := d.makeAttachment(h, program)
 	if err != nil {
 		return err
 	}
 	d.attached[h.name] = made
+	if have != nil {
+		return errors.Join(linkOf(made).Keep(), have.Detach())
+	}
 	return made.Keep()
 }
 
@@ -199,11 +228,11 @@ func (d *datapath) makeAttachment(h hook, program *ebpf.Program) (attach.Attachm
 // there is tcx, priority where there are filters; on a cgroup it is the last.
 func (d *datapath) makeAt(h hook, program *ebpf.Program, pin string, anchor link.Anchor, priority attach.Order) (attach.Attachment, error) {
 	if h.device == 0 {
-		made, err := link.AttachCgroup(link.CgroupOptions{Path: d.settings.Cgroup, Attach: h.attach, Program: program})
+		made, err := d.ofCgroup(h).Link(program, pin)
 		if err != nil {
-			return nil, fmt.Errorf("attach %s to cgroup %s: %w", h.name, d.settings.Cgroup, err)
+			return nil, fmt.Errorf("attach %s: %w", h.name, err)
 		}
-		return linked{&attach.Link{Kernel: made, Pin: pin, Where: d.settings.Cgroup, Place: d.place(h)}}, nil
+		return linked{made}, nil
 	}
 	if !d.tcx {
 		return d.makeFilter(h, program, priority)
@@ -333,6 +362,8 @@ func (d *datapath) lost() []lost {
 		have := d.attached[h.name]
 		if have == nil || !have.Alive() {
 			gone = append(gone, lost("program "+h.name))
+		} else if !d.inPlace(h) {
+			gone = append(gone, lost("place of program "+h.name))
 		} else if !have.Kept() {
 			gone = append(gone, lost("pin "+linkPrefix+h.name))
 		}

@@ -61,6 +61,9 @@ type Settings struct {
 	// Pins is the folder in a bpf file system for maps and links; it is the
 	// layer's alone. Empty pins nothing: all ends with this process.
 	Pins string
+	// Behind says which program has to see a kind of call at the cgroup before this layer's,
+	// 0 for none; nil is never. It would not know the DNS Service by an endpoint's address.
+	Behind func(call ebpf.AttachType) ebpf.ProgramID
 	// Claim is called, with its index, before the packet path is put in force at a pod's
 	// device: whoever hands packets to the pod past the device has to stop. Nil is nobody.
 	Claim func(device int) error
