@@ -85,6 +85,11 @@ enum {
 	BPF_ADJ_ROOM_MAC = 1,
 };
 
+/* bpf_skb_load_bytes_relative(): from which header on. */
+enum {
+	BPF_HDR_START_NET = 1,
+};
+
 /* bpf_skb_adjust_room(): so long is the link-layer header inside. */
 #define BPF_F_ADJ_ROOM_ENCAP_L2(length) ((__u64)(length) << 56)
 

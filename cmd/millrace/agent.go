@@ -21,7 +21,7 @@ func agentCommand(s *settings) *cobra.Command {
 	var dryRun bool
 	var proxy standIn
 	c := command(&cobra.Command{
-		Use:   "agent [pods] --source dir:PATH|kube:PATH|kube:",
+		Use:   "agent [pods] [nodedns] --source dir:PATH|kube:PATH|kube:",
 		Args:  cobra.ArbitraryArgs,
 		Short: "Keep this node's kernel as the cluster asks",
 		Long: `
@@ -30,7 +30,9 @@ without it, and the next agent takes it over: stopping, restarting and
 upgrading lose no packet. With the word pods it gives the node's pods their
 network, too: it answers the CNI plugin, which is this program as a container
 runtime starts it, keeps the routes to other nodes' pods, and masquerades what
-pods send out of the cluster. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
+pods send out of the cluster. With the word nodedns, and --dns, it answers also
+what the node's own processes and hostNetwork pods ask the DNS Service. What is
+not asked for any more it takes away when it starts. Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; where pods ask for a
 path by annotation also CAP_SYS_ADMIN and CAP_SYS_PTRACE, to find their network
 namespaces; with --dns CAP_SYS_PTRACE, to read their search lists; with pods
 CAP_SYS_ADMIN.`,

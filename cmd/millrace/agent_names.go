@@ -12,6 +12,7 @@ import (
 	"github.com/millrace/millrace/agent/resolver"
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/dns"
+	"github.com/millrace/millrace/layer/nodedns"
 	"github.com/millrace/millrace/model"
 )
 
@@ -22,6 +23,8 @@ const serveAgain = 10 * time.Second
 // does not.
 type answering struct {
 	*dns.Layer
+	// node sends what the node asks, too; nil where that is off.
+	node     *nodedns.Layer
 	resolver *resolver.Resolver
 	log      *slog.Logger
 }
@@ -29,17 +32,26 @@ type answering struct {
 // answersFor puts the resolver behind the layer dns, if that is among the layers; it
 // returns nil where it is not. Both say as much when the source was last heard so long ago.
 func answersFor(zone string, heard func() time.Time, layers []layer.Layer, log *slog.Logger) *answering {
+	a := &answering{log: log}
 	for i, l := range layers {
-		if names, ok := l.(*dns.Layer); ok {
-			a := &answering{Layer: names, log: log}
-			a.resolver = resolver.New(resolver.Settings{
-				Zone: zone, Heard: heard, DenyFor: dns.DenyFor, SayFor: dns.SayFor, Service: dns.DefaultService, Sink: names, Log: log,
-			})
-			layers[i] = a
-			return a
+		switch l := l.(type) {
+		case *nodedns.Layer:
+			a.node = l
+		case *dns.Layer:
+			a.Layer, layers[i] = l, a
 		}
 	}
-	return nil
+	if a.Layer == nil {
+		return nil
+	}
+	settings := resolver.Settings{
+		Zone: zone, Heard: heard, DenyFor: dns.DenyFor, SayFor: dns.SayFor, Service: dns.DefaultService, Sink: a.Layer, Log: log,
+	}
+	if a.node != nil {
+		settings.Control = a.node.Own // the servers to ask may be the DNS Service
+	}
+	a.resolver = resolver.New(settings)
+	return a
 }
 
 // heard is a source whose Snapshots the resolver has too.
@@ -62,14 +74,35 @@ func (a *answering) serve(ctx context.Context) {
 	defer learns.Wait()
 	defer a.resolver.Close()
 	learns.Go(func() { a.resolver.Run(ctx) })
-	for ctx.Err() == nil {
-		err := a.Serve(ctx, func(ctx context.Context, q dns.Query) ([]byte, bool) {
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	if a.node != nil {
+		serving.Go(func() {
+			a.insist(ctx, "what the node asks is left to the cluster's DNS servers", func() error {
+				return a.node.Serve(ctx, func(ctx context.Context, q nodedns.Query) ([]byte, bool) {
+					return a.resolver.Resolve(ctx, fromNode, q.Message)
+				})
+			})
+		})
+	}
+	a.insist(ctx, "names are left to the cluster's DNS servers where the kernel has no answer", func() error {
+		return a.Serve(ctx, func(ctx context.Context, q dns.Query) ([]byte, bool) {
 			return a.resolver.Resolve(ctx, strconv.Itoa(q.Device), q.Message)
 		})
+	})
+}
+
+// fromNode stands for the node where pods have their devices.
+const fromNode = "node"
+
+// insist serves again and again until ctx ends; meanwhile is what an error means.
+func (a *answering) insist(ctx context.Context, meanwhile string, serve func() error) {
+	for ctx.Err() == nil {
+		err := serve()
 		if ctx.Err() != nil {
 			return
 		}
-		a.log.Error("names are left to the cluster's DNS servers where the kernel has no answer", "error", err, "again_in", serveAgain)
+		a.log.Error(meanwhile, "error", err, "again_in", serveAgain)
 		select {
 		case <-ctx.Done():
 		case <-time.After(serveAgain):

@@ -165,7 +165,7 @@ func findPod(ctx context.Context, at *place, from *wishes, who string) (pod dns.
 		}
 	}
 	if pod.Netns == "" {
-		return pod, "", errors.Join(&failure{exitData, fmt.Errorf("pod %s (%s) is not on this node, or uses the node's network: ask on its node", who, addresses[0])}, refused)
+		return pod, "", errors.Join(&failure{exitData, fmt.Errorf("pod %s (%s) is not on this node, or uses the node's network: ask on its node; of the node itself %s", who, addresses[0], ofNode(at))}, refused)
 	}
 	number, err := numberOf(pod.Netns)
 	if err != nil {
@@ -185,6 +185,14 @@ func findPod(ctx context.Context, at *place, from *wishes, who string) (pod dns.
 	pod.Conf = view.Conf
 	pod.Device, device, err = deviceOf(number)
 	return pod, device, err
+}
+
+// ofNode says what becomes of the node's own queries: no program follows these.
+func ofNode(at *place) string {
+	if found, err := at.nodeNames().Look(); err == nil && found.Len() > 0 {
+		return "what it asks the DNS Service the agent answers, see `millrace show queries`, FROM node"
+	}
+	return "all it asks goes to its DNS servers"
 }
 
 // numberOf is how this network namespace calls another.

@@ -17,6 +17,7 @@ import (
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/dns"
 	"github.com/millrace/millrace/layer/masquerade"
+	"github.com/millrace/millrace/layer/nodedns"
 	"github.com/millrace/millrace/layer/pod"
 	"github.com/millrace/millrace/layer/route"
 	"github.com/millrace/millrace/layer/service"
@@ -40,6 +41,10 @@ type place struct {
 	podLayer *pod.Layer
 	// dns is the zone whose names are answered on the node; empty where none is.
 	dns string
+	// nodeDNS says that the node's own queries are answered, too, and nodeDNSLayer is the
+	// layer that sends them here, once it is made.
+	nodeDNS      bool
+	nodeDNSLayer *nodedns.Layer
 	// heard is when the source last knew the cluster; nil is always now.
 	heard func() time.Time
 	// wire says that packets from other machines are served, too.
@@ -126,6 +131,9 @@ func (p *place) wanted() (layers []layer.Layer, err error) {
 			return nil, usage("--dns: %v", err)
 		}
 	}
+	if p.nodeDNS && p.dns == "" {
+		return nil, usage("%s goes with --dns: the agent answers the node for that zone", nodeDNSWord)
+	}
 	return slices.DeleteFunc(p.pinned(), p.isOff), nil
 }
 
@@ -134,6 +142,8 @@ func (p *place) isOff(l layer.Layer) bool {
 	switch l.(type) {
 	case *dns.Layer:
 		return p.dns == ""
+	case *nodedns.Layer:
+		return !p.nodeDNS
 	case *pod.Layer, *route.Layer, *masquerade.Layer:
 		return !p.pods
 	}
@@ -143,22 +153,28 @@ func (p *place) isOff(l layer.Layer) bool {
 // pinned are the layers for looking at what outlives the agent and for removing it,
 // which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
-	// Names after the services: their program has to be in front of those. Routes after
-	// pods: what stays on the node never comes to their program. What leaves the cluster
-	// last: its program sees what all others have made of a packet.
-	return []layer.Layer{p.service(), p.tune(), p.trace(), p.names(), p.network(), p.routes(), p.masquerade()}
+	// What the node asks before the services: its programs have to see a call first. Names
+	// after the services: their program has to be in front of those. Routes after pods: what
+	// stays on the node never comes to their program. What leaves the cluster last: its
+	// program sees what all others have made of a packet.
+	return []layer.Layer{p.nodeNames(), p.service(), p.tune(), p.trace(), p.names(), p.network(), p.routes(), p.masquerade()}
 }
 
-// podsWord, behind a command, switches the layers pod, route and masquerade on.
-const podsWord = "pods"
+// podsWord, behind a command, switches the layers pod, route and masquerade on, nodeDNSWord
+// the layer nodedns.
+const podsWord, nodeDNSWord = "pods", "nodedns"
 
 // also reads which layers are asked for beside those that always are.
 func (p *place) also(args []string) error {
 	for _, word := range args {
-		if word != podsWord {
-			return usage("%q is no layer to switch on: say %s, or nothing", word, podsWord)
+		switch word {
+		case podsWord:
+			p.pods = true
+		case nodeDNSWord:
+			p.nodeDNS = true
+		default:
+			return usage("%q is no layer to switch on: say %s, %s, or nothing", word, podsWord, nodeDNSWord)
 		}
-		p.pods = true
 	}
 	return nil
 }
@@ -172,6 +188,9 @@ func (p *place) service() layer.Layer {
 	if p.dns != "" {
 		settings.Seen = dns.DefaultService
 	}
+	if p.nodeDNS {
+		settings.Behind = p.nodeNames().Program
+	}
 	if p.pods {
 		settings.Claim = p.network().Claim
 	}
@@ -180,6 +199,15 @@ func (p *place) service() layer.Layer {
 
 func (p *place) names() *dns.Layer {
 	return dns.New(dns.Settings{Zone: p.dns, Pins: filepath.Join(p.pins, "dns"), Heard: p.heard})
+}
+
+// nodeNames is always the same: the service layer and the resolver have to ask the one in
+// force.
+func (p *place) nodeNames() *nodedns.Layer {
+	if p.nodeDNSLayer == nil {
+		p.nodeDNSLayer = nodedns.New(nodedns.Settings{Service: dns.DefaultService, Cgroup: p.cgroup, Pins: filepath.Join(p.pins, "nodedns")})
+	}
+	return p.nodeDNSLayer
 }
 
 // network is always the same: the service layer has to talk to the one in force.

@@ -17,14 +17,15 @@ func planCommand(s *settings) *cobra.Command {
 	var from wishes
 	var proxy standIn
 	c := command(&cobra.Command{
-		Use:   "plan [pods] --source dir:PATH|kube:PATH|kube:",
+		Use:   "plan [pods] [nodedns] --source dir:PATH|kube:PATH|kube:",
 		Args:  cobra.ArbitraryArgs,
 		Short: "What the agent would change in the kernel",
 		Long: `
 Reads the manifests or asks the API server once, compares what is asked for with what is pinned on this
 host, and prints the changes: + is new, ~ altered, - removed. Where nothing is
 pinned everything is new. With the word pods it is about an agent that gives the
-node's pods their network, too, with the ways to those of other nodes and to the world.`,
+node's pods their network, too, with the ways to those of other nodes and to the world; with
+nodedns about one that answers the node's own queries, too.`,
 	}, readsOnly, func(ctx context.Context, args []string) error {
 		if err := at.also(args); err != nil {
 			return err

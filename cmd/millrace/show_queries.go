@@ -20,7 +20,7 @@ func showQueries(s *settings) *cobra.Command {
 		Short: "DNS queries that the kernel handed to the agent, and what became of them",
 		Long: `
 Asks the agent for the last 1,024, the oldest first. With PART only those whose name holds
-it. FROM is the pod's device at the node, by its index. What the kernel answers itself the
+it. FROM is the pod's device at the node, by its index, or node. What the kernel answers itself the
 agent does not see.`,
 		Args: cobra.MaximumNArgs(1),
 	}, readsOnly, func(ctx context.Context, args []string) error {

@@ -27,5 +27,5 @@
 // they went before.
 //
 // Not here: asking servers, types other than A and AAAA, TCP, pods' own records,
-// hostNetwork pods. Where a Corefile says otherwise about the zone, it is left whole.
+// hostNetwork pods (layer/nodedns). Where a Corefile says otherwise about the zone, it is left whole.
 package dns

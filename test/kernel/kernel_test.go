@@ -29,6 +29,7 @@ var packages = []struct {
 	{"layer/service", serviceFlags(), serviceTests},
 	{"layer/trace", traceFlags(), traceTests},
 	{"layer/dns", []string{"-test.run=^(" + strings.Join(dnsTests, "|") + ")$"}, dnsTests},
+	{"layer/nodedns", []string{"-test.run=^(" + strings.Join(nodednsTests, "|") + ")$"}, nodednsTests},
 	{"layer/pod", []string{"-test.run=^(" + strings.Join(podTests, "|") + ")$"}, podTests},
 	{"layer/route", []string{"-test.run=^(" + strings.Join(routeTests, "|") + ")$"}, routeTests},
 	{"layer/masquerade", []string{"-test.run=^(" + strings.Join(masqueradeTests, "|") + ")$"}, masqueradeTests},
@@ -53,6 +54,10 @@ func traceFlags() []string {
 // grows, and that what is known is said where nobody else can.
 var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestOutside", "TestOutsideIsWrittenMeanwhile", "TestAnotherLayout", "TestFailOpen",
 	"TestHandedUp", "TestKilledUnderLoad", "TestSuccessorAnswers", "TestOneAfterTheOther", "TestAgentHangs", "TestTheMapGrows", "TestAgentAndServersAreGone"}
+
+// nodednsTests are that the programs are accepted, that the agent is asked while it is there
+// and no longer, by all kinds of sockets, and that its successor answers what it had in hand.
+var nodednsTests = []string{"TestTheAgentAnswers", "TestWhatIsLeft", "TestTheSocketIsClosed", "TestTheNextAnswersWhatWasInHand", "TestTheNextHasThePort"}
 
 // masqueradeTests are that the programs are accepted and write what they should, and that
 // pods reach the world, by pings and in fragments too.
