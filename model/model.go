@@ -113,6 +113,9 @@ type Snapshot struct {
 	// Masquerade is what the cluster says of packets that leave it; nil where it says
 	// nothing.
 	Masquerade *Masquerade
+	// Flannel is how flannel is configured, also where it has gone; nil where that is not
+	// known.
+	Flannel *FlannelNetwork
 
 	// Ignored counts objects of kinds that nobody here reads, by kind.
 	Ignored map[string]int
@@ -348,6 +351,8 @@ type Node struct {
 	// Leaving says that it is being deleted, or that an autoscaler is about to take
 	// the machine away.
 	Leaving bool
+	// Flannel is how flannel's nodes reach its pods; nil where it does not say.
+	Flannel *Flannel
 	// Where is the file and line or API object it came from, for messages.
 	Where string
 }

@@ -40,7 +40,7 @@ CAP_SYS_ADMIN.`,
 		if err := at.also(args); err != nil {
 			return err
 		}
-		from.names, from.masquerade = at.dns != "", at.pods
+		from.names, from.pods = at.dns != "", at.pods
 		if dryRun {
 			return plan(ctx, s, &at, &from, &proxy)
 		}

@@ -30,7 +30,7 @@ nodedns about one that answers the node's own queries, too.`,
 		if err := at.also(args); err != nil {
 			return err
 		}
-		from.names, from.masquerade = at.dns != "", at.pods
+		from.names, from.pods = at.dns != "", at.pods
 		return plan(ctx, s, &at, &from, &proxy)
 	}, exitData, exitPrivilege)
 	at.flagPins(c)

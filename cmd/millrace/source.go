@@ -18,8 +18,8 @@ type wishes struct {
 	servers []string
 	// names asks also for the Services that are for DNS alone.
 	names bool
-	// masquerade asks also for the configuration of ip-masq-agent.
-	masquerade bool
+	// pods asks also for the configurations of ip-masq-agent and of flannel.
+	pods bool
 }
 
 const sourceForms = "dir:PATH, a file or folder of manifests; kube:PATH, the API server that a kubeconfig names; kube: the one of the pod this runs in"
@@ -42,7 +42,7 @@ func (w *wishes) open(node string) (agent.Source, error) {
 	case w.source == "":
 		return nil, usage("--source is missing: say --source dir:PATH or kube:PATH")
 	case kind == "kube" && named:
-		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node, Names: w.names, Masquerade: w.masquerade}))
+		return checked(kube.Open(kube.Settings{Kubeconfig: path, Servers: w.servers, Node: node, Names: w.names, Masquerade: w.pods, Flannel: w.pods}))
 	case len(w.servers) > 0:
 		return nil, usage("--api-server goes with --source kube: only")
 	case kind != "dir" || path == "":

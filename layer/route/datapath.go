@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/bits"
 	"os"
 
 	"github.com/cilium/ebpf"
@@ -17,7 +16,7 @@ import (
 )
 
 // pinnedMaps outlive the process; nothing else is in the object.
-var pinnedMaps = []string{datapathMapRemotes, datapathMapVteps, datapathMapPorts, datapathMapGates, datapathMapOutcomes}
+var pinnedMaps = []string{datapathMapRemotes, datapathMapVteps, datapathMapPorts, datapathMapGates, datapathMapNetworks, datapathMapOutcomes}
 
 // datapath is what the layer has in the kernel. It implements host.
 type datapath struct {
@@ -89,7 +88,7 @@ func sameLayout(opened map[string]*ebpf.Map) error {
 // load loads the programs over the maps that are there and makes the others.
 func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 	for name, value := range map[string]any{
-		datapathVarPort: bits.ReverseBytes16(d.settings.port()), datapathVarVni: bits.ReverseBytes32(d.settings.vni() << 8), datapathVarToPeer: d.settings.Peer,
+		datapathVarToPeer:     d.settings.Peer,
 		datapathVarCanRelabel: d.Points.TCX, // which is younger
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {

@@ -28,6 +28,13 @@ type datapathHome struct {
 	End      [2]uint8
 }
 
+type datapathNetwork struct {
+	_    structs.HostLayout
+	Port uint16
+	Zero uint16
+	Vni  uint32
+}
+
 type datapathOutcome uint32
 
 const (
@@ -79,6 +86,7 @@ type datapathVtep struct {
 const (
 	datapathMapGates           = "gates"
 	datapathMapHomes           = "homes"
+	datapathMapNetworks        = "networks"
 	datapathMapOutcomes        = "outcomes"
 	datapathMapPorts           = "ports"
 	datapathMapRemotes         = "remotes"
@@ -88,9 +96,7 @@ const (
 	datapathProgRouteToRemote  = "route_to_remote"
 	datapathProgRouteUnwrapped = "route_unwrapped"
 	datapathVarCanRelabel      = "can_relabel"
-	datapathVarPort            = "port"
 	datapathVarToPeer          = "to_peer"
-	datapathVarVni             = "vni"
 )
 
 // loadDatapath returns the embedded CollectionSpec for datapath.
@@ -147,6 +153,7 @@ type datapathProgramSpecs struct {
 type datapathMapSpecs struct {
 	Gates    *ebpf.MapSpec `ebpf:"gates"`
 	Homes    *ebpf.MapSpec `ebpf:"homes"`
+	Networks *ebpf.MapSpec `ebpf:"networks"`
 	Outcomes *ebpf.MapSpec `ebpf:"outcomes"`
 	Ports    *ebpf.MapSpec `ebpf:"ports"`
 	Remotes  *ebpf.MapSpec `ebpf:"remotes"`
@@ -158,9 +165,7 @@ type datapathMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathVariableSpecs struct {
 	CanRelabel *ebpf.VariableSpec `ebpf:"can_relabel"`
-	Port       *ebpf.VariableSpec `ebpf:"port"`
 	ToPeer     *ebpf.VariableSpec `ebpf:"to_peer"`
-	Vni        *ebpf.VariableSpec `ebpf:"vni"`
 }
 
 // datapathObjects contains all objects after they have been loaded into the kernel.
@@ -185,6 +190,7 @@ func (o *datapathObjects) Close() error {
 type datapathMaps struct {
 	Gates    *ebpf.Map `ebpf:"gates"`
 	Homes    *ebpf.Map `ebpf:"homes"`
+	Networks *ebpf.Map `ebpf:"networks"`
 	Outcomes *ebpf.Map `ebpf:"outcomes"`
 	Ports    *ebpf.Map `ebpf:"ports"`
 	Remotes  *ebpf.Map `ebpf:"remotes"`
@@ -195,6 +201,7 @@ func (m *datapathMaps) Close() error {
 	return _DatapathClose(
 		m.Gates,
 		m.Homes,
+		m.Networks,
 		m.Outcomes,
 		m.Ports,
 		m.Remotes,
@@ -207,9 +214,7 @@ func (m *datapathMaps) Close() error {
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathVariables struct {
 	CanRelabel *ebpf.Variable `ebpf:"can_relabel"`
-	Port       *ebpf.Variable `ebpf:"port"`
 	ToPeer     *ebpf.Variable `ebpf:"to_peer"`
-	Vni        *ebpf.Variable `ebpf:"vni"`
 }
 
 // datapathPrograms contains all programs after they have been loaded into the kernel.

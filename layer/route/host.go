@@ -51,6 +51,9 @@ func (d *datapath) facts() (facts, error) {
 		if one.Up && one.Name != d.settings.device() {
 			f.devices[one.Index] = fact{name: one.Name, mtu: one.MTU, ethernet: one.Ethernet && one.Kind != "vxlan"}
 		}
+		if one.Up && isFlannels(one) {
+			f.flannels = append(f.flannels, one.Name)
+		}
 	}
 	routes, err := d.mainRoutes()
 	if err != nil {
@@ -179,9 +182,7 @@ func (d *datapath) device() (*device, error) {
 		return nil, err
 	}
 	is := &device{Name: there.Name, VNI: uint32(there.VxlanId), Port: uint16(there.Port), MTU: there.MTU, index: there.Index}
-	if there.FlowBased { // it takes all numbers, and the program that asks for senders asks for ours
-		is.VNI, is.Guarded = d.settings.vni(), true
-	}
+	is.Guarded = there.FlowBased // it takes all numbers: the program that asks for senders asks for ours
 	copy(is.MAC[:], there.HardwareAddr)
 	is.torn = there.Flags&net.FlagUp == 0
 	for _, at := range devicePoints(there.Index) {
@@ -209,6 +210,9 @@ func (d *datapath) makeDevice(want *device) (int, error) {
 	is, err := d.device()
 	if err != nil {
 		return 0, err
+	}
+	if is != nil && is.Guarded {
+		is.VNI = want.VNI
 	}
 	if is != nil && !is.same(want) {
 		if err := d.dropDevice(); err != nil {

@@ -66,7 +66,7 @@ func TestPureLaws(t *testing.T) {
 		},
 		Faulty: func(object string) (layer.Layer, func()) {
 			l, p := New(Settings{Node: "n1"}), &paper{refuse: object}
-			l.host, l.tables = p, tables{remotes: bpfmap.NewFake[datapathRange, datapathRemote](100), vteps: bpfmap.NewFake[datapathAddress, datapathVtep](100), gates: bpfmap.NewFake[uint32, uint32](1)}
+			l.host, l.tables = p, tables{remotes: bpfmap.NewFake[datapathRange, datapathRemote](100), vteps: bpfmap.NewFake[datapathAddress, datapathVtep](100), gates: bpfmap.NewFake[uint32, uint32](1), networks: bpfmap.NewFake[uint32, datapathNetwork](1)}
 			return l, func() { p.refuse = "" }
 		},
 	})

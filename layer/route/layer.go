@@ -25,8 +25,8 @@ type Settings struct {
 	Node string
 	// Mode says which ways may be taken; empty is ModeAuto.
 	Mode Mode
-	// Port is the UDP port of VXLAN, VNI the network's number, 1 to 1<<24-1; 0 are
-	// DefaultPort and DefaultVNI.
+	// Port is the UDP port of VXLAN, VNI the network's number, 1 to 1<<24-1; 0 are what
+	// flannel has where it is in the cluster, else DefaultPort and DefaultVNI.
 	Port uint16
 	VNI  uint32
 	// Device is the name of the vxlan device; empty is DefaultDevice.
@@ -57,8 +57,9 @@ const (
 )
 
 const (
-	// DefaultPort is IANA's (RFC 7348, 8.1); flannel's is 8472.
+	// DefaultPort is IANA's (RFC 7348, 8.1), FlannelPort flannel's and the kernel's own.
 	DefaultPort = 4789
+	FlannelPort = 8472
 	// DefaultVNI is flannel's
 	// (https://github.com/flannel-io/flannel/blob/master/Documentation/backends.md).
 	DefaultVNI = 1
@@ -71,8 +72,6 @@ const (
 	metric = 110
 )
 
-func (s Settings) port() uint16   { return cmp.Or(s.Port, DefaultPort) }
-func (s Settings) vni() uint32    { return cmp.Or(s.VNI, DefaultVNI) }
 func (s Settings) device() string { return cmp.Or(s.Device, DefaultDevice) }
 
 // Layer is the route layer. It implements layer.Layer.
@@ -82,17 +81,20 @@ type Layer struct {
 	tables   tables
 	paths    *paths
 
-	mu    sync.Mutex // guards what follows
-	rows  int
-	left  []string
-	nodes []netip.Addr // of the others
+	mu     sync.Mutex // guards what follows
+	rows   int
+	left   []string
+	nodes  []netip.Addr // of the others
+	speaks network
+	said   saying
 }
 
 // tables are the maps with their types.
 type tables struct {
-	remotes bpfmap.Table[datapathRange, datapathRemote]
-	vteps   bpfmap.Table[datapathAddress, datapathVtep]
-	gates   bpfmap.Table[uint32, uint32]
+	remotes  bpfmap.Table[datapathRange, datapathRemote]
+	vteps    bpfmap.Table[datapathAddress, datapathVtep]
+	gates    bpfmap.Table[uint32, uint32]
+	networks bpfmap.Table[uint32, datapathNetwork]
 }
 
 // host is what the layer needs of the kernel beside its tables.
@@ -124,7 +126,7 @@ var _ layer.Layer = (*Layer)(nil)
 
 // New makes the layer. It touches nothing before Open.
 func New(settings Settings) *Layer {
-	return &Layer{settings: settings, paths: newPaths(settings.Netns)}
+	return &Layer{settings: settings, paths: newPaths(settings.Netns), speaks: networkOf(settings, network{port: DefaultPort, vni: DefaultVNI})}
 }
 
 // Name implements layer.Layer.
@@ -152,9 +154,10 @@ func (l *Layer) Open() error {
 
 func tablesOf(maps map[string]*ebpf.Map) tables {
 	return tables{
-		remotes: bpfmap.New[datapathRange, datapathRemote](maps[datapathMapRemotes]),
-		vteps:   bpfmap.New[datapathAddress, datapathVtep](maps[datapathMapVteps]),
-		gates:   bpfmap.New[uint32, uint32](maps[datapathMapGates]),
+		remotes:  bpfmap.New[datapathRange, datapathRemote](maps[datapathMapRemotes]),
+		vteps:    bpfmap.New[datapathAddress, datapathVtep](maps[datapathMapVteps]),
+		gates:    bpfmap.New[uint32, uint32](maps[datapathMapGates]),
+		networks: bpfmap.New[uint32, datapathNetwork](maps[datapathMapNetworks]),
 	}
 }
 
@@ -178,6 +181,9 @@ func read(h host, t tables) (*Picture, error) {
 	picture := newPicture()
 	var err error
 	if picture.device, err = h.device(); err != nil {
+		return nil, err
+	}
+	if err := readNetwork(picture.device, t); err != nil {
 		return nil, err
 	}
 	vteps, err := t.vteps.All()
@@ -263,7 +269,7 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 // folder that does not exist the picture has only what the host is like.
 func (l *Layer) Look() (layer.Picture, error) {
 	d := newDatapath(l.settings)
-	opened, _, err := bpfmap.Look(l.settings.Pins, datapathMapRemotes, datapathMapVteps, datapathMapGates)
+	opened, _, err := bpfmap.Look(l.settings.Pins, datapathMapRemotes, datapathMapVteps, datapathMapGates, datapathMapNetworks)
 	if errors.Is(err, fs.ErrNotExist) {
 		picture := newPicture()
 		picture.facts, err = d.facts()
@@ -322,7 +328,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	l.mu.Lock()
 	l.rows, l.left = len(picture.rows), slices.Concat(picture.left, picture.narrow)
 	if wished != nil {
-		l.nodes = wished.others()
+		l.nodes, l.speaks, l.said = wished.others(), wished.network, wished.say(picture)
 	}
 	l.mu.Unlock()
 	return picture, done, errors.Join(failures...)
@@ -367,6 +373,9 @@ func (l *Layer) carryOut(have *Picture, change layer.Change) error {
 
 // makeDevice makes the device, and then says that packets to this node are for it.
 func (l *Layer) makeDevice(have *Picture, d *device) error {
+	if err := l.putNetwork(d); err != nil {
+		return err
+	}
 	index, err := l.host.makeDevice(d)
 	if err != nil {
 		return err
@@ -435,9 +444,10 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	l.mu.Lock()
 	d.Objects, d.Degraded = l.rows, append(d.Degraded, l.left...)
+	speaks := l.speaks
 	l.mu.Unlock()
 	d.Degraded = append(d.Degraded, l.paths.unmeasured()...)
-	d.Settings = map[string]string{"mode": string(cmp.Or(l.settings.Mode, ModeAuto)), "port": fmt.Sprint(l.settings.port()), "vni": fmt.Sprint(l.settings.vni())}
+	d.Settings = map[string]string{"mode": string(cmp.Or(l.settings.Mode, ModeAuto)), "port": fmt.Sprint(speaks.port), "vni": fmt.Sprint(speaks.vni)}
 	return d, l.host.describe(&d)
 }
 

@@ -31,6 +31,8 @@ type facts struct {
 	// shortcuts says that the kernel can give a packet to a pod, or to a neighbour, past the
 	// stack.
 	shortcuts bool
+	// flannels are the vxlan devices that flannel has on this host.
+	flannels []string
 	// rules are those of others, unread why they cannot be known.
 	rules  nft.Tracking
 	unread error
@@ -98,12 +100,21 @@ type peer struct {
 	name      string
 	addresses []netip.Addr
 	ranges    []netip.Prefix
+	// mac is the hardware address of its vxlan device.
+	mac [6]byte
+	// flannel is what it says to flannel's nodes; nil where it does not.
+	flannel *model.Flannel
 }
 
 // wish is what a cluster asks of the layer.
 type wish struct {
 	own   peer
 	peers []peer
+	// network is what nodes speak in VXLAN; flannel says that flannel is or was in the
+	// cluster, straight that its nodes send directly on a segment.
+	network           network
+	flannel, straight bool
+	notes             []string
 }
 
 // ranges are those of all pods.
@@ -135,8 +146,7 @@ func plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	picture := newPicture()
 	w := &wish{}
 	for _, n := range snapshot.Nodes {
-		p := peer{name: n.Name, addresses: usable(n.Addresses), ranges: slices.Clone(n.PodCIDRs)}
-		slices.SortFunc(p.ranges, netip.Prefix.Compare)
+		p := peerOf(n)
 		if n.Name == settings.Node {
 			w.own = p
 		} else {
@@ -145,6 +155,7 @@ func plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	}
 	slices.SortFunc(w.peers, func(a, b peer) int { return cmp.Compare(a.name, b.name) })
 	if w.own.name != "" {
+		w.meetFlannel(settings, snapshot.Flannel)
 		picture.wish = w
 	}
 	return picture
@@ -184,11 +195,16 @@ func macOf(addresses []netip.Addr) (mac [6]byte) {
 // resolve makes of a wish what is to be in the kernel of a host.
 func resolve(settings Settings, w *wish, f facts) *Picture {
 	p := newPicture()
+	p.left = append(p.left, w.notes...)
+	if why := w.leftToFlannel(f); why != "" {
+		p.left = append(p.left, why)
+		return p
+	}
 	p.why = f.whyClosed(w.ranges())
 	mtu, told := 0, map[netip.Addr]bool{}
 	for _, n := range w.peers {
 		for _, to := range n.ranges {
-			row, why := choose(settings, w.own, n, to, f)
+			row, why := choose(settings, w, n, to, f)
 			if row == nil {
 				p.left = append(p.left, fmt.Sprintf("no route to %s of node %s: %s", to, n.name, why))
 				continue
@@ -207,18 +223,9 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 			}
 		}
 	}
-	for _, row := range p.rows {
-		if row.Direct {
-			continue
-		}
-		for _, n := range w.peers {
-			if n.name == row.Node {
-				p.addVTEPs(n.besides(w.own))
-			}
-		}
-	}
+	w.addVTEPs(p)
 	if mtu > 0 {
-		p.device = &device{Name: settings.device(), VNI: settings.vni(), Port: settings.port(), MTU: mtu, MAC: macOf(w.own.addresses), VTEPs: w.own.addresses, Guarded: true}
+		p.device = &device{Name: settings.device(), VNI: w.network.vni, Port: w.network.port, MTU: mtu, MAC: w.own.mac, VTEPs: w.own.addresses, Guarded: true}
 		for _, own := range w.own.ranges {
 			p.device.Addresses = append(p.device.Addresses, own.Masked().Addr())
 		}
@@ -226,16 +233,30 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 	return p
 }
 
-func (p *Picture) addVTEPs(addresses []netip.Addr) {
-	for _, a := range addresses {
-		p.vteps[a] = true
+// addVTEPs notes from where VXLAN is taken: from nodes to which it leads. Where flannel is
+// in the cluster, nodes change their ways one after the other, and it is from all.
+func (w *wish) addVTEPs(p *Picture) {
+	sends := map[string]bool{}
+	for _, row := range p.rows {
+		if !row.Direct {
+			sends[row.Node] = true
+		}
+	}
+	for _, n := range w.peers {
+		if !sends[n.name] && (!w.flannel || len(sends) == 0) {
+			continue
+		}
+		for _, a := range n.besides(w.own) {
+			p.vteps[a] = true
+		}
 	}
 }
 
 // choose finds the best way to a range of another node, or says why there is none.
-func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row, why string) {
+func choose(settings Settings, w *wish, n peer, to netip.Prefix, f facts) (row *Row, why string) {
+	own := w.own
 	why = "it has no address that this node has a route to"
-	if settings.Mode != ModeVXLAN {
+	if settings.Mode != ModeVXLAN && w.mayBeDirect(n) {
 		if row := direct(own, n, to, f); row != nil {
 			return row, ""
 		}
@@ -247,6 +268,10 @@ func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row,
 	for _, vtep := range addresses {
 		h, found := f.way(vtep)
 		if !found {
+			continue
+		}
+		if vtep.Is6() && n.runsFlannel() {
+			why = "flannel there takes VXLAN over IPv6 only with UDP checksums, which there are none of"
 			continue
 		}
 		local, at := sameFamily(own.addresses, vtep), f.devices[h.device]
@@ -261,10 +286,12 @@ func choose(settings Settings, own, n peer, to netip.Prefix, f facts) (row *Row,
 			why = fmt.Sprintf("packets to %s leave by %s, whose MTU of %d leaves less than %d inside", vtep, at.name, set, leastMTU)
 		default:
 			row := &Row{To: to, Node: n.name, Via: vtep, Local: local, Device: at.name, index: h.device, MTU: max(passes-over, leastMTU),
-				set: max(passes-over, leastMTU), MAC: macOf(n.addresses), Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}
+				set: max(passes-over, leastMTU), MAC: n.mac, Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}
 			if row.Near {
 				row.Why = "as the setting asks"
-				if settings.Mode != ModeVXLAN {
+				if !w.mayBeDirect(n) {
+					row.Why = "flannel takes packets that way"
+				} else if settings.Mode != ModeVXLAN {
 					row.Why = fmt.Sprintf("no address for %s on the same segment", family(to.Addr()))
 				}
 			}

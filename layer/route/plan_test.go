@@ -113,6 +113,12 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 				h.to = netip.MustParsePrefix(words[1])
 			}
 			f.hops = append(f.hops, h)
+		case "net-conf": // PORT [straight]
+			s.Flannel = &model.FlannelNetwork{DirectRouting: len(words) > 2}
+			_, err := fmt.Sscan(words[1], &s.Flannel.Port)
+			must(t, err)
+		case "flannels":
+			f.flannels = words[1:]
 		case "passes": // ADDRESS BYTES of BYTES [said by ROUTER]
 			var m measurement
 			_, err := fmt.Sscan(words[2]+" "+words[4], &m.Passed, &m.Tried)
@@ -124,6 +130,10 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 		case "node":
 			n := &model.Node{Name: words[1]}
 			for _, word := range words[2:] {
+				if said, ok := flannelOf(word); ok {
+					n.Flannel = said
+					continue
+				}
 				if p, err := netip.ParsePrefix(word); err == nil {
 					n.PodCIDRs = append(n.PodCIDRs, p)
 					continue
@@ -136,6 +146,32 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 		}
 	}
 	return s, f
+}
+
+// flannelOf reads what a Node says to flannel's nodes: "flannel:vxlan,1,12c66589b4e3,192.0.2.2",
+// or from an agent for them "millrace:..." with the port at the end.
+func flannelOf(word string) (*model.Flannel, bool) {
+	by, said, _ := strings.Cut(word, ":")
+	f := &model.Flannel{Millrace: by == "millrace"}
+	if by != "flannel" && !f.Millrace {
+		return nil, false
+	}
+	fields := strings.Split(said, ",")
+	f.Backend = fields[0]
+	fields[0] = ""
+	var mac []byte
+	_, _ = fmt.Sscanf(strings.Join(fields, " "), "%d %x", &f.VNI, &mac)
+	copy(f.MAC[:], mac)
+	for _, field := range fields[min(3, len(fields)):] {
+		if port, err := strconv.Atoi(field); err == nil {
+			f.Port = uint16(port)
+		} else if a := netip.MustParseAddr(field); a.Is4() {
+			f.Address = a
+		} else {
+			f.Address6, f.MAC6 = a, f.MAC
+		}
+	}
+	return f, true
 }
 
 // Whatever has been written can be read back.

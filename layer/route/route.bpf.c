@@ -95,9 +95,21 @@ struct {
 	__uint(max_entries, OUTCOME_COUNT);
 } outcomes SEC(".maps");
 
-/* The UDP port of VXLAN, in network order, and the network's number in the upper 24 bits. */
-const volatile __be16 port = 0;
-const volatile __be32 vni = 0;
+/* The network that nodes speak in VXLAN. It is no setting of the programs: where flannel
+ * comes or goes, it becomes another one, and what runs goes on. */
+struct network {
+	__be16 port; /* of UDP */
+	__u16 zero;
+	__be32 vni; /* in the upper 24 bits */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct network);
+	__uint(max_entries, 1);
+} networks SEC(".maps");
+
 /* Nothing has to run at the node's ends of the veths of pods that are not in homes. */
 const volatile bool to_peer = false;
 /* The kernel can be told that the family of a packet changes (Linux 6.3). */
@@ -146,6 +158,14 @@ static __always_inline int finish(enum outcome outcome, int verdict)
 {
 	count(outcome);
 	return verdict;
+}
+
+/* our_network is the one network that there is; NULL never happens. */
+static __always_inline const struct network *our_network(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&networks, &zero);
 }
 
 static __always_inline __be16 to_be16(__u16 value)
@@ -278,15 +298,16 @@ static __always_inline bool write_inside(struct __sk_buff *skb, __u32 at, const 
 	struct udp_header *udp = (void *)(long)skb->data + at;
 	struct vxlan_header *vxlan = (void *)(udp + 1);
 	struct ethernet *frame = (void *)(vxlan + 1);
+	const struct network *network = our_network();
 
-	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
+	if (!network || (void *)(frame + 1) > (void *)(long)skb->data_end)
 		return false;
 	udp->source_port = source;
-	udp->destination_port = port;
+	udp->destination_port = network->port;
 	udp->length = to_be16(length);
 	udp->checksum = 0;
 	vxlan->flags = VXLAN_FLAGS;
-	vxlan->vni = vni;
+	vxlan->vni = network->vni;
 	__builtin_memcpy(frame->destination, to->mac, 6);
 	__builtin_memcpy(frame->source, to->own_mac, 6);
 	frame->type = ip4 ? to_be16(ETHERTYPE_IP4) : to_be16(ETHERTYPE_IP6);
@@ -449,6 +470,7 @@ static __always_inline bool read_from_pod(struct __sk_buff *skb, struct inner *i
 static __noinline bool may_be_to_port(struct __sk_buff *skb, const struct inner *in)
 {
 	struct walk walk = { .at = in->at + in->header, .shape = SHAPE_WHOLE, .next = in->protocol };
+	const struct network *network;
 	__be16 to = 0;
 
 	if (!in->ip4)
@@ -460,10 +482,11 @@ static __noinline bool may_be_to_port(struct __sk_buff *skb, const struct inner 
 		return false;
 	if (!in->ip4 && (walk.shape == SHAPE_OTHER || walk.at > HEADERS_LIMIT || is_extension(walk.next)))
 		return true;
-	return walk.next == IPPROTO_UDP && walk.at <= HEADERS_LIMIT &&
-	       !bpf_skb_load_bytes(skb, walk.at + __builtin_offsetof(struct udp_header, destination_port), &to,
-				   sizeof(to)) &&
-	       to == port;
+	if (walk.next != IPPROTO_UDP || walk.at > HEADERS_LIMIT ||
+	    bpf_skb_load_bytes(skb, walk.at + __builtin_offsetof(struct udp_header, destination_port), &to, sizeof(to)))
+		return false;
+	network = our_network();
+	return network && to == network->port;
 }
 
 /* is_to_port says whether a packet of a pod may be UDP to the port of VXLAN. */
@@ -471,15 +494,19 @@ static __always_inline bool is_to_port(struct __sk_buff *skb, const struct inner
 {
 	void *ip = (void *)(long)skb->data + ETHERNET_LENGTH, *end = (void *)(long)skb->data_end;
 	const struct udp_header *udp4 = ip + sizeof(struct ip4_header), *udp6 = ip + sizeof(struct ip6_header);
+	const struct network *network;
 
 	if (in->protocol == IPPROTO_TCP)
 		return false;
+	network = our_network();
+	if (!network)
+		return false;
 	if (in->protocol == IPPROTO_UDP && in->ip4 && in->header == sizeof(struct ip4_header) &&
 	    (const void *)(udp4 + 1) <= end)
-		return udp4->destination_port == port &&
+		return udp4->destination_port == network->port &&
 		       !(from_be16(((const struct ip4_header *)ip)->fragment) & IP4_FRAGMENT_OFFSET);
 	if (in->protocol == IPPROTO_UDP && !in->ip4 && (const void *)(udp6 + 1) <= end)
-		return udp6->destination_port == port;
+		return udp6->destination_port == network->port;
 	return may_be_to_port(skb, in);
 }
 
@@ -548,13 +575,14 @@ struct outer {
 	__be16 type; /* what that holds */
 };
 
-/* is_vxlan says whether a UDP header is followed by a packet of our network. What the
- * linear part does not have is brought there. */
-static __always_inline bool is_vxlan(struct __sk_buff *skb, __u32 at, struct outer *out)
+/* is_vxlan says whether a UDP header, to a port, is followed by a packet of our network.
+ * What the linear part does not have is brought there. */
+static __always_inline bool is_vxlan(struct __sk_buff *skb, __u32 at, __be16 port, struct outer *out)
 {
+	const struct network *network = our_network();
 	__u32 need = at + INSIDE_LENGTH + sizeof(struct ip4_header);
 
-	if (skb->len < need)
+	if (!network || port != network->port || skb->len < need)
 		return false;
 	if ((void *)(long)skb->data + need > (void *)(long)skb->data_end &&
 	    bpf_skb_pull_data(skb, skb->len < READ_AHEAD ? skb->len : READ_AHEAD))
@@ -564,7 +592,7 @@ static __always_inline bool is_vxlan(struct __sk_buff *skb, __u32 at, struct out
 	const struct ethernet *frame = (const void *)(vxlan + 1);
 
 	if ((const void *)(frame + 1) > (void *)(long)skb->data_end || (vxlan->flags & 0xff) != VXLAN_FLAGS ||
-	    vxlan->vni != vni)
+	    vxlan->vni != network->vni)
 		return false;
 	__builtin_memcpy(out->mac, frame->destination, 6);
 	out->type = frame->type;
@@ -573,7 +601,7 @@ static __always_inline bool is_vxlan(struct __sk_buff *skb, __u32 at, struct out
 }
 
 /* read_outer says whether a packet is one of our network: few instructions for all that
- * is not to its port. Fragments are put together by the stack. */
+ * is no UDP. Fragments are put together by the stack. */
 static __always_inline bool read_outer(struct __sk_buff *skb, struct outer *out)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -584,28 +612,26 @@ static __always_inline bool read_outer(struct __sk_buff *skb, struct outer *out)
 
 		udp = (const void *)(ip + 1);
 		if ((const void *)(udp + 1) > end || ip->version_length != 0x45 || ip->protocol != IPPROTO_UDP ||
-		    udp->destination_port != port ||
 		    from_be16(ip->fragment) & (IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET))
 			return false;
 		out->ip4 = true;
 		out->source = address_from_ip4(ip->source);
 		out->destination = address_from_ip4(ip->destination);
 		out->tos = ip->tos;
-		return is_vxlan(skb, ETHERNET_LENGTH + sizeof(*ip), out);
+		return is_vxlan(skb, ETHERNET_LENGTH + sizeof(*ip), udp->destination_port, out);
 	}
 	if (skb->protocol == __builtin_bswap16(ETHERTYPE_IP6)) {
 		const struct ip6_header *ip = data + ETHERNET_LENGTH;
 		const __u8 *first = (const void *)ip;
 
 		udp = (const void *)(ip + 1);
-		if ((const void *)(udp + 1) > end || first[0] >> 4 != 6 || ip->next != IPPROTO_UDP ||
-		    udp->destination_port != port)
+		if ((const void *)(udp + 1) > end || first[0] >> 4 != 6 || ip->next != IPPROTO_UDP)
 			return false;
 		out->ip4 = false;
 		out->source = ip->source;
 		out->destination = ip->destination;
 		out->tos = first[0] << 4 | first[1] >> 4;
-		return is_vxlan(skb, ETHERNET_LENGTH + sizeof(*ip), out);
+		return is_vxlan(skb, ETHERNET_LENGTH + sizeof(*ip), udp->destination_port, out);
 	}
 	return false;
 }
@@ -816,13 +842,14 @@ int route_unwrapped(struct __sk_buff *skb)
 {
 	struct bpf_tunnel_key key = {};
 	struct address sender;
+	const struct network *network = our_network();
 	const struct vtep *there;
 	long refused = sender_of(skb, &key, &sender);
 
 	if (refused == -EINVAL)
 		return TC_ACT_UNSPEC;
 	there = bpf_map_lookup_elem(&vteps, &sender);
-	if (refused || key.tunnel_id != __builtin_bswap32(vni) >> 8 || !there || there->device)
+	if (refused || !network || key.tunnel_id != __builtin_bswap32(network->vni) >> 8 || !there || there->device)
 		return finish(OUTCOME_STRANGER, TC_ACT_SHOT);
 	return TC_ACT_UNSPEC;
 }

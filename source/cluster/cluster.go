@@ -225,7 +225,7 @@ func (c *Cluster) leave(o *Object) {
 	case *model.Node:
 		c.dirtyNodes = true
 		delete(c.nodesInForce, o.Key())
-	case *dnsServers, *corefile.Keys, *model.Masquerade:
+	case *dnsServers, *corefile.Keys, *model.Masquerade, *model.FlannelNetwork:
 		c.remarked = true
 	}
 }
@@ -274,7 +274,7 @@ func (c *Cluster) arrive(o *Object) {
 	case *dnsServers:
 		c.workloads.set(o.Key(), v.workload)
 		c.remarked = true
-	case *corefile.Keys, *model.Masquerade:
+	case *corefile.Keys, *model.Masquerade, *model.FlannelNetwork:
 		c.remarked = true
 	}
 }

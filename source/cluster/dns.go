@@ -20,11 +20,11 @@ var (
 	dnsServersKey = Key{kindDeployment.String(), corefile.Deployment}
 )
 
-// IsConfiguration says whether a ConfigMap is one that is read: those of CoreDNS, and that
-// of ip-masq-agent.
+// IsConfiguration says whether a ConfigMap is one that is read: those of CoreDNS, that of
+// ip-masq-agent, and those of flannel.
 func IsConfiguration(namespace, name string) bool {
 	n := model.Name{Namespace: namespace, Name: name}
-	return n == corefile.ConfigMap || n == corefile.Custom || n == MasqueradeConfigMap
+	return n == corefile.ConfigMap || n == corefile.Custom || n == MasqueradeConfigMap || slices.Contains(FlannelConfigMaps, n)
 }
 
 // dnsInput is what the configuration of the DNS servers is made of.

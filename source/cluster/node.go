@@ -16,6 +16,7 @@ func (r *reader) node(obj *corev1.Node) *model.Node {
 		Name:    r.object.name.Name,
 		Labels:  copied(obj.Labels),
 		Leaving: obj.DeletionTimestamp != nil || slices.ContainsFunc(obj.Spec.Taints, func(t corev1.Taint) bool { return t.Key == autoscalerTaint }),
+		Flannel: r.flannel(obj),
 		Where:   r.object.Where(),
 	}
 	for i, a := range obj.Status.Addresses {

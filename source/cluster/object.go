@@ -49,8 +49,9 @@ func (k Key) Compare(o Key) int {
 type Object struct {
 	name model.Name
 	// value is a *model.Service, *slice, *model.Pod, *model.Node, *model.Workload,
-	// *dnsServers, *corefile.Keys or *model.Masquerade, or nil where nothing is to be kept. A
-	// Service is without endpoints at first, later the one that was shown last.
+	// *dnsServers, *corefile.Keys, *model.Masquerade or *model.FlannelNetwork, or nil where
+	// nothing is to be kept. A Service is without endpoints at first, later the one that was
+	// shown last.
 	value any
 	// trouble is nil where there is none.
 	trouble *trouble
@@ -84,6 +85,12 @@ func (o *Object) Where() string { return o.file.Where(int(o.line)) }
 
 // File is the file the object came from.
 func (o *Object) File() *File { return o.file }
+
+// Node is what a Node says; nil of another kind, and of one that cannot be understood.
+func (o *Object) Node() *model.Node {
+	n, _ := o.value.(*model.Node)
+	return n
+}
 
 // Problems are the object's own faults and oddities.
 func (o *Object) Problems() []model.Problem {
@@ -192,6 +199,10 @@ func (r *reader) value(obj runtime.Object) any {
 		case MasqueradeConfigMap:
 			if m := r.masquerade(obj.Data); m != nil {
 				return m
+			}
+		case FlannelConfigMaps[0], FlannelConfigMaps[1]:
+			if n := r.flannelNetwork(obj.Data); n != nil {
+				return n
 			}
 		}
 	case *appsv1.Deployment:

@@ -35,6 +35,9 @@ func (c *Cluster) Snapshot() *model.Snapshot {
 		if m := c.masqueradeNow(); !reflect.DeepEqual(m, c.last.Masquerade) {
 			next.Masquerade, changed = m, true
 		}
+		if n := c.flannelNow(); !reflect.DeepEqual(n, c.last.Flannel) {
+			next.Flannel, changed = n, true
+		}
 	}
 	next.Unread, next.Named = c.unread, c.named
 	changed = changed || next.Named != c.last.Named

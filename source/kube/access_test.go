@@ -150,7 +150,7 @@ func TestRoleIsWhatIsAskedFor(t *testing.T) {
 	b.shows("web")
 	b.watched()
 	b.end()
-	if b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, b.url), Node: "n1", Names: true, Masquerade: true}); err != nil {
+	if b.source, err = Open(Settings{Kubeconfig: kubeconfig(t, b.url), Node: "n1", Names: true, Masquerade: true, Flannel: true}); err != nil {
 		t.Fatal(err)
 	}
 	b.apply(masqueradeMap)

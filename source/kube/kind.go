@@ -73,7 +73,8 @@ func oneDeployment(name model.Name) kind {
 // another proxy's, and headless Services are for DNS, as are slices with the
 // label headless: with names all of these are asked for, too. Slices without a Service
 // are somebody else's private matter. With names also the configuration of CoreDNS is,
-// with its Deployment, and with masquerade that of ip-masq-agent.
+// with its Deployment, with masquerade that of ip-masq-agent, and with flannel those of
+// flannel.
 func kindsFor(settings Settings) []kind {
 	node, names := settings.Node, settings.Names
 	const ours = "!service.kubernetes.io/service-proxy-name"
@@ -122,6 +123,13 @@ func kindsFor(settings Settings) []kind {
 		masquerade := oneConfigMap(cluster.MasqueradeConfigMap)
 		masquerade.may = true
 		all = append(all, masquerade)
+	}
+	if settings.Flannel {
+		for _, name := range cluster.FlannelConfigMaps {
+			flannel := oneConfigMap(name)
+			flannel.may = true
+			all = append(all, flannel)
+		}
 	}
 	return all
 }

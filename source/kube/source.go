@@ -31,6 +31,8 @@ type Settings struct {
 	Names bool
 	// Masquerade asks also for the configuration of ip-masq-agent.
 	Masquerade bool
+	// Flannel asks also for the configuration of flannel.
+	Flannel bool
 	// Account is the folder of the service account; empty for where Kubernetes
 	// mounts it.
 	Account string

@@ -3,11 +3,9 @@ package kube
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -26,18 +24,11 @@ func RemoveTaint(ctx context.Context, settings Settings, key string) (was bool, 
 func (s *server) removeTaint(ctx context.Context, node, key string) (removed bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answerPatience)
 	defer cancel()
-	found, err := s.client.Get().AbsPath("/api/v1/nodes").Param("fieldSelector", "metadata.name="+node).MaxRetries(0).Do(ctx).Get()
+	found, err := s.node(ctx, node)
 	if err != nil {
 		return false, err
 	}
-	list, ok := found.(*corev1.NodeList)
-	if !ok {
-		return false, fmt.Errorf("the answer is a %T", found)
-	}
-	if len(list.Items) == 0 {
-		return false, apierrors.NewNotFound(corev1.Resource("nodes"), node)
-	}
-	patch := withoutTaint(list.Items[0].Spec.Taints, key)
+	patch := withoutTaint(found.Spec.Taints, key)
 	if patch == nil {
 		return false, nil
 	}
