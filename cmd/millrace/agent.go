@@ -64,7 +64,7 @@ CAP_SYS_ADMIN.`,
 			return err
 		}
 		at.removeUnwanted(log)
-		served := untaint(&from, at.node, log)
+		served := both(untaint(&from, at.node, log), toFlannel(&from, at.node, layers, log))
 		var queries func() []resolver.Query
 		if answers := answersFor(at.dns, at.heard, layers, log); answers != nil {
 			source = heard{source, answers.resolver.Take}
@@ -97,14 +97,18 @@ CAP_SYS_ADMIN.`,
 	return c
 }
 
-// both does two things at once; the first may be nil.
+// both does two things at once; each may be nil.
 func both(one, other func(context.Context)) func(context.Context) {
+	if one == nil {
+		return other
+	}
+	if other == nil {
+		return one
+	}
 	return func(ctx context.Context) {
 		var doing sync.WaitGroup
 		defer doing.Wait()
-		if one != nil {
-			doing.Go(func() { one(ctx) })
-		}
+		doing.Go(func() { one(ctx) })
 		other(ctx)
 	}
 }

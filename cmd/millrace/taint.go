@@ -13,6 +13,9 @@ import (
 // registers its nodes with it: docs/install.md.
 const startupTaint = "node.millrace.io/agent-not-ready"
 
+// ownNodeRights are what an agent needs to change its own Node.
+const ownNodeRights = "deploy/own-node.yaml"
+
 // How long it takes until a taint that could not be taken off is tried again.
 const (
 	taintFirst = time.Second
@@ -36,7 +39,7 @@ func untaint(from *wishes, node string, log *slog.Logger) func(context.Context) 
 				}
 				return
 			}
-			log.Error("startup taint", "error", err, "rights", "deploy/startup-taint.yaml", "again_in", wait)
+			log.Error("startup taint", "error", err, "rights", ownNodeRights, "again_in", wait)
 			select {
 			case <-ctx.Done():
 			case <-time.After(wait):

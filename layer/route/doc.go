@@ -17,6 +17,10 @@
 // for, and it learns nothing. The hardware address is made of the node's first address
 // (IPv4 before IPv6), so that nodes need not tell each other.
 //
+// Where flannel is in the cluster, its nodes are reached as their annotations ask, all nodes
+// speak its port and number, and ToFlannel is what this node's annotations are to say. A
+// node where flannel's device is is left to it until a person says that flannel has gone.
+//
 // A packet that is too long is left to the stack, which tells the sender (ICMP). Between
 // two hops the packet inside loses one hop at each node, as it would without VXLAN.
 // Congestion bits follow RFC 6040, normal mode; the class of service is copied outwards.
@@ -28,7 +32,7 @@
 // answers for.
 //
 // What it writes in the kernel: routes with protocol number 110 and metric 110, so that
-// others' to the same range win; the device; five maps, and a program and a link for each
+// others' to the same range win; the device; six maps, and a program and a link for each
 // pod's veth and each uplink (before Linux 6.6 clsact filters), pinned in a folder of its
 // own. What goes by the programs passes no forwarding rules of the host.
 //

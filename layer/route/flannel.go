@@ -123,12 +123,29 @@ func isFlannels(d link.Device) bool {
 // here, by which they are reached, and has the port. Empty where there is none, and where
 // the cluster has nothing to do with flannel.
 func (w *wish) leftToFlannel(f facts) string {
-	if len(f.flannels) == 0 || !w.flannel {
+	if !f.inUse || !w.flannel || w.over {
 		return ""
 	}
-	return fmt.Sprintf("routes to other nodes' pods are left to flannel, whose device %s is here: when flannel has gone from this node, remove it (ip link del %s), and they are taken over at once",
-		strings.Join(f.flannels, ", "), strings.Join(f.flannels, "; ip link del "))
+	return fmt.Sprintf("routes to other nodes' pods are left to flannel, whose device %s is here: when flannel has gone from this node for good, say so (kubectl label node %s %s=%s), and they are taken over at once",
+		strings.Join(f.flannels, ", "), w.own.name, FlannelLabel, FlannelGone)
 }
+
+// A Node with this label has been left by flannel for good: its devices that are still there
+// are removed. Nobody but a person can know that, for flannel leaves the same when its
+// process starts anew, and may be a part of another one.
+const (
+	FlannelLabel = "node.millrace.io/flannel"
+	FlannelGone  = "gone"
+)
+
+// flannels is a vxlan device of flannel. It implements layer.Subject.
+type flannels string
+
+// Object implements layer.Subject.
+func (f flannels) Object() string { return "device " + string(f) }
+
+// Detail implements layer.Subject.
+func (f flannels) Detail() string { return "" }
 
 // saying is what this node says to flannel's nodes, and is to say.
 type saying struct{ has, want *model.Flannel }

@@ -51,8 +51,8 @@ func (d *datapath) facts() (facts, error) {
 		if one.Up && one.Name != d.settings.device() {
 			f.devices[one.Index] = fact{name: one.Name, mtu: one.MTU, ethernet: one.Ethernet && one.Kind != "vxlan"}
 		}
-		if one.Up && isFlannels(one) {
-			f.flannels = append(f.flannels, one.Name)
+		if isFlannels(one) {
+			f.flannels, f.inUse = append(f.flannels, one.Name), f.inUse || one.Up
 		}
 	}
 	routes, err := d.mainRoutes()
@@ -316,6 +316,21 @@ func (d *datapath) dropDevice() error {
 	err = d.inNetns(func() error { return netlink.LinkDel(there) })
 	if err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("delete device %s: %w", there.Name, err)
+	}
+	return nil
+}
+
+// dropFlannels implements host.
+func (d *datapath) dropFlannels(name string) error {
+	err := d.inNetns(func() error {
+		there, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkDel(there)
+	})
+	if err != nil && !errors.As(err, &netlink.LinkNotFoundError{}) && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("delete device %s: %w", name, err)
 	}
 	return nil
 }

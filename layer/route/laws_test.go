@@ -32,6 +32,7 @@ func (p *paper) detach(port) error                 { return nil }
 func (p *paper) device() (*device, error)          { return nil, nil }
 func (p *paper) makeDevice(*device) (int, error)   { return 9, nil }
 func (p *paper) dropDevice() error                 { return nil }
+func (p *paper) dropFlannels(string) error         { return nil }
 func (p *paper) routes() ([]*Row, error)           { return nil, nil }
 func (p *paper) dropRoute(*Row) error              { return nil }
 func (p *paper) lost() []lost                      { return nil }

@@ -109,6 +109,8 @@ type host interface {
 	device() (*device, error)
 	makeDevice(*device) (int, error)
 	dropDevice() error
+	// dropFlannels removes a device of flannel.
+	dropFlannels(name string) error
 	// routes are the layer's, with To, Via and index; index is the vxlan device's where
 	// packets go in VXLAN.
 	routes() ([]*Row, error)
@@ -361,6 +363,8 @@ func (l *Layer) carryOut(have *Picture, change layer.Change) error {
 			return l.host.detach(s)
 		}
 		return l.host.attach(s)
+	case flannels:
+		return l.host.dropFlannels(string(s))
 	case gate:
 		value := []uint32{1}
 		if gone {

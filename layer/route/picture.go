@@ -252,6 +252,9 @@ func (p *Picture) note(change layer.Change) {
 		p.lost = nil
 	case gate:
 		p.open = !gone
+	case flannels:
+		p.facts.flannels = slices.DeleteFunc(slices.Clone(p.facts.flannels), func(name string) bool { return name == string(s) })
+		p.facts.inUse = p.facts.inUse && len(p.facts.flannels) > 0
 	case *device:
 		if p.device != nil && !p.device.same(s) {
 			maps.DeleteFunc(p.rows, func(_ netip.Prefix, r *Row) bool { return !r.Direct })

@@ -31,8 +31,9 @@ type facts struct {
 	// shortcuts says that the kernel can give a packet to a pod, or to a neighbour, past the
 	// stack.
 	shortcuts bool
-	// flannels are the vxlan devices that flannel has on this host.
+	// flannels are the vxlan devices that flannel has on this host, inUse that one is up.
 	flannels []string
+	inUse    bool
 	// rules are those of others, unread why they cannot be known.
 	rules  nft.Tracking
 	unread error
@@ -114,7 +115,9 @@ type wish struct {
 	// cluster, straight that its nodes send directly on a segment.
 	network           network
 	flannel, straight bool
-	notes             []string
+	// over is a person's word that flannel has gone from this node for good.
+	over  bool
+	notes []string
 }
 
 // ranges are those of all pods.
@@ -148,7 +151,7 @@ func plan(settings Settings, snapshot *model.Snapshot) *Picture {
 	for _, n := range snapshot.Nodes {
 		p := peerOf(n)
 		if n.Name == settings.Node {
-			w.own = p
+			w.own, w.over = p, n.Labels[FlannelLabel] == FlannelGone
 		} else {
 			w.peers = append(w.peers, p)
 		}
@@ -365,6 +368,11 @@ func diff(settings Settings, have, want *Picture, prune bool) layer.Changes {
 	there := have.rows
 	if have.open && aim.why != "" {
 		note(layer.Remove, gate{})
+	}
+	if want.wish.over {
+		for _, name := range have.facts.flannels {
+			note(layer.Remove, flannels(name))
+		}
 	}
 	switch {
 	case aim.device == nil:

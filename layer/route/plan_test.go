@@ -118,7 +118,7 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 			_, err := fmt.Sscan(words[1], &s.Flannel.Port)
 			must(t, err)
 		case "flannels":
-			f.flannels = words[1:]
+			f.flannels, f.inUse = words[1:], true
 		case "passes": // ADDRESS BYTES of BYTES [said by ROUTER]
 			var m measurement
 			_, err := fmt.Sscan(words[2]+" "+words[4], &m.Passed, &m.Tried)
@@ -130,6 +130,10 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 		case "node":
 			n := &model.Node{Name: words[1]}
 			for _, word := range words[2:] {
+				if word == "gone" {
+					n.Labels = map[string]string{FlannelLabel: FlannelGone}
+					continue
+				}
 				if said, ok := flannelOf(word); ok {
 					n.Flannel = said
 					continue

@@ -12,7 +12,7 @@ import (
 
 const (
 	startupTaint  = "node.millrace.io/agent-not-ready"
-	taintManifest = "deploy/startup-taint.yaml"
+	taintManifest = "deploy/own-node.yaml"
 )
 
 // A node that has the taint of docs/install.md loses it once its agent serves, and no
@@ -35,7 +35,7 @@ func TestInstalledTakesTheStartupTaintOff(t *testing.T) {
 	// Without the rights it says what it lacks, and goes on.
 	err := until(t.Context(), "an agent to say what it lacks", time.Minute, func() error {
 		said := kubectlOf(t, "-n", "kube-system", "logs", "-l", "app.kubernetes.io/name=millrace", "--tail=-1")
-		if !strings.Contains(said, "startup-taint.yaml") || !strings.Contains(taints(), startupTaint) {
+		if !strings.Contains(said, "own-node.yaml") || !strings.Contains(taints(), startupTaint) {
 			return fmt.Errorf("the taints are %s, and the agents say %s", taints(), said)
 		}
 		return nil
@@ -58,9 +58,11 @@ func TestInstalledTakesTheStartupTaintOff(t *testing.T) {
 		{second, `{"spec":{"unschedulable":true}}`, "may change no Node but the one it runs on"},
 		{first, `{"spec":{"taints":null}}`, "may change no taint but " + startupTaint},
 		{first, `{"spec":{"taints":[{"key":"example.com/other","value":"x","effect":"PreferNoSchedule"},{"key":"new","effect":"NoExecute"}]}}`, "may change no taint but " + startupTaint},
-		{first, `{"metadata":{"labels":{"example.com/role":"x"}}}`, "may change nothing of a Node but its taints"},
-		{first, `{"metadata":{"annotations":{"example.com/role":"x"}}}`, "may change nothing of a Node but its taints"},
-		{first, `{"spec":{"unschedulable":true}}`, "may change nothing of a Node but its taints"},
+		{first, `{"metadata":{"labels":{"example.com/role":"x"}}}`, "may change nothing of a Node but a taint and annotations"},
+		{first, `{"metadata":{"annotations":{"example.com/role":"x"}}}`, "may change no annotation of a Node but flannel's"},
+		{second, `{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.9"}}}`, "may change no Node but the one it runs on"},
+		{first, `{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.9"}}}`, `"flannel.alpha.coreos.com/public-ip":"192.0.2.9"`},
+		{first, `{"spec":{"unschedulable":true}}`, "may change nothing of a Node but a taint and annotations"},
 		{first + "/status", `{"status":{"phase":"Running"}}`, "cannot patch resource"},
 	} {
 		// Nothing would be changed, and an API server follows its policies by a watch.
