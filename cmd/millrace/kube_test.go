@@ -63,11 +63,11 @@ func (c *clustered) must(err error) {
 	}
 }
 
-// begin runs an agent and does not wait for it.
-func (c *clustered) begin() {
+// begin runs an agent, with more flags, and does not wait for it.
+func (c *clustered) begin(more ...string) {
 	c.t.Helper()
-	c.agent = product("agent", "--source", "kube:"+c.kubeconfig, "--api-server", "127.0.0.1:1,"+c.address, "--node", "n1",
-		"--cgroup", c.Cgroup, "--pins", c.pins, "--run", c.run, "--metrics", "")
+	c.agent = product(append([]string{"agent", "--source", "kube:" + c.kubeconfig, "--api-server", "127.0.0.1:1," + c.address, "--node", "n1",
+		"--cgroup", c.Cgroup, "--pins", c.pins, "--run", c.run, "--metrics", ""}, more...)...)
 	c.agent.Stderr = &c.log
 	if err := netns.Do(c.NetNS, c.agent.Start); err != nil {
 		c.t.Fatal(err)
