@@ -51,9 +51,10 @@ func traceFlags() []string {
 // dnsTests are that the program is accepted and answers, also pods behind a bridge, that
 // it does not mix names up, that another takes over, and that without it others answer;
 // that queries are handed up to an agent, and not to one that was killed; that the table
-// grows, and that what is known is said where nobody else can.
+// grows, that what is known is said where nobody else can, and that filters of earlier versions
+// are taken over.
 var dnsTests = []string{"TestAnswers", "TestPodsBehindABridge", "TestNamesAreWrittenMeanwhile", "TestOutside", "TestOutsideIsWrittenMeanwhile", "TestAnotherLayout", "TestFailOpen",
-	"TestHandedUp", "TestKilledUnderLoad", "TestSuccessorAnswers", "TestOneAfterTheOther", "TestAgentHangs", "TestTheMapGrows", "TestAgentAndServersAreGone"}
+	"TestHandedUp", "TestKilledUnderLoad", "TestSuccessorAnswers", "TestOneAfterTheOther", "TestAgentHangs", "TestTheMapGrows", "TestAgentAndServersAreGone", "TestFilterOfEarlierVersions"}
 
 // nodednsTests are that the programs are accepted, that the agent is asked while it is there
 // and no longer, by all kinds of sockets, and that its successor answers what it had in hand.
