@@ -2,6 +2,7 @@ package pod
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -390,6 +391,61 @@ func TestOneInterfaceAtOnce(t *testing.T) {
 	}
 	if after := b.observe(); after != empty {
 		t.Errorf("before:\n%s\nafter:\n%s", empty, after)
+	}
+}
+
+// held is a host that has removed a device, and says so only when it may.
+type held struct {
+	host
+	removed, may chan struct{}
+}
+
+func (h held) demolish(device string) error {
+	err := h.host.demolish(device)
+	close(h.removed)
+	<-h.may
+	return err
+}
+
+// While somebody works on an interface there is nothing to be done about it, and nothing to
+// be counted as drift: what is missing, he knows of. When he is done it is looked at again.
+func TestAnInterfaceThatSomebodyWorksOn(t *testing.T) {
+	b := newTown(t)
+	ranges := []string{"10.244.1.0/24", "fd00:1::/64"}
+	l := b.open(ranges...)
+	b.space("web")
+	b.add(l, "web")
+	b.apply(l, ranges...)
+	told := make(chan struct{}, 100)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	h := held{l.host, make(chan struct{}), make(chan struct{})}
+	l.host = h
+	ended := make(chan error, 1)
+	request := b.request(cni.Del, "web", "")
+	go func() { ended <- second(l.Answer(ctx, request)) }()
+	<-h.removed
+	have, err := l.Read()
+	must(t, err)
+	if changes := l.Diff(have, l.Plan(cluster(ranges...)), true); len(changes) > 0 {
+		t.Errorf("while the pod ends, to do is\n%v", changes)
+	}
+	<-l.done // of what was before
+	go l.tell(ctx, func() { told <- struct{}{} })
+	select {
+	case <-told:
+		t.Error("it is looked at before it is done")
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(h.may)
+	must(t, <-ended)
+	select {
+	case <-told:
+	case <-time.After(10 * time.Second):
+		t.Error("nobody looks at an interface after it was worked on")
+	}
+	if changes := b.apply(l, ranges...); len(changes) > 0 {
+		t.Errorf("after the pod has ended, to do is\n%v", changes)
 	}
 }
 

@@ -75,6 +75,8 @@ type Layer struct {
 	// done.
 	busy map[pool.Key]bool
 	idle *sync.Cond
+	// done says that somebody was done with an interface.
+	done chan struct{}
 	// building and removing are for how many interfaces the kernel makes or removes devices.
 	building, removing int
 	pool               *pool.Pool
@@ -124,12 +126,13 @@ var _ layer.Layer = (*Layer)(nil)
 func New(settings Settings) *Layer {
 	l := &Layer{settings: settings, host: node{settings.Netns}, install: installation{settings: settings, self: "/proc/self/exe"}, answers: map[string]uint64{},
 		lengths: facts{mtu: defaultMTU}.lengths(nil), inside: map[pool.Key]lengths{}, unset: map[pool.Key]string{},
-		busy: map[pool.Key]bool{}, pool: pool.Open(pool.Book{}, settings.cooldown(), time.Now()), save: settings.file().Write}
+		busy: map[pool.Key]bool{}, done: make(chan struct{}, 1), pool: pool.Open(pool.Book{}, settings.cooldown(), time.Now()), save: settings.file().Write}
 	l.idle = sync.NewCond(&l.mu)
 	return l
 }
 
-// alone calls f when nobody else works on an interface. The lock is held.
+// alone calls f when nobody else works on an interface, and has the agent look at it
+// then. The lock is held.
 func (l *Layer) alone(key pool.Key, f func() error) error {
 	for l.busy[key] {
 		l.idle.Wait()
@@ -138,6 +141,10 @@ func (l *Layer) alone(key pool.Key, f func() error) error {
 	defer func() {
 		delete(l.busy, key)
 		l.idle.Broadcast()
+		select {
+		case l.done <- struct{}{}:
+		default: // it was not yet heard of another
+		}
 	}()
 	return f()
 }
@@ -265,6 +272,9 @@ func (l *Layer) Refresh(layer.Picture) (layer.Picture, error) {
 	}
 	l.pool.Reserve(slices.Concat(found.own, found.elsewhere(), given))
 	p := picture(l.pool.Book(), found)
+	for _, pod := range p.pods {
+		pod.busy = l.busy[pod.Key]
+	}
 	if p.files, err = l.install.look(); err != nil {
 		return nil, err
 	}
@@ -332,6 +342,7 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 		// Where it cannot be watched, it is looked at once a minute.
 		go nft.Watch(ctx, l.settings.Netns, rulesAtMost, changed)
 	}
+	serving.Go(func() { l.tell(ctx, changed) })
 	serving.Go(func() {
 		served <- l.server.Serve(ctx)
 		end() // said to be an error, not to be ended in silence
@@ -341,6 +352,19 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 		<-ctx.Done()
 	}
 	return <-served
+}
+
+// tell has interfaces looked at with which somebody was done: what he left to be done, such
+// as a pod's shortcut, no event of the kernel need tell of.
+func (l *Layer) tell(ctx context.Context, changed func()) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-l.done:
+			changed()
+		}
+	}
 }
 
 // Apply implements layer.Layer. The result is have, altered. A pod that began or ended

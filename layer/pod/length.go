@@ -152,8 +152,8 @@ func (c *correction) Detail() string { return "-> " + c.to.String() }
 func corrections(have *Picture, others []netip.Prefix) (all []*correction) {
 	wanted := have.facts.lengths(others)
 	for _, pod := range have.pods {
-		if pod.inside.device == 0 || pod.state == gone {
-			continue // it could not be looked at
+		if pod.inside.device == 0 || pod.busy || pod.state == gone {
+			continue // it could not be looked at, or is to be looked at later
 		}
 		to := wanted.of(pod)
 		for _, out := range everywhere {

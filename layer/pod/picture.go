@@ -38,8 +38,10 @@ type Pod struct {
 	// Way is how packets of other pods of the node come to it, by the words of enum
 	// crossing: "direct", "device" or "stack"; in what Look returns.
 	Way string `json:"way,omitempty"`
-	// state says what is to be done about it.
+	// state says what is to be done about it, unless busy: somebody works on it, and nothing
+	// is missing that he does not know of.
 	state state
+	busy  bool
 	// mtu is the device's, in bytes; inside is what is in the pod's namespace, nothing if
 	// that could not be seen.
 	mtu    int

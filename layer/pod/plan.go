@@ -49,12 +49,13 @@ func diff(have, want *Picture, prune bool) layer.Changes {
 		}
 	}
 	for _, pod := range have.pods {
-		switch pod.state {
-		case unknown:
+		switch {
+		case pod.busy:
+		case pod.state == unknown:
 			add(layer.Add, pod)
-		case torn:
+		case pod.state == torn:
 			add(layer.Alter, pod)
-		case gone:
+		case pod.state == gone:
 			add(layer.Remove, pod)
 		}
 	}

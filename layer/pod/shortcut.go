@@ -157,7 +157,7 @@ func diffShortcuts(have *Picture) (changes layer.Changes) {
 		for _, addr := range pod.Addresses {
 			leads[addr] = true
 		}
-		if pod.state == gone {
+		if pod.busy || pod.state == gone {
 			continue
 		}
 		wanted := s.shortcutOf(pod, pod.mtu)
