@@ -308,7 +308,7 @@ func kubernetesZones(s *server, k *directive) (zones []string, err error) {
 			return nil, mistake(k.at, "kubernetes %s is not understood as a zone", clip(text))
 		case isReverse(zone):
 			reverse = append(reverse, zone)
-		default:
+		case !slices.Contains(zones, zone): // charts of RKE2 have it twice
 			zones = append(zones, zone)
 		}
 	}

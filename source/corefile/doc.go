@@ -14,5 +14,6 @@
 // text (core/dnsserver/zdirectives.go): whoever comes before kubernetes may answer in its
 // place, and whoever comes before forward in that one's.
 //
-// It takes 0.16 ms on a busy machine for the Corefile of kubeadm (BenchmarkRead).
+// It takes 0.16 ms on a busy machine for the Corefile of kubeadm (BenchmarkRead), and 5 ms of
+// processor time with a table of 5,000 hosts (BenchmarkHosts), once for each version of them.
 package corefile

@@ -1,6 +1,7 @@
 package corefile
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -37,4 +38,15 @@ func FuzzHosts(f *testing.F) {
 			}
 		}
 	})
+}
+
+func BenchmarkHosts(b *testing.B) {
+	var table strings.Builder
+	for i := range 5000 {
+		fmt.Fprintf(&table, "192.0.2.%d node-%d.example\n", i%250, i)
+	}
+	files := Files{Container: customized(), ConfigMaps: map[string]*Keys{"coredns": {Texts: map[string]string{"NodeHosts": table.String()}}}}
+	for b.Loop() {
+		Read(".:53 {\nkubernetes cluster.local\nhosts /etc/coredns/NodeHosts {\nfallthrough\n}\nforward . 192.0.2.1\n}", files)
+	}
 }
