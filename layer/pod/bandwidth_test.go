@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,7 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/version"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -182,6 +185,53 @@ func TestLimitsAreKept(t *testing.T) {
 	if got := b.queues("web"); got[0] != other {
 		t.Errorf("somebody else's queue is %+v", got[0])
 	}
+}
+
+// inTown is the plugin for a runtime's library, which asks the layer without a socket. It
+// implements invoke.Exec.
+type inTown struct {
+	version.PluginDecoder
+	b *town
+	l *Layer
+}
+
+func (*inTown) FindInPath(plugin string, _ []string) (string, error) { return plugin, nil }
+
+func (i *inTown) ExecPlugin(ctx context.Context, _ string, config []byte, environment []string) ([]byte, error) {
+	said := func(name string) string {
+		at := slices.IndexFunc(environment, func(pair string) bool { return strings.HasPrefix(pair, name+"=") })
+		return environment[at][len(name)+1:]
+	}
+	r := i.b.request(said("CNI_COMMAND"), said("CNI_CONTAINERID"), "")
+	r.Config = config
+	result, err := i.l.Answer(ctx, r)
+	if err != nil || result == nil {
+		return nil, err
+	}
+	return json.Marshal(result)
+}
+
+// The list that the agent installs has a runtime say a pod's bandwidth: by libcni, as
+// containerd and CRI-O read it, with what containerd gives it.
+func TestTheListAsksForLimits(t *testing.T) {
+	b := newTown(t)
+	b.withFolders()
+	l := b.open(hamletRanges...)
+	text, err := os.ReadFile(string(b.settings.files()[1]))
+	must(t, err)
+	list, err := libcni.NetworkConfFromBytes(text)
+	must(t, err)
+	asked := map[string]uint64{"ingressRate": 20e6, "ingressBurst": 1<<32 - 1, "egressRate": 1e6, "egressBurst": 1<<32 - 1}
+	pod := &libcni.RuntimeConf{ContainerID: "web", NetNS: b.space("web"), IfName: "eth0", CapabilityArgs: map[string]any{"bandwidth": asked}}
+	runtime := libcni.NewCNIConfigWithCacheDir(nil, t.TempDir(), &inTown{b: b, l: l})
+	if _, err := runtime.AddNetworkList(t.Context(), list, pod); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.queues("web"); got != [2]link.TokenBucket{bucketOf(20e6, 0, 1400), bucketOf(1e6, 0, 1400)} {
+		t.Errorf("its queues are %+v", got)
+	}
+	must(t, runtime.CheckNetworkList(t.Context(), list, pod))
+	must(t, runtime.DelNetworkList(t.Context(), list, pod))
 }
 
 // look are the pods as `millrace show pods` has them.
