@@ -16,8 +16,8 @@
 // A pod whose annotations limit its bandwidth has a queue (tbf) at both ends of its veth.
 //
 // What it writes: for each pod a veth pair, the addresses and routes in the pod, queues
-// where its bandwidth is limited, and on the node a route and a neighbour for each address, by a route protocol number of its
-// own (109); three maps, and a program and a link for each pod, pinned in a folder of its
+// where its bandwidth is limited, and on the node a route and a neighbour for each
+// address, by a route protocol number of its own (109); three maps, and a program and a link for each pod, pinned in a folder of its
 // own; a file and a socket. No sysctls, no rules.
 //
 // What it costs: an ADD takes some milliseconds, most of them the kernel's for the
