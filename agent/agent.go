@@ -25,7 +25,8 @@ type Source interface {
 	Run(ctx context.Context, deliver func(*model.Snapshot)) error
 }
 
-// Config is what an agent needs. All but Metrics, KubeProxy, Served and Queries must be set.
+// Config is what an agent needs. All but HostPorts, Metrics, KubeProxy, Served and Queries
+// must be set.
 type Config struct {
 	// Node is this node's name in the cluster.
 	Node string
@@ -35,6 +36,10 @@ type Config struct {
 	// SourceName is shown in status: "dir:/etc/millrace".
 	SourceName string
 	Layers     []layer.Layer
+	// HostPorts has room for one: those that Snapshots are to have beside what the source
+	// says, whenever they are others. What is in it when all layers are open is in force
+	// with the first Snapshot. Nil for none.
+	HostPorts <-chan []model.HostPort
 	// RunFolder gets the lock and the status socket.
 	RunFolder string
 	// Metrics is the TCP address for Prometheus, "127.0.0.1:9470"; empty for none.
@@ -87,6 +92,8 @@ type Agent struct {
 	litter bool
 	health healthcheck.Health
 	proxy  standIn
+	// hostPorts are those that were taken last.
+	hostPorts []model.HostPort
 
 	mu       sync.Mutex // guards what status reads
 	snapshot *model.Snapshot
@@ -270,6 +277,9 @@ func (a *Agent) loop(ctx context.Context) {
 		case s := <-a.newest:
 			clean = a.take(s)
 			wait = retryFirst
+		case a.hostPorts = <-a.config.HostPorts:
+			clean = a.snapshot == nil || a.become(a.snapshot)
+			wait = retryFirst
 		case <-retry.C:
 			clean = a.applyAll()
 		case <-a.proxy.again:
@@ -304,22 +314,36 @@ func (a *Agent) loop(ctx context.Context) {
 // everything succeeded.
 func (a *Agent) take(s *model.Snapshot) bool {
 	a.mu.Lock()
-	a.snapshot, a.received = s, time.Now()
+	a.received = time.Now()
 	a.mu.Unlock()
 	a.health.Asked()
 	a.proxy.take(s)
-	for _, p := range a.parts {
-		want := p.Plan(s)
-		a.mu.Lock()
-		p.want = want
-		a.mu.Unlock()
+	select {
+	case a.hostPorts = <-a.config.HostPorts:
+	default:
 	}
-	clean := a.applyAll()
+	clean := a.become(s)
 	if clean && !s.Seen.IsZero() {
 		a.metrics.programmed(time.Since(s.Seen))
 	}
 	a.proxy.bring()
 	return clean
+}
+
+// become plans a Snapshot, with the hostPorts, and applies it.
+func (a *Agent) become(s *model.Snapshot) bool {
+	with := *s
+	with.HostPorts = a.hostPorts
+	a.mu.Lock()
+	a.snapshot = &with
+	a.mu.Unlock()
+	for _, p := range a.parts {
+		want := p.Plan(&with)
+		a.mu.Lock()
+		p.want = want
+		a.mu.Unlock()
+	}
+	return a.applyAll()
 }
 
 // applyAll brings every layer to what is wanted. The agent is ready when all

@@ -66,6 +66,9 @@ func (p *pond) Plan(s *model.Snapshot) layer.Picture {
 	for _, service := range s.Services {
 		want[service.Name.Name] = true
 	}
+	for _, port := range s.HostPorts {
+		want[port.Pod.Name] = true
+	}
 	return want
 }
 func (p *pond) Read() (layer.Picture, error) {
@@ -230,6 +233,39 @@ func TestNothingIsRemovedBeforeTheClusterWasSeenWhole(t *testing.T) {
 	r.source.next <- cluster(true, "new")
 	r.untilHolds("new")
 	r.until("the agent is ready", func() bool { s, _ := r.status(); return s.Ready })
+}
+
+// HostPorts are part of each Snapshot, of the first one, too; others come without one, also
+// while the source cannot be read.
+func TestHostPortsAreInEverySnapshot(t *testing.T) {
+	ports := make(chan []model.HostPort, 1)
+	of := func(names ...string) (all []model.HostPort) {
+		for _, name := range names {
+			all = append(all, model.HostPort{Pod: model.Name{Name: name}})
+		}
+		return all
+	}
+	ports <- of("pod")
+	r := start(t, &pond{kernel: map[string]bool{"pod": true, "old": true}}, func(c *Config) { c.HostPorts = ports })
+	r.until("they are taken", func() bool { return len(ports) == 0 })
+	if held := r.pond.holds(); held != "old pod" {
+		t.Errorf("before there is a Snapshot the kernel holds %q", held)
+	}
+	r.source.next <- cluster(true, "a")
+	r.untilHolds("a pod")
+	ports <- of("pod", "pod2")
+	r.untilHolds("a pod pod2")
+	r.source.next <- errors.New("connection refused")
+	r.until("status tells the cause", func() bool { s, _ := r.status(); return s.Source.Error != "" })
+	ports <- of("pod2")
+	r.untilHolds("a pod2")
+	if s, _ := r.status(); s.Source.Error == "" {
+		t.Error("hostPorts are taken for a word of the source")
+	}
+	r.source.next <- cluster(true, "b")
+	r.untilHolds("b pod2")
+	ports <- nil
+	r.untilHolds("b")
 }
 
 func TestWhatFailsIsTriedAgain(t *testing.T) {

@@ -75,7 +75,7 @@ CAP_SYS_ADMIN.`,
 		// often keeps the resident set near what is live.
 		debug.SetGCPercent(50)
 		return agent.Run(ctx, agent.Config{
-			Node: at.node, Version: version, Source: source, SourceName: from.source, Layers: layers,
+			Node: at.node, Version: version, Source: source, SourceName: from.source, Layers: layers, HostPorts: at.hostPorts,
 			RunFolder: at.run, Metrics: metrics, KubeProxy: kubeProxy, Served: served, Queries: queries, Log: log, Started: started,
 		})
 	}, exitData, exitUnavailable, exitPrivilege)

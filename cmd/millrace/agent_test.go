@@ -29,8 +29,9 @@ type node struct {
 	manifests, run, pins string
 	agent                *exec.Cmd
 	log                  bytes.Buffer
-	// gc is what a runtime says of what it knows, in the plugin's configuration.
-	gc string
+	// more is what a runtime says in the plugin's configuration beside the list's: of the
+	// pod, or of what it knows.
+	more string
 }
 
 func newNode(t *testing.T) *node {

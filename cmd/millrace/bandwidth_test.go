@@ -36,7 +36,7 @@ func TestBandwidthOfPods(t *testing.T) {
 			n1.start("pods", "--path", path, "--dns", "cluster.local")
 			n2.start("pods", "--node", "n2")
 			spaces := map[string]string{"web": space(t, "web"), "db": space(t, "db"), "world": n2.NetNS}
-			n1.gc = capping
+			n1.more = capping
 			at := map[string][]netip.Addr{"web": n1.add("web", spaces["web"]), "db": n2.add("db", spaces["db"]), "world": {netip.MustParseAddr("203.0.113.9")}}
 			write(t, filepath.Join(n1.manifests, "entry.yaml"), fmt.Sprintf(entry, at["db"][0]))
 			n1.shows("shop/web", "in 20M, out 20M")

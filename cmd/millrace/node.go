@@ -39,6 +39,8 @@ type place struct {
 	pods bool
 	// podLayer is the one that gives it to them, once it is made.
 	podLayer *pod.Layer
+	// hostPorts are those of the pods.
+	hostPorts hostPorts
 	// dns is the zone whose names are answered on the node; empty where none is.
 	dns string
 	// nodeDNS says that the node's own queries are answered, too, and nodeDNSLayer is the
@@ -220,6 +222,10 @@ func (p *place) network() *pod.Layer {
 		}
 		if isFolder(mountedPlugins) && isFolder(mountedNetworks) {
 			settings.Plugins, settings.Networks = mountedPlugins, mountedNetworks
+		}
+		if p.servesHostPorts() {
+			p.hostPorts = make(hostPorts, 1)
+			settings.HostPorts = p.hostPorts.tell
 		}
 		p.podLayer = pod.New(settings)
 	}

@@ -66,6 +66,9 @@ func plan(ctx context.Context, s *settings, at *place, from *wishes, proxy *stan
 	if err != nil {
 		return err
 	}
+	if err := at.addHostPorts(snapshot); err != nil {
+		return err
+	}
 	all := []planned{}
 	for _, l := range at.pinned() {
 		changes, err := at.planned(l, snapshot)

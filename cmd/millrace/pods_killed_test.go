@@ -129,11 +129,11 @@ func (n *node) forgets(stay *sync.Map, folder string) {
 		known = container.(string)
 		return false
 	})
-	n.gc = fmt.Sprintf(`,"cni.dev/valid-attachments":[{"containerID":%q,"ifname":"eth0"}]`, known)
+	n.more = fmt.Sprintf(`,"cni.dev/valid-attachments":[{"containerID":%q,"ifname":"eth0"}]`, known)
 	if out, status := n.plugin("GC", "", ""); status != 0 {
 		n.t.Errorf("GC: %s", out)
 	}
-	n.gc = ""
+	n.more = ""
 	n.insist("CHECK", known, filepath.Join(folder, known))
 	n.insist("DEL", known, filepath.Join(folder, known))
 }

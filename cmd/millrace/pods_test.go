@@ -30,7 +30,7 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.10}]}
 func (n *node) plugin(command, container, space string) (stdout string, status int) {
 	n.t.Helper()
 	c := product()
-	c.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion":"1.1.0","name":"town","type":"millrace","socket":%q%s}`, filepath.Join(n.run, "cni.sock"), n.gc))
+	c.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion":"1.1.0","name":"town","type":"millrace","socket":%q%s}`, filepath.Join(n.run, "cni.sock"), n.more))
 	c.Env = append(os.Environ(), "CNI_COMMAND="+command, "CNI_CONTAINERID="+container, "CNI_IFNAME=eth0", "CNI_NETNS="+space,
 		"CNI_PATH=/opt/cni/bin", "CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME="+container)
 	stdout, stderr, status := finish(n.t, c)
@@ -214,7 +214,7 @@ func reads(from, address string) error {
 // seen it.
 func (n *node) showsPods(web netip.Addr) {
 	n.t.Helper()
-	want := regexp.MustCompile(fmt.Sprintf(`(?m)^shop/web +%s +mr[0-9a-v]{13} +(direct|stack) +- +web$`, web))
+	want := regexp.MustCompile(fmt.Sprintf(`(?m)^shop/web +%s +mr[0-9a-v]{13} +(direct|stack) +- +web +-$`, web))
 	for begun := time.Now(); ; {
 		show := product("show", "pods", "--run", n.run, "--pins", n.pins)
 		var out, errs bytes.Buffer

@@ -91,18 +91,24 @@ func (l *Layer) add(r *cni.Request, config *cni.Config, key pool.Key) (*types100
 	case len(l.pool.Ranges()) == 0:
 		return nil, types.NewError(types.ErrTryAgainLater, l.noRanges(), "")
 	}
-	bandwidth, err := bandwidthFor(config, podOf(pool.Lease{Key: key, Pod: r.Pod()}))
+	asking := podOf(pool.Lease{Key: key, Pod: r.Pod()})
+	bandwidth, err := bandwidthFor(config, asking)
+	if err != nil {
+		return nil, err
+	}
+	ports, err := l.allot(config, asking)
 	if err != nil {
 		return nil, err
 	}
 	space := spaceOf(r)
-	if lease, had := l.pool.Lease(key); had && lease.Bandwidth == bandwidth {
+	if lease, had := l.pool.Lease(key); had && lease.Bandwidth == bandwidth && slices.Equal(lease.Ports, ports) {
 		pod := podOf(lease)
 		if missing, err := l.host.check(pod, space); err == nil && len(missing) == 0 {
 			return l.result(pod, r), nil
 		}
 	}
-	lease, err := l.pool.Take(pool.Lease{Key: key, Network: config.Name, Pod: r.Pod(), Bandwidth: bandwidth}, time.Now())
+	want := pool.Lease{Key: key, Network: config.Name, Pod: r.Pod(), Bandwidth: bandwidth, Ports: ports}
+	lease, err := l.pool.Take(want, time.Now())
 	if errors.Is(err, pool.ErrFull) {
 		return nil, types.NewError(types.ErrTryAgainLater, fmt.Sprintf("no address for the pod: %v: delete pods of this node, or give it a larger range (spec.podCIDRs)", err), "")
 	}
@@ -110,7 +116,7 @@ func (l *Layer) add(r *cni.Request, config *cni.Config, key pool.Key) (*types100
 		return nil, err
 	}
 	pod := podOf(lease)
-	if err = l.save(l.pool.Book()); err == nil {
+	if err = l.record(); err == nil {
 		to, from := l.lengths.of(pod), sources(l.cluster, l.own)
 		err = l.unlocked(&l.building, func() error { return l.host.build(pod, space, to, from) })
 		if err == nil {
@@ -119,7 +125,7 @@ func (l *Layer) add(r *cni.Request, config *cni.Config, key pool.Key) (*types100
 	}
 	if err != nil {
 		l.pool.Give(key, time.Now())
-		return nil, errors.Join(fmt.Errorf("give %s its network: %w", pod.Object(), err), l.save(l.pool.Book()))
+		return nil, errors.Join(fmt.Errorf("give %s its network: %w", pod.Object(), err), l.record())
 	}
 	return l.result(pod, r), nil
 }
@@ -145,9 +151,11 @@ func asNet(p netip.Prefix) net.IPNet {
 	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// del takes an interface's network back, the devices first: as long as they are there
-// nobody else may have the addresses. What is not there is no error.
+// del takes an interface's network back, first that packets are led to it, then the devices:
+// as long as they are there nobody else may have the addresses. What is not there is no error.
 func (l *Layer) del(key pool.Key) error {
+	l.pool.GivePorts(key)
+	l.tell()
 	if err := l.forget(key); err != nil {
 		return err
 	}
@@ -159,7 +167,7 @@ func (l *Layer) del(key pool.Key) error {
 		return releaseOfOthers(l.settings.HostLocal, key)
 	}
 	l.pool.Give(key, time.Now())
-	return l.save(l.pool.Book())
+	return l.record()
 }
 
 // check says whether a pod's network is as it was given.
@@ -176,9 +184,18 @@ func (l *Layer) check(r *cni.Request, config *cni.Config, key pool.Key) error {
 		return err
 	}
 	pod := podOf(lease)
+	ports, err := portsOf(config.RuntimeConfig.PortMappings, pod, l.pool.Ranges())
+	if err != nil {
+		return err
+	}
 	missing, err := l.host.check(pod, spaceOf(r))
 	if err != nil {
 		return err
+	}
+	for _, port := range ports {
+		if !slices.Contains(lease.Ports, port) {
+			missing = append(missing, "hostPort "+port.String())
+		}
 	}
 	if previous != nil {
 		missing = append(missing, saidOtherwise(pod, previous)...)

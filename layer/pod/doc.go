@@ -27,8 +27,11 @@
 // A pod that runs keeps its devices and routes until it ends, when the kernel removes
 // them with its namespace; an agent that is started again finds whose they are.
 //
+// The ports of the node that are to lead to a pod (hostPort) are written down with its
+// addresses. Serving them is the service layer's: this one tells which there are.
+//
 // Where another plug-in has been, its pods' addresses are not given as long as they run.
 //
 // Not here: routes to other nodes (layer/route), masquerade (layer/masquerade),
-// portMappings, network policies.
+// network policies.
 package pod

@@ -154,17 +154,20 @@ type network struct {
 	Plugins  []map[string]any `json:"plugins"`
 }
 
-// list is the text of the list. Where the runtime has the plugin portmap, that comes behind
-// ours for pods with a hostPort; which versions of CNI it knows cannot be seen, so the one
-// that all know is used then.
+// list is the text of the list. Where hostPorts are not served here and the runtime has the
+// plugin portmap, that comes behind ours; which versions of CNI it knows cannot be seen, so
+// the one that all know is used then.
 func (i *installation) list() []byte {
-	ours := map[string]any{"type": plugin, "capabilities": map[string]bool{"bandwidth": true}}
+	able := map[string]bool{"bandwidth": true}
+	ours := map[string]any{"type": plugin, "capabilities": able}
 	if i.settings.Socket != cni.DefaultSocket {
 		ours["socket"] = i.settings.Socket
 	}
 	n := network{Version: "1.0.0", Versions: []string{"1.0.0", "1.1.0"}, Name: plugin, Plugins: []map[string]any{ours}}
-	// A link may lead where this process cannot follow, in a container.
-	if _, err := os.Lstat(filepath.Join(i.settings.Plugins, portmap)); err == nil {
+	switch {
+	case i.settings.HostPorts != nil:
+		able["portMappings"] = true
+	case i.hasPortmap():
 		n.Versions = nil
 		n.Plugins = append(n.Plugins, map[string]any{"type": portmap, "capabilities": map[string]bool{"portMappings": true}})
 	}
@@ -173,6 +176,13 @@ func (i *installation) list() []byte {
 		panic(err) // strings and nothing else
 	}
 	return append(text, '\n')
+}
+
+// hasPortmap says whether the runtime has the plugin portmap. A link may lead where this
+// process cannot follow, in a container.
+func (i *installation) hasPortmap() bool {
+	_, err := os.Lstat(filepath.Join(i.settings.Plugins, portmap))
+	return err == nil
 }
 
 // put writes one of the files in one piece: a runtime finds the old one or the new one.

@@ -12,6 +12,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/millrace/millrace/layer/pod/pool"
+	"github.com/millrace/millrace/model"
 )
 
 // withFolders gives a node a runtime's folders, with somebody else's plugin and list.
@@ -93,7 +94,8 @@ func TestPluginIsInstalled(t *testing.T) {
 }
 
 // The list names what the runtime's own versions know, what a runtime may ask for one pod,
-// and the plugin portmap where that is; a socket only where it is not the usual one.
+// and where hostPorts are not served here the plugin portmap, if that is there; a socket only
+// where it is not the usual one.
 func TestListForRuntimes(t *testing.T) {
 	s := Settings{Plugins: t.TempDir(), Networks: t.TempDir(), Socket: "/run/millrace/agent/cni.sock"}
 	i := installation{settings: s}
@@ -105,6 +107,10 @@ func TestListForRuntimes(t *testing.T) {
 	text := string(i.list())
 	if !strings.Contains(text, `"socket": "/x/cni.sock"`) || strings.Contains(text, "1.1.0") || strings.Index(text, `"portmap"`) < strings.Index(text, `"millrace"`) {
 		t.Error(text)
+	}
+	i.settings.HostPorts = func([]model.HostPort) {}
+	if own := string(i.list()); strings.Contains(own, "portmap\"") || !strings.Contains(own, `"portMappings": true`) || !strings.Contains(own, `"1.1.0"`) {
+		t.Errorf("where hostPorts are served here: %s", own)
 	}
 	if got, err := (&version.ConfigDecoder{}).Decode([]byte(text)); err != nil || got != "1.0.0" {
 		t.Errorf("a runtime reads version %s, %v", got, err)

@@ -21,6 +21,7 @@ import (
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer/pod/cni"
 	"github.com/millrace/millrace/layer/pod/pool"
+	"github.com/millrace/millrace/model"
 )
 
 // The test binary is an agent with this layer alone when this is set.
@@ -268,12 +269,14 @@ func FuzzAnswer(f *testing.F) {
 	f.Add("CHECK", "c1", "eth0", []byte(`{"cniVersion":"1.1.0","name":"town","prevResult":{"cniVersion":"1.1.0","ips":[null,{"interface":0,"address":"10.1.0.7/32"}],"interfaces":[null]}}`))
 	f.Add("GC", "", "", []byte(`{"name":"town","cni.dev/valid-attachments":[null,{"containerID":"c1"}]}`))
 	f.Add("STATUS", "", "", []byte(`7`))
+	f.Add("ADD", "c2", "eth0", []byte(`{"name":"town","runtimeConfig":{"portMappings":[{"hostPort":80,"containerPort":8080,"protocol":"tcp","hostIP":"::ffff:192.0.2.1"},{"hostPort":53,"containerPort":1,"protocol":"UDP"}]}}`))
 	space, err := os.Open("/proc/self/ns/net")
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, command, container, name string, config []byte) {
-		l := New(Settings{Node: "n1"})
+		var told []model.HostPort
+		l := New(Settings{Node: "n1", HostPorts: func(ports []model.HostPort) { told = ports }})
 		l.host, l.save = nobody{}, func(pool.Book) error { return nil }
 		l.pool.Use([]netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")})
 		known := pool.Lease{Key: pool.Key{Container: "c1", Interface: "eth0"}, Network: "town", Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.7")}}
@@ -281,6 +284,11 @@ func FuzzAnswer(f *testing.F) {
 		result, err := l.Answer(t.Context(), &cni.Request{Command: command, Container: container, Interface: name, Config: config, Namespace: space})
 		if (result != nil) != (err == nil && command == cni.Add) {
 			t.Errorf("%s: %v, %v", command, result, err)
+		}
+		for i, port := range told {
+			if port.At.Port() == 0 || port.To.Port() == 0 || !port.At.Addr().Is4() || i > 0 && port.Compare(told[i-1]) == 0 {
+				t.Errorf("it tells of %v", told)
+			}
 		}
 	})
 }

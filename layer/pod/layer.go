@@ -43,6 +43,10 @@ type Settings struct {
 	// HostLocal is where the plugin host-local writes which addresses it has given: none of
 	// them is given here. Empty where it has given none.
 	HostLocal string
+	// HostPorts is told which ports of the node lead to pods, when the layer is opened and
+	// whenever others do, before an ADD that asks for some returns; it may not block. Nil
+	// serves none: that is left to the plug-in portmap, where the runtime has it.
+	HostPorts func([]model.HostPort) `json:"-"`
 	// Cooldown is how long an address rests before it is given again; 0 is
 	// pool.DefaultCooldown.
 	Cooldown time.Duration
@@ -81,6 +85,10 @@ type Layer struct {
 	building, removing int
 	pool               *pool.Pool
 	save               func(pool.Book) error
+	// told are the hostPorts as they were told last.
+	told []model.HostPort
+	// services are the cluster's.
+	services []*model.Service
 	// own are the node's addresses, cluster those that the cluster knows.
 	own, cluster []netip.Addr
 	// others are the ranges of other nodes, lengths what new pods get by that, and inside
@@ -232,6 +240,7 @@ func (l *Layer) open() (err error) {
 	}
 	l.mu.Lock()
 	l.pool = pool.Open(book, l.settings.cooldown(), time.Now())
+	l.tell()
 	l.mu.Unlock()
 	if l.settings.Pins != "" {
 		opened, err := openDatapath(l.settings)
@@ -373,7 +382,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	picture, wish := have.(*Picture), want.(*Picture)
-	l.cluster, l.others = wish.node, wish.others
+	l.cluster, l.others, l.services = wish.node, wish.others, wish.services
 	l.lengths = picture.facts.lengths(l.others)
 	spaces := sync.OnceValue(l.host.spaces)
 	var done layer.Changes
@@ -464,7 +473,7 @@ func (l *Layer) putRight(pod *Pod, spaces func() map[netip.Addr]string) error {
 		if err := l.pool.Adopt(now.Lease); err != nil {
 			return fmt.Errorf("two pods have one address: %w: restart one of them", err)
 		}
-		return l.save(l.pool.Book())
+		return l.record()
 	case now.state == torn:
 		return l.host.mend(now, sources(l.cluster, found.own))
 	}
@@ -472,7 +481,14 @@ func (l *Layer) putRight(pod *Pod, spaces func() map[netip.Addr]string) error {
 		return err
 	}
 	l.pool.Give(now.Key, time.Now())
-	return l.save(l.pool.Book())
+	return l.record()
+}
+
+// record writes down who has what, and tells of the hostPorts.
+func (l *Layer) record() error {
+	err := l.save(l.pool.Book())
+	l.tell()
+	return err
 }
 
 // Settle implements layer.Layer.
@@ -510,6 +526,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 		}
 	}
 	d.Degraded = append(d.Degraded, slices.Sorted(maps.Values(l.unset))...)
+	d.Degraded = append(d.Degraded, l.unserved()...)
 	if l.shortcuts == nil {
 		return d, nil
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/pod/pool"
+	"github.com/millrace/millrace/model"
 )
 
 // Picture is the state of the layer. It implements layer.Picture.
@@ -17,6 +18,8 @@ type Picture struct {
 	node []netip.Addr
 	// pods are those that were given a network; in pictures of the kernel.
 	pods []*Pod
+	// services are the cluster's; in wanted pictures.
+	services []*model.Service
 	// others are the ranges of other nodes; in wanted pictures.
 	others []netip.Prefix
 	// facts are what the kernel said of the node.

@@ -11,7 +11,7 @@ import (
 
 // plan is what the cluster says: which ranges this node has for its pods, in its order.
 func plan(settings Settings, snapshot *model.Snapshot) *Picture {
-	picture := &Picture{}
+	picture := &Picture{services: snapshot.Services}
 	for _, node := range snapshot.Nodes {
 		if node.Name != settings.Node {
 			for _, r := range node.PodCIDRs {

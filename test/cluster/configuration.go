@@ -22,11 +22,11 @@ func configure(n node, w wish) error {
 const pluginFolder = "/opt/cni/bin"
 
 // plugins puts those of the distribution there that a node needs: containerd starts loopback
-// itself, and portmap is for hostPort.
+// itself; portmap is for hostPort, which millrace serves itself.
 func plugins(w wish) error {
-	names := []string{"loopback", "portmap"}
+	names := []string{"loopback"}
 	if w.cni == "ptp" {
-		names = append(names, "ptp", "host-local")
+		names = append(names, "portmap", "ptp", "host-local")
 	}
 	for _, name := range names {
 		content, err := os.ReadFile(filepath.Join("/usr/lib/cni", name))

@@ -39,6 +39,7 @@ func TestKubernetesWithPodNetwork(t *testing.T) {
 	raise(t, "--proxy", "millrace", "--cni", "millrace")
 	t.Setenv("MILLRACE_INSTALLED", "1")
 	t.Run("carries", TestPodNetworkCarries)
+	t.Run("hostports", TestPodNetworkHostPorts)
 	t.Run("shown", TestPodNetworkIsShown)
 	t.Run("adds", TestPodNetworkAddsInTime)
 	t.Run("killed", TestPodNetworkWithoutAgents)

@@ -59,14 +59,17 @@ type talker struct {
 }
 
 // begin starts the talkers.
-func begin(t *testing.T) []talker {
+func begin(t *testing.T) []talker { return beginAs(t, talkers) }
+
+// beginAs starts talkers of another manifest.
+func beginAs(t *testing.T, manifest string) []talker {
 	t.Helper()
 	end := func() {
 		_ = exec.Command(folder+"/kubectl", "delete", "namespace", "podnet", "--ignore-not-found").Run()
 	}
 	end()
 	t.Cleanup(end)
-	applyWithAgnhost(t, talkers)
+	applyWithAgnhost(t, manifest)
 	kubectlOf(t, "-n", "podnet", "rollout", "status", "daemonset/talker", "--timeout=1m")
 	pods := talkersOf(t, "-n", "podnet")
 	if len(pods) != nodes {
@@ -121,6 +124,38 @@ func hostPort(ip string, port int) string {
 		ip = "[" + ip + "]"
 	}
 	return ip + ":" + strconv.Itoa(port)
+}
+
+// A hostPort leads to the node's own pod, which sees who asks, in both families: from the
+// control plane, which is no node, from the node, also by 127.0.0.1, and from pods. No rule
+// on the node is needed for it, and none is there.
+func TestPodNetworkHostPorts(t *testing.T) {
+	needsPodNetwork(t)
+	const port = 8088
+	pods := beginAs(t, strings.Replace(talkers, "args: [netexec],", fmt.Sprintf("args: [netexec], ports: [{containerPort: 8080, hostPort: %d}],", port), 1))
+	for _, n := range allNodes() {
+		own := pods[slices.IndexFunc(pods, func(one talker) bool { return one.Spec.NodeName == n.name() })]
+		for i, ip := range []string{n.v4(), n.v6()} {
+			seen, err := output(inside(control, "curl", "-g", "-s", "-m", "5", "http://"+hostPort(ip, port)+"/clientip"))
+			if want := []string{controlV4, controlV6}[i]; err != nil || !strings.Contains(string(seen), want) {
+				t.Errorf("from outside to %s of %s: it sees %q, not %s: %v", ip, n.name(), seen, want, err)
+			}
+			for _, from := range pods {
+				got := kubectlOf(t, "-n", "podnet", "exec", from.Metadata.Name, "--", "curl", "-g", "-s", "-m", "5", "http://"+hostPort(ip, port)+"/hostname")
+				if got != own.Metadata.Name {
+					t.Errorf("from a pod of %s to %s of %s: %q answers, not %s", from.Spec.NodeName, ip, n.name(), got, own.Metadata.Name)
+				}
+			}
+		}
+		for _, ip := range []string{n.v4(), n.v6(), "127.0.0.1"} {
+			if got := on(t, n, "curl -g -s -m 5 http://"+hostPort(ip, port)+"/hostname"); got != own.Metadata.Name {
+				t.Errorf("on %s to %s: %q answers, not %s", n.name(), ip, got, own.Metadata.Name)
+			}
+		}
+		if rules := on(t, n, "iptables-save 2>/dev/null; ip6tables-save 2>/dev/null"); strings.Contains(rules, "HOSTPORT") {
+			t.Errorf("%s has %s", n.name(), rules)
+		}
+	}
 }
 
 // On each node the ways to all others are there, in both families, and status knows of
@@ -312,7 +347,7 @@ func TestPodNetworkIsRemoved(t *testing.T) {
 		if left = strings.TrimSpace(left); left != "" {
 			t.Errorf("%s still has %s", n.name(), left)
 		}
-		if others := strings.Fields(on(t, n, "ls /opt/cni/bin")); !slices.Equal(others, []string{"loopback", "portmap"}) {
+		if others := strings.Fields(on(t, n, "ls /opt/cni/bin")); !slices.Equal(others, []string{"loopback"}) {
 			t.Errorf("%s has the plugins %v", n.name(), others)
 		}
 	}

@@ -1,0 +1,190 @@
+package pod
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/millrace/millrace/layer/pod/cni"
+	"github.com/millrace/millrace/layer/pod/pool"
+	"github.com/millrace/millrace/model"
+)
+
+// mappings is the part of a configuration that asks for hostPorts, "8080:80/tcp" each, or
+// "127.0.0.1 8080:80/tcp".
+func mappings(ports ...string) string {
+	var all []string
+	for _, text := range ports {
+		host, rest, found := strings.Cut(text, " ")
+		if !found {
+			host, rest = "", text
+		}
+		numbers, protocol, _ := strings.Cut(rest, "/")
+		from, to, _ := strings.Cut(numbers, ":")
+		all = append(all, fmt.Sprintf(`{"hostPort":%s,"containerPort":%s,"protocol":%q,"hostIP":%q}`, from, to, protocol, host))
+	}
+	return `,"runtimeConfig":{"portMappings":[` + strings.Join(all, ",") + "]}"
+}
+
+// tellsPorts has the town note which hostPorts it is told of.
+func (b *town) tellsPorts() (told func() []string) {
+	var last []model.HostPort
+	b.settings.HostPorts = func(ports []model.HostPort) { last = ports }
+	return func() (texts []string) {
+		for _, p := range last {
+			texts = append(texts, fmt.Sprintf("%s/%s -> %s %s", p.At, p.Protocol, p.To, p.Pod))
+		}
+		return texts
+	}
+}
+
+// HostPorts are told of when the pod has its network, in each family in which they lead to
+// it; another agent knows them; they go with the pod.
+func TestPortsOfPods(t *testing.T) {
+	b := newTown(t)
+	told := b.tellsPorts()
+	ranges := []string{"10.244.1.0/24", "fd00:1::/64"}
+	l := b.open(ranges...)
+	b.space("web")
+	b.space("db")
+	asked := mappings("8080:80/tcp", "8080:80/tcp", "0.0.0.0 53:5353/UDP", "2001:db8::10 81:80/tcp", "::ffff:127.0.0.1 81:81/tcp", "81:82/udp")
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked))))
+	want := []string{
+		"0.0.0.0:53/udp -> 10.244.1.1:5353 shop/web", "0.0.0.0:81/udp -> 10.244.1.1:82 shop/web", "0.0.0.0:8080/tcp -> 10.244.1.1:80 shop/web",
+		"127.0.0.1:81/tcp -> 10.244.1.1:81 shop/web", "[::]:81/udp -> [fd00:1::1]:82 shop/web", "[::]:8080/tcp -> [fd00:1::1]:80 shop/web",
+		"[2001:db8::10]:81/tcp -> [fd00:1::1]:80 shop/web",
+	}
+	if got := told(); !slices.Equal(got, want) {
+		t.Errorf("told are\n%s\nnot\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked)))) // again
+	must(t, second(l.Answer(t.Context(), b.request(cni.Check, "web", asked))))
+	if err := second(l.Answer(t.Context(), b.request(cni.Check, "web", mappings("8081:80/tcp")))); err == nil || !strings.Contains(err.Error(), "missing is hostPort 8081->80/tcp: delete the pod") {
+		t.Errorf("CHECK of another port: %v", err)
+	}
+	must(t, l.Close())
+
+	told = b.tellsPorts() // nothing was told to this one
+	l = New(b.settings)
+	must(t, l.Open())
+	t.Cleanup(func() { l.Close() })
+	if got := told(); !slices.Equal(got, want) {
+		t.Errorf("another agent tells of\n%s", strings.Join(got, "\n"))
+	}
+	b.apply(l, ranges...)
+	looked, err := New(b.settings).Look()
+	must(t, err)
+	if got := looked.(*Picture).HostPorts(); len(got) != len(want) {
+		t.Errorf("who looks sees %v", got)
+	}
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings("82:82/tcp")))))
+	if got := told(); len(got) != len(want)+2 {
+		t.Errorf("told are %v", got)
+	}
+	must(t, second(l.Answer(t.Context(), b.request(cni.Del, "web", ""))))
+	if got := told(); !slices.Equal(got, []string{"0.0.0.0:82/tcp -> 10.244.1.2:82 shop/db", "[::]:82/tcp -> [fd00:1::2]:82 shop/db"}) {
+		t.Errorf("one pod has ended, and told are %v", got)
+	}
+	must(t, second(l.Answer(t.Context(), b.request(cni.GC, "", `,"cni.dev/valid-attachments":[]`))))
+	if got := told(); len(got) > 0 {
+		t.Errorf("no pod is valid, and told are %v", got)
+	}
+	if text, err := os.ReadFile(filepath.Join(b.settings.Folder, "addresses.json")); err != nil || strings.Contains(string(text), "ports") {
+		t.Errorf("written down is %s, %v", text, err)
+	}
+}
+
+// What cannot be served is refused with what to do, and nothing is left of the pod; what
+// another pod has can be had when that has ended.
+func TestPortsThatAreRefused(t *testing.T) {
+	b := newTown(t)
+	told := b.tellsPorts()
+	l := b.open("10.244.1.0/24")
+	for _, container := range []string{"web", "db"} {
+		b.space(container)
+	}
+	have, err := l.Read()
+	must(t, err)
+	cluster := cluster("10.244.1.0/24")
+	cluster.Services = []*model.Service{{Name: model.Name{Namespace: "shop", Name: "front"}, ExternalIPs: []netip.Addr{netip.MustParseAddr("198.51.100.7")},
+		Ports: []model.ServicePort{{Protocol: model.TCP, Port: 443, NodePort: 30080}}}}
+	want := l.Plan(cluster)
+	_, _, err = l.Apply(have, want, l.Diff(have, want, true))
+	must(t, err)
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", mappings("80:80/tcp", "127.0.0.1 53:53/udp")))))
+	before := b.observe()
+	for _, row := range []struct {
+		ports string
+		code  uint
+		says  string
+	}{
+		{mappings("5060:5060/sctp"), types.ErrInvalidNetworkConfig, "hostPort 5060/sctp of pod shop/db: SCTP is not served"},
+		{mappings("5060:5060/dccp"), types.ErrInvalidNetworkConfig, `unknown protocol "dccp"`},
+		{mappings("0:80/tcp"), types.ErrInvalidNetworkConfig, "ports are 1 to 65535"},
+		{mappings("80:70000/tcp"), types.ErrInvalidNetworkConfig, "to port 70000 of the pod"},
+		{mappings("node 81:80/tcp"), types.ErrInvalidNetworkConfig, `hostIP "node" is no address`},
+		{mappings("ff02::1 81:80/tcp"), types.ErrInvalidNetworkConfig, `hostIP "ff02::1" is no address`},
+		{mappings("fe80::1%eth0 81:80/tcp"), types.ErrInvalidNetworkConfig, "is no address"},
+		{mappings("::1 81:80/tcp"), types.ErrInvalidNetworkConfig, "of the family of its hostIP (the ranges are [10.244.1.0/24])"},
+		{mappings("81:80/tcp", "192.0.2.10 81:81/tcp"), types.ErrInvalidNetworkConfig, "it leads to port 80 and to 81 of the pod"},
+		{mappings("80:80/tcp"), types.ErrTryAgainLater, "hostPort 80/tcp of pod shop/db: pod shop/web of this node has it"},
+		{mappings("192.0.2.10 80:80/tcp"), types.ErrTryAgainLater, "hostPort 192.0.2.10:80/tcp of pod shop/db: pod shop/web"},
+		{mappings("53:53/udp"), types.ErrTryAgainLater, "pod shop/web of this node has it"},
+		{mappings("30080:80/tcp"), types.ErrTryAgainLater, "the node port of Service shop/front has it"},
+		{mappings("198.51.100.7 443:80/tcp"), types.ErrTryAgainLater, "Service shop/front has it"},
+	} {
+		err := second(l.Answer(t.Context(), b.request(cni.Add, "db", row.ports)))
+		if code(t, err) != row.code || err == nil || !strings.Contains(err.Error(), row.says) {
+			t.Errorf("%s: %v, code %d, not %d with %q", row.ports, err, code(t, err), row.code, row.says)
+		}
+		if after := b.observe(); after != before || len(told()) != 2 {
+			t.Errorf("%s was refused, and left\n%s\nand %v", row.ports, after, told())
+		}
+	}
+	for _, free := range []string{"80:80/udp", "192.0.2.10 53:53/udp", "30080:80/udp", "192.0.2.10 443:443/tcp"} {
+		must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings(free)))))
+		must(t, second(l.Answer(t.Context(), b.request(cni.Del, "db", ""))))
+	}
+	must(t, second(l.Answer(t.Context(), b.request(cni.Del, "web", ""))))
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings("80:80/tcp")))))
+	if got := told(); len(got) != 1 || !strings.HasPrefix(got[0], "0.0.0.0:80/tcp -> 10.244.1.") || !strings.HasSuffix(got[0], ":80 shop/db") {
+		t.Errorf("the other pod has ended, and told are %v", got)
+	}
+}
+
+// A Service that comes later and has a pod's port is named in the status; where hostPorts are
+// not served here, and the runtime cannot, that is.
+func TestPortsThatAreNotServed(t *testing.T) {
+	l := New(Settings{Plugins: t.TempDir(), HostPorts: func([]model.HostPort) {}})
+	l.host, l.save = nobody{}, func(pool.Book) error { return nil }
+	l.pool.Use([]netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")})
+	r := &cni.Request{Command: cni.Add, Container: "c1", Interface: "eth0", Args: "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=names", Namespace: os.Stdin,
+		Config: []byte(`{"name":"town"` + mappings("30053:53/udp", "53:53/udp") + "}")}
+	must(t, second(l.Answer(t.Context(), r)))
+	if why := l.unserved(); len(why) > 0 {
+		t.Errorf("nobody else has its ports, but %q", why)
+	}
+	l.services = []*model.Service{{Name: model.Name{Namespace: "shop", Name: "front"}, Ports: []model.ServicePort{{Protocol: model.UDP, Port: 53, NodePort: 30053}}}}
+	if why := l.unserved(); len(why) != 1 || !strings.Contains(why[0], "hostPort 30053/udp of pod shop/names is not served, or not everywhere: the node port of Service shop/front has it, too") {
+		t.Errorf("status says %q", why)
+	}
+	l.settings.HostPorts = nil
+	r.Container = "c2"
+	if err := second(l.Answer(t.Context(), r)); code(t, err) != types.ErrInvalidNetworkConfig || !strings.Contains(err.Error(), "--wire=false") {
+		t.Errorf("an agent that serves none: %v", err)
+	}
+	l.install.settings = l.settings
+	if why := l.unserved(); len(why) != 1 || !strings.Contains(why[0], "the plug-in portmap, which is not in "+l.settings.Plugins) {
+		t.Errorf("status says %q", why)
+	}
+	must(t, os.WriteFile(filepath.Join(l.settings.Plugins, "portmap"), nil, 0o755))
+	if why := l.unserved(); len(why) > 0 {
+		t.Errorf("portmap is there, but %q", why)
+	}
+}
