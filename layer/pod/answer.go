@@ -155,7 +155,7 @@ func asNet(p netip.Prefix) net.IPNet {
 // as long as they are there nobody else may have the addresses. What is not there is no error.
 func (l *Layer) del(key pool.Key) error {
 	l.pool.GivePorts(key)
-	l.tell()
+	l.tellPorts()
 	if err := l.forget(key); err != nil {
 		return err
 	}

@@ -240,7 +240,7 @@ func (l *Layer) open() (err error) {
 	}
 	l.mu.Lock()
 	l.pool = pool.Open(book, l.settings.cooldown(), time.Now())
-	l.tell()
+	l.tellPorts()
 	l.mu.Unlock()
 	if l.settings.Pins != "" {
 		opened, err := openDatapath(l.settings)
@@ -487,7 +487,7 @@ func (l *Layer) putRight(pod *Pod, spaces func() map[netip.Addr]string) error {
 // record writes down who has what, and tells of the hostPorts.
 func (l *Layer) record() error {
 	err := l.save(l.pool.Book())
-	l.tell()
+	l.tellPorts()
 	return err
 }
 

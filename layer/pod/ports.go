@@ -150,8 +150,8 @@ func nameIn(text string) model.Name {
 	return model.Name{Namespace: namespace, Name: name}
 }
 
-// tell says which ports of the node lead to pods, if they are others than were said last.
-func (l *Layer) tell() {
+// tellPorts says which ports of the node lead to pods, if they are others than were said last.
+func (l *Layer) tellPorts() {
 	if l.settings.HostPorts == nil {
 		return
 	}
