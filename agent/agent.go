@@ -58,8 +58,9 @@ type Config struct {
 
 const (
 	lockName = "agent.lock"
-	// restBetween is the least time between two looks at what others change: a pod
-	// that starts is ten messages of the kernel.
+	// restBetween is the least time between two looks at what others change, or as long as
+	// the first took: a pod that starts is ten messages of the kernel, of which each layer
+	// hears for itself.
 	restBetween = 5 * time.Millisecond
 	driftEvery  = time.Minute
 	lookAgain   = 100 * time.Millisecond
@@ -251,10 +252,6 @@ func (a *Agent) watchLayer(ctx context.Context, p *part) {
 		case a.changed <- struct{}{}:
 		default: // the loop has yet to look at an earlier change
 		}
-		select { // what comes meanwhile is looked at in one go
-		case <-time.After(restBetween):
-		case <-ctx.Done():
-		}
 	})
 	if err != nil {
 		a.config.Log.Error("watch the kernel: changes are seen once a minute only", "layer", p.Name(), "error", err)
@@ -266,9 +263,11 @@ func (a *Agent) loop(ctx context.Context) {
 	drift := time.NewTicker(driftEvery)
 	defer drift.Stop()
 	wait := retryFirst
-	retry, tidy := time.NewTimer(0), time.NewTimer(0)
+	retry, tidy, rested := time.NewTimer(0), time.NewTimer(0), time.NewTimer(0)
 	<-retry.C
 	<-tidy.C
+	<-rested.C
+	changed := a.changed // nil while the loop rests from it
 	for {
 		var clean bool
 		select {
@@ -293,9 +292,15 @@ func (a *Agent) loop(ctx context.Context) {
 			a.findDrift()
 			clean = a.applyAll()
 			a.proxy.bring() // the node's addresses may be others now
-		case <-a.changed:
+		case <-changed:
+			begun := time.Now()
 			a.refresh()
 			clean = a.applyAll()
+			changed = nil
+			rested.Reset(max(restBetween, time.Since(begun)))
+		case <-rested.C:
+			changed = a.changed
+			continue
 		}
 		if a.litter {
 			// What it took to read and apply so much is as much again as what is kept.

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -548,5 +549,43 @@ func TestPodsAndNodesAreTold(t *testing.T) {
 	var nodes []*model.Node
 	if ask("/nodes", &nodes); len(nodes) != 1 || !reflect.DeepEqual(nodes[0], picture.Nodes[0]) {
 		t.Errorf("nodes are %v, should be %v", nodes, picture.Nodes)
+	}
+}
+
+// brook is a layer that hears of something new all the time, and takes its time to look.
+type brook struct {
+	pond
+	looks atomic.Int64
+}
+
+const brookLook = 10 * time.Millisecond
+
+func (b *brook) Watch(ctx context.Context, changed func()) error {
+	for ctx.Err() == nil {
+		changed()
+		time.Sleep(100 * time.Microsecond)
+	}
+	return nil
+}
+
+func (b *brook) Refresh(have layer.Picture) (layer.Picture, error) {
+	b.looks.Add(1)
+	time.Sleep(brookLook)
+	return have, nil
+}
+
+// However much layers hear of, at least half of the time the agent does not look at it, and
+// what the cluster wants comes through.
+func TestTheAgentRestsFromLooking(t *testing.T) {
+	one, other := &brook{pond: pond{kernel: map[string]bool{}}}, &brook{pond: pond{kernel: map[string]bool{}}}
+	p := &pond{kernel: map[string]bool{}}
+	r := start(t, p, func(c *Config) { c.Layers = []layer.Layer{p, one, other} })
+	r.source.next <- cluster(true, "web")
+	r.untilHolds("web")
+	before, begun := one.looks.Load(), time.Now()
+	r.until("it was looked some more", func() bool { return one.looks.Load() >= before+20 })
+	most := time.Since(begun) / (2 * 2 * brookLook) // two layers look, and as long is rest
+	if looks := one.looks.Load() - before; looks > int64(most)+2 {
+		t.Errorf("%d looks of 2 x %v in %v", looks, brookLook, time.Since(begun))
 	}
 }
