@@ -154,8 +154,12 @@ func TestLimitsAreKept(t *testing.T) {
 		}
 	}
 	keeps("at first")
+	// The plug-in bandwidth, behind ours, does not put its own in its place.
+	if err := b.addQueue("web", link.TokenBucket{Rate: 1e6, Burst: time.Second, Limit: 1e6}); !errors.Is(err, unix.EEXIST) {
+		t.Errorf("a second queue at the node's end: %v", err)
+	}
 
-	b.setQueue("web", nil)
+	b.dropQueue("web")
 	if err := second(l.Answer(t.Context(), b.request(cni.Check, "web", asked))); err == nil || !strings.Contains(err.Error(), "missing is the limit of what the pod receives (tbf) at mr") {
 		t.Errorf("CHECK says %v", err)
 	}
@@ -180,7 +184,8 @@ func TestLimitsAreKept(t *testing.T) {
 	keeps("after the loss of the file")
 
 	other := link.TokenBucket{Rate: 1e6, Burst: time.Second, Limit: 1e6}
-	b.setQueue("web", &other)
+	b.dropQueue("web")
+	must(t, b.addQueue("web", other))
 	b.apply(l, hamletRanges...)
 	if got := b.queues("web"); got[0] != other {
 		t.Errorf("somebody else's queue is %+v", got[0])
@@ -258,21 +263,22 @@ func (b *town) queues(container string) (both [2]link.TokenBucket) {
 	return both
 }
 
-// setQueue removes the queue at the node's end of a pod's device, and puts another one
-// there as somebody else does, with a handle of theirs.
-func (b *town) setQueue(container string, other *link.TokenBucket) {
+// dropQueue removes the queue at the node's end of a pod's device.
+func (b *town) dropQueue(container string) {
 	b.t.Helper()
-	must(b.t, b.Inside(func() error {
-		device, err := netlink.LinkByName(deviceName(pool.Key{Container: container, Interface: "eth0"}))
-		if err != nil {
-			return err
-		}
-		at := netlink.QdiscAttrs{LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}
-		if err := exec.Command("tc", "qdisc", "del", "dev", device.Attrs().Name, "root").Run(); err != nil || other == nil {
-			return err
-		}
-		return netlink.QdiscAdd(&netlink.Tbf{QdiscAttrs: at, Rate: other.Rate, Limit: other.Limit, Buffer: uint32(other.Burst / link.Tick)})
-	}))
+	name := deviceName(pool.Key{Container: container, Interface: "eth0"})
+	must(b.t, b.Inside(func() error { return exec.Command("tc", "qdisc", "del", "dev", name, "root").Run() }))
+}
+
+// addQueue puts one there as the plug-in bandwidth does
+// (https://github.com/containernetworking/plugins/blob/main/plugins/meta/bandwidth/ifb_creator.go).
+func (b *town) addQueue(container string, q link.TokenBucket) error {
+	return b.Inside(func() error {
+		return netlink.QdiscAdd(&netlink.Tbf{
+			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: b.device(container), Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+			Rate:       q.Rate, Limit: q.Limit, Buffer: uint32(q.Burst / link.Tick),
+		})
+	})
 }
 
 // A device that comes to take longer packets has bursts through which those fit.

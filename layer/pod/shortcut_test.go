@@ -79,13 +79,13 @@ func (h *hamlet) crossings() map[string]uint64 {
 }
 
 // device is that of a pod on the node.
-func (h *hamlet) device(container string) int {
-	h.t.Helper()
-	n, err := link.Open(h.NetNS)
-	must(h.t, err)
+func (b *town) device(container string) int {
+	b.t.Helper()
+	n, err := link.Open(b.NetNS)
+	must(b.t, err)
 	defer n.Close()
 	index, err := n.Index(deviceName(pool.Key{Container: container, Interface: "eth0"}))
-	must(h.t, err)
+	must(b.t, err)
 	return index
 }
 
