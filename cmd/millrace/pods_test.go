@@ -62,7 +62,7 @@ func TestPodsOfANode(t *testing.T) {
 	if out, _, status := finish(t, product("plan", "pods", "--source", n.source(), "--node", "n1", "--pins", n.pins, "--run", n.run)); status != exitOK || !strings.Contains(out, "+ range 10.244.1.0/24 for pods\n") {
 		t.Errorf("the plan is\n%s", out)
 	}
-	if _, stderr, status := millrace(t, "agent", "gateways", "--source", n.source()); status != exitUsage || !strings.Contains(stderr, `"gateways" is no layer to switch on: say pods, or nothing`) {
+	if _, stderr, status := millrace(t, "agent", "gateways", "--source", n.source()); status != exitUsage || !strings.Contains(stderr, `"gateways" is no layer to switch on: say pods, nodedns, or nothing`) {
 		t.Errorf("%s, exit status %d", stderr, status)
 	}
 	if out, status := n.plugin("STATUS", "", ""); status == 0 || !strings.Contains(out, `"code": 50`) {
