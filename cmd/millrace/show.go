@@ -91,8 +91,7 @@ agent: the kernel knows addresses only. Needs CAP_BPF or CAP_SYS_ADMIN.`,
 
 // rowsInForce reads the kernel and adds the names the agent knows.
 func rowsInForce(ctx context.Context, at *place) ([]*service.Row, error) {
-	layers := at.pinned()
-	picture, err := layers[0].Look()
+	picture, err := at.service().Look()
 	if err != nil {
 		return nil, err
 	}
