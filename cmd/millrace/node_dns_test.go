@@ -50,12 +50,13 @@ func (r *trouble) counted(reason string) uint64 {
 	return 0
 }
 
-// servesNode waits until the agent answers the node: it begins once it is ready.
+// servesNode waits until the agent answers the node: it begins once it is ready, and behind
+// one that was killed some seconds later. Ten answers are more than what was in hand.
 func (r *trouble) servesNode() {
 	r.t.Helper()
 	r.until("the agent answers the node", func(agent.Status) bool {
 		_, _ = r.pod.look("web.default.svc.cluster.local.")
-		return r.counted("agent_answered") > 0
+		return r.counted("agent_answered") > 10
 	})
 }
 
@@ -155,31 +156,29 @@ func (r *trouble) answersTheNode() {
 	}
 }
 
-// The agent is killed again and again while the node looks names up by glibc and musl. What
-// it has in hand then its successor answers, if the machine is not so busy that it comes too
-// late.
+// The agent is killed again and again while the node looks names up by glibc and musl, each
+// time when it answers the node. What it has in hand then its successor answers, if the
+// machine is not so busy that it comes too late.
 func TestNodesNamesWhileTheAgentIsKilled(t *testing.T) {
 	r := askingNode(t)
 	r.pairs, r.mayWait = 2000, 10
-	kills := 5
+	kills := 2
 	if os.Getenv("MILLRACE_LONG") != "" {
-		r.pairs, kills, r.mayWait = 100_000, 100, 10
+		r.pairs, kills = 100_000, 30
 	}
 	r.start(nodeDNS...)
 	r.servesNode()
 	r.finds("www.example.com.", bothFamilies)
 	r.finds("brief.example.com.", bothFamilies)
 	all := r.looksUp(time.Millisecond)
-	var answered uint64
 	for range kills {
-		at := time.Now()
-		answered += r.counted("agent_answered")
+		r.servesNode()
 		r.kill()
 		r.start(nodeDNS...)
-		time.Sleep(time.Second - time.Since(at))
 	}
+	r.servesNode()
 	r.end(fmt.Sprintf("the agent was killed %d times", kills), all)
-	if asked := r.servers.asked.Load(); asked == 0 || answered == 0 {
-		t.Errorf("the cluster's DNS server was asked %d times, the agent %d times: the test is blind", asked, answered)
+	if asked := r.servers.asked.Load(); asked == 0 {
+		t.Error("the cluster's DNS server was not asked: the test is blind")
 	}
 }

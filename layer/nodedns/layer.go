@@ -35,6 +35,9 @@ type Settings struct {
 	// asked is how long the DNS Service is waited for each time; 0 is askedFor. Tests choose
 	// it.
 	asked time.Duration
+	// rest is how long after an agent that was killed the next one takes no queries; 0 is
+	// restAfter. Tests choose it.
+	rest time.Duration
 }
 
 const (
@@ -42,6 +45,10 @@ const (
 	mostSilence = 2 * time.Second
 	// beatEvery is how often it says that it is.
 	beatEvery = 500 * time.Millisecond
+	// restAfter is how long after the last beat of an agent that was killed the next one takes
+	// no new queries: who lost one to it asks again after 5 s (resolv.conf(5), timeout), for
+	// the last time, and shall not lose that one, too.
+	restAfter = 5*time.Second + beatEvery
 )
 
 // service is the DNS Service; its name is the same in nearly all clusters

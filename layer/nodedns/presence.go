@@ -1,9 +1,11 @@
 package nodedns
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -17,6 +19,8 @@ type presence struct {
 
 	mu    sync.Mutex // guards what follows
 	aside bool
+	// rests is until when it is aside for the sake of who lost a query to the one before.
+	rests time.Time
 }
 
 // presence implements host.
@@ -35,7 +39,28 @@ func (d *datapath) presence() (*presence, error) {
 		p.close()
 		return nil, fmt.Errorf("open program %s: %w", datapathProgDnsKeep, err)
 	}
+	if err := p.rest(cmp.Or(d.settings.rest, restAfter)); err != nil {
+		p.close()
+		return nil, err
+	}
 	return p, nil
+}
+
+// rest begins aside where the agent before was killed just now, and did not end by itself.
+func (p *presence) rest(after time.Duration) error {
+	var before datapathPresence
+	if err := p.presences.Lookup(uint32(0), &before); err != nil {
+		return fmt.Errorf("read when the agent before was there: %w", err)
+	}
+	now, err := sinceBoot()
+	if err != nil {
+		return err
+	}
+	left := time.Duration(before.Beat) + after - time.Duration(now)
+	if before.Beat > 0 && before.Aside == 0 && left > 0 {
+		p.aside, p.rests = true, time.Now().Add(left)
+	}
+	return nil
 }
 
 // attend has what comes to a socket kept, and tells the programs of it. The kernel takes it
@@ -71,7 +96,7 @@ func (p *presence) beat() error {
 func (p *presence) stepAside(aside bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.aside == aside {
+	if p.aside == aside || !aside && time.Now().Before(p.rests) {
 		return nil
 	}
 	p.aside = aside
@@ -80,11 +105,11 @@ func (p *presence) stepAside(aside bool) error {
 
 // say writes what the programs are told; p.mu is held.
 func (p *presence) say() error {
-	var now unix.Timespec // the clock of the programs: it goes on while the machine sleeps
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return fmt.Errorf("read the time since boot: %w", err)
+	now, err := sinceBoot()
+	if err != nil {
+		return err
 	}
-	is := datapathPresence{Beat: uint64(now.Nano())}
+	is := datapathPresence{Beat: now}
 	if p.aside {
 		is.Aside = 1
 	}
@@ -92,6 +117,15 @@ func (p *presence) say() error {
 		return fmt.Errorf("tell the nodedns programs that the agent is there: %w", err)
 	}
 	return nil
+}
+
+// sinceBoot is the clock of the programs, in nanoseconds: it goes on while the machine sleeps.
+func sinceBoot() (uint64, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, fmt.Errorf("read the time since boot: %w", err)
+	}
+	return uint64(now.Nano()), nil
 }
 
 func (p *presence) close() {

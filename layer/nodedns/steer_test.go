@@ -1,6 +1,7 @@
 package nodedns
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -226,6 +227,7 @@ func TestTheSocketIsClosed(t *testing.T) {
 // read yet.
 func TestTheNextAnswersWhatWasInHand(t *testing.T) {
 	o := newOutpost(t)
+	o.settings.rest = time.Nanosecond
 	o.serveElsewhere()
 	l := o.open()
 	s, err := l.begin()
@@ -262,6 +264,44 @@ func TestTheNextAnswersWhatWasInHand(t *testing.T) {
 			t.Fatalf("all are answered, and %d wait", o.waiting(next))
 		}
 	}
+}
+
+// Behind an agent that was killed the next one takes no queries for a while: who lost one to
+// it asks the DNS Service. Behind one that ended it takes them at once.
+func TestTheNextRests(t *testing.T) {
+	o := newOutpost(t)
+	o.settings.rest = time.Hour
+	o.serveElsewhere()
+	l := o.open()
+	s, err := l.begin()
+	must(t, err)
+	must(t, s.presence.beat())
+	c := o.client(o.NetNS, "udp4", dns4, false)
+	_, err = c.WriteToUDPAddrPort(question(t, 6, "web."), dns4)
+	must(t, err)
+	s.close()
+	must(t, l.Close())
+
+	next := o.open()
+	ctx, end := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- next.Serve(ctx, knows) }()
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	answer := make([]byte, 1500)
+	n, _, err := c.ReadFromUDPAddrPort(answer)
+	if err != nil || [4]byte(answer[n-4:n]) != here {
+		t.Errorf("what was in hand is answered %x, %v", answer[:n], err)
+	}
+	c.expect(t, "it rests", "web.", elsewhere)
+	if is := o.events(next); is["aside"] != 1 {
+		t.Errorf("counted %v", is)
+	}
+	end()
+	must(t, <-ended)
+	must(t, next.Close())
+	third := o.open()
+	o.serve(third, knows)
+	c.expect(t, "the one before had ended", "web.", here)
 }
 
 // waiting is how many queries wait.

@@ -5,8 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // What comes to the agent's sockets waits in a map of the kernel's as well, until the agent
@@ -55,8 +53,8 @@ func (s *server) sweeps(ctx context.Context, done <-chan struct{}) {
 // sweep takes what has waited for so long and is not in hand, and forgets what waits longer
 // than a client does.
 func (s *server) sweep(ctx context.Context, since time.Duration) {
-	var now unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) != nil {
+	now, err := sinceBoot()
+	if err != nil {
 		return
 	}
 	var last any
@@ -70,7 +68,7 @@ func (s *server) sweep(ctx context.Context, since time.Duration) {
 		if s.presence.waiting.Lookup(key, &query) != nil {
 			continue
 		}
-		age := time.Duration(uint64(now.Nano()) - query.Since)
+		age := time.Duration(now - query.Since)
 		c := s.conns[familyOf(fromAddress(key.Address))]
 		switch {
 		case age > patience || c == nil || hostOrder(key.To) != c.LocalAddr().(*net.UDPAddr).AddrPort().Port():
