@@ -1,7 +1,7 @@
 // Package probe sends a few packets and says what came back: an echo request of a size
 // that may not be cut, also in VXLAN, or that may take one step only, a DNS query, a TCP connection that
 // is closed again. Each function answers one question, of one address, from one network
-// namespace.
+// namespace. Notes are what two neighbours tell each other in echoes of any addresses.
 //
 // It is not for load: no function sends more than some forty packets, one after the other,
 // and each ends within seconds. Who asks many things at a time limits them. It sends no
