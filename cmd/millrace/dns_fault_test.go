@@ -56,7 +56,7 @@ func (c *clusterNames) knows(name string) ([]netip.Addr, bool) {
 		return []netip.Addr{added.(netip.Addr)}, true
 	}
 	for _, row := range known {
-		if label, list, _ := strings.Cut(row, "="); ours && label == below {
+		if label, list, _ := strings.Cut(row, "="); ours && label == below && !strings.Contains(label, ".") {
 			var addresses []netip.Addr
 			for text := range strings.SplitSeq(list, ",") {
 				addresses = append(addresses, netip.MustParseAddr(text))

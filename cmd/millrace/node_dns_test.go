@@ -145,6 +145,9 @@ func (r *trouble) answersTheNode() {
 	if err := json.Unmarshal([]byte(stdout), &shown); err != nil || !slices.ContainsFunc(shown.Queries, func(q resolver.Query) bool { return q.From == "node" && q.Name == "www.example.com" }) {
 		t.Errorf("show queries: %v: %s", err, stdout)
 	}
+	if _, stderr, _ := millrace(t, "show", "names", "nosuch", "--pins", r.pins, "--run", r.run); !strings.Contains(stderr, "note: queries of the node for 10.96.0.10 -> the agent, while it serves\n") {
+		t.Errorf("show names: %s", stderr)
+	}
 	status, err := r.status()
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/millrace/millrace/agent"
+	"github.com/millrace/millrace/layer"
 	"github.com/millrace/millrace/layer/dns"
 	"github.com/millrace/millrace/model"
 )
@@ -24,7 +25,8 @@ func showNames(s *settings) *cobra.Command {
 Reads the pinned maps, so that it works without an agent; the zone comes from the agent.
 First the cluster's names, then those outside that were learned, 1,000 of them at most,
 and for how long they are known. With PART only names that hold it. Then the search lists
-of pods, by their devices at the node, as far as they are known. Needs CAP_BPF or
+of pods, by their devices at the node, as far as they are known. A note says of which
+addresses the node's own queries go to the agent. Needs CAP_BPF or
 CAP_SYS_ADMIN.`,
 		Args: cobra.MaximumNArgs(1),
 	}, readsOnly, func(ctx context.Context, args []string) error {
@@ -48,7 +50,11 @@ CAP_SYS_ADMIN.`,
 		if more > 0 {
 			notes = append(notes, fmt.Sprintf("%d more names outside are not shown: ask for a PART of them", more))
 		}
-		return printNames(s, rows, outside, picture.(*dns.Picture).Searches(), notes)
+		node, err := at.nodeNames().Look()
+		if err != nil {
+			return err
+		}
+		return printNames(s, rows, outside, picture.(*dns.Picture).Searches(), node.Subjects(), notes)
 	}, exitPrivilege)
 	at.flagPins(c)
 	at.flagRun(c)
@@ -141,9 +147,12 @@ func (f *knownFamily) text(now time.Time) string {
 	return fmt.Sprintf("%s, for %v", text, f.Until.Sub(now).Round(time.Second))
 }
 
-func printNames(s *settings, rows []*dns.Row, outside []nameOutside, searches []*dns.SearchList, notes []string) error {
+func printNames(s *settings, rows []*dns.Row, outside []nameOutside, searches []*dns.SearchList, node []layer.Subject, notes []string) error {
 	if s.json() {
-		return printJSON(map[string]any{"names": rows, "outside": outside, "searches": append([]*dns.SearchList{}, searches...), "degraded": append([]string{}, notes...)})
+		return printJSON(map[string]any{"names": rows, "outside": outside, "searches": append([]*dns.SearchList{}, searches...), "node": append([]layer.Subject{}, node...), "degraded": append([]string{}, notes...)})
+	}
+	for _, d := range node {
+		notes = append(notes, d.Object()+" "+d.Detail())
 	}
 	for _, note := range notes {
 		fmt.Fprintln(os.Stderr, "note:", note)

@@ -47,8 +47,9 @@ const (
 	beatEvery = 500 * time.Millisecond
 	// restAfter is how long after the last beat of an agent that was killed the next one takes
 	// no new queries: who lost one to it asks again after 5 s (resolv.conf(5), timeout), for
-	// the last time, and shall not lose that one, too.
-	restAfter = 5*time.Second + beatEvery
+	// the last time, and shall not lose that one, too. Sockets of a process that was killed
+	// are open for a moment yet, and a busy machine is slow.
+	restAfter = 5*time.Second + beatEvery + 2*time.Second
 )
 
 // service is the DNS Service; its name is the same in nearly all clusters

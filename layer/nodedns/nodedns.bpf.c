@@ -47,7 +47,7 @@ struct {
 /* What the agent says of itself. */
 struct presence {
 	__u64 beat;  /* when it was heard of last, in nanoseconds since boot */
-	__u64 aside; /* it is there, and wants no more for now */
+	__u64 aside; /* it is there, and wants no more: 1 for now, 2 for it ends */
 };
 
 struct {

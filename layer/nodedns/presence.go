@@ -17,8 +17,8 @@ type presence struct {
 	presences, listeners, waiting *ebpf.Map
 	keep                          *ebpf.Program
 
-	mu    sync.Mutex // guards what follows
-	aside bool
+	mu            sync.Mutex // guards what follows
+	aside, ending bool
 	// rests is until when it is aside for the sake of who lost a query to the one before.
 	rests time.Time
 }
@@ -57,7 +57,7 @@ func (p *presence) rest(after time.Duration) error {
 		return err
 	}
 	left := time.Duration(before.Beat) + after - time.Duration(now)
-	if before.Beat > 0 && before.Aside == 0 && left > 0 {
+	if before.Beat > 0 && before.Aside != asideForGood && left > 0 {
 		p.aside, p.rests = true, time.Now().Add(left)
 	}
 	return nil
@@ -96,12 +96,23 @@ func (p *presence) beat() error {
 func (p *presence) stepAside(aside bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.aside == aside || !aside && time.Now().Before(p.rests) {
+	if p.ending || p.aside == aside || !aside && time.Now().Before(p.rests) {
 		return nil
 	}
 	p.aside = aside
 	return p.say()
 }
+
+// end tells them that it wants no more at all.
+func (p *presence) end() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.aside, p.ending = true, true
+	return p.say()
+}
+
+// What struct presence has of an agent that is aside.
+const asideForNow, asideForGood = 1, 2
 
 // say writes what the programs are told; p.mu is held.
 func (p *presence) say() error {
@@ -110,8 +121,11 @@ func (p *presence) say() error {
 		return err
 	}
 	is := datapathPresence{Beat: now}
-	if p.aside {
-		is.Aside = 1
+	switch {
+	case p.ending:
+		is.Aside = asideForGood
+	case p.aside:
+		is.Aside = asideForNow
 	}
 	if err := p.presences.Put(uint32(0), is); err != nil {
 		return fmt.Errorf("tell the nodedns programs that the agent is there: %w", err)

@@ -202,7 +202,7 @@ func (s *server) run(ctx context.Context) error {
 	}
 	beating.Go(func() { s.sweeps(base, done) })
 	<-ctx.Done()
-	err := s.presence.stepAside(true)
+	err := s.presence.end()
 	s.ending.Store(true)
 	for _, c := range s.conns {
 		_ = c.SetReadDeadline(time.Now().Add(quietAfter))
