@@ -2,7 +2,7 @@
 // outside the cluster, which it asks the servers for that the cluster's DNS servers would
 // ask, and of the cluster's zone the types that no program answers.
 //
-// It is for messages that the layer dns hands up, and is no server: it has no socket that
+// It is for messages that the layers dns and nodedns hand up, and is no server: it has no socket that
 // anybody could send to. It is not for what is not plain (DNSSEC, EDNS options but cookies, transfers),
 // nor for what the cluster's DNS servers are configured to answer otherwise: those are
 // handed back, and so is everything that nobody could be asked for. It never answers
