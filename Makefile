@@ -98,11 +98,11 @@ test-cluster: ## on a real Kubernetes with millrace: its project's conformance t
 	@$(MAKE) --no-print-directory image ARCHITECTURES=$$(go env GOARCH)
 	MILLRACE_CLUSTER=1 $(TESTS) -C test/cluster -- -count=1 -timeout 40m ./...
 
-long: ## what takes too long for CI: a million names beside CoreDNS, large labs, all of the lab on Debian's kernel, data races, fuzzing; needs root
+long: ## what takes too long for CI: a million names beside CoreDNS, a cluster that goes over from flannel, large labs, all of the lab on Debian's kernel, data races, fuzzing; needs root
 	@test/needs root go race bench dns kernel cluster
 	@test/kernel/fetch
 	MILLRACE_LONG=1 MILLRACE_LAB_LARGE=1 $(TESTS) -- -count=1 -p 1 -timeout 60m ./...
-	MILLRACE_LONG=1 MILLRACE_CLUSTER=1 $(TESTS) -C test/cluster -- -count=1 -timeout 90m -run '^TestNamesAreThoseOfCoreDNS$$' .
+	MILLRACE_LONG=1 MILLRACE_CLUSTER=1 $(TESTS) -C test/cluster -- -count=1 -timeout 90m -run '^(TestNamesAreThoseOfCoreDNS|TestGoingOverFromFlannel|TestFlannelBesideMillrace)$$' .
 	CGO_ENABLED=1 $(TESTS) -- -race -count=1 -p 1 -vet off -timeout 20m ./agent/... ./lab ./source/... ./layer/...
 	@test/fuzz $(FUZZTIME)
 

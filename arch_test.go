@@ -63,6 +63,8 @@ var law = []clause{
 	{"lab/...", []string{"model", "kernel/..."}, []string{"github.com/vishvananda/netlink", "golang.org/x/sys", "golang.org/x/sync"}},
 	{"examples/...", nil, nil},
 	{"cmd/...", []string{"agent/...", "doctor/...", "bench/...", "lab/...", "layer/...", "source/...", "model", "kernel/...", "examples"}, []string{"github.com/spf13/cobra", "golang.org/x/sys", "golang.org/x/sync"}},
+	// What flannel's own main is made of.
+	{"test/cluster/flannel", nil, []string{"github.com/flannel-io/flannel", "github.com/coreos", "github.com/joho/godotenv", "k8s.io/klog"}},
 	{"test/...", nil, []string{"golang.org/x/sys"}},
 	{"deploy/monitoring", nil, nil},
 	{"deploy/image", nil, []string{"github.com/google/go-containerregistry"}},

@@ -44,7 +44,7 @@ func (s *server) sayToFlannel(ctx context.Context, name string, is Answer) (chan
 	}
 	n := object.Node()
 	if n == nil {
-		return false, fmt.Errorf("the Node %s cannot be understood", name)
+		return false, fmt.Errorf("read Node %s: it cannot be understood", name)
 	}
 	patch := flannelPatch(node, is(n.Flannel, n.Addresses))
 	if patch == nil {

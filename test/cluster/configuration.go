@@ -28,6 +28,9 @@ func plugins(w wish) error {
 	if w.cni == "ptp" {
 		names = append(names, "portmap", "ptp", "host-local")
 	}
+	if w.cni == flannel {
+		names = append(names, "portmap", "bridge", "host-local")
+	}
 	for _, name := range names {
 		content, err := os.ReadFile(filepath.Join("/usr/lib/cni", name))
 		if err != nil {
@@ -97,8 +100,11 @@ oomScoreAdj: 0
 // podNetwork is a veth for each pod, and routes: no bridge, no masquerade. millrace puts its
 // own list there.
 func podNetwork(n node, w wish) error {
-	if w.cni == millrace {
+	switch w.cni {
+	case millrace:
 		return nil
+	case flannel:
+		return flannelNetwork(n)
 	}
 	return write("/etc/cni/net.d/10-ptp.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "pods", "plugins": [
   {"type": "ptp", "ipMasq": false, "mtu": 1500, "ipam": {"type": "host-local",

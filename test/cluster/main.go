@@ -2,7 +2,7 @@
 // controllers, scheduler, and three nodes with kubelet, containerd and CoreDNS, dual
 // stack, and the Kubernetes project's own end-to-end tests to put to it.
 //
-//	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables] [--cni ptp|millrace] [--nodes N]
+//	cluster up [--proxy kube-proxy|millrace|none] [--mode nftables|iptables] [--cni ptp|millrace|flannel] [--nodes N]
 //	cluster down
 //	cluster conformance [--focus RE] [--skip RE] [--procs N] [--attempts N]
 //	cluster record
@@ -73,7 +73,7 @@ func run(ctx context.Context, command string, arguments []string) error {
 		var w wish
 		flags.StringVar(&w.proxy, "proxy", "kube-proxy", "who serves Services: kube-proxy, millrace, or none")
 		flags.StringVar(&w.mode, "mode", "nftables", "the mode of kube-proxy: nftables or iptables")
-		flags.StringVar(&w.cni, "cni", "ptp", "who gives pods their network: ptp, with static routes between nodes, or millrace")
+		flags.StringVar(&w.cni, "cni", "ptp", "who gives pods their network: ptp, with static routes between nodes, millrace, or flannel")
 		flags.IntVar(&nodes, "nodes", nodes, "how many nodes, 1 to 9, in three zones")
 		_ = flags.Parse(arguments)
 		return up(ctx, w)

@@ -12,8 +12,8 @@ import (
 //	control (bridge br0 .1) -- eth0 of node-1 (.11) -- pods 10.244.1.0/24
 //	                        -- eth0 of node-2 (.12) -- pods 10.244.2.0/24, and so on
 //
-// The control plane reaches Services through node 1. Where millrace gives pods their
-// network, nodes are without these routes: and the control plane, by which their default
+// The control plane reaches Services through node 1. Where millrace or flannel gives pods
+// their network, nodes are without these routes: and the control plane, by which their default
 // routes lead, hands nothing on for them.
 func network(w wish) error {
 	for _, namespace := range namespaces() {
@@ -35,7 +35,7 @@ func network(w wish) error {
 			return fmt.Errorf("connect %s: %w", n.name(), err)
 		}
 	}
-	if w.cni == millrace {
+	if w.cni != "ptp" {
 		if _, err := output(inside(control, "sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")); err != nil {
 			return err
 		}

@@ -79,6 +79,13 @@ func beNode(arguments []string) error {
 	if w.proxy == "kube-proxy" {
 		services = append(services, &service{name: "kube-proxy", arguments: []string{"--config=/etc/kube-proxy.yaml"}})
 	}
+	if w.cni == flannel {
+		s, err := flannelService(n)
+		if err != nil {
+			return err
+		}
+		services = append(services, s)
+	}
 	containerd := &service{name: "containerd", arguments: []string{"-c", "/etc/containerd.toml"}}
 	if err := containerd.start(n); err != nil {
 		return err

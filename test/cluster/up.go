@@ -32,8 +32,8 @@ func (w wish) check() error {
 	switch {
 	case !slices.Contains([]string{"kube-proxy", millrace, "none"}, w.proxy):
 		return fmt.Errorf("--proxy %s: it is kube-proxy, millrace or none", w.proxy)
-	case w.cni != "ptp" && w.cni != millrace:
-		return fmt.Errorf("--cni %s: it is ptp or millrace", w.cni)
+	case !slices.Contains([]string{"ptp", millrace, flannel}, w.cni):
+		return fmt.Errorf("--cni %s: it is ptp, millrace or flannel", w.cni)
 	case w.cni == millrace && w.proxy == "none":
 		return errors.New("--cni millrace --proxy none: the agent serves Services, too; say --proxy millrace")
 	}
@@ -55,6 +55,11 @@ func up(ctx context.Context, w wish) error {
 	bin, err := build(ctx, clusterTools)
 	if err != nil {
 		return err
+	}
+	if w.cni == flannel {
+		if err := buildFlannel(ctx, bin); err != nil {
+			return err
+		}
 	}
 	if err := nothingThere(); err != nil {
 		return err
@@ -97,6 +102,11 @@ func startNodes(ctx context.Context, bin string, w wish) error {
 	if _, err := kubectl(ctx, bin, nodeObjects(), "create", "-f", "-"); err != nil {
 		return err
 	}
+	if w.cni == flannel {
+		if _, err := kubectl(ctx, bin, flannelObjects, "create", "-f", "-"); err != nil {
+			return err
+		}
+	}
 	say("nodes")
 	self, err := os.Executable()
 	if err != nil {
@@ -117,6 +127,9 @@ func startNodes(ctx context.Context, bin string, w wish) error {
 	}
 	// Nodes whose pods get their network from us are ready when we are there.
 	steps := []func() error{ready}
+	if w.cni == flannel {
+		steps = append(steps, func() error { return installFlannel(ctx) })
+	}
 	if w.ours() {
 		steps = append(steps, func() error { return install(ctx, bin, w) })
 	}
