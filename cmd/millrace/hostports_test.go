@@ -128,6 +128,9 @@ func TestHostPortsOfPods(t *testing.T) {
 		return seen == "192.0.2.2"
 	})
 	t.Logf("served %v after ADD had returned", time.Since(added).Round(100*time.Microsecond))
+	n.until("the packet path is at the pods' devices", func(s agent.Status) bool {
+		return slices.ContainsFunc(s.Layers, func(l agent.LayerStatus) bool { return len(devicesOf(l)["from_pod"]) == 2 })
+	})
 	web := addressesIn(t, out)
 
 	type row struct{ from, network, address, want string }

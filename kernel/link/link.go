@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/millrace/millrace/kernel/netns"
 	"github.com/vishvananda/netlink"
@@ -137,6 +138,25 @@ func (n *Net) Up(index int) error {
 		return fmt.Errorf("set link %d up: %w", index, err)
 	}
 	return nil
+}
+
+// readyWithin is how long Ready waits at most.
+const readyWithin = 100 * time.Millisecond
+
+// Ready waits until the kernel sends by a link that was set up and has a carrier. It makes it
+// so beside whoever set it up (net/core/link_watch.c), on a busy machine some milliseconds
+// later, and drops without a word what is sent until then (noop_qdisc). From Linux 6.8 on it
+// is made so by being asked.
+func (n *Net) Ready(index int) error {
+	for begun := time.Now(); ; time.Sleep(time.Millisecond) {
+		l, err := n.handle.LinkByIndex(index)
+		if err != nil {
+			return fmt.Errorf("find out whether link %d is ready: %w", index, err)
+		}
+		if l.Attrs().OperState == netlink.OperUp || time.Since(begun) > readyWithin {
+			return nil
+		}
+	}
 }
 
 // UpLoopback sets lo up, which a new namespace has down.

@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,6 +11,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/millrace/millrace/kernel/netns"
 )
@@ -41,6 +44,56 @@ var (
 	leftMAC  = net.HardwareAddr{2, 0, 0, 0, 0, 1}
 	rightMAC = net.HardwareAddr{2, 0, 0, 0, 0, 2}
 )
+
+// Both ends of a veth that was just set up send at once after Ready. Nobody is asked about one
+// link to find out, for that makes it ready: they are listed.
+func TestReady(t *testing.T) {
+	_, left := namespace(t, "left")
+	rightPath, right := namespace(t, "right")
+	waited := 0
+	for round := range 50 {
+		near, err := left.Veth(Veth{Name: "near", MAC: leftMAC, Peer: "far", PeerMAC: rightMAC, PeerNamespace: rightPath})
+		if err != nil {
+			t.Fatal(err)
+		}
+		far, err := right.Index("far")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(right.Up(far), left.Up(near)); err != nil {
+			t.Fatal(err)
+		}
+		if !sends(t, left, "near") || !sends(t, right, "far") {
+			waited++
+		}
+		if err := errors.Join(left.Ready(near), right.Ready(far)); err != nil {
+			t.Fatal(err)
+		}
+		for name, n := range map[string]*Net{"near": left, "far": right} {
+			if !sends(t, n, name) {
+				t.Errorf("round %d: %s is ready, and sends nothing", round, name)
+			}
+		}
+		if err := left.Delete("near"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d of 50 were not ready when they had been set up", waited)
+	if err := left.Ready(4711); err == nil {
+		t.Error("a link that is not there is ready")
+	}
+}
+
+// sends says whether the kernel sends by a link.
+func sends(t *testing.T, n *Net, name string) bool {
+	t.Helper()
+	all, err := n.handle.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(all, func(l netlink.Link) bool { return l.Attrs().Name == name })
+	return i >= 0 && all[i].Attrs().OperState == netlink.OperUp
+}
 
 // TestTwoNamespacesTalk joins two namespaces by hand, each end with addresses
 // that no range joins, and sends a datagram over both families.

@@ -174,11 +174,23 @@ func (n node) build(pod *Pod, space string, to lengths, sources []netip.Addr) (e
 		if err = furnish(inner, pod, to); err == nil {
 			err = mend(outer, pod, sources)
 		}
+		if err == nil {
+			err = ready(outer, inner, pod)
+		}
 	}
 	if err != nil {
 		return errors.Join(err, outer.Delete(pod.Device))
 	}
 	return nil
+}
+
+// ready waits until both ends send: an answer that is dropped comes again after a second.
+func ready(outer, inner *link.Net, pod *Pod) error {
+	index, err := inner.Index(pod.Interface)
+	if err != nil {
+		return err
+	}
+	return errors.Join(outer.Ready(pod.Index), inner.Ready(index))
 }
 
 // furnish gives the pod's end its addresses, neighbours and routes.
