@@ -160,8 +160,8 @@ func (r *trouble) answersTheNode() {
 }
 
 // The agent is killed again and again while the node looks names up by glibc and musl, each
-// time when it answers the node. What it has in hand then its successor answers, if the
-// machine is not so busy that it comes too late.
+// time when it answers the node. What it has in hand then its successor answers. Where the
+// machine is so busy that it comes too late for glibc's second try, that lookup fails.
 func TestNodesNamesWhileTheAgentIsKilled(t *testing.T) {
 	r := askingNode(t)
 	r.pairs, r.mayWait = 2000, 10
@@ -176,8 +176,13 @@ func TestNodesNamesWhileTheAgentIsKilled(t *testing.T) {
 	all := r.looksUp(time.Millisecond)
 	for range kills {
 		r.servesNode()
+		at := time.Now()
 		r.kill()
 		r.start(nodeDNS...)
+		if gone := time.Since(at); gone > 3*time.Second {
+			t.Logf("no agent was ready for %v", gone)
+			r.mayFail += 2
+		}
 	}
 	r.servesNode()
 	r.end(fmt.Sprintf("the agent was killed %d times", kills), all)

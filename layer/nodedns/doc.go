@@ -5,7 +5,7 @@
 // and sendmsg() of UDP sockets send what is for the DNS Service's address, port 53, to a
 // socket of the agent's on loopback; recvmsg() and getpeername() show the Service. That is
 // so only in the node's own network namespace, and only while the kernel has the agent's
-// socket and its last beat is no older than two seconds: else the call goes on as if nobody
+// socket and its last beat is no older than half a second: else the call goes on as if nobody
 // had looked at it. What the agent cannot answer it asks the DNS Service itself and relays.
 // A filter at its sockets keeps what waits: the successor of an agent that was killed answers
 // that. docs/decisions/0014-dns.md says why it is so.
@@ -17,7 +17,7 @@
 //
 // What it costs: 540 bytes of kernel memory for each query that waits, 1.1 MB at most; a
 // call that is not for a DNS port a few instructions; a query the agent's look at it, where
-// layer/dns answers in the kernel. Every half second the agent writes that it is there.
+// layer/dns answers in the kernel. Ten times a second the agent writes that it is there.
 //
 // Off means gone: Remove takes links, maps and the folder away. A socket that was connected
 // to the agent is refused with what it sends next, and its resolver asks again.

@@ -41,10 +41,12 @@ type Settings struct {
 }
 
 const (
-	// mostSilence is how long after its last beat the agent is taken to be there.
-	mostSilence = 2 * time.Second
+	// mostSilence is how long after its last beat the agent is taken to be there. It is short:
+	// what comes to one that hangs, or whose threads have died and whose sockets are open yet,
+	// has to wait, and the DNS Service loses nothing by being asked.
+	mostSilence = 500 * time.Millisecond
 	// beatEvery is how often it says that it is.
-	beatEvery = 500 * time.Millisecond
+	beatEvery = 100 * time.Millisecond
 	// restAfter is how long after the last beat of an agent that was killed the next one takes
 	// no new queries: who lost one to it asks again after 5 s (resolv.conf(5), timeout), for
 	// the last time, and shall not lose that one, too. Sockets of a process that was killed

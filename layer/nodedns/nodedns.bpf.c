@@ -20,7 +20,7 @@ enum { ALLOWED = 1 };
 const volatile __u64 node_cookie = 0;
 
 /* How long after its last beat the agent is taken to be there, in nanoseconds. */
-const volatile __u64 silence = 2000000000;
+const volatile __u64 silence = 500000000;
 
 /* How long after that an answer may still wait in a socket of the client's, which asks
  * again after 5 s (resolv.conf(5), timeout). Later somebody else may have the agent's port. */
@@ -113,7 +113,7 @@ struct {
 /* What became of calls of the node's processes that are for the DNS Service. */
 enum outcome {
 	OUTCOME_STEERED,    /* connected or sent to the agent */
-	OUTCOME_UNATTENDED, /* left to the DNS Service: the agent does not serve, or was not heard of for 2 s */
+	OUTCOME_UNATTENDED, /* left to the DNS Service: the agent does not serve, or was not heard of for 0.5 s */
 	OUTCOME_ASIDE,      /* left to the DNS Service: too many queries wait for the agent, or it is about to end */
 	OUTCOME_BOUND,      /* left to the DNS Service: the socket is bound to a device, which leads to no other */
 	OUTCOME_COUNT,
