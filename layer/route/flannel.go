@@ -150,6 +150,14 @@ func (f flannels) Detail() string { return "" }
 // saying is what this node says to flannel's nodes, and is to say.
 type saying struct{ has, want *model.Flannel }
 
+// unsaid says what others do not know of this node; empty where its Node says all.
+func (s saying) unsaid() string {
+	if s.want == nil || s.has != nil && *s.has == *s.want {
+		return ""
+	}
+	return "the Node does not say to others that flannel is not here, and how flannel's nodes reach its pods: the agent writes that at once where it has the rights of deploy/own-node.yaml"
+}
+
 // say is what this node is to say, by what is in its kernel. Flannel's nodes learn of it
 // where there are any. Of what flannel wrote here before others learn that it has gone.
 func (w *wish) say(have *Picture) saying {
@@ -210,10 +218,7 @@ func (w *wish) flannels() (backend string) {
 func (l *Layer) ToFlannel() (want *model.Flannel, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.said.want == nil {
-		return nil, true
-	}
-	return l.said.want, l.said.has != nil && *l.said.has == *l.said.want
+	return l.said.want, l.said.unsaid() == ""
 }
 
 // WithoutMillrace is what a Node with these addresses is to say to flannel's nodes once

@@ -100,6 +100,9 @@ func TestPodsOfAFlannelNode(t *testing.T) {
 	if ok || want == nil || !want.Millrace || want.Address.String() != "192.0.2.1" || want.Address6.String() != "2001:db8::1" || want.Port != FlannelPort {
 		t.Fatalf("it is to say %+v (%v)", want, ok)
 	}
+	if d, err := l.Describe(); err != nil || len(d.Degraded) != 1 || !strings.Contains(d.Degraded[0], "deploy/own-node.yaml") {
+		t.Errorf("before it has said that, status has %v: %v", d.Degraded, err)
+	}
 	v.flannel(want, int(want.Port))
 	v.carryBoth(l, "sent", "taken")
 	v.apply(l, v.withFlannel(want, flannelSays()))

@@ -448,6 +448,9 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	l.mu.Lock()
 	d.Objects, d.Degraded = l.rows, append(d.Degraded, l.left...)
+	if why := l.said.unsaid(); why != "" {
+		d.Degraded = append(d.Degraded, why)
+	}
 	speaks := l.speaks
 	l.mu.Unlock()
 	d.Degraded = append(d.Degraded, l.paths.unmeasured()...)
