@@ -36,6 +36,7 @@ func TestGoingOverFromFlannel(t *testing.T) {
 	kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=1m")
 	awaitRoutes(t, node(1), 0, "are left to flannel")
 	reachEachOther(t, pods)
+	bothKinds(t, podOn(pods, node(1)))
 
 	for i, n := range allNodes() {
 		if i == 1 { // a node with pods of both kinds, beside one that has gone over
@@ -90,8 +91,10 @@ func TestFlannelBesideMillrace(t *testing.T) {
 	kubectlOf(t, "apply", "-f", filepath.Join(root, ownNodeManifest), "-f", filepath.Join(root, millracePods))
 	kubectlOf(t, "-n", "kube-system", "rollout", "status", "daemonset/millrace", "--timeout=1m")
 	first := node(1)
-	on(t, first, "touch /run/flanneld.off; kill $(pidof flanneld); while pidof flanneld; do sleep 0.1; done")
+	// Flannel's pod takes a moment to go when its Node gets the label, and makes its device
+	// anew meanwhile.
 	kubectlOf(t, "label", "node", first.name(), flannelLabel+"=gone")
+	on(t, first, "sleep 3; touch /run/flanneld.off; kill $(pidof flanneld); while pidof flanneld; do sleep 0.1; done")
 	awaitRoutes(t, first, 2*(nodes-1), "")
 	marked(t, first)
 	pods := begin(t)
@@ -116,6 +119,30 @@ func TestFlannelBesideMillrace(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
+}
+
+// beside is a pod on a node.
+const beside = `
+apiVersion: v1
+kind: Pod
+metadata: {name: beside, namespace: podnet}
+spec:
+  nodeName: NODE
+  terminationGracePeriodSeconds: 0
+  containers: [{name: beside, image: "AGNHOST", imagePullPolicy: Never, args: [netexec]}]
+`
+
+// bothKinds has a new pod beside one that flannel gave its network: they reach each other by
+// IPv4, for the bridge answers for the new one.
+func bothKinds(t *testing.T, old talker) {
+	t.Helper()
+	applyWithAgnhost(t, strings.ReplaceAll(beside, "NODE", old.Spec.NodeName))
+	kubectlOf(t, "-n", "podnet", "wait", "--for=condition=Ready", "pod/beside", "--timeout=1m")
+	fresh := talkersOf(t, "-n", "podnet", "--field-selector", "metadata.name=beside")[0]
+	for _, pair := range [][2]talker{{old, fresh}, {fresh, old}} {
+		kubectlOf(t, "-n", "podnet", "exec", pair[0].Metadata.Name, "--", "curl", "-s", "-m", "5", "http://"+hostPort(pair[1].Status.PodIPs[0].IP, 8080)+"/clientip")
+	}
+	kubectlOf(t, "-n", "podnet", "delete", "pod", "beside")
 }
 
 // hardwareAddress is what a Node says to flannel's nodes.

@@ -61,7 +61,7 @@ func TestInstalledTakesTheStartupTaintOff(t *testing.T) {
 		{first, `{"metadata":{"labels":{"example.com/role":"x"}}}`, "may change nothing of a Node but a taint and annotations"},
 		{first, `{"metadata":{"annotations":{"example.com/role":"x"}}}`, "may change no annotation of a Node but flannel's"},
 		{second, `{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.9"}}}`, "may change no Node but the one it runs on"},
-		{first, `{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.9"}}}`, `"flannel.alpha.coreos.com/public-ip":"192.0.2.9"`},
+		{first, `{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.9"}}}`, "192.0.2.9"},
 		{first, `{"spec":{"unschedulable":true}}`, "may change nothing of a Node but a taint and annotations"},
 		{first + "/status", `{"status":{"phase":"Running"}}`, "cannot patch resource"},
 	} {
