@@ -106,9 +106,23 @@ func inFolder(at, folder string) bool {
 	return folder == "/" || at == folder || strings.HasPrefix(at, folder+"/")
 }
 
+// below is a path as seen from the mount.
+func (m *Mount) below(at string) string {
+	return strings.TrimPrefix(strings.TrimPrefix(at, m.Path), "/")
+}
+
+// odd is why nobody here knows what is at a path: no key's file begins with "..", but
+// kubelet's own link and folder do (oddFolders), and by them all keys are there once more.
+func (m *Mount) odd(at string) string {
+	if !strings.HasPrefix(m.below(at), "..") {
+		return ""
+	}
+	return fmt.Sprintf("%s is by a link of kubelet's, which is not followed here", clip(at))
+}
+
 // key is the key of the ConfigMap that is the file at a path; "" if none is.
 func (m *Mount) key(at string) string {
-	below := strings.TrimPrefix(strings.TrimPrefix(at, m.Path), "/")
+	below := m.below(at)
 	if m.Sub != "" {
 		below = path.Join(m.Sub, below)
 	}
@@ -195,6 +209,9 @@ func (f *Files) glob(pattern, by string) (all []found, why string, err error) {
 	m := f.Container.mountOf(path.Join(folder, "x"))
 	if m == nil {
 		return nil, fmt.Sprintf("%s is of the image, for no volume is mounted there", folder), nil
+	}
+	if odd := m.odd(folder); odd != "" {
+		return nil, odd, nil
 	}
 	texts, unknown := f.texts(m)
 	if unknown != nil {

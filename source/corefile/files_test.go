@@ -104,6 +104,28 @@ func TestFilesThatAreNotKnown(t *testing.T) {
 	}
 }
 
+// The link by which kubelet changes all files of a ConfigMap at once leads to each of them: what
+// is named by it is not known, and not taken for a file that is not there.
+func TestFilesByTheLinkOfKubelet(t *testing.T) {
+	files := Files{Container: customized(), ConfigMaps: map[string]*Keys{
+		"coredns":        {Texts: map[string]string{"NodeHosts": "192.0.2.1 node.example"}},
+		"coredns-custom": {Texts: map[string]string{"a.override": "rewrite name a.example b.example"}},
+	}}
+	for _, of := range []string{
+		"hosts /etc/coredns/..data/NodeHosts {\nfallthrough\n}",
+		"hosts /etc/coredns/..2026_01_02_03_04_05.1234567890/NodeHosts {\nfallthrough\n}",
+		"import custom/..data/*.override",
+		"import custom/..data/a.override",
+	} {
+		if d := Read(".:53 {\nkubernetes cluster.local\n"+of+"\nforward . 192.0.2.1\n}", files); !strings.Contains(d.Left, "is by a link of kubelet's") {
+			t.Errorf("%s:\n%s", of, said(d))
+		}
+	}
+	if d := Read(".:53 {\nkubernetes cluster.local\nhosts /etc/coredns/..data/../NodeHosts {\nfallthrough\n}\nforward . 192.0.2.1\n}", files); !d.HasHost("node.example") {
+		t.Errorf("beside the link:\n%s", said(d))
+	}
+}
+
 // /etc/hosts is kubelet's, but for what the pod says otherwise.
 func TestHostsOfThePod(t *testing.T) {
 	for want, change := range map[string]func(*Container){

@@ -162,6 +162,9 @@ func (f *Files) text(at string) (text, why string) {
 	case m == nil:
 		return "", fmt.Sprintf("%s is of the image, for no volume is mounted there", clip(at))
 	}
+	if odd := m.odd(at); odd != "" {
+		return "", odd
+	}
 	texts, err := f.texts(m)
 	if err != nil {
 		return "", err.Error()
