@@ -167,7 +167,7 @@ func TestNodesNamesWhileTheAgentIsKilled(t *testing.T) {
 	r.pairs, r.mayWait = 2000, 10
 	kills := 2
 	if os.Getenv("MILLRACE_LONG") != "" {
-		r.pairs, kills = 100_000, 30
+		r.pairs, kills, r.mayWait = 100_000, 30, 60
 	}
 	r.start(nodeDNS...)
 	r.servesNode()
