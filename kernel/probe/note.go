@@ -21,7 +21,7 @@ const (
 	noteHops = 8
 
 	icmpHeader = 8
-	// noteLength is that of the payload: magic, version, kind, what is said, 5 bytes of 0, token.
+	// noteLength is that of the payload: magic, version, kind, what is said, a 0, about, token.
 	noteLength = 24
 
 	kindAsk, kindAnswer = 1, 2
@@ -41,8 +41,9 @@ type Note struct {
 	// Answer says that it is one, to the request with the same Token.
 	Answer bool
 	Token  uint64
-	// Said means what the two have agreed on.
-	Said uint8
+	// Said and About mean what the two have agreed on.
+	Said  uint8
+	About uint32
 }
 
 // Notes sends notes by a device and gets those of one family that come there. They go past
@@ -204,7 +205,8 @@ func (n Note) message(ask, answer byte) []byte {
 	}
 	b := binary.BigEndian.AppendUint32([]byte{kind, 0, 0, 0}, uint32(n.Token))
 	b = binary.BigEndian.AppendUint64(b, magic)
-	b = append(b, noteVersion, of, n.Said, 0, 0, 0, 0, 0)
+	b = append(b, noteVersion, of, n.Said, 0)
+	b = binary.BigEndian.AppendUint32(b, n.About)
 	return binary.BigEndian.AppendUint64(b, n.Token)
 }
 
@@ -240,7 +242,8 @@ func parseNote(b []byte, six bool) (n Note, ok bool) {
 	if !ok || text[1] != 0 || binary.BigEndian.Uint64(payload) != magic || payload[8] != noteVersion {
 		return Note{}, false
 	}
-	n.Answer, n.Said, n.Token = text[0] == answer, payload[10], binary.BigEndian.Uint64(payload[16:])
+	n.Answer, n.Said = text[0] == answer, payload[10]
+	n.About, n.Token = binary.BigEndian.Uint32(payload[12:]), binary.BigEndian.Uint64(payload[16:])
 	if text[0] == ask && payload[9] == kindAsk || text[0] == answer && payload[9] == kindAnswer {
 		return n, true
 	}

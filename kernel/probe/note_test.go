@@ -71,7 +71,7 @@ func TestNotes(t *testing.T) {
 		{"10.1.0.1", "10.1.0.254", "10.244.1.0", "10.244.2.0"}, {"10.1.0.1", "10.1.0.254", "10.1.0.1", "10.1.0.254"},
 		{"fd00:1::1", "fd00:1::254", "fd00:244:1::", "fd00:244:2::"}, {"fd00:1::1", "fd00:1::254", "fd00:1::1", "fd00:1::254"},
 	} {
-		ask := Note{From: netip.MustParseAddr(row.from), To: netip.MustParseAddr(row.to), Said: 5, Token: 0x0123456789abcdef}
+		ask := Note{From: netip.MustParseAddr(row.from), To: netip.MustParseAddr(row.to), Said: 5, About: 0x89abcdef, Token: 0x0123456789abcdef}
 		six := ask.From.Is6()
 		here, middle := s.notes(s.here, "eth0", six), s.notes(s.middle, "west", six)
 		ask.MAC = s.mac(s.here, "eth0", netip.MustParseAddr(row.middle))
@@ -81,7 +81,7 @@ func TestNotes(t *testing.T) {
 				t.Fatal(err)
 			}
 			got, came := next(t, middle)
-			answer = Note{From: got.To, To: got.From, MAC: got.MAC, Answer: true, Token: got.Token, Said: 3}
+			answer = Note{From: got.To, To: got.From, MAC: got.MAC, Answer: true, Token: got.Token, Said: 3, About: got.About}
 			if got.MAC = ask.MAC; !came || got != ask {
 				t.Errorf("sent %+v, and there came %+v", ask, got)
 			}

@@ -49,10 +49,10 @@ type Settings struct {
 type Mode string
 
 const (
-	// ModeAuto is direct to nodes on the same segment, and VXLAN to all others.
+	// ModeAuto is direct to nodes on the same segment, if it carries packets of pods'
+	// addresses, and VXLAN to all others.
 	ModeAuto Mode = "auto"
-	// ModeVXLAN is VXLAN to all: for fabrics that drop packets of addresses that they did
-	// not give out, as most clouds' do.
+	// ModeVXLAN is VXLAN to all, whatever segments carry.
 	ModeVXLAN Mode = "vxlan"
 )
 
@@ -80,6 +80,7 @@ type Layer struct {
 	host     host
 	tables   tables
 	paths    *paths
+	fabrics  *fabrics
 
 	mu     sync.Mutex // guards what follows
 	rows   int
@@ -128,7 +129,7 @@ var _ layer.Layer = (*Layer)(nil)
 
 // New makes the layer. It touches nothing before Open.
 func New(settings Settings) *Layer {
-	return &Layer{settings: settings, paths: newPaths(settings.Netns), speaks: networkOf(settings, network{port: DefaultPort, vni: DefaultVNI})}
+	return &Layer{settings: settings, paths: newPaths(settings.Netns), fabrics: newFabrics(settings.Netns), speaks: networkOf(settings, network{port: DefaultPort, vni: DefaultVNI})}
 }
 
 // Name implements layer.Layer.
@@ -144,7 +145,7 @@ func (l *Layer) Diff(have, want layer.Picture, prune bool) layer.Changes {
 }
 
 // Open implements layer.Layer. It needs CAP_BPF and CAP_NET_ADMIN, and Watch CAP_NET_RAW to
-// measure paths: without, Describe says that none is. Errors are *need.Privilege, *need.Feature or name the object and the cause.
+// measure paths and to ask segments: without, Describe says that none is. Errors are *need.Privilege, *need.Feature or name the object and the cause.
 func (l *Layer) Open() error {
 	d, err := open(l.settings)
 	if err != nil {
@@ -175,6 +176,7 @@ func (l *Layer) Read() (layer.Picture, error) {
 	}
 	picture.measure()
 	l.paths.takeOver(picture)
+	l.fabrics.takeOver(picture)
 	return l.Refresh(picture)
 }
 
@@ -248,7 +250,7 @@ func (l *Layer) Refresh(have layer.Picture) (layer.Picture, error) {
 	}
 	picture.measure()
 	l.paths.aim(picture)
-	picture.facts.paths = l.paths.all()
+	picture.facts.paths, picture.facts.fabrics = l.paths.all(), l.fabrics.all()
 	return picture, nil
 }
 
@@ -259,6 +261,7 @@ func (l *Layer) Watch(ctx context.Context, changed func()) error {
 	defer measuring.Wait()
 	measuring.Go(func() { l.paths.watch(ctx, changed) })
 	measuring.Go(func() { l.watchRoutes(ctx, changed) })
+	measuring.Go(func() { l.fabrics.watch(ctx, changed) })
 	err := link.Watch(ctx, l.settings.Netns, changed)
 	if err != nil {
 		changed()
@@ -290,7 +293,7 @@ func (l *Layer) Look() (layer.Picture, error) {
 	}
 	picture.facts, err = d.facts()
 	picture.measure()
-	picture.facts.paths = left(picture)
+	picture.facts.paths, picture.facts.fabrics = left(picture), leftBy(picture)
 	for _, row := range picture.rows {
 		row.Device = picture.facts.devices[row.index].name
 	}
@@ -325,6 +328,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 			picture.left = append(picture.left, aim.why)
 		}
 		picture.left = append(picture.left, byStack(picture.ports, aim.wires())...)
+		l.fabrics.aim(aim, wished, picture)
 	}
 	l.paths.aim(picture)
 	l.mu.Lock()
@@ -453,7 +457,7 @@ func (l *Layer) Describe() (layer.Description, error) {
 	}
 	speaks := l.speaks
 	l.mu.Unlock()
-	d.Degraded = append(d.Degraded, l.paths.unmeasured()...)
+	d.Degraded = slices.Concat(d.Degraded, l.paths.unmeasured(), l.fabrics.findings())
 	d.Settings = map[string]string{"mode": string(cmp.Or(l.settings.Mode, ModeAuto)), "port": fmt.Sprint(speaks.port), "vni": fmt.Sprint(speaks.vni)}
 	return d, l.host.describe(&d)
 }

@@ -89,23 +89,30 @@ func (v *valley) silence(silent bool) {
 	}
 }
 
-// watch has the layers measure, and apply what they found, until the test ends.
-func (v *valley) watch() {
-	ctx, end := context.WithCancel(v.t.Context())
+// watch has the layers measure, and apply what they found, until the test or who called it
+// ends it.
+func (v *valley) watch() (end func()) {
+	ends := [2]func(){v.watchOne(0), v.watchOne(1)}
+	return func() { ends[0](); ends[1]() }
+}
+
+func (v *valley) watchOne(i int) (end func()) {
+	ctx, cancel := context.WithCancel(v.t.Context())
 	var done sync.WaitGroup
-	for i, l := range v.layers {
-		l.paths.every = 200 * time.Millisecond
-		done.Go(func() {
-			_ = l.Watch(ctx, func() {
-				v.mu.Lock()
-				defer v.mu.Unlock()
-				if ctx.Err() == nil {
-					v.refresh(i)
-				}
-			})
+	l := v.layers[i]
+	l.paths.every = 200 * time.Millisecond
+	done.Go(func() {
+		_ = l.Watch(ctx, func() {
+			v.mu.Lock()
+			defer v.mu.Unlock()
+			if ctx.Err() == nil {
+				v.refresh(i)
+			}
 		})
-	}
-	v.t.Cleanup(func() { end(); done.Wait() })
+	})
+	end = func() { cancel(); done.Wait() }
+	v.t.Cleanup(end)
+	return end
 }
 
 // refresh is what the agent does when a layer says that something changed.

@@ -27,10 +27,14 @@ type Picture struct {
 	lost   []lost
 	left   []string
 	narrow []string // findings
+	// Of plans: the nodes that look adjacent, by the first range of a family that each has, and
+	// the nodes from which VXLAN is taken.
+	adjacent map[netip.Prefix]adjacent
+	takes    map[string]bool
 }
 
 func newPicture() *Picture {
-	return &Picture{rows: map[netip.Prefix]*Row{}, vteps: map[netip.Addr]bool{}}
+	return &Picture{rows: map[netip.Prefix]*Row{}, vteps: map[netip.Addr]bool{}, adjacent: map[netip.Prefix]adjacent{}, takes: map[string]bool{}}
 }
 
 // Row is a range of another node's pods and the way there. It implements layer.Subject.

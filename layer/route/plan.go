@@ -28,6 +28,9 @@ type facts struct {
 	devices map[int]fact
 	// paths are how long packets to nodes may be, by their addresses, where it was measured.
 	paths map[netip.Addr]measurement
+	// fabrics are what is between this node and adjacent ones, where it was asked, by the first
+	// range of a family that a node has.
+	fabrics map[netip.Prefix]course
 	// shortcuts says that the kernel can give a packet to a pod, or to a neighbour, past the
 	// stack.
 	shortcuts bool
@@ -217,8 +220,12 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 				continue
 			}
 			p.rows[to] = row
-			if !row.Direct {
-				mtu = max(mtu, f.devices[row.index].mtu-row.overhead()) // the routes by the device have their own
+			if near, is := adjacentBy(settings, w, n, row, f); is {
+				p.adjacent[to] = near
+			}
+			if by := w.takenBy(n, row, f); by != nil {
+				p.takes[n.name] = true
+				mtu = max(mtu, f.devices[by.index].mtu-by.overhead()) // the routes by the device have their own
 			}
 			if found := row.finding(f); found != "" && !told[row.Via] {
 				told[row.Via] = true
@@ -236,17 +243,24 @@ func resolve(settings Settings, w *wish, f facts) *Picture {
 	return p
 }
 
+// takenBy is how a node may send VXLAN: as it is sent there, or would be where it is taken
+// for as long as that node has not gone over to direct ways, or back. Nil where it may not.
+func (w *wish) takenBy(n peer, row *Row, f facts) *Row {
+	if !row.Direct {
+		return row
+	}
+	if !f.fabrics[n.first(row.To)].kept {
+		return nil
+	}
+	by, _ := w.inVXLAN(n, row.To, f)
+	return by
+}
+
 // addVTEPs notes from where VXLAN is taken: from nodes to which it leads. Where flannel is
 // in the cluster, nodes change their ways one after the other, and it is from all.
 func (w *wish) addVTEPs(p *Picture) {
-	sends := map[string]bool{}
-	for _, row := range p.rows {
-		if !row.Direct {
-			sends[row.Node] = true
-		}
-	}
 	for _, n := range w.peers {
-		if !sends[n.name] && (!w.flannel || len(sends) == 0) {
+		if !p.takes[n.name] && (!w.flannel || len(p.takes) == 0) {
 			continue
 		}
 		for _, a := range n.besides(w.own) {
@@ -257,13 +271,34 @@ func (w *wish) addVTEPs(p *Picture) {
 
 // choose finds the best way to a range of another node, or says why there is none.
 func choose(settings Settings, w *wish, n peer, to netip.Prefix, f facts) (row *Row, why string) {
+	if settings.Mode == ModeVXLAN || !w.mayBeDirect(n) {
+		if row, why = w.inVXLAN(n, to, f); row != nil && row.Near {
+			row.Why = "as the setting asks"
+			if !w.mayBeDirect(n) {
+				row.Why = "flannel takes packets that way"
+			}
+		}
+		return row, why
+	}
+	if near := direct(w.own, n, to, f); near != nil {
+		if f.fabrics[n.first(to)].over {
+			if row, _ = w.inVXLAN(n, to, f); row != nil {
+				row.Why = "it is on the same segment, which drops packets of pods' addresses"
+				return row, ""
+			}
+		}
+		return near, ""
+	}
+	if row, why = w.inVXLAN(n, to, f); row != nil && row.Near {
+		row.Why = fmt.Sprintf("no address for %s on the same segment", family(to.Addr()))
+	}
+	return row, why
+}
+
+// inVXLAN is the way in VXLAN, or why there is none.
+func (w *wish) inVXLAN(n peer, to netip.Prefix, f facts) (row *Row, why string) {
 	own := w.own
 	why = "it has no address that this node has a route to"
-	if settings.Mode != ModeVXLAN && w.mayBeDirect(n) {
-		if row := direct(own, n, to, f); row != nil {
-			return row, ""
-		}
-	}
 	addresses := n.besides(own)
 	if len(addresses) < len(n.addresses) {
 		why = "it has an address of this node: is it an earlier name of this one?"
@@ -288,17 +323,8 @@ func choose(settings Settings, w *wish, n peer, to netip.Prefix, f facts) (row *
 		case set-over < leastMTU:
 			why = fmt.Sprintf("packets to %s leave by %s, whose MTU of %d leaves less than %d inside", vtep, at.name, set, leastMTU)
 		default:
-			row := &Row{To: to, Node: n.name, Via: vtep, Local: local, Device: at.name, index: h.device, MTU: max(passes-over, leastMTU),
-				set: max(passes-over, leastMTU), MAC: n.mac, Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}
-			if row.Near {
-				row.Why = "as the setting asks"
-				if !w.mayBeDirect(n) {
-					row.Why = "flannel takes packets that way"
-				} else if settings.Mode != ModeVXLAN {
-					row.Why = fmt.Sprintf("no address for %s on the same segment", family(to.Addr()))
-				}
-			}
-			return row, ""
+			return &Row{To: to, Node: n.name, Via: vtep, Local: local, Device: at.name, index: h.device, MTU: max(passes-over, leastMTU),
+				set: max(passes-over, leastMTU), MAC: n.mac, Near: !h.via.IsValid(), Why: fmt.Sprintf("it is behind %s", h.via)}, ""
 		}
 	}
 	return nil, why

@@ -127,6 +127,11 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 				m.Announced, m.By = m.Passed, netip.MustParseAddr(words[7])
 			}
 			f.paths[netip.MustParseAddr(words[1])] = m
+		case "fabric": // RANGE over, or RANGE kept
+			if f.fabrics == nil {
+				f.fabrics = map[netip.Prefix]course{}
+			}
+			f.fabrics[netip.MustParsePrefix(words[1])] = course{over: words[2] == "over", kept: true}
 		case "node":
 			n := &model.Node{Name: words[1]}
 			for _, word := range words[2:] {
