@@ -49,7 +49,7 @@ func toFlannel(from *wishes, node string, layers []layer.Layer, log *slog.Logger
 		for pause(ctx, toFlannelEvery) {
 			insist(ctx, func() bool {
 				want, ok := routes.ToFlannel()
-				return ok || say(ctx, func(*model.Flannel, []netip.Addr) *model.Flannel { return want })
+				return ok || say(ctx, func(*model.Flannel, []netip.Addr) (*model.Flannel, bool) { return want, true })
 			})
 		}
 	}

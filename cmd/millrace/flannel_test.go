@@ -4,8 +4,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -120,5 +123,55 @@ func TestNodeSpeaksToFlannel(t *testing.T) {
 	defer a.mu.Unlock()
 	if len(a.said) != 1 || a.said["other"] != "x" {
 		t.Errorf("left is %v", a.said)
+	}
+}
+
+// An agent without pods leaves what it has not written, to the letter: flannel's own words
+// are others than those that would be written here, and some cannot be read here.
+func TestWithoutPodsFlannelsWordsStay(t *testing.T) {
+	const prefix, mark = "flannel.alpha.coreos.com/", `{"VNI":1,"Port":8472,"Millrace":true,"VtepMAC":"02:6d:c0:00:02:01"}`
+	with := func(backend, data, address string) map[string]string {
+		said := flannels(address, data)
+		said[prefix+"backend-type"] = backend
+		return said
+	}
+	unmanaged := flannels("192.0.2.1", mark)
+	delete(unmanaged, prefix+"kube-subnet-manager")
+	for what, row := range map[string]struct {
+		said    map[string]string
+		patched bool
+	}{
+		"wireguard":                      {with("wireguard", `{"PublicKey":"abc="}`, "192.0.2.1"), false},
+		"host-gw":                        {with("host-gw", "null", "192.0.2.1"), false},
+		"udp":                            {with("udp", "null", "192.0.2.1"), false},
+		"vxlan, in another order":        {with("vxlan", `{"VtepMAC":"12:c6:65:89:b4:e3","VNI":1}`, "192.0.2.1"), false},
+		"vxlan without hardware address": {with("vxlan", `{"VNI":1}`, "192.0.2.1"), false},
+		"an address that is none":        {with("vxlan", mark, "n1"), false},
+		"not for flannel":                {unmanaged, false},
+		"nothing":                        {nil, false},
+		"millrace's":                     {with("vxlan", mark, "192.0.2.1"), true},
+		"millrace's for host-gw":         {with("host-gw", `{"Millrace":true}`, "192.0.2.1"), true},
+	} {
+		server, patched := kubetest.New(), false
+		if err := server.Apply(nodeWith(1, row.said)); err != nil {
+			t.Fatal(err)
+		}
+		server.Fault(func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method == http.MethodPatch {
+				patched = true
+				w.Header().Set("Content-Type", "application/json")
+				fmt.Fprint(w, `{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1"}}`)
+			}
+			return r.Method == http.MethodPatch
+		})
+		web := httptest.NewServer(server)
+		kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+		write(t, kubeconfig, "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \""+web.URL+"\"}}]\ncontexts: [{name: x, context: {cluster: c}}]\ncurrent-context: x\n")
+		var log strings.Builder
+		toFlannel(&wishes{source: "kube:" + kubeconfig}, "n1", nil, slog.New(slog.NewTextHandler(&log, nil)))(t.Context())
+		web.Close()
+		if patched != row.patched || strings.Contains(log.String(), "ERROR") {
+			t.Errorf("%s: patched %v, not %v; the log is %q", what, patched, row.patched, log.String())
+		}
 	}
 }

@@ -222,17 +222,18 @@ func (l *Layer) ToFlannel() (want *model.Flannel, ok bool) {
 }
 
 // WithoutMillrace is what a Node with these addresses is to say to flannel's nodes once
-// millrace has gone from it: what flannel said before, nil where it said nothing.
-func WithoutMillrace(said *model.Flannel, addresses []netip.Addr) *model.Flannel {
+// millrace has gone from it: what flannel said before, nil where it said nothing. It is not
+// ok where millrace wrote nothing of what the Node says, which is to stay.
+func WithoutMillrace(said *model.Flannel, addresses []netip.Addr) (left *model.Flannel, ok bool) {
 	if said == nil || !said.Millrace {
-		return said
+		return nil, false
 	}
 	if said.Backend != backendVXLAN || said.MAC == macOf(usable(addresses)) {
-		return nil
+		return nil, true
 	}
-	left := *said
-	left.Millrace, left.Port = false, 0
-	return &left
+	before := *said
+	before.Millrace, before.Port = false, 0
+	return &before, true
 }
 
 // readNetwork reads which network the device is for. One at another port is not whole.

@@ -195,17 +195,17 @@ func TestFlannelsNetworkIsAdopted(t *testing.T) {
 func TestWithoutMillrace(t *testing.T) {
 	addresses := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
 	ours := &model.Flannel{Backend: "vxlan", VNI: 1, Port: FlannelPort, Millrace: true, MAC: macOf(addresses), Address: addresses[0]}
-	if left := WithoutMillrace(ours, addresses); left != nil {
-		t.Errorf("of what only millrace said %+v is left", left)
+	if left, ok := WithoutMillrace(ours, addresses); left != nil || !ok {
+		t.Errorf("of what only millrace said %+v is left (%v)", left, ok)
 	}
 	adopted := *flannelSays()
 	adopted.Millrace, adopted.Port = true, FlannelPort
-	if left := WithoutMillrace(&adopted, addresses); left == nil || *left != *flannelSays() {
-		t.Errorf("of what flannel said before %+v is left", left)
+	if left, ok := WithoutMillrace(&adopted, addresses); left == nil || *left != *flannelSays() || !ok {
+		t.Errorf("of what flannel said before %+v is left (%v)", left, ok)
 	}
-	for _, said := range []*model.Flannel{nil, flannelSays()} {
-		if left := WithoutMillrace(said, addresses); left != said {
-			t.Errorf("of %+v, which is not millrace's, %+v is left", said, left)
+	for _, said := range []*model.Flannel{nil, flannelSays(), {Backend: "host-gw", Address: addresses[0]}, {Backend: "wireguard"}} {
+		if left, ok := WithoutMillrace(said, addresses); ok {
+			t.Errorf("%+v, which is not millrace's, is to become %+v", said, left)
 		}
 	}
 }

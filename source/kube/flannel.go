@@ -15,8 +15,9 @@ import (
 )
 
 // Answer is what a Node is to say to flannel's nodes, by what it says and by its addresses;
-// nil is nothing.
-type Answer func(said *model.Flannel, addresses []netip.Addr) *model.Flannel
+// nil is nothing. It is not ok where what the Node says is to stay as it is, to the letter:
+// flannel's own words need not be those that would be written here.
+type Answer func(said *model.Flannel, addresses []netip.Addr) (want *model.Flannel, ok bool)
 
 // SayToFlannel makes the Node of the settings say what it is to say to flannel's nodes, and
 // says whether it said something else. It changes those annotations alone, and fails if
@@ -46,7 +47,11 @@ func (s *server) sayToFlannel(ctx context.Context, name string, is Answer) (chan
 	if n == nil {
 		return false, fmt.Errorf("read Node %s: it cannot be understood", name)
 	}
-	patch := flannelPatch(node, is(n.Flannel, n.Addresses))
+	want, ok := is(n.Flannel, n.Addresses)
+	if !ok {
+		return false, nil
+	}
+	patch := flannelPatch(node, want)
 	if patch == nil {
 		return false, nil
 	}

@@ -91,11 +91,11 @@ func TestSayToFlannel(t *testing.T) {
 	})
 	settings := Settings{Kubeconfig: kubeconfig(t, "http://192.0.2.1"), Servers: []string{"http://127.0.0.1:1", b.url}, Node: "n1"}
 	say := func(want *model.Flannel) (bool, error) {
-		return SayToFlannel(t.Context(), settings, func(_ *model.Flannel, addresses []netip.Addr) *model.Flannel {
+		return SayToFlannel(t.Context(), settings, func(_ *model.Flannel, addresses []netip.Addr) (*model.Flannel, bool) {
 			if len(addresses) != 1 || addresses[0].String() != "192.0.2.1" {
 				t.Errorf("its addresses are %v", addresses)
 			}
-			return want
+			return want, true
 		})
 	}
 	want := &model.Flannel{Backend: "vxlan", VNI: 1, Port: 8472, Millrace: true, MAC: [6]byte{2, 'm', 192, 0, 2, 1}, Address: netip.MustParseAddr("192.0.2.1")}
