@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/bpfmap"
@@ -89,7 +91,7 @@ func (d *datapath) open() (err error) {
 		d.maps = found
 	}
 	if err := d.load(spec); err != nil {
-		return need.Loading("load the nodedns programs", "Linux 5.15 with CONFIG_CGROUP_BPF", err)
+		return need.Loading("load the nodedns programs", "Linux 5.15 with CONFIG_CGROUP_BPF and CONFIG_DEBUG_INFO_BTF", err)
 	}
 	return d.restore()
 }
@@ -102,6 +104,7 @@ func (d *datapath) load(spec *ebpf.CollectionSpec) error {
 	}
 	for name, value := range map[string]any{
 		datapathVarNodeCookie: cookie, datapathVarSilence: uint64(cmp.Or(d.settings.silence, mostSilence)),
+		datapathVarReadsKernel: features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnProbeReadKernel) == nil,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s of the nodedns programs: %w", name, err)

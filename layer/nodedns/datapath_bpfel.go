@@ -88,6 +88,7 @@ const (
 	datapathProgDnsSendmsg4  = "dns_sendmsg4"
 	datapathProgDnsSendmsg6  = "dns_sendmsg6"
 	datapathVarNodeCookie    = "node_cookie"
+	datapathVarReadsKernel   = "reads_kernel"
 	datapathVarSilence       = "silence"
 )
 
@@ -161,8 +162,9 @@ type datapathMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type datapathVariableSpecs struct {
-	NodeCookie *ebpf.VariableSpec `ebpf:"node_cookie"`
-	Silence    *ebpf.VariableSpec `ebpf:"silence"`
+	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
+	ReadsKernel *ebpf.VariableSpec `ebpf:"reads_kernel"`
+	Silence     *ebpf.VariableSpec `ebpf:"silence"`
 }
 
 // datapathObjects contains all objects after they have been loaded into the kernel.
@@ -210,8 +212,9 @@ func (m *datapathMaps) Close() error {
 //
 // It can be passed to loadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type datapathVariables struct {
-	NodeCookie *ebpf.Variable `ebpf:"node_cookie"`
-	Silence    *ebpf.Variable `ebpf:"silence"`
+	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`
+	ReadsKernel *ebpf.Variable `ebpf:"reads_kernel"`
+	Silence     *ebpf.Variable `ebpf:"silence"`
 }
 
 // datapathPrograms contains all programs after they have been loaded into the kernel.

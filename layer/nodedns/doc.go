@@ -22,5 +22,6 @@
 // Off means gone: Remove takes links, maps and the folder away. A socket that was connected
 // to the agent is refused with what it sends next, and its resolver asks again.
 //
-// Not here: TCP, which goes to the Service; sockets that are bound to a device; pods.
+// Not here: TCP, which goes to the Service; sockets that are bound to a device, or send by one;
+// pods.
 package nodedns

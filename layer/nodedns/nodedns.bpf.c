@@ -10,6 +10,7 @@
  * One text serves both families; an IPv6 socket that talks to ::ffff:a.b.c.d is one of IPv4.
  */
 #include "../../bpf/address.h"
+#include <bpf/bpf_core_read.h>
 
 #define IPPROTO_UDP 17
 #define DNS_PORT    __builtin_bswap16(53)
@@ -18,6 +19,10 @@ enum { ALLOWED = 1 };
 
 /* The network namespace of the node. */
 const volatile __u64 node_cookie = 0;
+
+/* Whether the kernel lets programs read its memory: not where it is locked down for
+ * confidentiality (kernel_lockdown(7)). */
+const volatile bool reads_kernel = true;
 
 /* How long after its last beat the agent is taken to be there, in nanoseconds. */
 const volatile __u64 silence = 500000000;
@@ -115,7 +120,7 @@ enum outcome {
 	OUTCOME_STEERED,    /* connected or sent to the agent */
 	OUTCOME_UNATTENDED, /* left to the DNS Service: the agent does not serve, or was not heard of for 0.5 s */
 	OUTCOME_ASIDE,      /* left to the DNS Service: too many queries wait for the agent, or it is about to end */
-	OUTCOME_BOUND,      /* left to the DNS Service: the socket is bound to a device, which leads to no other */
+	OUTCOME_BOUND,      /* left to the DNS Service: the socket sends by one device, which leads to no other */
 	OUTCOME_COUNT,
 };
 
@@ -169,6 +174,45 @@ static __always_inline bool listens(enum family family)
 	return true;
 }
 
+/* Of the kernel's own types what says by which device a socket sends. Names of fields are
+ * matched, offsets are those of the running kernel (CO-RE). */
+struct in6_pktinfo {
+	int ipi6_ifindex; /* IPV6_PKTINFO */
+} __attribute__((preserve_access_index));
+
+struct ipv6_pinfo {
+	struct in6_pktinfo sticky_pktinfo;
+	int ucast_oif; /* IPV6_UNICAST_IF */
+} __attribute__((preserve_access_index));
+
+struct inet_sock {
+	struct ipv6_pinfo *pinet6;
+	int uc_index; /* IP_UNICAST_IF */
+} __attribute__((preserve_access_index));
+
+/* What the context is: the verifier lets nobody find a field behind bpf_sock_addr's sk. */
+struct bpf_sock_addr_kern {
+	struct inet_sock *sk;
+} __attribute__((preserve_access_index));
+
+/* is_bound says whether a socket sends by one device. Of a single message (IP_PKTINFO of
+ * sendmsg()) no program sees it. */
+static __always_inline bool is_bound(struct bpf_sock_addr *ctx, enum family family)
+{
+	struct inet_sock *sk;
+
+	if (ctx->sk->bound_dev_if)
+		return true;
+	if (!reads_kernel)
+		return false;
+	sk = BPF_CORE_READ((struct bpf_sock_addr_kern *)ctx, sk);
+	if (family == FAMILY_IP4)
+		return BPF_CORE_READ(sk, uc_index);
+	if (!bpf_core_field_exists(sk->pinet6)) /* a kernel without IPv6 */
+		return false;
+	return BPF_CORE_READ(sk, pinet6, ucast_oif) || BPF_CORE_READ(sk, pinet6, sticky_pktinfo.ipi6_ifindex);
+}
+
 /* decide says what becomes of a call that is for the DNS Service. */
 static __always_inline enum outcome decide(struct bpf_sock_addr *ctx, const struct detour *by)
 {
@@ -178,7 +222,7 @@ static __always_inline enum outcome decide(struct bpf_sock_addr *ctx, const stru
 		return OUTCOME_UNATTENDED;
 	if (agent->aside)
 		return OUTCOME_ASIDE;
-	if (ctx->sk->bound_dev_if)
+	if (is_bound(ctx, family_of(&by->service)))
 		return OUTCOME_BOUND;
 	return OUTCOME_STEERED;
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -131,6 +132,8 @@ func TestWhatIsLeft(t *testing.T) {
 		t.Errorf("counted %v", is)
 	}
 
+	o.sentByADevice(l)
+
 	dialer := net.Dialer{Control: l.Own}
 	must(t, o.Inside(func() error {
 		conn, err := dialer.Dial("udp", dns4.String())
@@ -145,6 +148,51 @@ func TestWhatIsLeft(t *testing.T) {
 	o.serveIn(pod)
 	o.client(pod, "udp4", dns4, true).expect(t, "a pod", "web.", elsewhere)
 	o.overTCP()
+}
+
+// sentByADevice: sockets with an option that says by which device they send. By lo the DNS
+// Service is reached here; the agent would be, too.
+func (o *outpost) sentByADevice(l *Layer) {
+	o.t.Helper()
+	const lo = 1
+	by := func(level, option int) func(int) error {
+		return func(fd int) error { return unix.SetsockoptInt(fd, level, option, lo<<24) } // in the network's order
+	}
+	before := o.events(l)["bound"]
+	for _, row := range []struct {
+		what, network string
+		to            netip.AddrPort
+		set           func(fd int) error
+	}{
+		{"IP_UNICAST_IF", "udp4", dns4, by(unix.IPPROTO_IP, unix.IP_UNICAST_IF)},
+		{"IP_UNICAST_IF, of both families", "udp", dns4, by(unix.IPPROTO_IP, unix.IP_UNICAST_IF)},
+		{"IPV6_UNICAST_IF", "udp6", dns6, by(unix.IPPROTO_IPV6, unix.IPV6_UNICAST_IF)},
+		{"IPV6_PKTINFO", "udp6", dns6, func(fd int) error {
+			return unix.SetsockoptString(fd, unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, string(append(make([]byte, 16), lo, 0, 0, 0)))
+		}},
+	} {
+		c := o.client(o.NetNS, row.network, row.to, false)
+		raw, err := c.SyscallConn()
+		must(o.t, err)
+		must(o.t, raw.Control(func(fd uintptr) { err = row.set(int(fd)) }))
+		must(o.t, err)
+		c.expect(o.t, row.what, "web.", elsewhere)
+	}
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		failed := c.Control(func(fd uintptr) { err = by(unix.IPPROTO_IP, unix.IP_UNICAST_IF)(int(fd)) })
+		return errors.Join(failed, err)
+	}}
+	must(o.t, o.Inside(func() error {
+		conn, err := dialer.Dial("udp", dns4.String())
+		if err == nil {
+			o.t.Cleanup(func() { conn.Close() })
+			(&client{conn.(*net.UDPConn), dns4, true}).expect(o.t, "IP_UNICAST_IF, connected", "web.", elsewhere)
+		}
+		return err
+	}))
+	if n := o.events(l)["bound"] - before; n != 5 {
+		o.t.Errorf("%d were left as bound, not 5", n)
+	}
 }
 
 // serveIn has the DNS Service in another namespace.
