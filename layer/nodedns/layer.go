@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -68,9 +69,9 @@ type Layer struct {
 	mu     sync.Mutex // guards what follows, and is held while the detours are written
 	host   host
 	tables tables
-	// objects is how many addresses are in force; deaf why there is no socket of a family.
-	objects int
-	deaf    []string
+	// inForce are the addresses that are; deaf is why there is no socket of a family.
+	inForce map[datapathFamily]detour
+	deaf    map[datapathFamily]error
 	serving bool
 }
 
@@ -220,7 +221,7 @@ func (l *Layer) Apply(have, _ layer.Picture, changes layer.Changes) (layer.Pictu
 		done = append(done, change)
 	}
 	l.mu.Lock()
-	l.objects = len(picture.detours)
+	l.inForce = maps.Clone(picture.detours)
 	l.mu.Unlock()
 	return picture, done, errors.Join(failures...)
 }
@@ -275,15 +276,19 @@ func (l *Layer) Describe() (layer.Description, error) {
 	if l.host == nil {
 		return d, nil // not open
 	}
-	d.Objects = l.objects
+	d.Objects = len(l.inForce)
 	d.Settings = map[string]string{"service": l.settings.service().String()}
-	if l.objects == 0 {
+	if d.Objects == 0 {
 		d.Degraded = append(d.Degraded, fmt.Sprintf("the node's own queries go to the DNS servers: Service %s has no ClusterIP with UDP port %d", l.settings.service(), dnsPort))
 	}
 	if !l.serving {
 		d.Degraded = append(d.Degraded, "the node's own queries go to the DNS servers: the agent does not serve yet")
 	}
-	d.Degraded = append(d.Degraded, l.deaf...)
+	for family, err := range l.deaf {
+		if to, asked := l.inForce[family]; asked { // else nobody misses it
+			d.Degraded = append(d.Degraded, fmt.Sprintf("the node's own queries for %s go to the DNS servers: %v", netip.Addr(to), err))
+		}
+	}
 	if err := l.host.describe(&d); err != nil {
 		return d, err
 	}

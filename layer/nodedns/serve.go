@@ -92,7 +92,7 @@ func (l *Layer) begin() (*server, error) {
 		return nil, errors.New("the nodedns layer is not open, or serves already")
 	}
 	p, err := l.host.presence()
-	l.serving, l.deaf = err == nil, nil
+	l.serving, l.deaf = err == nil, map[datapathFamily]error{}
 	l.mu.Unlock()
 	if err != nil {
 		return nil, err
@@ -111,7 +111,7 @@ func (l *Layer) begin() (*server, error) {
 			return nil, err
 		}
 		l.mu.Lock() // a node may be without IPv6
-		l.deaf = append(l.deaf, fmt.Sprintf("the node's own queries over IPv6 go to the DNS servers: %v", err))
+		l.deaf[family] = err
 		l.mu.Unlock()
 	}
 	return s, nil

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/model"
 )
 
 // kinds are the sockets that a process may ask by.
@@ -226,6 +230,30 @@ func (o *outpost) overTCP() {
 		}
 		return c.Close()
 	}))
+}
+
+// A node without IPv6 misses it only where the DNS Service has an address of it.
+func TestNodeWithoutIPv6(t *testing.T) {
+	o := newOutpost(t)
+	must(t, o.Inside(func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/lo/disable_ipv6", []byte("1"), 0o644) }))
+	l := o.open()
+	s, err := l.begin()
+	must(t, err)
+	t.Cleanup(s.close)
+	for _, row := range []struct {
+		of   *model.Snapshot
+		want []string
+	}{
+		{cluster(dns4, dns6), []string{"the node's own queries for fd00:96::a go to the DNS servers: listen on ::1: "}},
+		{cluster(dns4), nil},
+	} {
+		o.apply(l, row.of)
+		d, err := l.Describe()
+		must(t, err)
+		if !slices.EqualFunc(d.Degraded, row.want, strings.HasPrefix) {
+			t.Errorf("of %d addresses status has %q, not %q", d.Objects, d.Degraded, row.want)
+		}
+	}
 }
 
 // One that is silent is asked no more, though its socket is open.
