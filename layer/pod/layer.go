@@ -44,7 +44,8 @@ type Settings struct {
 	// them is given here. Empty where it has given none.
 	HostLocal string
 	// HostPorts is told which ports of the node lead to pods, when the layer is opened and
-	// whenever others do, before an ADD that asks for some returns; it may not block. Nil
+	// whenever others do, before an ADD that asks for some returns; those at an address that
+	// is not the node's are left out. It may not block. Nil
 	// serves none: that is left to the plug-in portmap, where the runtime has it.
 	HostPorts func([]model.HostPort) `json:"-"`
 	// Cooldown is how long an address rests before it is given again; 0 is
@@ -238,8 +239,12 @@ func (l *Layer) open() (err error) {
 	if err != nil {
 		return err
 	}
+	found, err := l.host.look()
+	if err != nil {
+		return fmt.Errorf("find the node's addresses: %w", err)
+	}
 	l.mu.Lock()
-	l.pool = pool.Open(book, l.settings.cooldown(), time.Now())
+	l.pool, l.own = pool.Open(book, l.settings.cooldown(), time.Now()), found.own
 	l.tellPorts()
 	l.mu.Unlock()
 	if l.settings.Pins != "" {
@@ -275,6 +280,7 @@ func (l *Layer) Refresh(layer.Picture) (layer.Picture, error) {
 		return nil, fmt.Errorf("find the devices of pods: %w", err)
 	}
 	l.lengths, l.own = found.lengths(l.others), found.own
+	l.tellPorts() // an address of the node may have come or gone
 	given, err := leasesOfOthers(l.settings.HostLocal, bootTime())
 	if err != nil {
 		return nil, err

@@ -119,11 +119,17 @@ func (p *Picture) HostPorts() []model.HostPort {
 			leases = append(leases, pod.Lease)
 		}
 	}
-	return hostPorts(leases)
+	return hostPorts(leases, p.facts.own)
+}
+
+// ofNode says whether an address is the node's, by those of its devices: only those lead to
+// pods. Or a pod's hostIP would take what this node and its pods send to anybody else.
+func ofNode(addr netip.Addr, own []netip.Addr) bool {
+	return addr.IsUnspecified() || addr.IsLoopback() || slices.Contains(own, addr)
 }
 
 // hostPorts are as many for each port as there are families in which it leads to the pod.
-func hostPorts(leases []pool.Lease) (all []model.HostPort) {
+func hostPorts(leases []pool.Lease, own []netip.Addr) (all []model.HostPort) {
 	for _, lease := range leases {
 		for _, port := range lease.Ports {
 			for _, addr := range lease.Addresses {
@@ -131,7 +137,7 @@ func hostPorts(leases []pool.Lease) (all []model.HostPort) {
 				if !at.IsValid() {
 					at = netip.PrefixFrom(addr, 0).Masked().Addr() // all of its family
 				}
-				if at.Is4() != addr.Is4() {
+				if at.Is4() != addr.Is4() || !ofNode(at, own) {
 					continue
 				}
 				protocol, _ := model.ParseProtocol(port.Protocol)
@@ -155,7 +161,7 @@ func (l *Layer) tellPorts() {
 	if l.settings.HostPorts == nil {
 		return
 	}
-	if ports := hostPorts(l.pool.Leases()); !slices.Equal(ports, l.told) {
+	if ports := hostPorts(l.pool.Leases(), l.own); !slices.Equal(ports, l.told) {
 		l.told = ports
 		l.settings.HostPorts(ports)
 	}
@@ -171,6 +177,9 @@ func (l *Layer) unserved() (why []string) {
 	}
 	for _, lease := range l.pool.Leases() {
 		for _, port := range lease.Ports {
+			if port.HostIP.IsValid() && !ofNode(port.HostIP, l.own) {
+				why = append(why, fmt.Sprintf("hostPort %s of %s is not served: no device of this node has its hostIP: give it the address, or the pod another hostIP, or none", port.Host(), podOf(lease).Object()))
+			}
 			if owner := owner(l.services, port); owner != "" {
 				why = append(why, fmt.Sprintf("hostPort %s of %s is not served, or not everywhere: %s has it, too: give one of the two another", port.Host(), podOf(lease).Object(), owner))
 			}

@@ -158,6 +158,38 @@ func TestPortsThatAreRefused(t *testing.T) {
 	}
 }
 
+// A hostIP that is not the node's takes nothing from whose it is: it is not told of, and
+// named in the status, until the node has the address.
+func TestPortsAtAddressesOfOthers(t *testing.T) {
+	b := newTown(t)
+	told := b.tellsPorts()
+	l := b.open("10.244.1.0/24")
+	b.space("web")
+	asked := mappings("198.51.100.9 6443:80/tcp", "169.254.169.254 80:80/tcp", "10.244.1.1 81:80/tcp", "127.0.0.5 82:80/tcp", node4.String()+" 83:80/tcp")
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked))))
+	want := []string{"127.0.0.5:82/tcp -> 10.244.1.1:80 shop/web", "192.0.2.10:83/tcp -> 10.244.1.1:80 shop/web"}
+	if got := told(); !slices.Equal(got, want) {
+		t.Errorf("told are\n%s", strings.Join(got, "\n"))
+	}
+	why := l.unserved()
+	if len(why) != 3 || !strings.Contains(why[0], "hostPort 198.51.100.9:6443/tcp of pod shop/web is not served: no device of this node has its hostIP") {
+		t.Errorf("status says %q", why)
+	}
+	b.AddAddress("198.51.100.9/32")
+	have, err := l.Refresh(nil)
+	must(t, err)
+	want = append(want, "198.51.100.9:6443/tcp -> 10.244.1.1:80 shop/web")
+	if got := told(); !slices.Equal(got, want) {
+		t.Errorf("the node has the address now, and told are\n%s", strings.Join(got, "\n"))
+	}
+	if seen := have.(*Picture).HostPorts(); len(seen) != len(want) {
+		t.Errorf("who looks sees %v", seen)
+	}
+	if why := l.unserved(); len(why) != 2 {
+		t.Errorf("status says %q", why)
+	}
+}
+
 // A Service that comes later and has a pod's port is named in the status; where hostPorts are
 // not served here, and the runtime cannot, that is.
 func TestPortsThatAreNotServed(t *testing.T) {
