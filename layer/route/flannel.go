@@ -162,7 +162,7 @@ func (s saying) unsaid() string {
 // where there are any. Of what flannel wrote here before others learn that it has gone.
 func (w *wish) say(have *Picture) saying {
 	s := saying{has: w.own.flannel, want: w.own.flannel}
-	if w.leftToFlannel(have.facts) != "" {
+	if w.leftToFlannel(have.facts) != "" || w.flannelMayRun() {
 		return s
 	}
 	backend := w.flannels()
@@ -191,6 +191,14 @@ func (w *wish) say(have *Picture) saying {
 		}
 	}
 	return s
+}
+
+// flannelMayRun says that flannel wrote what this node says, and has no device here by whose
+// absence one sees that it has gone: so it is with all its backends but vxlan. Then it counts
+// as running until a person says otherwise.
+func (w *wish) flannelMayRun() bool {
+	own := w.own.flannel
+	return own != nil && !own.Millrace && own.Backend != backendVXLAN && !w.over
 }
 
 // needsDevice says whether packets go by VXLAN to anybody who reads what this node says.
@@ -228,6 +236,8 @@ func WithoutMillrace(said *model.Flannel, addresses []netip.Addr) (left *model.F
 	if said == nil || !said.Millrace {
 		return nil, false
 	}
+	// Flannel's address of a device tells that it was here before. With its other backends
+	// only a person's word has millrace write over what it said.
 	if said.Backend != backendVXLAN || said.MAC == macOf(usable(addresses)) {
 		return nil, true
 	}

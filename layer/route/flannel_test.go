@@ -2,6 +2,7 @@ package route
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -188,6 +189,30 @@ func TestFlannelsNetworkIsAdopted(t *testing.T) {
 	must(t, err)
 	if changes := again.Diff(have, again.Plan(v.withFlannel(said, flannelSays())), true); len(changes) > 0 {
 		t.Errorf("to do: %v", changes)
+	}
+}
+
+// What flannel said of this node is overwritten where flannel has gone, and only there: with
+// vxlan its device tells, with its other backends a person.
+func TestSayingOverFlannel(t *testing.T) {
+	const ways = "device eth0 1500\nroute 192.0.2.0/24 eth0\n"
+	const n1, n2 = "node n1 192.0.2.1 10.244.1.0/24 ", "\nnode n2 192.0.2.2 10.244.2.0/24 "
+	const vxlan1, vxlan2 = "flannel:vxlan,1,12c66589b401,192.0.2.1", "flannel:vxlan,1,12c66589b4e3,192.0.2.2"
+	for _, row := range []struct{ what, cluster, want string }{
+		{"flannel's host-gw, by another address", n1 + "flannel:host-gw,0,00,198.51.100.1" + n2 + "flannel:host-gw", "host-gw false 198.51.100.1"},
+		{"flannel's host-gw, which has gone", n1 + "flannel:host-gw,0,00,198.51.100.1 gone" + n2 + "flannel:host-gw", "host-gw true 192.0.2.1"},
+		{"host-gw among others", n1 + n2 + "flannel:host-gw", "host-gw true 192.0.2.1"},
+		{"wireguard, where others have vxlan", n1 + "flannel:wireguard" + n2 + vxlan2, "wireguard false invalid IP"},
+		{"wireguard, which has gone", n1 + "flannel:wireguard gone" + n2 + vxlan2, "vxlan true 192.0.2.1"},
+		{"vxlan, with its device", "flannels flannel.1\n" + n1 + vxlan1 + n2 + vxlan2, "vxlan false 192.0.2.1"},
+		{"vxlan, whose device has gone", n1 + vxlan1 + n2 + vxlan2, "vxlan true 192.0.2.1"},
+	} {
+		s, f := clusterOf(t, &Settings{}, ways+row.cluster)
+		w := plan(Settings{Node: "n1"}, s).wish
+		said := w.say(&Picture{facts: f, device: &device{MAC: w.own.mac}}).want
+		if got := fmt.Sprintf("%s %v %v", said.Backend, said.Millrace, said.Address); got != row.want {
+			t.Errorf("%s: it is to say %s, not %s", row.what, got, row.want)
+		}
 	}
 }
 
