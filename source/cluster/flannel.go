@@ -3,6 +3,7 @@ package cluster
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 
@@ -55,7 +56,7 @@ type flannelDevice struct {
 // flannel reads what flannel, or an agent for it, says of a Node; nil where nothing is said,
 // and where it cannot be used: the Node is then one as any other.
 func (r *reader) flannel(obj *corev1.Node) *model.Flannel {
-	said := obj.Annotations
+	said := inForceForFlannel(obj.Annotations)
 	if said[flannelManaged] != "true" || said[flannelBackend] == "" {
 		return nil // flannel takes no notice of it either
 	}
@@ -70,6 +71,32 @@ func (r *reader) flannel(obj *corev1.Node) *model.Flannel {
 		return nil
 	}
 	return f
+}
+
+// inForceForFlannel are annotations without what millrace left. Flannel that begins on a node
+// writes anew only the families that it has an address for, so of the other one a mark
+// may stay: beside what has none it says nothing.
+func inForceForFlannel(said map[string]string) map[string]string {
+	data, there := said[flannelData]
+	data6, there6 := said[flannelData6]
+	if !there || !there6 || marked(data) == marked(data6) {
+		return said
+	}
+	now := maps.Clone(said)
+	left, at := flannelData, flannelAddress
+	if marked(data6) {
+		left, at = flannelData6, flannelAddress6
+	}
+	delete(now, left)
+	delete(now, at)
+	return now
+}
+
+// marked says whether backend-data is millrace's.
+func marked(text string) bool {
+	var data flannelDevice
+	err := json.Unmarshal([]byte(text), &data)
+	return err == nil && data.Millrace
 }
 
 // flannelFault reports an annotation that cannot be used.

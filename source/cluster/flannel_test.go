@@ -25,7 +25,7 @@ func flannelNode(said ...string) *corev1.Node {
 // What flannel writes is understood; what it cannot have written is a problem that names
 // Node and annotation, and the Node is one as any other.
 func TestFlannelAnnotations(t *testing.T) {
-	const data = `{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}`
+	const data, ours = `{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}`, `{"VNI":1,"Port":8472,"Millrace":true,"VtepMAC":"02:6d:c0:00:02:01"}`
 	for _, row := range []struct {
 		what          string
 		node          *corev1.Node
@@ -36,6 +36,16 @@ func TestFlannelAnnotations(t *testing.T) {
 			"vxlan 1 12c66589b4e3 000000000000 192.0.2.1 invalid IP false 0", ""},
 		{"both families", flannelNode("kube-subnet-manager", "true", "backend-type", "vxlan", "backend-data", data, "public-ip", "192.0.2.1",
 			"backend-v6-data", `{"VNI":1,"VtepMAC":"6a:00:00:00:00:01"}`, "public-ipv6", "2001:db8::1"), "vxlan 1 12c66589b4e3 6a0000000001 192.0.2.1 2001:db8::1 false 0", ""},
+		{"millrace's, both families", flannelNode("kube-subnet-manager", "true", "backend-type", "vxlan", "backend-data", ours, "public-ip", "192.0.2.1",
+			"backend-v6-data", ours, "public-ipv6", "2001:db8::1"), "vxlan 1 026dc0000201 026dc0000201 192.0.2.1 2001:db8::1 true 8472", ""},
+		{"flannel is back, over IPv4", flannelNode("kube-subnet-manager", "true", "backend-type", "vxlan", "backend-data", data, "public-ip", "192.0.2.1",
+			"backend-v6-data", ours, "public-ipv6", "2001:db8::1"), "vxlan 1 12c66589b4e3 000000000000 192.0.2.1 invalid IP false 0", ""},
+		{"flannel is back, over IPv6", flannelNode("kube-subnet-manager", "true", "backend-type", "vxlan", "backend-data", ours, "public-ip", "192.0.2.1",
+			"backend-v6-data", data, "public-ipv6", "2001:db8::1"), "vxlan 1 000000000000 12c66589b4e3 invalid IP 2001:db8::1 false 0", ""},
+		{"flannel is back, with host-gw", flannelNode("kube-subnet-manager", "true", "backend-type", "host-gw", "backend-data", "null", "public-ip", "192.0.2.1",
+			"backend-v6-data", `{"Millrace":true}`, "public-ipv6", "2001:db8::1"), "host-gw 0 000000000000 000000000000 192.0.2.1 invalid IP false 0", ""},
+		{"flannel is back, with another backend", flannelNode("kube-subnet-manager", "true", "backend-type", "wireguard", "backend-data", `{"PublicKey":"x"}`, "public-ip", "192.0.2.1",
+			"backend-v6-data", ours, "public-ipv6", "2001:db8::1"), "wireguard 0 000000000000 000000000000 192.0.2.1 invalid IP false 0", ""},
 		{"host-gw", flannelNode("kube-subnet-manager", "true", "backend-type", "host-gw", "backend-data", "null", "public-ip", "192.0.2.1"),
 			"host-gw 0 000000000000 000000000000 192.0.2.1 invalid IP false 0", ""},
 		{"another backend", flannelNode("kube-subnet-manager", "true", "backend-type", "wireguard", "backend-data", `{"PublicKey":"x"}`, "public-ip", "192.0.2.1"),
