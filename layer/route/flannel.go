@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"math/bits"
 	"net/netip"
 	"slices"
@@ -52,20 +53,10 @@ func (p peer) runsFlannel() bool { return p.annotated() && !p.flannel.Millrace }
 // by node, those that have gone over speak flannel's among each other, too.
 func (w *wish) meetFlannel(settings Settings, config *model.FlannelNetwork) {
 	all := append([]peer{w.own}, w.peers...)
-	slices.SortFunc(all, func(a, b peer) int {
-		if a.runsFlannel() != b.runsFlannel() { // who runs it knows best
-			return map[bool]int{true: -1, false: 1}[a.runsFlannel()]
-		}
-		return cmp.Compare(a.name, b.name)
-	})
-	said := network{}
+	w.flannel = slices.ContainsFunc(all, peer.annotated)
+	said := flannelsNetwork(all, config)
 	for _, n := range all {
-		if !n.annotated() {
-			continue
-		}
-		w.flannel = true
-		said.port = cmp.Or(said.port, n.flannel.Port)
-		if said.vni = cmp.Or(said.vni, n.flannel.VNI); said.vni != n.flannel.VNI {
+		if n.runsFlannel() && n.flannel.VNI != said.vni {
 			w.notes = append(w.notes, fmt.Sprintf("node %s speaks VXLAN of network %d, and others %d: give flannel the same Backend.VNI everywhere, and start it anew there", n.name, n.flannel.VNI, said.vni))
 		}
 	}
@@ -74,12 +65,56 @@ func (w *wish) meetFlannel(settings Settings, config *model.FlannelNetwork) {
 	}
 	w.network = network{port: DefaultPort, vni: DefaultVNI}
 	if w.flannel {
-		if config != nil {
-			said.port, w.straight = config.Port, config.DirectRouting
-		}
-		w.network = network{port: cmp.Or(said.port, FlannelPort), vni: said.vni}
+		w.network, w.straight = said, config != nil && config.DirectRouting
 	}
 	w.network = networkOf(settings, w.network)
+}
+
+// flannelsNetwork is what nodes with flannel speak. One Node that says something else changes
+// nothing for the others: flannel's configuration counts, as soon as a node has it, for
+// flannel reads it only when it begins; else what most nodes say. Those where flannel
+// runs know its number best, and of its port they say nothing.
+func flannelsNetwork(all []peer, config *model.FlannelNetwork) network {
+	var running, marked []uint32
+	var ports []uint16
+	for _, n := range all {
+		switch {
+		case !n.annotated():
+		case n.runsFlannel():
+			running = append(running, n.flannel.VNI)
+		default:
+			marked = append(marked, n.flannel.VNI)
+			if n.flannel.Port != 0 {
+				ports = append(ports, n.flannel.Port)
+			}
+		}
+	}
+	if len(running) == 0 {
+		running = marked
+	}
+	said := network{port: cmp.Or(most(ports), FlannelPort), vni: most(running)}
+	if config == nil {
+		return said
+	}
+	said.port = cmp.Or(config.Port, FlannelPort)
+	if vni := cmp.Or(config.VNI, DefaultVNI); slices.Contains(running, vni) {
+		said.vni = vni
+	}
+	return said
+}
+
+// most is what most say, of as many the least; zero where nobody says anything.
+func most[T cmp.Ordered](said []T) (winner T) {
+	count := map[T]int{}
+	for _, one := range said {
+		count[one]++
+	}
+	for _, one := range slices.Sorted(maps.Keys(count)) {
+		if count[one] > count[winner] {
+			winner = one
+		}
+	}
+	return winner
 }
 
 // networkOf is what settings ask for, or else a network.

@@ -113,10 +113,14 @@ func clusterOf(t *testing.T, settings *Settings, text string) (*model.Snapshot, 
 				h.to = netip.MustParsePrefix(words[1])
 			}
 			f.hops = append(f.hops, h)
-		case "net-conf": // PORT [straight]
-			s.Flannel = &model.FlannelNetwork{DirectRouting: len(words) > 2}
+		case "net-conf": // PORT [straight | NETWORK]
+			s.Flannel = &model.FlannelNetwork{DirectRouting: words[len(words)-1] == "straight"}
 			_, err := fmt.Sscan(words[1], &s.Flannel.Port)
 			must(t, err)
+			if len(words) > 2 && !s.Flannel.DirectRouting {
+				_, err = fmt.Sscan(words[2], &s.Flannel.VNI)
+				must(t, err)
+			}
 		case "flannels":
 			f.flannels, f.inUse = words[1:], true
 		case "passes": // ADDRESS BYTES of BYTES [said by ROUTER]
