@@ -53,11 +53,14 @@ func TestInstalledTakesTheStartupTaintOff(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// The agent takes it off once; flannel's annotations it may change beside it, too.
+	kubectlOf(t, "taint", "node", first, startupTaint+"=:NoSchedule")
 	token := tokenOfAgent(t, first)
 	for _, row := range []struct{ path, patch, want string }{
 		{second, `{"spec":{"unschedulable":true}}`, "may change no Node but the one it runs on"},
 		{first, `{"spec":{"taints":null}}`, "may change no taint but " + startupTaint},
 		{first, `{"spec":{"taints":[{"key":"example.com/other","value":"x","effect":"PreferNoSchedule"},{"key":"new","effect":"NoExecute"}]}}`, "may change no taint but " + startupTaint},
+		{first, `{"spec":{"taints":[{"key":"` + startupTaint + `","effect":"NoExecute"},{"key":"example.com/other","value":"x","effect":"PreferNoSchedule"}]}}`, "may change no taint but " + startupTaint},
 		{first, `{"metadata":{"labels":{"example.com/role":"x"}}}`, "may change nothing of a Node but a taint and annotations"},
 		{first, `{"metadata":{"annotations":{"example.com/role":"x"}}}`, "may change no annotation of a Node but flannel's"},
 		{second, `{"metadata":{"annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.9"}}}`, "may change no Node but the one it runs on"},
