@@ -22,6 +22,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -141,8 +142,13 @@ type Link struct {
 	Place func(*link.Info) bool
 }
 
-// Open opens a pinned link of any type. The error wraps fs.ErrNotExist where there is none.
+// Open opens a pinned link of any type, for the one who may Keep it: another that was to have
+// its pin, when a process was killed, is taken out of force. The error wraps fs.ErrNotExist
+// where there is none.
 func Open(pin, where string, place func(*link.Info) bool) (*Link, error) {
+	if err := RemovePin(pin + bpfmap.NextSuffix); err != nil {
+		return nil, err
+	}
 	pinned, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open pinned link %s: %w", filepath.Base(pin), err)
@@ -182,14 +188,20 @@ func (l *Link) Kept() bool {
 	return err == nil && uint32(info.ID) == l.ID()
 }
 
-// Keep implements Attachment.
+// Keep implements Attachment. Where the pin is that of the link before it there is no moment
+// without one: whoever is killed leaves one of the two in force.
 func (l *Link) Keep() error {
 	if l.Kept() {
 		return nil
 	}
-	_ = os.Remove(l.Pin) // that of the one before it
+	next := l.Pin + bpfmap.NextSuffix
+	_ = os.Remove(next)
 	_ = l.Kernel.Unpin() // it may remember a pin that somebody removed
-	if err := l.Kernel.Pin(l.Pin); err != nil {
+	err := l.Kernel.Pin(next)
+	if err == nil {
+		err = os.Rename(next, l.Pin)
+	}
+	if err != nil {
 		return fmt.Errorf("pin %s: %w", l.Pin, err)
 	}
 	return nil

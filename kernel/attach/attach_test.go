@@ -1,8 +1,11 @@
 package attach
 
 import (
+	"encoding/binary"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -11,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/bpfmap"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -202,5 +206,71 @@ func TestFilterFromAFormerPlace(t *testing.T) {
 	p.must(mine.Detach()) // also what an earlier version left
 	if earlier.Alive() || p.hasClsact() {
 		t.Errorf("left at the device: %v", p.queueing())
+	}
+}
+
+// Of two links of one pin there is a pin all the time, and whatever moment a process is killed
+// in, the next one has one of them and not both.
+func TestLinkComesInPlaceOfAnother(t *testing.T) {
+	p := newPlace(t, ebpf.AttachTCXIngress)
+	if !HaveTCX() {
+		return // filters have no pins
+	}
+	folder := filepath.Join(p.pins, "mine")
+	p.must(os.Mkdir(folder, 0o700))
+	pin := filepath.Join(folder, "link_mine")
+	linked := func(name string) *Link {
+		made, err := p.hook.TCX(p.passing(name), link.Tail(), pin)
+		p.must(err)
+		return made
+	}
+	first, second := linked("first"), linked("second")
+	p.must(first.Keep())
+	removed := p.removals(folder)
+	p.must(second.Keep())
+	p.must(os.Mkdir(filepath.Join(folder, "seen"), 0o700))
+	p.must(os.Remove(filepath.Join(folder, "seen")))
+	if names := removed(); !slices.Equal(names, []string{"seen"}) {
+		t.Errorf("removed were %q", names)
+	}
+	p.expect("the first", first, true, false)
+	p.expect("the second", second, true, true)
+	p.must(first.Detach())
+	p.expect("the first has gone; the second", second, true, true)
+
+	third := linked("third")
+	p.must(third.Kernel.Pin(pin + bpfmap.NextSuffix)) // and then it is killed
+	third.Close()
+	second.Close()
+	next, err := p.hook.Open(pin)
+	p.must(err)
+	if order := p.order(); !slices.Equal(order, []string{"second"}) {
+		t.Errorf("in force are %q", order)
+	}
+	p.must(next.Detach())
+	if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}
+
+// removals begins to watch a folder of pins, and returns what says which were removed.
+func (p *place) removals(folder string) func() []string {
+	p.Helper()
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	p.must(err)
+	p.Cleanup(func() { unix.Close(fd) })
+	_, err = unix.InotifyAddWatch(fd, folder, unix.IN_DELETE)
+	p.must(err)
+	return func() (names []string) {
+		p.Helper()
+		buffer := make([]byte, 4096)
+		n, err := unix.Read(fd, buffer)
+		p.must(err)
+		for at := 0; at < n; { // inotify(7): the length of the name is the last of four words
+			end := at + unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(buffer[at+12:]))
+			names = append(names, strings.TrimRight(string(buffer[at+unix.SizeofInotifyEvent:end]), "\x00"))
+			at = end
+		}
+		return names
 	}
 }

@@ -99,8 +99,9 @@ func removal(settings Settings) (layer.Changes, error) {
 		return nil, err
 	}
 	pins, err := layer.PinsGone(settings.Pins, func(name string) bool {
+		name = strings.TrimSuffix(name, bpfmap.NextSuffix)
 		_, isLink := points.Point(name)
-		return isLink || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
+		return isLink || slices.Contains(pinnedMaps, name)
 	})
 	return append(filters, pins...), err
 }

@@ -116,8 +116,9 @@ func removal(settings Settings) (layer.Changes, error) {
 	}
 	changes = append(changes, filters...)
 	pins, err := layer.PinsGone(settings.Pins, func(name string) bool {
+		name = strings.TrimSuffix(name, bpfmap.NextSuffix)
 		_, isLink := d.Points.Point(name)
-		return isLink || slices.Contains(pinnedMaps, strings.TrimSuffix(name, bpfmap.NextSuffix))
+		return isLink || slices.Contains(pinnedMaps, name)
 	})
 	return append(changes, pins...), err
 }
