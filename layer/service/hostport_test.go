@@ -172,6 +172,51 @@ func TestPlanOfHostPorts(t *testing.T) {
 	}
 }
 
+// Where something of the cluster cannot be read, hostPorts of pods that end go all the same,
+// also those that an earlier process served: who gets the pod's address next is not to be
+// reached by them. Services stay, and so do hostPorts of which nothing was said yet.
+func TestHostPortsGoWhateverIsUnread(t *testing.T) {
+	l, _ := onFakes(1000)
+	web := serviceOf("web", model.TCP, 80, []string{"10.96.0.1"}, 8080, "10.244.1.4")
+	web.Type, web.Ports[0].NodePort = model.NodePort, 30080
+	services := &model.Snapshot{Services: []*model.Service{web}}
+	closed := *web
+	closed.Ports = slices.Clone(web.Ports)
+	closed.Ports[0].Backends = nil
+	db, at := portTo("db", model.TCP, "0.0.0.0:5432", "10.244.1.5:5432"), portTo("web", model.TCP, "0.0.0.0:30080", "10.244.1.5:80")
+	have, err := l.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		want    *model.Snapshot
+		anew    bool // by another process
+		changes string
+	}{
+		{with(services, db), false, "+ hostPort 0.0.0.0:5432/tcp -> 10.244.1.5:5432, pod shop/db\n+ service 0.0.0.0:30080/tcp -> 10.244.1.4:8080\n+ service 10.96.0.1:80/tcp -> 10.244.1.4:8080\n"},
+		{services, false, "- hostPort 0.0.0.0:5432/tcp -> 10.244.1.5:5432, pod shop/db\n"},
+		{with(services, db), false, "+ hostPort 0.0.0.0:5432/tcp -> 10.244.1.5:5432, pod shop/db\n"},
+		{services, true, ""},
+		{with(services, db), true, ""},
+		{with(&model.Snapshot{}, db), false, ""},
+		{&model.Snapshot{}, false, "- hostPort 0.0.0.0:5432/tcp -> 10.244.1.5:5432, pod shop/db\n"},
+		{with(&model.Snapshot{}, at), false, "~ hostPort 0.0.0.0:30080/tcp -> 10.244.1.5:80, pod shop/web\n"},
+		{&model.Snapshot{Services: []*model.Service{&closed}}, false, "~ service 0.0.0.0:30080/tcp -> refused, no endpoint serves\n"},
+	} {
+		if step.anew {
+			if have, err = l.Read(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var text strings.Builder
+		want := l.Plan(step.want)
+		changes := l.Diff(have, want, false)
+		if have, _, err = l.Apply(have, want, changes); err != nil || changes.Print(&text) != nil || text.String() != step.changes {
+			t.Fatalf("the changes are\n%s not\n%s%v", &text, step.changes, err)
+		}
+	}
+}
+
 // explain names the pod, and says that a pod's own loopback address is nobody's.
 func TestHostPortsAreExplained(t *testing.T) {
 	snapshot := with(&model.Snapshot{Complete: true, Nodes: []*model.Node{{Name: "n1", Addresses: addrs("192.0.2.1"), PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}}}},

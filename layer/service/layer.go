@@ -308,6 +308,7 @@ func (l *Layer) Apply(have, want layer.Picture, changes layer.Changes) (layer.Pi
 		}
 	}
 	each(last)
+	picture.namePorts(want.(*Picture))
 	picture.paths = want.(*Picture).paths // what a drift check compares with
 	l.asked = picture.paths.clients
 	l.bypassed = picture.tracking.inForce

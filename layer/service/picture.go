@@ -256,6 +256,23 @@ func (p *Picture) agree(want *Picture, named bool) {
 	want.index = indexOf(want.plans) // what is in force has one, and two are not needed
 }
 
+// namePorts gives the rows of hostPorts that were read from the kernel their names, so that
+// it is known whose they are when their pod ends.
+func (p *Picture) namePorts(want *Picture) {
+	rows := p.index()
+	for _, plan := range want.plans {
+		if plan.service.Name.Name != "" {
+			return // hostPorts are before all
+		}
+		for _, row := range plan.rows {
+			old := rows[row.Frontend]
+			if old != nil && old.Entry == "" && !old.differs(row) && want.index()[row.Frontend] == row {
+				rows[row.Frontend] = row
+			}
+		}
+	}
+}
+
 // lost is the Subject of what has to be attached or pinned again: "program
 // connect4", "pin services".
 type lost string

@@ -92,7 +92,8 @@ func inNameOrder(services []*model.Service) []*model.Service {
 // diff says what leads from have to want: first what was lost, then ports and
 // namespaces that get the packet path, then the rows in the order of the
 // frontends, then ports and namespaces that lose it. Without prune no Service is removed, and none
-// loses its last endpoint.
+// loses its last endpoint; but hostPorts are, for this node knows them all, and who has the
+// pod's address next is not to be reached by them.
 func diff(have, want *Picture, prune bool) layer.Changes {
 	changes, ok := layer.Changes(nil), false
 	if prune && have.agrees != nil {
@@ -119,14 +120,14 @@ func diffAll(have, want map[Frontend]*Row, prune bool) layer.Changes {
 		switch old, ok := have[frontend]; {
 		case !ok:
 			changes = append(changes, layer.Change{Op: layer.Add, Subject: row})
-		case !prune && row.closes(old):
+		case !prune && old.Entry != AtHostPort && row.closes(old):
 			// What leads to its endpoints may be among what could not be read.
 		case old.differs(row):
 			changes = append(changes, layer.Change{Op: layer.Alter, Subject: row})
 		}
 	}
 	for frontend, row := range have {
-		if _, ok := want[frontend]; !ok && prune {
+		if _, ok := want[frontend]; !ok && (prune || row.Entry == AtHostPort) {
 			changes = append(changes, layer.Change{Op: layer.Remove, Subject: row})
 		}
 	}
