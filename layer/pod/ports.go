@@ -21,9 +21,11 @@ func portsOf(asked []cni.PortMapping, pod *Pod, ranges []netip.Prefix) (ports []
 		if why != "" {
 			return nil, refusedPort(types.ErrInvalidNetworkConfig, asWritten(mapping), pod, why)
 		}
-		if i := slices.IndexFunc(ports, port.Meets); i >= 0 && ports[i] != port {
+		other := func(have pool.Port) bool { return have.Meets(port) && have.ContainerPort != port.ContainerPort }
+		if i := slices.IndexFunc(ports, other); i >= 0 {
 			return nil, refusedPort(types.ErrInvalidNetworkConfig, port.Host(), pod, fmt.Sprintf("it leads to port %d and to %d of the pod: say one", ports[i].ContainerPort, port.ContainerPort))
-		} else if i < 0 {
+		}
+		if !slices.Contains(ports, port) {
 			ports = append(ports, port)
 		}
 	}
@@ -128,7 +130,8 @@ func ofNode(addr netip.Addr, own []netip.Addr) bool {
 	return addr.IsUnspecified() || addr.IsLoopback() || slices.Contains(own, addr)
 }
 
-// hostPorts are as many for each port as there are families in which it leads to the pod.
+// hostPorts are as many for each port as there are families in which it leads to the pod. What
+// a pod has both at no hostIP and at 0.0.0.0 is one.
 func hostPorts(leases []pool.Lease, own []netip.Addr) (all []model.HostPort) {
 	for _, lease := range leases {
 		for _, port := range lease.Ports {
@@ -147,7 +150,7 @@ func hostPorts(leases []pool.Lease, own []netip.Addr) (all []model.HostPort) {
 		}
 	}
 	slices.SortFunc(all, model.HostPort.Compare)
-	return all
+	return slices.Compact(all)
 }
 
 // nameIn reads "namespace/name"; what is no name is none.

@@ -158,6 +158,26 @@ func TestPortsThatAreRefused(t *testing.T) {
 	}
 }
 
+// A pod may say one port at several addresses, as long as it leads to one of its own.
+func TestPortsThatMeetInOnePod(t *testing.T) {
+	b := newTown(t)
+	told := b.tellsPorts()
+	l := b.open("10.244.1.0/24")
+	b.space("web")
+	asked := mappings("127.0.0.1 80:80/tcp", "80:80/tcp", "0.0.0.0 80:80/tcp", "80:80/tcp")
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked))))
+	want := []string{"0.0.0.0:80/tcp -> 10.244.1.1:80 shop/web", "127.0.0.1:80/tcp -> 10.244.1.1:80 shop/web"}
+	if got := told(); !slices.Equal(got, want) {
+		t.Errorf("told are\n%s", strings.Join(got, "\n"))
+	}
+	must(t, second(l.Answer(t.Context(), b.request(cni.Check, "web", asked))))
+	for _, refused := range []string{mappings("127.0.0.1 80:80/tcp", "80:81/tcp"), mappings("127.0.0.1 80:80/tcp", "192.0.2.10 80:81/tcp", "80:81/tcp")} {
+		if err := second(l.Answer(t.Context(), b.request(cni.Add, "web", refused))); code(t, err) != types.ErrInvalidNetworkConfig || !strings.Contains(err.Error(), "it leads to port 80 and to 81 of the pod") {
+			t.Errorf("one port that leads to two: %v", err)
+		}
+	}
+}
+
 // A hostIP that is not the node's takes nothing from whose it is: it is not told of, and
 // named in the status, until the node has the address.
 func TestPortsAtAddressesOfOthers(t *testing.T) {
