@@ -13,9 +13,16 @@ import (
 	"github.com/millrace/millrace/model"
 )
 
+// mostPorts is how many hostPorts a pod may have: each is compared with those of the node's
+// other pods, while other ADDs wait.
+const mostPorts = 256
+
 // portsOf reads the hostPorts that a runtime asks for; a port that is said twice is one. The
 // error is CNI's.
 func portsOf(asked []cni.PortMapping, pod *Pod, ranges []netip.Prefix) (ports []pool.Port, err error) {
+	if len(asked) > mostPorts {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("%s has %d hostPorts: a pod may have %d: take some away, or give it hostNetwork", pod.Object(), len(asked), mostPorts), "")
+	}
 	for _, mapping := range asked {
 		port, why := portOf(mapping, ranges)
 		if why != "" {
@@ -85,32 +92,51 @@ func (l *Layer) allot(config *cni.Config, pod *Pod) ([]pool.Port, error) {
 	if holder, port, clash := l.pool.Clash(pod.Key, ports); clash {
 		return nil, refusedPort(types.ErrTryAgainLater, port.Host(), pod, fmt.Sprintf("%s of this node has it: wait for its end, or give one of the two another hostPort or hostIP", podOf(holder).Object()))
 	}
+	owners := owners(l.services, ports)
 	for _, port := range ports {
-		if owner := owner(l.services, port); owner != "" {
+		if owner := owners[port]; owner != "" {
 			return nil, refusedPort(types.ErrTryAgainLater, port.Host(), pod, fmt.Sprintf("%s has it: give the pod another hostPort, or the Service another port", owner))
 		}
 	}
 	return ports, nil
 }
 
-// owner is the Service that has a port of the node, too; empty where none has.
-func owner(services []*model.Service, port pool.Port) string {
+// owners are the Services that have ports of the node, too, by those ports. Each Service is
+// looked at once, however many ports there are.
+func owners(services []*model.Service, ports []pool.Port) map[pool.Port]string {
+	if len(ports) == 0 {
+		return nil
+	}
+	type number struct {
+		protocol string
+		port     uint16
+	}
+	asked, found := map[number][]pool.Port{}, map[pool.Port]string{}
+	for _, port := range ports {
+		at := number{port.Protocol, port.HostPort}
+		asked[at] = append(asked[at], port)
+	}
 	for _, s := range services {
 		for i := range s.Ports {
 			p := &s.Ports[i]
-			if p.Protocol.String() != port.Protocol {
-				continue
+			for _, port := range asked[number{p.Protocol.String(), p.NodePort}] {
+				note(found, port, "the node port of Service "+s.Name.String())
 			}
-			if p.NodePort == port.HostPort {
-				return "the node port of Service " + s.Name.String()
-			}
-			has := func(all []netip.Addr) bool { return slices.Contains(all, port.HostIP) }
-			if p.Port == port.HostPort && port.HostIP.IsValid() && (has(s.ClusterIPs) || has(s.ExternalIPs) || has(s.LoadBalancerIPs)) {
-				return "Service " + s.Name.String()
+			for _, port := range asked[number{p.Protocol.String(), p.Port}] {
+				if slices.Contains(slices.Concat(s.ClusterIPs, s.ExternalIPs, s.LoadBalancerIPs), port.HostIP) {
+					note(found, port, "Service "+s.Name.String())
+				}
 			}
 		}
 	}
-	return ""
+	return found
+}
+
+// note notes who has a port; the first one is kept.
+func note(owners map[pool.Port]string, port pool.Port, owner string) {
+	if owners[port] == "" {
+		owners[port] = owner
+	}
 }
 
 // HostPorts are the ports of the node that lead to pods, in their order.
@@ -178,12 +204,18 @@ func (l *Layer) unserved() (why []string) {
 		}
 		return why
 	}
-	for _, lease := range l.pool.Leases() {
+	leases := l.pool.Leases()
+	var ports []pool.Port
+	for _, lease := range leases {
+		ports = append(ports, lease.Ports...)
+	}
+	owners := owners(l.services, ports)
+	for _, lease := range leases {
 		for _, port := range lease.Ports {
 			if port.HostIP.IsValid() && !ofNode(port.HostIP, l.own) {
 				why = append(why, fmt.Sprintf("hostPort %s of %s is not served: no device of this node has its hostIP: give it the address, or the pod another hostIP, or none", port.Host(), podOf(lease).Object()))
 			}
-			if owner := owner(l.services, port); owner != "" {
+			if owner := owners[port]; owner != "" {
 				why = append(why, fmt.Sprintf("hostPort %s of %s is not served, or not everywhere: %s has it, too: give one of the two another", port.Host(), podOf(lease).Object(), owner))
 			}
 		}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -133,6 +134,7 @@ func TestPortsThatAreRefused(t *testing.T) {
 		{mappings("fe80::1%eth0 81:80/tcp"), types.ErrInvalidNetworkConfig, "is no address"},
 		{mappings("::1 81:80/tcp"), types.ErrInvalidNetworkConfig, "of the family of its hostIP (the ranges are [10.244.1.0/24])"},
 		{mappings("81:80/tcp", "192.0.2.10 81:81/tcp"), types.ErrInvalidNetworkConfig, "it leads to port 80 and to 81 of the pod"},
+		{mappings(slices.Repeat([]string{"80:80/udp"}, mostPorts+1)...), types.ErrInvalidNetworkConfig, "pod shop/db has 257 hostPorts: a pod may have 256"},
 		{mappings("80:80/tcp"), types.ErrTryAgainLater, "hostPort 80/tcp of pod shop/db: pod shop/web of this node has it"},
 		{mappings("192.0.2.10 80:80/tcp"), types.ErrTryAgainLater, "hostPort 192.0.2.10:80/tcp of pod shop/db: pod shop/web"},
 		{mappings("53:53/udp"), types.ErrTryAgainLater, "pod shop/web of this node has it"},
@@ -155,6 +157,27 @@ func TestPortsThatAreRefused(t *testing.T) {
 	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings("80:80/tcp")))))
 	if got := told(); len(got) != 1 || !strings.HasPrefix(got[0], "0.0.0.0:80/tcp -> 10.244.1.") || !strings.HasSuffix(got[0], ":80 shop/db") {
 		t.Errorf("the other pod has ended, and told are %v", got)
+	}
+}
+
+// However many hostPorts there are, each Service is looked at once: a node full of pods with
+// as many as they may have, in a large cluster, keeps no ADD waiting.
+func TestOwnersOfManyPorts(t *testing.T) {
+	var ports []pool.Port
+	for i := range 100 * mostPorts {
+		ports = append(ports, pool.Port{Protocol: "tcp", HostPort: uint16(1000 + i), ContainerPort: 80})
+	}
+	var services []*model.Service
+	for i := range 100_000 {
+		services = append(services, &model.Service{Name: model.Name{Namespace: "shop", Name: fmt.Sprint("s", i)}, Ports: []model.ServicePort{{Protocol: model.TCP, Port: 80}}})
+	}
+	services[7].Ports[0].NodePort, services[9].Ports[0].NodePort = 1001, 1001
+	begun := time.Now()
+	if found := owners(services, ports); len(found) != 1 || found[ports[1]] != "the node port of Service shop/s7" {
+		t.Errorf("they are %v", found)
+	}
+	if took := time.Since(begun); took > 2*time.Second { // some 30 ms; pair by pair 80 s
+		t.Errorf("%d ports and %d Services took %v", len(ports), len(services), took)
 	}
 }
 
