@@ -198,13 +198,10 @@ func (l *Layer) tellPorts() {
 
 // unserved says which hostPorts lead nowhere, or not everywhere.
 func (l *Layer) unserved() (why []string) {
-	if l.settings.HostPorts == nil {
-		if l.settings.Plugins != "" && !l.install.hasPortmap() {
-			why = append(why, "hostPorts of pods are not served: with --wire=false that is left to the plug-in portmap, which is not in "+l.settings.Plugins+": install it (containernetworking-plugins), or start the agent without --wire=false")
-		}
-		return why
-	}
 	leases := l.pool.Leases()
+	if l.settings.HostPorts == nil {
+		return l.leftToPortmap(leases)
+	}
 	var ports []pool.Port
 	for _, lease := range leases {
 		ports = append(ports, lease.Ports...)
@@ -218,6 +215,20 @@ func (l *Layer) unserved() (why []string) {
 			if owner := owners[port]; owner != "" {
 				why = append(why, fmt.Sprintf("hostPort %s of %s is not served, or not everywhere: %s has it, too: give one of the two another", port.Host(), podOf(lease).Object(), owner))
 			}
+		}
+	}
+	return why
+}
+
+// leftToPortmap says what that plug-in does not serve: all, where it is not there, and what
+// pods were given by an agent before this one.
+func (l *Layer) leftToPortmap(leases []pool.Lease) (why []string) {
+	if l.settings.Plugins != "" && !l.install.hasPortmap() {
+		why = append(why, "hostPorts of pods are not served: with --wire=false that is left to the plug-in portmap, which is not in "+l.settings.Plugins+": install it (containernetworking-plugins), or start the agent without --wire=false")
+	}
+	for _, lease := range leases {
+		for _, port := range lease.Ports {
+			why = append(why, fmt.Sprintf("hostPort %s of %s is not served with --wire=false, and no plug-in was asked for it: delete the pod, and it is made anew, or start the agent without that", port.Host(), podOf(lease).Object()))
 		}
 	}
 	return why

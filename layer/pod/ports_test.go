@@ -255,6 +255,10 @@ func TestPortsThatAreNotServed(t *testing.T) {
 		t.Errorf("an agent that serves none: %v", err)
 	}
 	l.install.settings = l.settings
+	if why := l.unserved(); len(why) != 3 || !strings.Contains(why[1], "hostPort 30053/udp of pod shop/names is not served with --wire=false") || !strings.Contains(why[2], "hostPort 53/udp of pod") {
+		t.Errorf("of a pod that an agent before served, status says %q", why)
+	}
+	l.pool.GivePorts(pool.Key{Container: "c1", Interface: "eth0"})
 	if why := l.unserved(); len(why) != 1 || !strings.Contains(why[0], "the plug-in portmap, which is not in "+l.settings.Plugins) {
 		t.Errorf("status says %q", why)
 	}
