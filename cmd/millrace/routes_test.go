@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -241,6 +242,34 @@ func TestPodsOfTwoNodes(t *testing.T) {
 			if rows, _ := n1.routes(); len(rows) > 0 {
 				t.Errorf("switched off, and there is %v", rows[0])
 			}
+		})
+	}
+}
+
+// On a segment that drops packets of pods' addresses agents take VXLAN, both, and say why.
+func TestASegmentThatDropsPodsAddresses(t *testing.T) {
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Skip("needs nft")
+	}
+	n1, n2 := pairOfNodes(t, true)
+	drop := exec.Command("nft", "table netdev fabric { chain c { type filter hook ingress device eth0 priority 0; ip saddr 10.244.0.0/16 drop; ip6 saddr fd00:244::/32 drop; }; }")
+	if err := netns.Do(n2.NetNS, drop.Run); err != nil {
+		t.Fatal(err)
+	}
+	n1.start("pods")
+	n2.start("pods", "--node", "n2")
+	for i, n := range []*node{n1, n2} {
+		n.until("packets go in VXLAN", func(agent.Status) bool {
+			rows, _ := n.routes()
+			return len(rows) >= 2 && !slices.ContainsFunc(rows, func(r *route.Row) bool { return r.Node == fmt.Sprintf("n%d", 2-i) && r.Direct })
+		})
+		if shown := n.says("show", "routes"); strings.Count(shown, "it is on the same segment, which drops packets of pods' addresses") != 2 {
+			t.Errorf("node %d shows\n%s", i+1, shown)
+		}
+		n.until("status says so", func(s agent.Status) bool {
+			return slices.ContainsFunc(s.Layers, func(l agent.LayerStatus) bool {
+				return strings.Contains(strings.Join(l.Degraded, ""), "a segment drops packets of pods' addresses: to ranges of nodes that are on it packets go in VXLAN, of 2")
+			})
 		})
 	}
 }
