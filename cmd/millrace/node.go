@@ -156,9 +156,9 @@ func (p *place) isOff(l layer.Layer) bool {
 // which takes no cgroup.
 func (p *place) pinned() []layer.Layer {
 	// What the node asks before the services: its programs have to see a call first. Names
-	// after the services: their program has to be in front of those. Routes after pods: what
-	// stays on the node never comes to their program. What leaves the cluster last: its
-	// program sees what all others have made of a packet.
+	// after the services: their program has to be in front of those. Routes after pods: their
+	// program takes its place ahead of that of pods, which has to be there to be found. What
+	// leaves the cluster last: its program sees what all others have made of a packet.
 	return []layer.Layer{p.nodeNames(), p.service(), p.tune(), p.trace(), p.names(), p.network(), p.routes(), p.masquerade()}
 }
 

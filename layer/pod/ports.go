@@ -102,7 +102,9 @@ func (l *Layer) allot(config *cni.Config, pod *Pod) ([]pool.Port, error) {
 }
 
 // owners are the Services that have ports of the node, too, by those ports. Each Service is
-// looked at once, however many ports there are.
+// looked at once, however many ports there are. A Service at one address of the node is none
+// of a port at all of them, though it is served there: such are those of k3s' ServiceLB, whose
+// pods have the Service's port as hostPort, and their node's address in the Service's status.
 func owners(services []*model.Service, ports []pool.Port) map[pool.Port]string {
 	if len(ports) == 0 {
 		return nil

@@ -114,7 +114,8 @@ func TestPortsThatAreRefused(t *testing.T) {
 	must(t, err)
 	cluster := cluster("10.244.1.0/24")
 	cluster.Services = []*model.Service{{Name: model.Name{Namespace: "shop", Name: "front"}, ExternalIPs: []netip.Addr{netip.MustParseAddr("198.51.100.7")},
-		Ports: []model.ServicePort{{Protocol: model.TCP, Port: 443, NodePort: 30080}}}}
+		Ports: []model.ServicePort{{Protocol: model.TCP, Port: 443, NodePort: 30080}}},
+		{Name: model.Name{Namespace: "kube-system", Name: "traefik"}, LoadBalancerIPs: []netip.Addr{node4}, Ports: []model.ServicePort{{Protocol: model.TCP, Port: 8443}}}}
 	want := l.Plan(cluster)
 	_, _, err = l.Apply(have, want, l.Diff(have, want, true))
 	must(t, err)
@@ -140,6 +141,7 @@ func TestPortsThatAreRefused(t *testing.T) {
 		{mappings("53:53/udp"), types.ErrTryAgainLater, "pod shop/web of this node has it"},
 		{mappings("30080:80/tcp"), types.ErrTryAgainLater, "the node port of Service shop/front has it"},
 		{mappings("198.51.100.7 443:80/tcp"), types.ErrTryAgainLater, "Service shop/front has it"},
+		{mappings("192.0.2.10 8443:80/tcp"), types.ErrTryAgainLater, "Service kube-system/traefik has it"},
 	} {
 		err := second(l.Answer(t.Context(), b.request(cni.Add, "db", row.ports)))
 		if code(t, err) != row.code || err == nil || !strings.Contains(err.Error(), row.says) {
@@ -149,8 +151,11 @@ func TestPortsThatAreRefused(t *testing.T) {
 			t.Errorf("%s was refused, and left\n%s\nand %v", row.ports, after, told())
 		}
 	}
-	for _, free := range []string{"80:80/udp", "192.0.2.10 53:53/udp", "30080:80/udp", "192.0.2.10 443:443/tcp"} {
+	for _, free := range []string{"80:80/udp", "192.0.2.10 53:53/udp", "30080:80/udp", "192.0.2.10 443:443/tcp", "8443:8443/tcp"} {
 		must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings(free)))))
+		if why := l.unserved(); len(why) > 0 {
+			t.Errorf("%s: status says %q", free, why)
+		}
 		must(t, second(l.Answer(t.Context(), b.request(cni.Del, "db", ""))))
 	}
 	must(t, second(l.Answer(t.Context(), b.request(cni.Del, "web", ""))))
