@@ -188,16 +188,28 @@ func (n node) bandwidth(pod *Pod, space string) (b pool.Bandwidth, err error) {
 }
 
 // widen makes a pod's queues such that longer packets pass, where its bursts are shorter.
+// Another queue than ours is somebody's who means it, and stays. Ours is known by its rate:
+// bursts are rounded where they were read back.
 func widen(outer, inner *link.Net, pod *Pod, index int, from, to int) error {
 	for _, end := range []struct {
 		at    *link.Net
 		index int
 		queue func(pool.Bandwidth, int) link.TokenBucket
-	}{{outer, pod.Index, toPod}, {inner, index, fromPod}} {
-		if queue := end.queue(pod.Bandwidth, to); queue != end.queue(pod.Bandwidth, from) {
-			if err := limit(end.at, end.index, queue); err != nil {
-				return err
-			}
+		rate  uint64
+	}{{outer, pod.Index, toPod, pod.Bandwidth.IngressRate}, {inner, index, fromPod, pod.Bandwidth.EgressRate}} {
+		queue := end.queue(pod.Bandwidth, to)
+		if queue == end.queue(pod.Bandwidth, from) {
+			continue
+		}
+		queues, err := end.at.Qdiscs()
+		if err != nil {
+			return err
+		}
+		if is := queues[end.index]; is.Bucket.Rate != queue.Rate && !unlimited(is, end.rate) {
+			continue
+		}
+		if err := limit(end.at, end.index, queue); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -281,7 +281,8 @@ func (b *town) addQueue(container string, q link.TokenBucket) error {
 	})
 }
 
-// A device that comes to take longer packets has bursts through which those fit.
+// A device that comes to take longer packets has bursts through which those fit; what
+// somebody has put in the place of a queue stays.
 func TestLimitsOfAGrownDevice(t *testing.T) {
 	b := newTown(t)
 	l := b.open(hamletRanges...)
@@ -299,6 +300,14 @@ func TestLimitsOfAGrownDevice(t *testing.T) {
 	b.apply(l, hamletRanges...)
 	if got := b.queues("web"); got != [2]link.TokenBucket{bucketOf(1e6, 0, 9000), bucketOf(20e6, 0, 9000)} {
 		t.Errorf("the device has grown, and the queues are %+v", got)
+	}
+	other := link.TokenBucket{Rate: 1e6, Burst: time.Second, Limit: 1e6}
+	b.dropQueue("web")
+	must(t, b.addQueue("web", other))
+	must(t, n.SetMTU(uplink, 30000))
+	b.apply(l, hamletRanges...)
+	if got := b.queues("web"); got != [2]link.TokenBucket{other, bucketOf(20e6, 0, 30000)} {
+		t.Errorf("the device has grown, somebody else has a queue there, and the queues are %+v", got)
 	}
 }
 
