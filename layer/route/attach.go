@@ -42,10 +42,11 @@ func (d *datapath) attachAt(at attach.Point, device string) error {
 	if !d.Points.Alive(at) {
 		_ = d.detachAt(at)
 	}
-	if err := d.Points.Attach(at, device, d.Programs[at.Program]); err != nil {
-		return err
+	err := d.Points.Attach(at, device, d.Programs[at.Program])
+	if d.Points.Alive(at) { // also where it could not be pinned: nobody attaches it again
+		err = errors.Join(err, d.notePort(at, true))
 	}
-	return d.notePort(at, true)
+	return err
 }
 
 // notePort tells the programs that a pod is behind a device, or not any more.

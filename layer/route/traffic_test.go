@@ -3,8 +3,11 @@ package route
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -12,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/netns"
 )
 
@@ -282,4 +286,27 @@ func TestDevicesThatWentMeanwhile(t *testing.T) {
 	if err := ports.Lookup(uint32(v.ports[0]), &there); err != nil || there != 1 {
 		t.Errorf("the one that is there: %d, %v", there, err)
 	}
+}
+
+// A program that is in force and cannot be pinned at once has its pod's device known all the
+// same: the pin comes with a later look, which attaches nothing.
+func TestDevicesWhosePinComesLater(t *testing.T) {
+	if !haveTCX() {
+		return // filters are not pinned
+	}
+	v := newVillage(t, ModeVXLAN, false)
+	d := v.start(0).host.(*datapath)
+	at := attach.Point{Program: datapathProgRouteFromPod, Device: v.ports[0]}
+	must(t, d.detachAt(at))
+	inTheWay := filepath.Join(d.Points.Pins, at.Pin())
+	must(t, os.MkdirAll(filepath.Join(inTheWay, "more"), 0o700)) // an empty one would be cleared away
+	if err := d.attachAt(at, "pod"); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("what is in the way of the pin: %v", err)
+	}
+	must(t, os.RemoveAll(inTheWay))
+	var there uint8
+	if err := d.Maps[datapathMapPorts].Lookup(uint32(at.Device), &there); err != nil || !d.Points.Alive(at) {
+		t.Errorf("the program is in force: %v, the device is known: %v", d.Points.Alive(at), err)
+	}
+	must(t, d.Points.Keep())
 }
