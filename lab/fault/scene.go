@@ -292,7 +292,7 @@ func (s *scene) newSpace() (*space, error) {
 			return nil, err
 		}
 		defer here.Close()
-		return made, here.UpLoopback()
+		return made, errors.Join(here.UpLoopback(), made.settle())
 	}
 	return nil, errors.New("every name that was tried is taken")
 }
@@ -320,6 +320,13 @@ func (s *scene) spaces() []*space {
 		all = append(all, s.hop)
 	}
 	return all
+}
+
+// settle has link-local addresses in force at once. Until they have been looked for on the
+// link (RFC 4862, 5.4), for up to two seconds, a router asks for no neighbour of what it
+// forwards, and first connections by IPv6 would time out where nothing is wrong.
+func (s *space) settle() error {
+	return s.set("net.ipv6.conf.default.accept_dad", "0", "net.ipv6.conf.default.dad_transmits", "0")
 }
 
 // addHop makes the other router, joined on both sides.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/millrace/millrace/model"
 )
@@ -137,10 +138,15 @@ func TestHostPortsThatGo(t *testing.T) {
 		}
 	}
 	h.become(nodes)
-	h.layer.stuck.look()
-	if err := exchangeLine(conn, "hello"); !errors.Is(err, syscall.ECONNABORTED) && !errors.Is(err, syscall.EDESTADDRREQ) {
-		t.Errorf("the pod is gone, and its client meets %v", err)
+	var err error
+	for range 100 { // it rests between two looks
+		h.layer.stuck.look()
+		if err = exchangeLine(conn, "hello"); errors.Is(err, syscall.ECONNABORTED) || errors.Is(err, syscall.EDESTADDRREQ) {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
+	t.Errorf("the pod is gone, and its client meets %v", err)
 }
 
 // What is planned: hostPorts are no Services, are beside them in any order, and give way
