@@ -153,7 +153,15 @@ func dialIn(space, network, address string) (c net.Conn, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The process' first thread cannot end, and says whose namespace the process is
+			// in: whoever ends those of the cluster would end this one.
+			c, err = dialIn(space, network, address)
+			runtime.UnlockOSThread()
+			return
+		}
+		// Never unlocked: the thread ends with the goroutine.
 		file, opened := os.Open(space)
 		if err = opened; err != nil {
 			return

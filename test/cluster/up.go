@@ -213,6 +213,9 @@ func endProcesses(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
+			if slices.Contains(pids, os.Getpid()) {
+				return fmt.Errorf("this process is in network namespace %s of the cluster: its first thread went there and did not come back", namespace)
+			}
 			left = append(left, pids...)
 		}
 		for _, pid := range left {
