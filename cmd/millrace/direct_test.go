@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 
 	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/kernel/attach"
@@ -92,36 +91,25 @@ func (n *node) passesDevice(f func() error) {
 // programsOfPods are those that packets of pods meet at the node, in that order.
 func (n *node) programsOfPods() (names []string) {
 	n.t.Helper()
-	err := netns.Do(n.NetNS, func() error {
-		devices, err := net.Interfaces()
-		if err != nil {
-			return err
-		}
-		for _, device := range devices {
-			if !strings.HasPrefix(device.Name, "mr") {
-				continue
-			}
-			there, err := link.QueryPrograms(link.QueryOptions{Target: device.Index, Attach: ebpf.AttachTCXIngress})
-			if err != nil {
-				return err
-			}
-			for _, at := range there.Programs {
-				program, err := ebpf.NewProgramFromID(at.ID)
-				if err != nil {
-					return err
-				}
-				defer program.Close()
-				info, err := program.Info()
-				if err != nil {
-					return err
-				}
-				names = append(names, info.Name)
-			}
-		}
-		return nil
+	var devices []net.Interface
+	err := netns.Do(n.NetNS, func() (err error) {
+		devices, err = net.Interfaces()
+		return err
 	})
 	if err != nil {
 		n.t.Fatal(err)
+	}
+	for _, device := range devices {
+		if !strings.HasPrefix(device.Name, "mr") {
+			continue
+		}
+		programs, err := attach.Hook{Netns: n.NetNS, Device: device.Index, Attach: ebpf.AttachTCXIngress}.Programs()
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		for _, id := range programs {
+			names = append(names, attach.NameOf(id))
+		}
 	}
 	return names
 }

@@ -91,20 +91,32 @@ func (h Hook) find(name string) (id ebpf.ProgramID, found bool) {
 	if name == "" {
 		return 0, false
 	}
-	_ = netns.In(h.Netns, func() error {
-		there, err := link.QueryPrograms(link.QueryOptions{Target: h.Device, Attach: h.Attach})
-		if err != nil {
-			return err
+	programs, err := h.Programs()
+	if err != nil {
+		return 0, false
+	}
+	for _, id := range programs {
+		if NameOf(id) == name {
+			return id, true
 		}
-		for _, program := range there.Programs {
-			if NameOf(program.ID) == name {
-				id, found = program.ID, true
-				return nil
-			}
-		}
-		return nil
+	}
+	return 0, false
+}
+
+// Programs are those that run at this hook by tcx, in the order in which packets meet them.
+func (h Hook) Programs() (ids []ebpf.ProgramID, err error) {
+	var there *link.QueryResult
+	err = netns.In(h.Netns, func() (err error) {
+		there, err = link.QueryPrograms(link.QueryOptions{Target: h.Device, Attach: h.Attach})
+		return err
 	})
-	return id, found
+	if err != nil {
+		return nil, fmt.Errorf("list the programs at device %d: %w", h.Device, err)
+	}
+	for _, program := range there.Programs {
+		ids = append(ids, program.ID)
+	}
+	return ids, nil
 }
 
 // NameOf is what the kernel calls a program, "" if that has gone.

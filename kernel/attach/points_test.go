@@ -99,16 +99,11 @@ func TestPointAhead(t *testing.T) {
 
 // order are the names of the programs, as packets meet them.
 func (p *place) order() (names []string) {
-	p.must(netns.In(p.hook.Netns, func() error {
-		there, err := bpflink.QueryPrograms(bpflink.QueryOptions{Target: p.hook.Device, Attach: p.hook.Attach})
-		if err != nil {
-			return err
-		}
-		for _, program := range there.Programs {
-			names = append(names, NameOf(program.ID))
-		}
-		return nil
-	}))
+	programs, err := p.hook.Programs()
+	p.must(err)
+	for _, id := range programs {
+		names = append(names, NameOf(id))
+	}
 	return names
 }
 

@@ -2,11 +2,9 @@ package dns
 
 import (
 	"github.com/cilium/ebpf"
-	bpflink "github.com/cilium/ebpf/link"
 
 	"github.com/millrace/millrace/kernel/attach"
 	"github.com/millrace/millrace/kernel/link"
-	"github.com/millrace/millrace/kernel/netns"
 	"github.com/millrace/millrace/layer"
 )
 
@@ -31,9 +29,6 @@ func (s Settings) points() attach.Points {
 func pointAt(device int) attach.Point {
 	return attach.Point{Program: datapathProgDnsFromPod, Device: device}
 }
-
-// inNetns runs f where the devices are.
-func (d *datapath) inNetns(f func() error) error { return netns.In(d.settings.Netns, f) }
 
 // devices implements host. Those that have gone are forgotten.
 func (d *datapath) devices() ([]device, error) {
@@ -90,19 +85,15 @@ func (d *datapath) inFront(device int, a attach.Attachment) bool {
 	if err != nil {
 		return false
 	}
-	var there *bpflink.QueryResult
-	err = d.inNetns(func() (err error) {
-		there, err = bpflink.QueryPrograms(bpflink.QueryOptions{Target: device, Attach: ebpf.AttachTCXIngress})
-		return err
-	})
+	programs, err := attach.Hook{Netns: d.settings.Netns, Device: device, Attach: ebpf.AttachTCXIngress}.Programs()
 	if err != nil {
 		return true // who cannot see cannot mend
 	}
-	for _, one := range there.Programs {
-		if one.ID == info.Program {
+	for _, id := range programs {
+		if id == info.Program {
 			return true
 		}
-		if attach.NameOf(one.ID) == translator {
+		if attach.NameOf(id) == translator {
 			return false
 		}
 	}
