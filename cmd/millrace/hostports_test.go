@@ -16,6 +16,7 @@ import (
 
 	"github.com/millrace/millrace/agent"
 	"github.com/millrace/millrace/kernel/netns"
+	"github.com/millrace/millrace/layer/layertest"
 )
 
 // seenBy serves in a namespace until the test ends, and answers who asks with the address
@@ -88,17 +89,7 @@ func seenAs(from, network, address string) (seen string, err error) {
 // "127.0.0.1 8080:80/tcp".
 func (n *node) withPorts(command, container, path string, ports ...string) (out string, status int) {
 	n.t.Helper()
-	var all []string
-	for _, text := range ports {
-		host, rest, found := strings.Cut(text, " ")
-		if !found {
-			host, rest = "", text
-		}
-		numbers, protocol, _ := strings.Cut(rest, "/")
-		from, to, _ := strings.Cut(numbers, ":")
-		all = append(all, fmt.Sprintf(`{"hostPort":%s,"containerPort":%s,"protocol":%q,"hostIP":%q}`, from, to, protocol, host))
-	}
-	n.more = `,"runtimeConfig":{"portMappings":[` + strings.Join(all, ",") + "]}"
+	n.more = layertest.PortMappings(ports...)
 	defer func() { n.more = "" }()
 	return n.plugin(command, container, path)
 }

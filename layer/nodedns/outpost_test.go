@@ -251,6 +251,19 @@ func (c *client) expect(t *testing.T, what, name string, want [4]byte) {
 	}
 }
 
+// await asks until it is answered so, and fails with what is wrong.
+func (c *client) await(t *testing.T, wrong, name string, want [4]byte) {
+	t.Helper()
+	for begun := time.Now(); ; time.Sleep(time.Millisecond) {
+		if got, _, err := c.ask(t, 7, name); err == nil && got == want {
+			return
+		}
+		if time.Since(begun) > 20*time.Second {
+			t.Fatal(wrong)
+		}
+	}
+}
+
 // events are what the layer has counted.
 func (o *outpost) events(l *Layer) map[string]uint64 {
 	o.t.Helper()

@@ -267,14 +267,7 @@ func TestTheAgentHangs(t *testing.T) {
 	maps := l.host.(*datapath).maps
 	must(t, maps[datapathMapPresences].Put(uint32(0), datapathPresence{Beat: 1})) // an hour ago
 	c.expect(t, "silent", "web.", elsewhere)
-	for begun := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		if got, _, err := c.ask(t, 7, "web."); err == nil && got == here {
-			break
-		}
-		if time.Since(begun) > 20*time.Second {
-			t.Fatal("it beats again, and is not asked")
-		}
-	}
+	c.await(t, "it beats again, and is not asked", "web.", here)
 }
 
 // A socket that is closed however it may be is out of the map at once: who is connected to

@@ -12,26 +12,11 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/millrace/millrace/layer/layertest"
 	"github.com/millrace/millrace/layer/pod/cni"
 	"github.com/millrace/millrace/layer/pod/pool"
 	"github.com/millrace/millrace/model"
 )
-
-// mappings is the part of a configuration that asks for hostPorts, "8080:80/tcp" each, or
-// "127.0.0.1 8080:80/tcp".
-func mappings(ports ...string) string {
-	var all []string
-	for _, text := range ports {
-		host, rest, found := strings.Cut(text, " ")
-		if !found {
-			host, rest = "", text
-		}
-		numbers, protocol, _ := strings.Cut(rest, "/")
-		from, to, _ := strings.Cut(numbers, ":")
-		all = append(all, fmt.Sprintf(`{"hostPort":%s,"containerPort":%s,"protocol":%q,"hostIP":%q}`, from, to, protocol, host))
-	}
-	return `,"runtimeConfig":{"portMappings":[` + strings.Join(all, ",") + "]}"
-}
 
 // tellsPorts has the town note which hostPorts it is told of.
 func (b *town) tellsPorts() (told func() []string) {
@@ -54,7 +39,7 @@ func TestPortsOfPods(t *testing.T) {
 	l := b.open(ranges...)
 	b.space("web")
 	b.space("db")
-	asked := mappings("8080:80/tcp", "8080:80/tcp", "0.0.0.0 53:5353/UDP", "2001:db8::10 81:80/tcp", "::ffff:127.0.0.1 81:81/tcp", "81:82/udp")
+	asked := layertest.PortMappings("8080:80/tcp", "8080:80/tcp", "0.0.0.0 53:5353/UDP", "2001:db8::10 81:80/tcp", "::ffff:127.0.0.1 81:81/tcp", "81:82/udp")
 	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked))))
 	want := []string{
 		"0.0.0.0:53/udp -> 10.244.1.1:5353 shop/web", "0.0.0.0:81/udp -> 10.244.1.1:82 shop/web", "0.0.0.0:8080/tcp -> 10.244.1.1:80 shop/web",
@@ -66,7 +51,7 @@ func TestPortsOfPods(t *testing.T) {
 	}
 	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked)))) // again
 	must(t, second(l.Answer(t.Context(), b.request(cni.Check, "web", asked))))
-	if err := second(l.Answer(t.Context(), b.request(cni.Check, "web", mappings("8081:80/tcp")))); err == nil || !strings.Contains(err.Error(), "missing is hostPort 8081->80/tcp: delete the pod") {
+	if err := second(l.Answer(t.Context(), b.request(cni.Check, "web", layertest.PortMappings("8081:80/tcp")))); err == nil || !strings.Contains(err.Error(), "missing is hostPort 8081->80/tcp: delete the pod") {
 		t.Errorf("CHECK of another port: %v", err)
 	}
 	must(t, l.Close())
@@ -84,7 +69,7 @@ func TestPortsOfPods(t *testing.T) {
 	if got := looked.(*Picture).HostPorts(); len(got) != len(want) {
 		t.Errorf("who looks sees %v", got)
 	}
-	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings("82:82/tcp")))))
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", layertest.PortMappings("82:82/tcp")))))
 	if got := told(); len(got) != len(want)+2 {
 		t.Errorf("told are %v", got)
 	}
@@ -119,29 +104,29 @@ func TestPortsThatAreRefused(t *testing.T) {
 	want := l.Plan(cluster)
 	_, _, err = l.Apply(have, want, l.Diff(have, want, true))
 	must(t, err)
-	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", mappings("80:80/tcp", "127.0.0.1 53:53/udp")))))
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", layertest.PortMappings("80:80/tcp", "127.0.0.1 53:53/udp")))))
 	before := b.observe()
 	for _, row := range []struct {
 		ports string
 		code  uint
 		says  string
 	}{
-		{mappings("5060:5060/sctp"), types.ErrInvalidNetworkConfig, "hostPort 5060/sctp of pod shop/db: SCTP is not served"},
-		{mappings("5060:5060/dccp"), types.ErrInvalidNetworkConfig, `unknown protocol "dccp"`},
-		{mappings("0:80/tcp"), types.ErrInvalidNetworkConfig, "ports are 1 to 65535"},
-		{mappings("80:70000/tcp"), types.ErrInvalidNetworkConfig, "to port 70000 of the pod"},
-		{mappings("node 81:80/tcp"), types.ErrInvalidNetworkConfig, `hostIP "node" is no address`},
-		{mappings("ff02::1 81:80/tcp"), types.ErrInvalidNetworkConfig, `hostIP "ff02::1" is no address`},
-		{mappings("fe80::1%eth0 81:80/tcp"), types.ErrInvalidNetworkConfig, "is no address"},
-		{mappings("::1 81:80/tcp"), types.ErrInvalidNetworkConfig, "of the family of its hostIP (the ranges are [10.244.1.0/24])"},
-		{mappings("81:80/tcp", "192.0.2.10 81:81/tcp"), types.ErrInvalidNetworkConfig, "it leads to port 80 and to 81 of the pod"},
-		{mappings(slices.Repeat([]string{"80:80/udp"}, mostPorts+1)...), types.ErrInvalidNetworkConfig, "pod shop/db has 257 hostPorts: a pod may have 256"},
-		{mappings("80:80/tcp"), types.ErrTryAgainLater, "hostPort 80/tcp of pod shop/db: pod shop/web of this node has it"},
-		{mappings("192.0.2.10 80:80/tcp"), types.ErrTryAgainLater, "hostPort 192.0.2.10:80/tcp of pod shop/db: pod shop/web"},
-		{mappings("53:53/udp"), types.ErrTryAgainLater, "pod shop/web of this node has it"},
-		{mappings("30080:80/tcp"), types.ErrTryAgainLater, "the node port of Service shop/front has it"},
-		{mappings("198.51.100.7 443:80/tcp"), types.ErrTryAgainLater, "Service shop/front has it"},
-		{mappings("192.0.2.10 8443:80/tcp"), types.ErrTryAgainLater, "Service kube-system/traefik has it"},
+		{layertest.PortMappings("5060:5060/sctp"), types.ErrInvalidNetworkConfig, "hostPort 5060/sctp of pod shop/db: SCTP is not served"},
+		{layertest.PortMappings("5060:5060/dccp"), types.ErrInvalidNetworkConfig, `unknown protocol "dccp"`},
+		{layertest.PortMappings("0:80/tcp"), types.ErrInvalidNetworkConfig, "ports are 1 to 65535"},
+		{layertest.PortMappings("80:70000/tcp"), types.ErrInvalidNetworkConfig, "to port 70000 of the pod"},
+		{layertest.PortMappings("node 81:80/tcp"), types.ErrInvalidNetworkConfig, `hostIP "node" is no address`},
+		{layertest.PortMappings("ff02::1 81:80/tcp"), types.ErrInvalidNetworkConfig, `hostIP "ff02::1" is no address`},
+		{layertest.PortMappings("fe80::1%eth0 81:80/tcp"), types.ErrInvalidNetworkConfig, "is no address"},
+		{layertest.PortMappings("::1 81:80/tcp"), types.ErrInvalidNetworkConfig, "of the family of its hostIP (the ranges are [10.244.1.0/24])"},
+		{layertest.PortMappings("81:80/tcp", "192.0.2.10 81:81/tcp"), types.ErrInvalidNetworkConfig, "it leads to port 80 and to 81 of the pod"},
+		{layertest.PortMappings(slices.Repeat([]string{"80:80/udp"}, mostPorts+1)...), types.ErrInvalidNetworkConfig, "pod shop/db has 257 hostPorts: a pod may have 256"},
+		{layertest.PortMappings("80:80/tcp"), types.ErrTryAgainLater, "hostPort 80/tcp of pod shop/db: pod shop/web of this node has it"},
+		{layertest.PortMappings("192.0.2.10 80:80/tcp"), types.ErrTryAgainLater, "hostPort 192.0.2.10:80/tcp of pod shop/db: pod shop/web"},
+		{layertest.PortMappings("53:53/udp"), types.ErrTryAgainLater, "pod shop/web of this node has it"},
+		{layertest.PortMappings("30080:80/tcp"), types.ErrTryAgainLater, "the node port of Service shop/front has it"},
+		{layertest.PortMappings("198.51.100.7 443:80/tcp"), types.ErrTryAgainLater, "Service shop/front has it"},
+		{layertest.PortMappings("192.0.2.10 8443:80/tcp"), types.ErrTryAgainLater, "Service kube-system/traefik has it"},
 	} {
 		err := second(l.Answer(t.Context(), b.request(cni.Add, "db", row.ports)))
 		if code(t, err) != row.code || err == nil || !strings.Contains(err.Error(), row.says) {
@@ -152,14 +137,14 @@ func TestPortsThatAreRefused(t *testing.T) {
 		}
 	}
 	for _, free := range []string{"80:80/udp", "192.0.2.10 53:53/udp", "30080:80/udp", "192.0.2.10 443:443/tcp", "8443:8443/tcp"} {
-		must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings(free)))))
+		must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", layertest.PortMappings(free)))))
 		if why := l.unserved(); len(why) > 0 {
 			t.Errorf("%s: status says %q", free, why)
 		}
 		must(t, second(l.Answer(t.Context(), b.request(cni.Del, "db", ""))))
 	}
 	must(t, second(l.Answer(t.Context(), b.request(cni.Del, "web", ""))))
-	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", mappings("80:80/tcp")))))
+	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "db", layertest.PortMappings("80:80/tcp")))))
 	if got := told(); len(got) != 1 || !strings.HasPrefix(got[0], "0.0.0.0:80/tcp -> 10.244.1.") || !strings.HasSuffix(got[0], ":80 shop/db") {
 		t.Errorf("the other pod has ended, and told are %v", got)
 	}
@@ -192,14 +177,14 @@ func TestPortsThatMeetInOnePod(t *testing.T) {
 	told := b.tellsPorts()
 	l := b.open("10.244.1.0/24")
 	b.space("web")
-	asked := mappings("127.0.0.1 80:80/tcp", "80:80/tcp", "0.0.0.0 80:80/tcp", "80:80/tcp")
+	asked := layertest.PortMappings("127.0.0.1 80:80/tcp", "80:80/tcp", "0.0.0.0 80:80/tcp", "80:80/tcp")
 	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked))))
 	want := []string{"0.0.0.0:80/tcp -> 10.244.1.1:80 shop/web", "127.0.0.1:80/tcp -> 10.244.1.1:80 shop/web"}
 	if got := told(); !slices.Equal(got, want) {
 		t.Errorf("told are\n%s", strings.Join(got, "\n"))
 	}
 	must(t, second(l.Answer(t.Context(), b.request(cni.Check, "web", asked))))
-	for _, refused := range []string{mappings("127.0.0.1 80:80/tcp", "80:81/tcp"), mappings("127.0.0.1 80:80/tcp", "192.0.2.10 80:81/tcp", "80:81/tcp")} {
+	for _, refused := range []string{layertest.PortMappings("127.0.0.1 80:80/tcp", "80:81/tcp"), layertest.PortMappings("127.0.0.1 80:80/tcp", "192.0.2.10 80:81/tcp", "80:81/tcp")} {
 		if err := second(l.Answer(t.Context(), b.request(cni.Add, "web", refused))); code(t, err) != types.ErrInvalidNetworkConfig || !strings.Contains(err.Error(), "it leads to port 80 and to 81 of the pod") {
 			t.Errorf("one port that leads to two: %v", err)
 		}
@@ -213,7 +198,7 @@ func TestPortsAtAddressesOfOthers(t *testing.T) {
 	told := b.tellsPorts()
 	l := b.open("10.244.1.0/24")
 	b.space("web")
-	asked := mappings("198.51.100.9 6443:80/tcp", "169.254.169.254 80:80/tcp", "10.244.1.1 81:80/tcp", "127.0.0.5 82:80/tcp", node4.String()+" 83:80/tcp")
+	asked := layertest.PortMappings("198.51.100.9 6443:80/tcp", "169.254.169.254 80:80/tcp", "10.244.1.1 81:80/tcp", "127.0.0.5 82:80/tcp", node4.String()+" 83:80/tcp")
 	must(t, second(l.Answer(t.Context(), b.request(cni.Add, "web", asked))))
 	want := []string{"127.0.0.5:82/tcp -> 10.244.1.1:80 shop/web", "192.0.2.10:83/tcp -> 10.244.1.1:80 shop/web"}
 	if got := told(); !slices.Equal(got, want) {
@@ -245,7 +230,7 @@ func TestPortsThatAreNotServed(t *testing.T) {
 	l.host, l.save = nobody{}, func(pool.Book) error { return nil }
 	l.pool.Use([]netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")})
 	r := &cni.Request{Command: cni.Add, Container: "c1", Interface: "eth0", Args: "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=names", Namespace: os.Stdin,
-		Config: []byte(`{"name":"town"` + mappings("30053:53/udp", "53:53/udp") + "}")}
+		Config: []byte(`{"name":"town"` + layertest.PortMappings("30053:53/udp", "53:53/udp") + "}")}
 	must(t, second(l.Answer(t.Context(), r)))
 	if why := l.unserved(); len(why) > 0 {
 		t.Errorf("nobody else has its ports, but %q", why)
